@@ -1,0 +1,50 @@
+# `make train` trains a small Hope on real text, `make test` runs every test; both install what they need into .venv first.
+# make train ARGS="--steps 50"   make test ARGS="-k attention"   make install PYTHON3=python3.12
+PYTHON3 ?= python3
+RUN     ?= runs/hope-tiny
+ARGS    ?=
+BIN     := .venv/bin
+STAMP   := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: install format lint types test check smoke train clean help
+
+train: $(STAMP)  ## train hope-tiny on text into runs/hope-tiny; the same command resumes
+	$(BIN)/python -m experiments pretrain --run $(RUN) $(ARGS)
+
+test: $(STAMP)  ## run every test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+lint: types  ## ruff, ruff format and pyright
+	$(BIN)/ruff check && $(BIN)/ruff format --check
+
+types: $(STAMP)  ## pyright
+	$(BIN)/pyright
+
+check: lint test  ## lint and test
+
+format: $(STAMP)  ## rewrite the sources in the one format
+	$(BIN)/ruff format && $(BIN)/ruff check --fix
+
+smoke: $(STAMP)  ## train six tiny steps from nothing
+	rm -rf runs/smoke && $(BIN)/python -m experiments pretrain --run runs/smoke --steps 6 --batch 2 --length 64 $(ARGS)
+
+install: $(STAMP)  ## create .venv and install the project with its development tools
+
+clean:  ## remove .venv, caches and build outputs; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info && find . -name __pycache__ -prune -exec rm -rf {} +
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+NO_PYTHON = $(PYTHON3) is missing or older than 3.11. Install Python 3.11 or newer, or name one: make PYTHON3=python3.12
+NO_VENV   = $(PYTHON3) cannot create virtual environments. On Debian or Ubuntu: sudo apt-get install python3-venv. Then run make again.
+NO_INSTALL = The installation into .venv failed; the reason stands above. It needs the network and about 1.5 GB of disk. Then run make again.
+
+$(STAMP): setup.cfg pyproject.toml
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "$(NO_PYTHON)" >&2; exit 1; }
+	@$(PYTHON3) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(NO_VENV)" >&2; exit 1; }
+	@echo "Installing into .venv (about 1.5 GB, a minute or more) ..."
+	@$(PYTHON3) -m venv .venv || { echo "$(NO_VENV)" >&2; exit 1; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' || { echo "$(NO_INSTALL)" >&2; exit 1; }
+	@touch $@

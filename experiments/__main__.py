@@ -1,0 +1,52 @@
+"""``python -m experiments NAME [FLAGS]``: find the experiment, run it, turn a user's mistake into one sentence.
+
+Exit status: 0 done; 2 a mistake of the caller (one sentence on stderr); 130 and 143 stopped by Ctrl-C or SIGTERM.
+"""
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from experiments import EXPERIMENTS
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the experiment that ``arguments`` name; returns the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_listing(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    # Here and not above, so that the list appears at once.
+    from hope_jax.errors import UserError, closest
+
+    name, *rest = arguments
+    try:
+        if name not in EXPERIMENTS:
+            raise UserError(f"There is no experiment {name!r}; {closest(name, EXPERIMENTS)}")
+        module, function = EXPERIMENTS[name].split(":")
+        return getattr(importlib.import_module(module), function)(rest) or 0
+    except UserError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped at once; what was saved before is intact.", file=sys.stderr)
+        return 130
+
+
+def _listing() -> str:
+    rows = [f"  {name:<16} {_headline(target.split(':')[0])}" for name, target in sorted(EXPERIMENTS.items())]
+    return "\n".join(["usage: python -m experiments NAME [FLAGS]   (NAME --help explains the flags)", "", *rows])
+
+
+def _headline(module: str) -> str:
+    """First line of the module's docstring, read without importing it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    with open(spec.origin, encoding="utf-8") as file:
+        return (ast.get_docstring(ast.parse(file.read())) or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

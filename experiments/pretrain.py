@@ -1,0 +1,292 @@
+"""Train a language model on text and show that it learned.
+
+    python -m experiments pretrain --run runs/hope-tiny
+    python -m experiments pretrain --run runs/mine --model hope-tiny --data.path books/*.txt --steps 2000
+
+The first command needs no data: its text is the Python standard library of the running interpreter. It measures
+held-out bits per byte before, during and after training, and writes into the run folder ``metrics.jsonl``, TensorBoard
+events, ``loss.png``, ``sample.txt`` and ``checkpoints/``. Ctrl-C saves and prints the command that goes on; so does
+SIGTERM. A resumed run gives bit for bit what an uninterrupted one gives.
+
+Exit status: 0 finished, 2 a mistake or a diverged run, 130 after Ctrl-C, 143 after SIGTERM: whoever restarts jobs on a
+status other than 0 continues a preempted run and leaves a finished one alone.
+"""
+
+import dataclasses
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import parse
+from hope_jax import LanguageModel, generate, model_named
+from hope_jax import train as training
+from hope_jax.data import DataConfig, make_tokenizer, open_text
+from hope_jax.errors import UserError
+from hope_jax.train.optimizer import OptimizerConfig
+from hope_jax.train.run_folder import flatten, open_run
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train a language model on text, measure it on held-out text, and write a sample."""
+
+    run: Path
+    """Folder of the run: checkpoints, metrics, curve and sample. The same folder and flags continue a run."""
+    model: str = "hope-tiny"
+    """Name of the model, <architecture>-<size>."""
+    steps: int = 400
+    """Batches to train on in all. May be raised later; the learning rate then follows the longer schedule."""
+    batch: int = 4
+    """Sequences per batch."""
+    length: int = 512
+    """Tokens per sequence."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrix products and activations are computed in; parameters and the loss stay float32."""
+    accumulate: int = 1
+    """Slices of a batch computed one after another to save memory; must divide the batch."""
+    segment: int | None = None
+    """Tokens of one piece in rematerialised training; must divide the length. None: the whole sequence at once."""
+    seed: int = 0
+    """Of the initial parameters, the order of the text and the sample."""
+    eval_every: int = 100
+    """Batches between measurements on held-out text; it is also measured before and after training."""
+    eval_batches: int = 16
+    """Batches of held-out text per measurement, always the same ones."""
+    save_every: int = 100
+    """Batches between checkpoints; the last one is always saved."""
+    keep: int = 3
+    """Checkpoints to keep, at least 2, so that a damaged one has a good one before it."""
+    resume_from: int | None = None
+    """Go back to this saved step; later ones are moved to set_aside/. None: go on from the latest."""
+    sample_tokens: int = 256
+    """Tokens to write after training, continuing held-out text."""
+    compile_cache: bool = True
+    """Keep compiled programs beside the run folder, so that the next start is quick."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        model_named(self.model)
+        least = dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every"), 1)
+        for name, bound in (least | {"keep": 2, "seed": 0, "sample_tokens": 0}).items():
+            if getattr(self, name) < bound:
+                raise UserError(f"--{_flag(name)} must be at least {bound}, got {getattr(self, name)}.")
+        _must_divide("accumulate", self.accumulate, "batch", self.batch)
+        if self.segment is not None:
+            _must_divide("segment", self.segment, "length", self.length)
+
+
+class Outcome(NamedTuple):
+    """How a call of ``pretrain`` ended. ``before``, ``after``: held-out bits per byte, None if not measured."""
+
+    step: int
+    finished: bool
+    before: float | None
+    after: float | None
+    files: list[Path]
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _must_divide(small: str, value: int, large: str, total: int) -> None:
+    if value < 1 or total % value:
+        raise UserError(f"--{_flag(small)} must divide --{large}, got {value} for {total}.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line: train until done or asked to stop; returns the exit status."""
+    config, stop = parse(PretrainConfig, arguments, "pretrain"), training.Interrupt()
+    outcome = pretrain(config, stop)
+    if outcome.finished:
+        return 0
+    again = shlex.join([sys.executable, "-m", "experiments", "pretrain", *_without(arguments, "--resume-from")])
+    print(f"Stopped at step {outcome.step} of {config.steps}; nothing is lost. To go on:\n  {again}")
+    return 128 + (stop.signal or 0)
+
+
+def _without(arguments: Sequence[str], flag: str) -> list[str]:
+    """``arguments`` less one flag and its value: going back once is enough."""
+    spelled = [argument.split("=")[0].replace("_", "-") == flag for argument in arguments]
+    values = [False, *(hit and "=" not in argument for hit, argument in zip(spelled, arguments, strict=True))]
+    return [argument for argument, hit, value in zip(arguments, spelled, values, strict=False) if not hit and not value]
+
+
+class Job(NamedTuple):
+    """Everything a run is made of before its first step."""
+
+    config: PretrainConfig
+    model: Any
+    tokenizer: Any
+    data: Any
+    tx: optax.GradientTransformation
+    rate: Any
+    identity: dict[str, Any]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of one batch."""
+        return self.config.batch * self.config.length
+
+
+def pretrain(config: PretrainConfig, stop: Any) -> Outcome:
+    """Run ``config`` from its last saved step; ``stop`` is entered while training and may end it early, all saved.
+
+    Raises:
+        UserError: anything the caller can mend, most of it before the first step.
+    """
+    with open_run(config.run) as folder:
+        if config.compile_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            jax.config.update("jax_compilation_cache_dir", str(folder.absolute().parent / ".cache" / "jax"))
+        job = _prepare(config)
+        like = training.abstract_state(job.model, job.tx)
+        training.check_room(folder, like, config.keep)
+        batches = job.data.train_batches(batch=config.batch, seed=config.seed)
+        state = _resume(job, like, batches)
+        print(_header(job, like))
+        state, heldout = _train(job, state, batches, stop)
+        return _finish(job, state, heldout)
+
+
+def _prepare(config: PretrainConfig) -> Job:
+    tokenizer = make_tokenizer(config.data)
+    cache = config.run.absolute().parent / ".cache" / "data"
+    data = open_text(config.data, tokenizer, length=config.length, cache_dir=cache, progress=True)
+    architecture = dataclasses.replace(
+        model_named(config.model), vocab_size=tokenizer.vocab_size, dtype=jnp.dtype(config.dtype)
+    )
+    model = LanguageModel(architecture)
+    every = architecture.update_every(config.batch * config.length)
+    return Job(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        tx=training.optimizer(config.optimizer, config.steps, every),
+        rate=training.schedule(config.optimizer, config.steps),
+        identity=_identity(config, architecture, data.fingerprint),
+    )
+
+
+def _identity(config: PretrainConfig, architecture: Any, fingerprint: str) -> dict[str, Any]:
+    """What a run folder belongs to: all that decides what is learned, up to rounding, but for the number of steps.
+
+    The text counts by its content (the fingerprint), not by the path it is found under.
+    """
+    named = {name: getattr(config, name) for name in ("model", "batch", "length", "dtype", "seed", "optimizer")}
+    return flatten(named, "") | flatten(architecture, "model") | {"text fingerprint": fingerprint}
+
+
+def _resume(job: Job, like: Any, batches: Any) -> Any:
+    """The state to go on from, with ``batches`` moved to its place: a saved step's, or a fresh one."""
+    config, folder = job.config, job.config.run
+    step = training.step_to_resume(folder, config.resume_from, config.steps)
+    if step is None:
+        init = jax.jit(functools.partial(training.init_state, job.model, job.tx))
+        state = init(jax.random.key(config.seed))
+    else:
+        state, manifest = training.resume(folder, step, like, job.identity)
+        batches.set_state(manifest.data)
+        print(_continuation(job, step, manifest.config["steps"]))
+    for place in training.set_aside(folder, step or 0):
+        print(f"Moved what does not lead to step {step or 0} to {place}.")
+    return state
+
+
+def _continuation(job: Job, step: int, planned: int) -> str:
+    """One line on where the run goes on, and what a changed number of steps does to the learning rate."""
+    line = f"Continuing {job.config.run} from step {step} of {job.config.steps}."
+    if step == job.config.steps:
+        return f"The run in {job.config.run} has finished its {step} steps; raise --steps to train on."
+    if planned == job.config.steps:
+        return line
+    before = float(training.schedule(job.config.optimizer, planned)(step))
+    return (
+        f"{line} It was planned for {planned} steps: the cosine now ends at {job.config.steps}, and the learning rate "
+        f"goes on at {float(job.rate(step)):.2e} instead of {before:.2e}."
+    )
+
+
+def _header(job: Job, like: Any) -> str:
+    device, length = jax.devices()[0], job.config.length
+    rows = {
+        "model": f"{job.config.model}, {training.count_parameters(like.params):,} parameters, {job.config.dtype}",
+        "text": f"{len(job.data.train) * length:,} tokens to train on, {len(job.data.heldout) * length:,} held out",
+        "batch": f"{job.config.batch} x {length} = {job.tokens_per_step:,} tokens per step, {job.config.steps:,} steps",
+        "device": f"{device.device_kind}, 1 of {jax.device_count()}",
+        "run": str(job.config.run),
+    }
+    return "\n".join(f"{name:<8}{value}" for name, value in rows.items())
+
+
+def _train(job: Job, state: Any, batches: Any, stop: Any) -> tuple[Any, dict[int, float]]:
+    """The state after training and the held-out bits per byte by step."""
+    config, done = job.config, int(state.step)
+    loss = training.next_token_loss(job.model, job.tokenizer.byte_lengths, config.segment)
+    heldout = job.data.heldout_batches(batch=config.batch, limit=config.eval_batches)
+    saved = {training.IDENTITY: job.identity, "steps": config.steps}
+    with (
+        training.Record(config.run, done) as record,
+        training.Monitor(record, done, config.steps, job.tokens_per_step) as monitor,
+        training.Saver(config.run, saved, config.keep) as saver,
+        stop,
+    ):
+        state = training.train(
+            training.Plan(config.steps, config.eval_every, config.save_every),
+            state,
+            batches,
+            step_fn=training.train_step(loss, job.tx, job.rate, config.accumulate),
+            evaluate=training.evaluator(loss, heldout),
+            saver=saver,
+            monitor=monitor,
+            stop=stop,
+        )
+        return state, record.heldout
+
+
+def _finish(job: Job, state: Any, heldout: dict[int, float]) -> Outcome:
+    """Curve and sample of a finished run; for an unfinished one only where it stands."""
+    config, step = job.config, int(state.step)
+    before, after = heldout.get(0), heldout.get(step)
+    if step < config.steps:
+        return Outcome(step, False, before, after, [])
+    files = [config.run / "metrics.jsonl", training.draw_curve(config.run, config.model)]
+    if config.sample_tokens:
+        files.append(_write_sample(job, state.params))
+    first, last = ("not measured" if value is None else f"{value:.3f}" for value in (before, after))
+    print(f"held-out bits per byte: {first} before -> {last} after {step} steps")
+    print("written: " + ", ".join(map(str, [*files, config.run / "tensorboard", config.run / "checkpoints"])))
+    return Outcome(step, True, before, after, files)
+
+
+def _write_sample(job: Job, params: Any) -> Path:
+    """A continuation of the first held-out text, printed and written to ``sample.txt``."""
+    config = job.config
+    window = next(iter(job.data.heldout_batches(batch=1, limit=1)))
+    prompt = np.asarray(window)[:, : max(1, min(128, config.length // 2))]
+    state = job.model.init_state(params, batch=1, capacity=prompt.shape[1] + config.sample_tokens)
+    tokens, _ = generate.sample(
+        job.model,
+        params,
+        state,
+        jnp.asarray(prompt),
+        steps=config.sample_tokens,
+        temperature=0.8,
+        key=jax.random.key(config.seed),
+    )
+    text = f"{job.tokenizer.decode(prompt[0])}[the model goes on]{job.tokenizer.decode(np.asarray(tokens)[0])}\n"
+    path = config.run / "sample.txt"
+    path.write_text(text, encoding="utf-8")
+    print(f"sample:\n{text}")
+    return path

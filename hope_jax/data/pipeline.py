@@ -1,0 +1,130 @@
+"""Batches of windows for training (endless, shuffled, resumable) and for evaluation (fixed).
+
+Training order is one endless stream, a fresh permutation of all windows per epoch, of which process i of n
+takes every n-th batch row: n processes with batches of B see exactly what one process with batches of nB sees.
+Read synthetic.py next for tasks that need no text.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Int, Int32
+
+from hope_jax.errors import UserError
+
+READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+"""Batches read in the background while the device works."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What decides the order of training windows; a saved position is only valid under the same one."""
+
+    batch: int
+    seed: int
+    process_count: int
+    fingerprint: str
+
+
+class TrainBatches:
+    """Endless iterator of int32 [B, T + 1] whose position can be saved and restored exactly.
+
+    The state is the same for all processes that are at the same step, so one of them may save it for all.
+
+    Args:
+        windows: int32 [T + 1] each; the whole training split, the same for all processes.
+        order: batch is per process; seed in 0 .. 2**32 - 1.
+        process_index: this process, in 0 .. order.process_count - 1.
+
+    Raises:
+        UserError: a number outside its range, or a batch larger than a process' share of the windows.
+    """
+
+    def __init__(self, windows: Sequence, order: Order, process_index: int):
+        _check_order(len(windows), order, process_index)
+        self._order = order
+        # The pipeline carries window numbers and reads at its end: half the time of carrying windows.
+        stream = grain.MapDataset.range(len(windows)).seed(order.seed).shuffle().repeat()  # anew each epoch
+        share = stream[process_index :: order.process_count].batch(order.batch)
+        batches = share.map(lambda numbers: _read(windows, numbers))
+        self._iterator = iter(batches.to_iter_dataset(READ_AHEAD))
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> Int32[np.ndarray, "B window"]:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch handed out, and what it is a position of; plain JSON values."""
+        return {**vars(self._order), "position": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues exactly after the batch at which the state was taken.
+
+        Raises:
+            UserError: the state is not one of get_state, or belongs to another batch size, seed, number of
+                processes or corpus.
+        """
+        expected = vars(self._order)
+        if set(state) != {*expected, "position"}:
+            raise UserError(f"this is no data position: it has the fields {sorted(state)}, expected "
+                            f"{sorted([*expected, 'position'])}")  # fmt: skip
+        for name, value in expected.items():
+            if state[name] != value:
+                raise UserError(
+                    f"the saved data position belongs to {name} {state[name]}, this run has {value}: resume with the "
+                    "same, or start a new run"
+                )
+        self._iterator.set_state(state["position"])
+
+
+@dataclass(frozen=True)
+class HeldoutBatches:
+    """The same batches each time it is iterated: int32 [B, T + 1]; len() of them.
+
+    Batches are chosen evenly over the whole split, in its order. All have one shape: a last incomplete batch is
+    left out, and a split of fewer windows than a batch is one smaller batch.
+    """
+
+    windows: Sequence
+    batch: int
+    limit: int | None
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise UserError(f"batch must be at least 1, got {self.batch}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit must be at least 1 batch, or None for all, got {self.limit}")
+
+    def __len__(self) -> int:
+        available = max(len(self.windows) // self.batch, 1)
+        return available if self.limit is None else min(self.limit, available)
+
+    def __iter__(self) -> Iterator[Int32[np.ndarray, "B window"]]:
+        rows = min(self.batch, len(self.windows))
+        chosen = np.arange(len(self) * rows) * len(self.windows) // (len(self) * rows)
+        for indices in chosen.reshape(len(self), rows):
+            yield _read(self.windows, indices)
+
+
+def _read(windows: Sequence, numbers: Int[np.ndarray, " B"]) -> Int32[np.ndarray, "B window"]:
+    return np.stack([windows[number] for number in numbers.tolist()])
+
+
+def _check_order(windows: int, order: Order, process_index: int) -> None:
+    if order.batch < 1:
+        raise UserError(f"batch must be at least 1, got {order.batch}")
+    if order.process_count < 1 or not 0 <= process_index < order.process_count:
+        raise UserError(f"process_index must be in 0..process_count - 1, got {process_index} of {order.process_count}")
+    if not 0 <= order.seed < 2**32:
+        raise UserError(f"seed must be in 0..{2**32 - 1}, got {order.seed}")
+    share = windows // order.process_count
+    if order.batch > share:
+        raise UserError(
+            f"a batch of {order.batch} is larger than the {share} windows that each of {order.process_count} processes "
+            "has to train on: use a smaller batch or length, or more text"
+        )

@@ -1,0 +1,74 @@
+"""One call from a configuration to batches: open_text. Read corpus.py next, then text_dataset.py and pipeline.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hope_jax.data import corpus, text_dataset, tfds_source
+from hope_jax.data.config import DataConfig
+from hope_jax.data.pipeline import HeldoutBatches, Order, TrainBatches
+from hope_jax.data.text_dataset import Windows
+from hope_jax.data.tokenizers import Tokenizer
+from hope_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A tokenized corpus, ready to be read.
+
+    train, heldout: windows of T + 1 tokens, int32; they share no document (no byte, if there is only one).
+    fingerprint:    changes when the corpus, the held-out choice, the tokenizer or the length changes.
+    skipped:        files of folders and globs that were left out because they are empty or not UTF-8 text.
+    """
+
+    train: Windows
+    heldout: Windows
+    fingerprint: str
+    skipped: int
+
+    def train_batches(self, *, batch: int, seed: int, process_index: int = 0, process_count: int = 1) -> TrainBatches:
+        """Endless int32 [B, T + 1], with get_state and set_state.
+
+        Args:
+            batch: B, windows per step of this process, at most its share of the windows.
+            seed: of the order, in 0 .. 2**32 - 1.
+            process_index, process_count: this process takes rows process_index, process_index + process_count, ...
+
+        Raises:
+            UserError: a number outside its range.
+        """
+        order = Order(int(batch), int(seed), int(process_count), self.fingerprint)
+        return TrainBatches(self.train, order, process_index)
+
+    def heldout_batches(self, *, batch: int, limit: int | None = None) -> HeldoutBatches:
+        """Re-iterable int32 [B, T + 1], at most `limit` of them, evenly spread. UserError when a number is below 1."""
+        return HeldoutBatches(self.heldout, int(batch), limit)
+
+
+def open_text(
+    config: DataConfig, tokenizer: Tokenizer, *, length: int, cache_dir: Path, progress: bool = True
+) -> TextData:
+    """Finds the corpus, tokenizes it unless that was done before, and checks all that can be checked.
+
+    Args:
+        config: which text, and how much of it is held out.
+        tokenizer: of make_tokenizer(config).
+        length: T, tokens predicted per window, at least 1.
+        cache_dir: folder that keeps tokenized corpora; made if needed.
+        progress: show a bar on stderr while tokenizing.
+
+    Raises:
+        UserError: no such text, too little of it, or nowhere to write.
+    """
+    if length < 1:
+        raise UserError(f"length must be at least 1 token, got {length}")
+    found = corpus.from_files(config.path) if config.tfds is None else tfds_source.from_tfds(config.tfds)
+    pieces = corpus.split(found, config.heldout, config.seed)
+    fingerprint = text_dataset.fingerprint(found, pieces, tokenizer, length)
+    folder = Path(cache_dir) / fingerprint
+    windows = text_dataset.load(folder)
+    if windows is None:
+        text_dataset.build(folder, found, pieces, tokenizer, length, progress)
+        windows = text_dataset.load(folder)
+    if windows is None:
+        raise UserError(f"the prepared corpus in {folder} cannot be read back: check the disk and the permissions")
+    return TextData(windows["train"], windows["heldout"], fingerprint, found.skipped)

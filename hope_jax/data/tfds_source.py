@@ -1,0 +1,143 @@
+"""The documents of a TFDS text dataset: one that is on disk, or one that TFDS can download and prepare.
+
+Read corpus.py first: the result is a Corpus like any other.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import io
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from hope_jax.data.corpus import Corpus
+from hope_jax.errors import UserError, closest
+
+NETWORK_SECONDS = 5.0
+"""How long to look for a dataset's server. TFDS itself would try for minutes before it says anything."""
+
+
+def from_tfds(name: str) -> Corpus:
+    """The documents of a TFDS dataset, read in place.
+
+    Takes the training split (else the largest), and the feature called ``text`` (else the first text feature).
+
+    Args:
+        name: ``name``, ``name/config``, ``name:version``, or the folder of a prepared dataset.
+
+    Raises:
+        UserError: unknown name, not on disk and no network, prepared in a format that cannot be read at random,
+            or without text.
+    """
+    builder = _from_folder(name) or _from_name(name)
+    split = _choose_split(name, builder)
+    feature = _text_feature(name, builder)
+    try:
+        records = builder.as_data_source(split=split)
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"dataset {name!r} is stored as {builder.info.file_format} in {builder.data_dir}, which cannot be read "
+            "without TensorFlow: prepare it with file_format='array_record'"
+        ) from error
+    return Corpus(
+        names=[f"{split}/{i}" for i in range(len(records))],
+        read=lambda document: _to_bytes(records[document][feature]),
+        digest=_digest(builder, split, feature),
+        size=None,
+    )
+
+
+def _from_folder(name: str) -> Any:
+    folder = Path(name).expanduser()
+    found = sorted(folder.rglob("dataset_info.json")) if folder.is_dir() else []
+    if len(found) > 1:
+        choices = ", ".join(str(path.parent) for path in found)
+        raise UserError(f"folder {name!r} holds {len(found)} datasets: give one of {choices}")
+    return tfds.builder_from_directory(found[0].parent) if found else None
+
+
+def _from_name(name: str) -> Any:
+    if re.match(r"\w+:[A-Za-z]", name):
+        raise UserError(f"dataset {name!r} is in a community namespace, which is not supported: prepare it with "
+                        "file_format='array_record' and give its folder")  # fmt: skip
+    importlib.import_module("tensorflow_datasets.text")  # TFDS registers its older text datasets only then
+    try:
+        builder = tfds.builder(name)
+    except Exception as error:  # not found, bad config, bad version: each its own type, each a wrong name
+        raise UserError(f"TFDS has no dataset {name!r}: {_hint(name, error)}") from error
+    if builder.data_path.joinpath("dataset_info.json").exists():
+        return builder
+    _check_network(name, builder)
+    return _prepare(name)
+
+
+def _hint(name: str, error: Exception) -> str:
+    stem = re.split(r"[/:]", name)[0]
+    names = tfds.list_builders(with_community_datasets=False)
+    near = difflib.get_close_matches(stem, names, n=3, cutoff=0.5)
+    if stem in names:
+        return " ".join(str(error).split())[:300]
+    return closest(stem, near) if near else "tfds.list_builders() lists the names; a folder is fine too"
+
+
+def _check_network(name: str, builder: Any) -> None:
+    """Fails at once when the first file of the dataset has no reachable server."""
+    for url in list(builder.url_infos or {})[:1]:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=NETWORK_SECONDS).close()
+        except urllib.error.HTTPError:
+            return  # the server answered: let the download say what is wrong
+        except OSError as error:
+            raise UserError(
+                f"dataset {name!r} is not in {builder.data_dir} and its source {url} cannot be reached "
+                f"({getattr(error, 'reason', error)}): "
+                "connect to the network, or set TFDS_DATA_DIR to where it has been prepared"
+            ) from error
+
+
+def _prepare(name: str) -> Any:
+    builder = tfds.builder(name, file_format="array_record")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # two lines of chatter; the progress bars stay
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    except ImportError as error:
+        raise UserError(
+            f"the preparation of dataset {name!r} needs {error.name}, which is not installed: prepare it elsewhere "
+            "with file_format='array_record' and give its folder"
+        ) from error
+    except Exception as error:  # downloads, checksums, manual steps, disk: whatever the dataset's own script meets
+        raise UserError(f"dataset {name!r} cannot be prepared: {' '.join(str(error).split())[:300]}") from error
+    return builder
+
+
+def _choose_split(name: str, builder: Any) -> str:
+    splits = builder.info.splits
+    if not splits:
+        raise UserError(f"dataset {name!r} in {builder.data_dir} has no split: prepare it again")
+    return "train" if "train" in splits else max(splits, key=lambda split: splits[split].num_examples)
+
+
+def _text_feature(name: str, builder: Any) -> str:
+    features = dict(builder.info.features)
+    texts = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]
+    if not texts:
+        raise UserError(f"dataset {name!r} has no text feature, only {', '.join(features)}: choose a text dataset")
+    return "text" if "text" in texts else texts[0]
+
+
+def _digest(builder: Any, split: str, feature: str) -> str:
+    info = builder.info.splits[split]
+    identity = (builder.info.full_name, split, feature, info.num_examples, info.num_bytes)
+    return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+def _to_bytes(text: str | bytes) -> bytes:
+    """TFDS hands out bytes for real data and str for some mocks; broken UTF-8 is repaired, not refused."""
+    data = text.encode() if isinstance(text, str) else bytes(text)
+    return data.decode("utf-8", errors="replace").encode()

@@ -1,0 +1,121 @@
+"""One schedule for everything that has an update period (Nested Learning, section 3).
+
+A level is a set of parameters that share one update period, counted in tokens (or optimizer steps).
+``due`` says whether a level updates now; ``scan_levels`` runs a function over a sequence cut on the grid
+of the fastest level, so that any cut of the sequence into calls sees the same updates.
+Read next: ``memory/rule.py`` and ``nn/self_modifying.py``, whose anchors are refreshed by it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hope_jax.errors import UserError
+from hope_jax.types import Array, Bool, Float, Int
+
+Due = Bool[Array, ""] | bool
+Active = Float[Array, " C"] | None
+Segment = Callable[[Any, Any, Active, tuple[Due, ...]], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Level:
+    """An update period in tokens; larger is slower."""
+
+    period: int
+
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            raise UserError(f"a level's period is {self.period}; expected at least 1 token")
+
+
+def due(step: Int[Array, ""] | np.ndarray | int, period: int) -> Bool[Array, ""]:
+    """True at multiples of the period, step 0 included."""
+    return jnp.asarray(step) % period == 0
+
+
+def check_periods(periods: tuple[int, ...]) -> None:
+    """Raise UserError unless every period is a multiple of the fastest one."""
+    for period in periods:
+        Level(period)
+        if period % min(periods):
+            raise UserError(f"periods {periods} do not divide each other; make {period} a multiple of {min(periods)}")
+
+
+def scan_levels(
+    segment: Segment, state: Any, tokens: Any, *, position: Int[Array, ""] | np.ndarray, periods: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Run ``segment`` over T tokens, one call per period of the fastest level.
+
+    Args:
+      segment: ``(state, tokens, active, due) -> (state, outputs)``; tokens and outputs are pytrees with leading
+        axis C, ``active`` [C] is 1 for real tokens (None: all are), and ``due[i]`` says that level i updates before
+        the first of them (plain True where that is known beforehand). It must leave the state unchanged by inactive
+        tokens. Rematerialised in the backward pass.
+      state: pytree carried along.
+      tokens: pytree with leading axis T >= 1.
+      position: tokens seen before this call; the grid is that of absolute positions, so the result does not
+        depend on how a sequence is cut into calls. A numpy value (a fresh sequence) is known to the compiler, and
+        whole periods then need no padding; the result is the same.
+      periods: of every level, in tokens; all multiples of the smallest one.
+
+    Returns:
+      ``(state, outputs)`` with outputs of leading axis T.
+    """
+    length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
+    if length == 1:  # decoding: a segment of one token needs no grid
+        return segment(state, tokens, None, tuple(due(position, p) for p in periods))
+    known = isinstance(position, np.ndarray)
+    if known and position % fastest == 0 and length % fastest == 0:
+        return _scan_aligned(segment, state, tokens, int(position), periods)
+    return _scan_anywhere(segment, state, tokens, jnp.asarray(position), periods)
+
+
+def _scan_aligned(segment: Segment, state: Any, tokens: Any, position: int, periods: tuple[int, ...]):
+    """Whole periods from a known position: nothing is padded."""
+    fastest = min(periods)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, fastest, *x.shape[1:]), tokens)
+    starts = position + fastest * jnp.arange(jax.tree.leaves(chunks)[0].shape[0])
+
+    @jax.checkpoint
+    def step(state, one):
+        start, chunk = one
+        return segment(state, chunk, None, tuple(p == fastest or due(start, p) for p in periods))
+
+    state, outputs = lax.scan(step, state, (starts, chunks))
+    return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+
+def _scan_anywhere(segment: Segment, state: Any, tokens: Any, position: Array, periods: tuple[int, ...]):
+    """Tokens placed on the grid at the offset of the first one; the empty places around them are inactive."""
+    length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
+    count = (length + 2 * fastest - 2) // fastest  # enough for any offset inside the first period
+    offset = position % fastest
+    grid = jax.tree.map(lambda x: _on_grid(x, offset, count, fastest), tokens)
+    active = _on_grid(jnp.ones(length), offset, count, fastest)
+
+    @jax.checkpoint
+    def step(state, one):
+        index, chunk, on = one
+        start = position - offset + index * fastest
+        here = (start >= position) & (start < position + length)  # only who reads a period's first token refreshes
+        return segment(state, chunk, on, tuple(here & due(start, p) for p in periods))
+
+    state, outputs = lax.scan(step, state, (jnp.arange(count), grid, active))
+    return state, jax.tree.map(lambda x: _off_grid(x, offset, length), outputs)
+
+
+def _on_grid(x: Array, offset: Int[Array, ""], count: int, width: int) -> Array:
+    """[T, ...] -> [count, width, ...] with the first token at ``offset`` and zeros around."""
+    room = jnp.zeros((count * width, *x.shape[1:]), x.dtype)
+    placed = lax.dynamic_update_slice_in_dim(room, x, offset, axis=0)
+    return placed.reshape(count, width, *x.shape[1:])
+
+
+def _off_grid(x: Array, offset: Int[Array, ""], length: int) -> Array:
+    return lax.dynamic_slice_in_dim(x.reshape(-1, *x.shape[2:]), offset, length, axis=0)

@@ -1,0 +1,92 @@
+"""What a memory is made of: a stack of linear layers, optionally residual (SPEC 1.3, 1.4; Eq. 89, 91).
+
+``matrix`` is one linear layer, ``M(x) = W x``. ``residual_mlp`` is ``M(x) = x + W1 sig(W2 x)``. Every layer of
+either is one call of ``recurrence.gated_delta`` with that layer's own input as key; ``rule.py`` does that.
+Weights are a tuple of ``[out, in]`` matrices, first layer first, for one head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax.errors import UserError
+from hope_jax.memory.products import nt
+from hope_jax.types import Array, Float, PRNGKeyArray
+
+Weights = tuple[Float[Array, "..."], ...]
+Activation = Callable[[Array], Array]
+
+
+def unit(z: Float[Array, "*axes K"]) -> Float[Array, "*axes K"]:
+    """z / ||z|| over the last axis, smooth at 0 (SPEC 0), in at least float32."""
+    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+    return z * jax.lax.rsqrt(jnp.sum(jnp.square(z), axis=-1, keepdims=True) + 1e-6)
+
+
+def unit_gelu(z: Float[Array, "*axes F"]) -> Float[Array, "*axes F"]:
+    """unit(GELU(z)): hidden features of norm 1, so that one write counts (SPEC 2.4, 2.7)."""
+    return unit(jax.nn.gelu(z))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A memory of ``layers`` linear maps.
+
+    Attributes:
+      layers: number of linear layers, 1 or more.
+      residual: add the input to the output; needs equal key and value sizes.
+      activation: between layers, applied to [..., F].
+      scales: standard deviation of each layer's initial weights, times 1/sqrt(fan-in). One number per layer.
+    """
+
+    layers: int
+    residual: bool
+    scales: tuple[float, ...]
+    activation: Activation = unit_gelu
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise UserError(f"a memory has {self.layers} layers; expected at least 1")
+        if len(self.scales) != self.layers:
+            raise UserError(f"scales has {len(self.scales)} numbers for {self.layers} layers; give one per layer")
+
+    def init(self, key: PRNGKeyArray, key_dim: int, value_dim: int, hidden: int) -> Weights:
+        """Initial weights of one head: layers [hidden, key_dim] ... [value_dim, hidden]."""
+        if self.residual and key_dim != value_dim:
+            raise UserError(f"a residual memory maps {key_dim} to {value_dim} features; make them equal")
+        sizes = [key_dim] + [hidden] * (self.layers - 1) + [value_dim]
+        keys = jax.random.split(key, self.layers)
+        shapes = zip(keys, sizes[1:], sizes[:-1], self.scales, strict=True)
+        return tuple(scale * n**-0.5 * jax.random.normal(k, (m, n)) for k, m, n, scale in shapes)
+
+    def forward(self, weights: Weights, x: Array, skip: Array | None = None) -> tuple[list[Array], list, Array]:
+        """Each layer's input, each activation's vector-Jacobian product, and the output [T,V], at fixed weights.
+
+        ``skip`` [] replaces the residual connection's weight (1 or 0) where memories of both kinds are stacked.
+        """
+        inputs, backs, h = [x], [], x
+        for w in weights[:-1]:
+            h, back = jax.vjp(self.activation, nt(h, w))
+            inputs.append(h)
+            backs.append(back)
+        out = nt(h, weights[-1])
+        if skip is not None:
+            out = out + skip * x
+        elif self.residual:
+            out = out + x
+        return inputs, backs, out
+
+    def apply(self, weights: Weights, x: Float[Array, "T K"], skip: Array | None = None) -> Float[Array, "T V"]:
+        """M(x) at fixed weights."""
+        return self.forward(weights, x, skip)[2]
+
+
+matrix = Architecture(layers=1, residual=False, scales=(0.0,))
+# A self-valued matrix cannot start at 0: its targets M(v), and with them every gradient, would be 0.
+full_rank_matrix = Architecture(layers=1, residual=False, scales=(1.0,))
+residual_mlp = Architecture(layers=2, residual=True, scales=(1.0, 0.1))
+mlp = Architecture(layers=2, residual=False, scales=(1.0, 0.1))
+# Projections start further from the identity, or key and value would be the plain inputs (SPEC 2.4).
+projection_mlp = Architecture(layers=2, residual=True, scales=(1.0, 0.5))

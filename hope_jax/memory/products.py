@@ -1,0 +1,49 @@
+"""Batched matrix products of small matrices, in full float32, with gradients that are fast on CPU.
+
+The gradient of a product contains ``a^T b``. XLA folds that transpose into the product and on CPU then leaves its
+fast kernel for one two to three times slower, so here the transposed operand is written out first on CPU
+(``benchmark.py products`` shows the ratio). Accelerators whose default product is narrower are asked for float32.
+Letters say which operands are transposed: ``nn`` is a b, ``nt`` is a b^T, ``tn`` is a^T b.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hope_jax.types import Array, Float
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _flip(x: Array) -> Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _flipped(x: Array) -> Array:
+    """The transpose, as an array of its own on CPU."""
+    return lax.platform_dependent(x, cpu=lambda x: lax.optimization_barrier(_flip(x)), default=_flip)
+
+
+@jax.custom_vjp
+def nn(a: Float[Array, "M C"], b: Float[Array, "C N"]) -> Float[Array, "M N"]:
+    """a b."""
+    return _product(a, b)
+
+
+@jax.custom_vjp
+def nt(a: Float[Array, "M C"], b: Float[Array, "N C"]) -> Float[Array, "M N"]:
+    """a b^T."""
+    return _product(a, _flip(b))
+
+
+@jax.custom_vjp
+def tn(a: Float[Array, "C M"], b: Float[Array, "C N"]) -> Float[Array, "M N"]:
+    """a^T b."""
+    return _product(_flipped(a), b)
+
+
+nn.defvjp(lambda a, b: (nn(a, b), (a, b)), lambda ab, g: (nt(g, ab[1]), tn(ab[0], g)))
+nt.defvjp(lambda a, b: (nt(a, b), (a, b)), lambda ab, g: (nn(g, ab[1]), tn(g, ab[0])))
+tn.defvjp(lambda a, b: (tn(a, b), (a, b)), lambda ab, g: (nt(ab[1], g), nn(ab[0], g)))

@@ -1,0 +1,280 @@
+"""The one recurrence under every memory of this library (SPEC 1: Eq. 5, 64-68, 88, 92-93 are settings of it).
+
+    S_t = beta_t S_{t-1} + w_t k_t^T
+    M_t = M_{t-1} (alpha_t I - a_t k_t k_t^T) + S_t
+
+``gated_delta`` evaluates it for one head (``vmap`` for the rest) in two interchangeable forms:
+``sequential`` is the definition, a ``lax.scan`` over tokens; ``chunked`` is exact and turns every
+block of tokens into a handful of matrix products. ``rule.py`` says which (alpha, a, beta, w) make
+which model.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hope_jax.errors import UserError
+from hope_jax.memory.products import nn, nt, tn
+from hope_jax.memory.triangular import decay_products, solve_unit_lower
+from hope_jax.types import Array, Float
+
+Read = Literal["before", "after"]
+Impl = Literal["chunked", "sequential"]
+
+
+class Recurrence(NamedTuple):
+    """What ``gated_delta`` returns: reads [T,V] (zeros wide when there were no queries), final memory and momentum."""
+
+    reads: Float[Array, "T V"] | None
+    memory: Float[Array, "V K"]
+    momentum: Float[Array, "V K"] | None
+
+
+class _Tokens(NamedTuple):
+    """Everything that arrives per token; every leaf is [T, ...] and an absent input is None."""
+
+    keys: Float[Array, "T K"]
+    writes: Float[Array, "T V"]
+    queries: Float[Array, "T K"] | None
+    retention: Float[Array, " T"]
+    erase: Float[Array, " T"] | None
+    momentum_decay: Float[Array, " T"] | None
+    active: Float[Array, " T"] | None
+
+
+def gated_delta(
+    memory: Float[Array, "V K"],
+    keys: Float[Array, "T K"],
+    writes: Float[Array, "T V"],
+    queries: Float[Array, "T K"] | None,
+    *,
+    retention: Float[Array, " T"],
+    erase: Float[Array, " T"] | None,
+    momentum: Float[Array, "V K"] | None = None,
+    momentum_decay: Float[Array, " T"] | None = None,
+    base: Float[Array, "V K"] | None = None,
+    active: Float[Array, " T"] | None = None,
+    read: Read = "before",
+    impl: Impl = "chunked",
+    block: int = 32,
+) -> Recurrence:
+    """Run the gated delta recurrence over T tokens of one head.
+
+    Args:
+      memory: M_0, the weights before the first token.
+      keys: k_t; need not be unit.
+      writes: w_t, the vector written against the key.
+      queries: q_t, or None when nobody reads (the final state only).
+      retention: alpha_t in [0, 1]; 1 keeps everything.
+      erase: a_t >= 0, the strength of ``-a k k^T``; None means 0 and skips the triangular solve.
+      momentum: S_0; None (with ``momentum_decay`` None) means no momentum, S_t = w_t k_t^T.
+      momentum_decay: beta_t in [0, 1].
+      base: weights B that are read and erased together with M but never decay: the recurrence runs on
+        the deviation, reads return (B + M) q and the erase removes a (B + M) k k^T (SPEC 2.4 ``retain_to``).
+      active: 1 for real tokens, 0 for padding, which leaves memory and momentum untouched.
+      read: "before": y_t = M_{t-1} q_t; "after": y_t = M_t q_t.
+      impl: "chunked" (exact, matrix products) or "sequential" (the definition).
+      block: tokens per block of the chunked form; any positive number.
+
+    Returns:
+      ``Recurrence(reads, memory, momentum)`` in at least float32.
+
+    Raises:
+      UserError: momentum without its decay or the reverse, an unknown ``read`` or ``impl``, or block < 1.
+    """
+    _check(momentum, momentum_decay, read, impl, block)
+    dtype = jnp.promote_types(memory.dtype, jnp.float32)
+    if active is not None:
+        active = lax.stop_gradient(active)
+    tokens = _Tokens(keys, writes, queries, retention, erase, momentum_decay, active)
+    tokens = jax.tree.map(lambda x: x.astype(dtype), tokens)
+    memory, momentum, base = jax.tree.map(lambda x: x.astype(dtype), (memory, momentum, base))
+    run = _sequential if impl == "sequential" else _chunked
+    return run(memory, momentum, base, _masked(tokens), read, block)
+
+
+def _check(momentum: Array | None, momentum_decay: Array | None, read: str, impl: str, block: int) -> None:
+    if (momentum is None) != (momentum_decay is None):
+        missing = "momentum" if momentum is None else "momentum_decay"
+        raise UserError(f"{missing} is None but the other is given; pass both, or neither for no momentum")
+    if read not in ("before", "after"):
+        raise UserError(f"read is {read!r}; expected 'before' or 'after'")
+    if impl not in ("chunked", "sequential"):
+        raise UserError(f"impl is {impl!r}; expected 'chunked' or 'sequential'")
+    if block < 1:
+        raise UserError(f"block is {block}; expected at least 1 token")
+
+
+def _masked(tokens: _Tokens) -> _Tokens:
+    """Neutral gates where a token is not active; the gain on S is what ``active`` itself does."""
+    on = tokens.active
+    if on is None:
+        return tokens
+    decay = None if tokens.momentum_decay is None else on * tokens.momentum_decay + (1 - on)
+    return tokens._replace(
+        writes=on[:, None] * tokens.writes,
+        retention=on * tokens.retention + (1 - on),
+        erase=None if tokens.erase is None else on * tokens.erase,
+        momentum_decay=decay,
+    )
+
+
+# ---------------------------------------------------------------- the definition
+
+
+def _sequential(memory, momentum, base, tokens: _Tokens, read: Read, block: int) -> Recurrence:
+    del block
+    fixed = 0.0 if base is None else base
+
+    def step(carry, token: _Tokens):
+        before, surprise = carry
+        write = jnp.outer(token.writes, token.keys)
+        if surprise is not None:
+            write = surprise = token.momentum_decay * surprise + write
+        after = token.retention * before + (write if token.active is None else token.active * write)
+        if token.erase is not None:
+            after -= token.erase * jnp.outer((fixed + before) @ token.keys, token.keys)
+        seen = before if read == "before" else after
+        return (after, surprise), None if token.queries is None else (fixed + seen) @ token.queries
+
+    (memory, momentum), reads = lax.scan(step, (memory, momentum), tokens)
+    return Recurrence(reads, memory, momentum)
+
+
+# ---------------------------------------------------------------- the exact block form
+
+
+def _chunked(memory, momentum, base, tokens: _Tokens, read: Read, block: int) -> Recurrence:
+    length = tokens.keys.shape[0]
+    block = min(block, length)
+    if length <= block:
+        return _block(memory, momentum, base, tokens, read)
+    blocks = jax.tree.map(lambda x: _split(x, block), _padded(tokens, -length % block, length))
+
+    @jax.checkpoint
+    def step(carry, one):
+        out = _block(*carry, base, one, read)
+        return (out.memory, out.momentum), out.reads
+
+    (memory, momentum), reads = lax.scan(step, (memory, momentum), blocks)
+    if reads is not None:
+        reads = reads.reshape(-1, reads.shape[-1])[:length]
+    return Recurrence(reads, memory, momentum)
+
+
+def _padded(tokens: _Tokens, extra: int, length: int) -> _Tokens:
+    """``extra`` inactive tokens at the end: zero keys and writes, gates that keep everything."""
+    if not extra:
+        return tokens
+    active = jnp.ones(length, tokens.keys.dtype) if tokens.active is None else tokens.active
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), tokens)
+    return _masked(padded._replace(active=jnp.pad(active, (0, extra))))
+
+
+def _split(x: Array, block: int) -> Array:
+    return x.reshape(-1, block, *x.shape[1:])
+
+
+def _block(memory, momentum, base, tokens: _Tokens, read: Read) -> Recurrence:
+    terms = coefficients(tokens.retention, tokens.momentum_decay, tokens.active)
+    written = advance(memory, momentum, base, tokens.keys, tokens.writes, tokens.erase, terms)
+    reads = None
+    if tokens.queries is not None:
+        writes = (tokens.keys, tokens.writes, written.erased)
+        reads = recall(memory, momentum, base, *writes, tokens.queries, terms, read)
+    return Recurrence(reads, written.memory, written.momentum)
+
+
+class Coefficients(NamedTuple):
+    """How much of what is left when (SPEC 1.2): row t is time t = 0..C, column 0 the start, column s token s.
+
+    Attributes:
+      decay: of the incoming memory M_0 (column 0) and of the erase of token s.
+      carry: of the incoming momentum S_0 (column 0) and of the write of token s, in the memory.
+      surprise: the same in the momentum; None without momentum, when ``carry`` is ``decay``.
+    """
+
+    decay: Float[Array, "R R"]
+    carry: Float[Array, "R R"]
+    surprise: Float[Array, "R R"] | None
+
+
+class Written(NamedTuple):
+    """A block's erases E_s = -a_s M_{s-1} k_s [C,V] (None without erase), and memory and momentum after it."""
+
+    erased: Float[Array, "C V"] | None
+    memory: Float[Array, "V K"]
+    momentum: Float[Array, "V K"] | None
+
+
+def coefficients(
+    retention: Float[Array, " C"], momentum_decay: Float[Array, " C"] | None, active: Float[Array, " C"] | None
+) -> Coefficients:
+    """Decays of one block. Memories with the same gates share them."""
+    decay = decay_products(retention)
+    if momentum_decay is None:
+        return Coefficients(decay, decay, None)
+    surprise = decay_products(momentum_decay)
+    gain = decay[:, 1:] if active is None else decay[:, 1:] * active[None, :]
+    return Coefficients(decay, nn(gain, surprise[1:]), surprise)
+
+
+def advance(
+    memory: Float[Array, "V K"],
+    momentum: Float[Array, "V K"] | None,
+    base: Float[Array, "V K"] | None,
+    keys: Float[Array, "C K"],
+    writes: Float[Array, "C V"],
+    erase: Float[Array, " C"] | None,
+    terms: Coefficients,
+) -> Written:
+    """Write one block exactly. Inactive tokens must come with zero ``writes`` and ``erase``."""
+    added = terms.carry[-1, 1:, None] * writes
+    erased = None
+    if erase is not None:
+        recalled, gram = _standing(memory, momentum, base, keys, writes, keys, terms, "before")
+        lower = erase[:, None] * terms.decay[:-1, 1:] * gram
+        erased = -solve_unit_lower(lower, erase[:, None] * recalled)
+        added += terms.decay[-1, 1:, None] * erased
+    memory = terms.decay[-1, 0] * memory + tn(added, keys)
+    if terms.surprise is None:
+        return Written(erased, memory, None)
+    memory += terms.carry[-1, 0] * momentum
+    momentum = terms.surprise[-1, 0] * momentum + tn(terms.surprise[-1, 1:, None] * writes, keys)
+    return Written(erased, memory, momentum)
+
+
+def recall(
+    memory: Float[Array, "V K"],
+    momentum: Float[Array, "V K"] | None,
+    base: Float[Array, "V K"] | None,
+    keys: Float[Array, "C K"],
+    writes: Float[Array, "C V"],
+    erased: Float[Array, "C V"] | None,
+    queries: Float[Array, "C K"],
+    terms: Coefficients,
+    read: Read,
+) -> Float[Array, "C V"]:
+    """Read one block: M_{t-1} q_t or M_t q_t; ``memory`` and ``momentum`` are those before the block."""
+    reads, gram = _standing(memory, momentum, base, keys, writes, queries, terms, read)
+    if erased is None:
+        return reads
+    return reads + nn(terms.decay[_rows(read), 1:] * gram, erased)
+
+
+def _standing(memory, momentum, base, keys, writes, inputs, terms: Coefficients, when: Read):
+    """The memory of every time, as it were without the block's erases, applied to that time's input; and the Gram."""
+    gram = nt(inputs, keys)
+    decay, carry = terms.decay[_rows(when)], terms.carry[_rows(when)]
+    value = decay[:, :1] * nt(inputs, memory) + nn(carry[:, 1:] * gram, writes)
+    if momentum is not None:
+        value += carry[:, :1] * nt(inputs, momentum)
+    if base is not None:
+        value += nt(inputs, base)
+    return value, gram
+
+
+def _rows(when: Read) -> slice:
+    return slice(None, -1) if when == "before" else slice(1, None)

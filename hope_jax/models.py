@@ -1,0 +1,126 @@
+"""The named models: rows of architecture x size. Baselines have Hope's parameter count within 3% at every size.
+
+===================  ==============================================================================================
+hope                 self-modifying Titans + continuum memory system (SPEC 2.8; Eq. 94-97)
+hope_attention       softmax attention in place of the self-modifying mixer, same continuum memory system
+transformer_pp       attention with rotary positions + SwiGLU
+transformer_conv     transformer_pp with Hope's short convolutions: what the convolutions alone are worth
+titans, deltanet     the mixer of that rule (``memory.RULES``) + SwiGLU; likewise gated_deltanet, linear_attention
+===================  ==============================================================================================
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hope_jax.errors import UserError, closest
+from hope_jax.levels import Level
+from hope_jax.memory import RULES
+from hope_jax.nn.attention import AttentionConfig
+from hope_jax.nn.cms import CMSConfig
+from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.language_model import LanguageModel
+from hope_jax.nn.layers import SwiGLUConfig
+from hope_jax.nn.memory_mixer import MemoryMixerConfig
+from hope_jax.nn.self_modifying import SelfModifyingConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all architectures of one size share.
+
+    Attributes:
+      width, layers, heads, vocab_size, context: as in ``ModelConfig``; heads are the mixers' heads.
+      levels: update periods of the continuum memory system in tokens, fastest first.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    vocab_size: int
+    context: int
+    levels: tuple[Level, ...]
+
+    def cms(self, mixer: float) -> CMSConfig:
+        """Levels whose MLPs (2 matrices each) fill the block up to the size of Hope's."""
+        return CMSConfig(self.levels, self._hidden(mixer, 2 * len(self.levels)))
+
+    def swiglu(self, mixer: float) -> SwiGLUConfig:
+        """A SwiGLU layer (3 matrices) that fills the block up to the size of Hope's."""
+        return SwiGLUConfig(self._hidden(mixer, 3))
+
+    def _hidden(self, mixer: float, matrices: int) -> int:
+        """Hidden features of a feed-forward part beside a mixer of ``mixer`` x width^2 parameters.
+
+        Hope's block is its mixer and one Transformer MLP, 8 width^2 (SPEC 3.1); everybody gets the same total.
+        """
+        hidden = (_hope_mixer(self) + 8 - mixer) * self.width / matrices
+        return 16 * round(hidden / 16)
+
+
+def _hope_mixer(size: Size) -> float:
+    """Parameters of the self-modifying mixer in units of width^2: three projections, and its memories' starts."""
+    return 3 + 8 / size.heads
+
+
+_TINY_LEVELS = (Level(2_048), Level(8_192))
+_LEVELS = (Level(500_000), Level(1_000_000), Level(16_000_000))
+
+SIZES: dict[str, Size] = {
+    "tiny": Size(192, 2, 6, 256, 2048, _TINY_LEVELS),
+    "30m": Size(512, 10, 8, 256, 4096, _TINY_LEVELS),
+    "140m": Size(768, 16, 12, 32_000, 4096, _LEVELS),
+    "340m": Size(1024, 24, 16, 32_000, 4096, _LEVELS),
+    "760m": Size(1536, 24, 24, 32_000, 4096, _LEVELS),
+    "1.3b": Size(2048, 24, 32, 32_000, 4096, _LEVELS),
+}
+
+
+def _hope(size: Size) -> ModelConfig:
+    mixer = SelfModifyingConfig(size.heads, horizon=4 * size.context)
+    return _model(size, mixer, size.cms(_hope_mixer(size)))
+
+
+def _hope_attention(size: Size) -> ModelConfig:
+    return _model(size, AttentionConfig(size.heads), size.cms(4))
+
+
+def _transformer(conv: int) -> Callable[[Size], ModelConfig]:
+    return lambda size: _model(size, AttentionConfig(size.heads, conv=conv), size.swiglu(4))
+
+
+def _memory(rule: str, **gates) -> Callable[[Size], ModelConfig]:
+    def build(size: Size) -> ModelConfig:
+        weights = 5 + RULES[rule].learned_start * RULES[rule].architecture.layers / size.heads
+        return _model(size, MemoryMixerConfig(RULES[rule], size.heads, **gates), size.swiglu(weights))
+
+    return build
+
+
+def _model(size: Size, mixer, feed_forward) -> ModelConfig:
+    return ModelConfig(mixer, feed_forward, size.width, size.layers, size.vocab_size, size.context)
+
+
+ARCHITECTURES: dict[str, Callable[[Size], ModelConfig]] = {
+    "hope": _hope,
+    "hope_attention": _hope_attention,
+    "transformer_pp": _transformer(conv=0),
+    "transformer_conv": _transformer(conv=4),
+    "titans": _memory("titans", rate_max=0.1, horizon=8192, unit_values=True),
+    "deltanet": _memory("deltanet"),
+    "gated_deltanet": _memory("gated_deltanet", horizon=64),
+    "linear_attention": _memory("linear_attention", rate_bias=None),
+}
+
+MODELS: dict[str, ModelConfig] = {
+    f"{architecture}-{size}": build(SIZES[size]) for architecture, build in ARCHITECTURES.items() for size in SIZES
+}
+
+
+def model_named(name: str) -> ModelConfig:
+    """The row of that name; UserError with the closest names otherwise."""
+    if name not in MODELS:
+        raise UserError(f"no model is called {name!r}; {closest(name, MODELS)}")
+    return MODELS[name]
+
+
+__all__ = ["ARCHITECTURES", "MODELS", "SIZES", "LanguageModel", "ModelConfig", "Size", "model_named"]

@@ -1,0 +1,190 @@
+"""Causal softmax attention, full or over a sliding window, with a cache of static size.
+
+``y = softmax(q k^T / sqrt(K)) v`` over the tokens up to the present one (Eq. 62), rotary positions, no biases. The
+mixer of ``transformer_pp`` and of ``hope_attention`` (SPEC.md 2.8). Norm and residual belong to the block around it.
+
+The cache of full attention has as many slots as the state was made for. A call that would need more returns NaN, as a
+traced program cannot raise: ask ``room_left`` first, as ``generate`` does. A window has no such limit.
+Read ``language_model.py`` next.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from hope_jax.errors import UserError
+from hope_jax.nn.layers import ShortConv, apply_rope, dense, param_dtype
+from hope_jax.types import Array, Bool, Float, Int, Stream
+
+
+class FullCache(NamedTuple):
+    """Keys and values of tokens 0, 1, ... in slots 0, 1, ...; ``position`` tokens have been seen."""
+
+    keys: Float[Array, "B H slots K"]
+    values: Float[Array, "B H slots K"]
+    position: Int[Array, ""]
+
+
+class WindowCache(NamedTuple):
+    """Keys and values of the last ``window - 1`` tokens, oldest first; ``position`` tokens have been seen."""
+
+    keys: Float[Array, "B H slots K"]
+    values: Float[Array, "B H slots K"]
+    position: Int[Array, ""]
+
+
+Cache = FullCache | WindowCache
+
+
+class AttentionState(NamedTuple):
+    """The cache, and the tails of the convolutions of the query, key and value streams (empty without them)."""
+
+    cache: Cache
+    tails: tuple[Float[Array, "B tail D"], ...]
+
+
+def room_left(state: Any) -> int | None:
+    """Tokens that every full cache inside ``state`` (any pytree, layers stacked or not) can still take; None: no limit.
+
+    Reads the positions, so it waits for the device: call it between programs, not inside one.
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, FullCache))
+    caches = [node for node in nodes if isinstance(node, FullCache)]
+    return min((c.keys.shape[-2] - int(jnp.max(c.position)) for c in caches), default=None)
+
+
+def _softmax_block(
+    q: Float[Array, "B H t K"], k: Float[Array, "B H s K"], v: Float[Array, "B H s K"], visible: Bool[Array, "t s"]
+) -> Float[Array, "B H t K"]:
+    """Attention of some queries to some keys, statistics in at least float32.
+
+    Dividing after the product with the values, and holding the maximum constant (it cancels), leaves less elementwise
+    work over the scores than the gradient of a softmax: about half the time on a CPU.
+    """
+    wide = param_dtype(q.dtype)
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=wide)
+    scores = jnp.where(visible[None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(wide).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    mixed = jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, preferred_element_type=wide)
+    return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
+
+
+def attend(q: Float[Array, "B H T K"], cache: Cache, window: int | None) -> Float[Array, "B H T K"]:
+    """The last T tokens of ``cache`` (positions ``cache.position - T ...``) look at their past.
+
+    A full cache is filled from slot 0; a window's slots end with the present tokens, and slots of negative positions
+    hold nothing. Queries go in blocks, and a block looks only at slots that can matter: whatever the position, queries
+    before b see no slot from ``slots - T + b`` on. With as many slots as queries that is the causal triangle. A full
+    cache that had no room for its last tokens gives NaN.
+    """
+    time, slots = q.shape[2], cache.keys.shape[2]
+    first_slot = 0 if window is None else cache.position - slots
+    query_at, slot_at = cache.position - time + jnp.arange(time), first_slot + jnp.arange(slots)
+    block, blocks = max(128, -(-time // 16)), []
+    for a in range(0, time, block):
+        b = min(a + block, time)
+        end = slots - time + b
+        start = 0 if window is None else max(0, end - (b - a) - window + 1)
+        age = query_at[a:b, None] - slot_at[None, start:end]
+        visible = (age >= 0) & (age < (window or slots)) & (slot_at[None, start:end] >= 0)
+        block_of = (q[:, :, a:b], cache.keys[:, :, start:end], cache.values[:, :, start:end])
+        blocks.append(_softmax_block(*block_of, visible))
+    mixed = jnp.concatenate(blocks, axis=2)
+    return mixed if window else jnp.where(cache.position <= slots, mixed, jnp.nan)
+
+
+def _push(cache: Cache, k: Float[Array, "B H T K"], v: Float[Array, "B H T K"]) -> tuple[Cache, Cache]:
+    """The cache with T more tokens in it: as those tokens look at it, and as it is kept for the next call."""
+    time, slots, position = k.shape[2], cache.keys.shape[2], cache.position + k.shape[2]
+    if isinstance(cache, WindowCache):
+        keys, values = (jnp.concatenate(pair, axis=2) for pair in ((cache.keys, k), (cache.values, v)))
+        return WindowCache(keys, values, position), WindowCache(keys[:, :, time:], values[:, :, time:], position)
+    if time > slots:
+        raise UserError(f"Attention got {time} tokens and a cache of {slots}; make the state with a larger capacity.")
+    pairs = ((cache.keys, k), (cache.values, v))
+    keys, values = (jax.lax.dynamic_update_slice_in_dim(old, new, cache.position, axis=2) for old, new in pairs)
+    return (full := FullCache(keys, values, position)), full
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Softmax attention.
+
+    heads: at least 1; each head gets width / heads features, an even number (rotary positions pair them).
+    window: tokens a token sees, itself included, at least 1; None: all earlier ones.
+    conv: width of causal convolutions on the inputs of the query, key and value maps, as Hope has them; 0: none.
+    rope_base: the slowest rotary feature turns by about ``1 / rope_base`` per token.
+    """
+
+    heads: int
+    window: int | None = None
+    conv: int = 0
+    rope_base: float = 10_000.0
+
+    def __post_init__(self):
+        if self.heads < 1:
+            raise UserError(f"Attention got heads={self.heads}; it needs at least 1.")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"Attention got window={self.window}; give at least 1 token, or None to see all of them.")
+        if self.conv < 0:
+            raise UserError(f"Attention got conv={self.conv}; give the width of the convolutions (4), or 0 for none.")
+        if self.rope_base <= 1:
+            raise UserError(f"Attention got rope_base={self.rope_base}; it must exceed 1 (10000 is usual).")
+
+    def build(self, width: int, dtype: DTypeLike) -> "Attention":
+        """The mixer for a model of ``width`` features. Raises UserError if the heads do not divide it evenly."""
+        if width % (2 * self.heads):
+            raise UserError(
+                f"Attention with heads={self.heads} cannot split width={width}; "
+                f"choose a width that is a multiple of {2 * self.heads} (heads of an even number of features)."
+            )
+        return Attention(self, width, dtype)
+
+
+class Attention(nn.Module):
+    """``(x[B,T,D], state) -> (y[B,T,D], state)``; see the module docstring."""
+
+    config: AttentionConfig
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        self.query, self.key, self.value, self.out = (dense(self.width, self.dtype) for _ in range(4))
+        self.convs = [ShortConv(self.config.conv, self.dtype) for _ in range(3)] if self.config.conv else []
+
+    @nn.nowrap
+    def init_state(self, batch: int, capacity: int) -> AttentionState:
+        """Nothing seen. ``capacity``: tokens a full cache can hold (a window needs ``window - 1`` slots instead)."""
+        config = self.config
+        slots = capacity if config.window is None else config.window - 1
+        empty = jnp.zeros((batch, config.heads, slots, self.width // config.heads), self.dtype)
+        kind = FullCache if config.window is None else WindowCache
+        tails = 3 * (jnp.zeros((batch, config.conv - 1, self.width), self.dtype),) if config.conv else ()
+        return AttentionState(kind(empty, empty, jnp.zeros((), jnp.int32)), tails)
+
+    def __call__(self, x: Stream, state: AttentionState) -> tuple[Stream, AttentionState]:
+        streams, tails = self._convolve(x, state.tails)
+        q, k, v = self._project(streams, state.cache.position)
+        seen, kept = _push(state.cache, k, v)
+        y = attend(q, seen, self.config.window)
+        return self.out(jnp.swapaxes(y, 1, 2).reshape(x.shape)), AttentionState(kept, tails)
+
+    def _convolve(self, x: Stream, tails: tuple[Array, ...]) -> tuple[list[Array], tuple[Array, ...]]:
+        """The inputs of the query, key and value maps, each through its own convolution if there are any."""
+        if not self.convs:
+            return [x] * 3, ()
+        pairs = [conv(x, tail) for conv, tail in zip(self.convs, tails, strict=True)]
+        return [y for y, _ in pairs], tuple(tail for _, tail in pairs)
+
+    def _project(self, streams: list[Array], position: Int[Array, ""]) -> list[Array]:
+        """Queries, keys and values ``[B,H,T,K]``, queries and keys turned to their absolute positions."""
+        maps = (self.query, self.key, self.value)
+        split = (*streams[0].shape[:2], self.config.heads, self.width // self.config.heads)
+        q, k, v = (to(stream).reshape(split) for to, stream in zip(maps, streams, strict=True))
+        at = position + jnp.arange(split[1])
+        q, k = (apply_rope(z, at, self.config.rope_base) for z in (q, k))
+        return [jnp.swapaxes(z, 1, 2) for z in (q, k, v)]

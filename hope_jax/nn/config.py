@@ -1,0 +1,54 @@
+"""The configuration of a language model: two parts and a few sizes. ``models.MODELS`` holds the named ones."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from hope_jax.errors import UserError
+from hope_jax.nn.cms import CMSConfig
+
+
+@runtime_checkable
+class PartConfig(Protocol):
+    """A mixer or feed-forward part: a frozen dataclass that builds its module."""
+
+    build: Callable[[int, DTypeLike], nn.Module]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model.
+
+    Attributes:
+      mixer: what mixes tokens: ``SelfModifyingConfig``, ``MemoryMixerConfig`` or ``AttentionConfig``.
+      feed_forward: ``CMSConfig`` or ``SwiGLUConfig``.
+      width: model features D.
+      layers: blocks.
+      vocab_size: token ids; 256 for bytes.
+      context: tokens an attention cache holds unless asked otherwise.
+      dtype: of activations and matrix products; parameters, norms and memories are at least float32.
+    """
+
+    mixer: PartConfig
+    feed_forward: PartConfig
+    width: int
+    layers: int
+    vocab_size: int = 256
+    context: int = 2048
+    dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "vocab_size", "context"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
+        self.mixer.build(self.width, self.dtype)  # the parts check themselves against the width
+        self.feed_forward.build(self.width, self.dtype)
+
+    def update_every(self, tokens_per_batch: int) -> dict[str, int]:
+        """Batches between two updates, by parameter label: "static" and one "level_<i>" per CMS level."""
+        levels = self.feed_forward.update_every(tokens_per_batch) if isinstance(self.feed_forward, CMSConfig) else {}
+        return {"static": 1, **levels}

@@ -1,0 +1,121 @@
+"""Tokens in, logits out: embedding, a scan over equal blocks, a norm and the tied output projection.
+
+A block is ``x = x + mixer(RMSNorm(x))`` followed by the feed-forward part (which holds its own norms and residuals).
+Mixers and feed-forward parts are configs with ``build(width, dtype)``; ``models.py`` combines them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from hope_jax.errors import UserError
+from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.layers import RMSNorm, param_dtype
+from hope_jax.types import Array, Logits, Stream, Tokens
+
+
+class BlockState(NamedTuple):
+    """States of the two parts of a block; in a model every leaf is stacked over layers, [L, ...]."""
+
+    mixer: Any
+    feed_forward: Any
+
+
+class Block(nn.Module):
+    """Mixer and feed-forward part. A call without state reads a fresh sequence."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.norm = RMSNorm(c.dtype)
+        self.mixer = c.mixer.build(c.width, c.dtype)
+        self.feed_forward = c.feed_forward.build(c.width, c.dtype)
+
+    def init_state(self, batch: int, capacity: int) -> BlockState:
+        """State before the first token."""
+        return BlockState(self.mixer.init_state(batch, capacity), self.feed_forward.init_state(batch, capacity))
+
+    def __call__(self, x: Stream, state: BlockState | None) -> tuple[Stream, BlockState]:
+        if state is None:
+            state = self.init_state(*x.shape[:2])
+        y, mixer = self.mixer(self.norm(x), state.mixer)
+        x, feed_forward = self.feed_forward(x + y, state.feed_forward)
+        return x, BlockState(mixer, feed_forward)
+
+
+class LanguageModel(nn.Module):
+    """``(tokens[B,T], state) -> (logits[B,T,vocab], state)``, causal; any cut of a sequence gives the same result.
+
+    >>> model = LanguageModel(MODELS["hope-tiny"])
+    >>> params = model.init(key, tokens[:, :1])["params"]
+    >>> state = model.init_state(params, batch=tokens.shape[0])
+    >>> logits, state = model.apply({"params": params}, tokens, state)
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        start = nn.initializers.normal(c.width**-0.5)
+        self.embedding = self.param("embedding", start, (c.vocab_size, c.width), param_dtype(c.dtype))
+        self.blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.norm = RMSNorm(c.dtype)
+
+    def init_state(self, params: Any, batch: int, capacity: int | None = None) -> BlockState:
+        """State of ``batch`` fresh sequences.
+
+        Args:
+          params: the model's parameters; memories start at their meta-learned initial weights.
+          batch: number of sequences.
+          capacity: tokens an attention cache can hold in all; the model's ``context`` by default. Models without
+            attention ignore it and read on for ever.
+        """
+        if batch < 1:
+            raise UserError(f"batch is {batch}; expected at least one sequence")
+        capacity = self.config.context if capacity is None else capacity
+
+        def one_layer(block):
+            return Block(self.config, parent=None).apply({"params": block}, batch, capacity, method=Block.init_state)
+
+        return jax.vmap(one_layer)(params["blocks"])
+
+    def __call__(self, tokens: Tokens, state: BlockState | None = None) -> tuple[Logits, BlockState]:
+        """Logits in at least float32. Without a state the sequence is fresh (and the caches hold just T tokens).
+
+        Raises:
+          UserError: tokens that are not integers, an empty batch or sequence, or ids outside the vocabulary
+            (ids that are only known at run time give NaN logits instead).
+        """
+        x = self._embed(tokens)
+        x, state = self.blocks(x, state)
+        table = self.embedding.astype(self.config.dtype)
+        logits = jnp.einsum("btd,vd->btv", self.norm(x), table)
+        return logits.astype(param_dtype(self.config.dtype)), state
+
+    def _embed(self, tokens: Tokens) -> Stream:
+        check_tokens(tokens, self.config.vocab_size)
+        known = (tokens >= 0) & (tokens < self.config.vocab_size)
+        rows = jnp.take(self.embedding, tokens, axis=0, mode="clip")
+        x = jnp.where(known[..., None], rows, jnp.nan) * self.config.width**0.5
+        return x.astype(self.config.dtype)
+
+
+def check_tokens(tokens: Array, vocab_size: int) -> None:
+    """Raise UserError for tokens no model can read; ids are checked where their values are known."""
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(f"tokens have dtype {tokens.dtype}; expected integers (token ids)")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise UserError(f"tokens have shape {tokens.shape}; expected [batch, time] with at least one token")
+    if not isinstance(tokens, jax.core.Tracer):
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise UserError(f"token ids run from {low} to {high}; the vocabulary has ids 0 to {vocab_size - 1}")

@@ -1,0 +1,154 @@
+"""The small parts every mixer is built from: norms, a short convolution with state, SwiGLU, rotary positions.
+
+Whatever sees a sequence is ``(x[B,T,D], state) -> (y[B,T,D], state)``; a layer without memory has the state ``()``.
+Parameters are float32 (float64 in a float64 model); ``dtype`` is what the matrix products and activations use;
+norms compute in at least float32. Read ``attention.py`` next: the simplest mixer made of these.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from hope_jax.errors import UserError
+from hope_jax.types import Array, Float, Int, PRNGKeyArray, Stream
+
+EPS = 1e-6
+
+
+def param_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Storage of parameters in a model that computes in ``dtype``: float64 for float64, float32 for everything else."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def dense(features: int, dtype: DTypeLike, name: str | None = None) -> nn.Dense:
+    """A bias-free linear map, kernel ``[in, features]`` drawn with variance 1 / in."""
+    return nn.Dense(features, use_bias=False, dtype=dtype, param_dtype=param_dtype(dtype), name=name)
+
+
+def apply_rope(
+    x: Float[Array, "B T H K"], positions: Int[Array, " T"], base: float = 10_000.0
+) -> Float[Array, "B T H K"]:
+    """Rotary positions: feature i and i + K/2 of each head turn by ``position * base^(-2i/K)``; K must be even.
+
+    The score of a rotated query and a rotated key then depends on the distance of their positions only.
+    """
+    wide = param_dtype(x.dtype)
+    half = x.shape[-1] // 2
+    speeds = base ** (-jnp.arange(half, dtype=wide) / half)
+    angles = jnp.outer(positions.astype(wide), speeds)[None, :, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    left, right = jnp.split(x.astype(wide), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * scale`` over the last axis; the mean square in at least float32, the result in ``dtype``."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), param_dtype(self.dtype))
+        wide = x.astype(param_dtype(x.dtype))
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)
+        return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(self.dtype)
+
+
+def _mostly_now(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "width D"]:
+    """Last tap near 1, the others near 0: at first the convolution hands on the current token, slightly blurred."""
+    return 0.02 * jax.random.normal(key, shape, dtype) + jnp.eye(1, shape[0], shape[0] - 1, dtype=dtype).T
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution over time, ``y_t = sum_i kernel_i * x_(t - width + 1 + i)``, kernel ``[width, D]``.
+
+    The state is the tail, the last ``width - 1`` inputs, so any cut of a sequence equals the whole. Written as
+    ``width`` shifted products: on a CPU more than 20 times faster than a grouped convolution.
+    """
+
+    width: int = 4
+    dtype: DTypeLike = jnp.float32
+
+    @nn.nowrap
+    def init_state(self, batch: int, channels: int) -> Float[Array, "B tail D"]:
+        """The tail before the first token: zeros."""
+        return jnp.zeros((batch, self.width - 1, channels), self.dtype)
+
+    @nn.compact
+    def __call__(self, x: Stream, tail: Float[Array, "B tail D"]) -> tuple[Stream, Float[Array, "B tail D"]]:
+        time, channels = x.shape[1:]
+        kernel = self.param("kernel", _mostly_now, (self.width, channels), param_dtype(self.dtype)).astype(self.dtype)
+        seen = jnp.concatenate([tail, x.astype(self.dtype)], axis=1)
+        taps = [seen[:, i : i + time] * kernel[None, None, i] for i in range(self.width)]
+        return functools.reduce(jnp.add, taps), seen[:, time:]
+
+
+@dataclass(frozen=True)
+class SwiGLUConfig:
+    """A gated feed-forward part. ``hidden``: inner features, at least 1 (about 8/3 of the model width is usual)."""
+
+    hidden: int
+
+    def __post_init__(self):
+        if self.hidden < 1:
+            raise UserError(f"SwiGLU got hidden={self.hidden}; it needs at least 1 inner feature.")
+
+    def build(self, width: int, dtype: DTypeLike) -> "SwiGLU":
+        """The module for a model of ``width`` features."""
+        return SwiGLU(self, width, dtype)
+
+
+class SwiGLU(nn.Module):
+    """``x + W_down(silu(W_gate u) * W_up u)`` with ``u = RMSNorm(x)``: norm and residual are inside. State: ``()``."""
+
+    config: SwiGLUConfig
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        self.norm = RMSNorm(self.dtype)
+        self.gate = dense(self.config.hidden, self.dtype)
+        self.up = dense(self.config.hidden, self.dtype)
+        self.down = dense(self.width, self.dtype)
+
+    @nn.nowrap
+    def init_state(self, batch: int, capacity: int) -> tuple[()]:
+        """Nothing to remember."""
+        return ()
+
+    def __call__(self, x: Stream, state: tuple[()]) -> tuple[Stream, tuple[()]]:
+        u = self.norm(x)
+        return x + self.down(nn.silu(self.gate(u)) * self.up(u)), state
+
+
+def split_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:
+    """[B,T,D] -> [B,H,T,D/H]."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2)
+
+
+def merge_heads(x: Float[Array, "B H T K"]) -> Stream:
+    """[B,H,T,K] -> [B,T,H*K]."""
+    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+class HeadOutput(nn.Module):
+    """What a memory mixer does with its reads: ``W_o(RMSNorm_head(reads) * silu(W_g u))`` (SPEC 2.8)."""
+
+    heads: int
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        self.gate = dense(self.width, self.dtype)
+        self.down = dense(self.width, self.dtype)
+        shape = (self.heads, self.width // self.heads)
+        self.scale = self.param("scale", nn.initializers.ones, shape, param_dtype(self.dtype))
+
+    def __call__(self, u: Stream, reads: Float[Array, "B H T V"]) -> Stream:
+        rms = jax.lax.rsqrt(jnp.mean(reads * reads, axis=-1, keepdims=True) + EPS)
+        merged = merge_heads(reads * rms * self.scale[None, :, None])
+        return self.down(merged.astype(self.dtype) * nn.silu(self.gate(u)))

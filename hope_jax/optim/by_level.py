@@ -1,0 +1,50 @@
+"""Outer-mode levels: every level's parameters have their own optimizer, stepped once per period (Eq. 71; SPEC 3.1)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from hope_jax.errors import UserError
+
+STATIC = "static"
+
+
+def level_labels(params: Any, labels: Mapping[str, int]) -> Any:
+    """For each leaf, the one of ``labels`` on its path, or "static"."""
+
+    def label(path, _):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return next((name for name in names if name in labels), STATIC)
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def by_level(
+    make_optimizer: Callable[[int], optax.GradientTransformation], every: Mapping[str, int]
+) -> optax.GradientTransformationExtraArgs:
+    """One optimizer per level; level parameters step every n-th call by the mean of the last n gradients.
+
+    Args:
+      make_optimizer: ``n -> optax transformation`` for parameters stepped every n-th call. It counts its own
+        steps, so a schedule over training steps must be read at n times its count.
+      every: label -> n, as from ``ModelConfig.update_every``. Labels are names on a parameter's path
+        (``level_0``, ...); everything else is "static".
+
+    Returns:
+      An optax transformation. Between its updates a level's update is exactly 0; the accumulated gradient is
+      one extra copy of the parameters of every level with n > 1.
+
+    Raises:
+      UserError: an n below 1, or no entry for "static".
+    """
+    bad = {name: n for name, n in every.items() if n < 1}
+    if bad or STATIC not in every:
+        raise UserError(f"every is {dict(every)}; expected 1 or more batches for each level and for {STATIC!r}")
+    transforms = {name: _every(make_optimizer(n), n) for name, n in every.items()}
+    return optax.partition(transforms, lambda params: level_labels(params, every))
+
+
+def _every(optimizer: optax.GradientTransformation, n: int) -> optax.GradientTransformation:
+    return optimizer if n == 1 else optax.MultiSteps(optimizer, n).gradient_transformation()

@@ -1,0 +1,233 @@
+"""Checkpoints that are whole or not there, and that say when they are damaged.
+
+A step is a folder ``checkpoints/<step>`` written by orbax, plus ``manifest.json``, written last and atomically: the
+run's configuration, the data position, and digests of every array and every file. A step without a manifest was never
+finished. Orbax loads flipped bytes without a word and answers truncated files with pages of logs, so files are
+compared with their digests before orbax reads them, and arrays after. Read ``loop.py`` next.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from hope_jax.errors import UserError
+from hope_jax.train.state import TrainState, count_bytes
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+
+
+class DamagedCheckpoint(UserError):
+    """A saved step whose bytes are not those that were written; the message names what differs."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is saved beside the arrays.
+
+    ``config``: JSON of the run's configuration. ``data``: the iterator's state. ``arrays``: path of each array in the
+    state -> dtype, shape and digest. ``files``: path of each file in the step's folder -> digest.
+    """
+
+    step: int
+    config: dict[str, Any]
+    data: dict[str, Any]
+    arrays: dict[str, str]
+    files: dict[str, str]
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Finished steps of a run folder, ascending; whether they are undamaged only ``restore`` knows."""
+    folders = (run / FOLDER).glob(f"*/{MANIFEST}")
+    return sorted(int(path.parent.name) for path in folders if path.parent.name.isdigit())
+
+
+def read_manifest(run: Path, step: int) -> Manifest:
+    """The manifest of a saved step.
+
+    Raises:
+        DamagedCheckpoint: it does not parse or differs from its own digest.
+    """
+    path = run / FOLDER / str(step) / MANIFEST
+    try:
+        stored = json.loads(path.read_text())
+        body = stored["body"]
+        if stored["digest"] != _digest(_canonical(body)):
+            raise ValueError("digest")
+        return Manifest(**body)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(run, step, f"{MANIFEST} was altered") from error
+
+
+def restore(run: Path, step: int, like: TrainState) -> TrainState:
+    """The state of a saved step, placed as ``like`` (shapes with shardings), bit for bit as it was saved.
+
+    Raises:
+        DamagedCheckpoint: a file or an array differs from its digest.
+        UserError: the arrays are not those of ``like`` (another model or optimizer).
+    """
+    manifest, folder = read_manifest(run, step), (run / FOLDER / str(step)).absolute()
+    _check_files(manifest, folder, run)
+    _check_structure(manifest, like, run)
+    try:
+        state = ocp.load(str(folder), like)
+    except Exception as error:  # Orbax reports unreadable files by many classes; each means the same here.
+        raise _damaged(run, step, f"orbax cannot read it ({error})") from error
+    for path, entry in _describe(state).items():
+        if entry != manifest.arrays[path]:
+            raise _damaged(run, step, f"{path} differs from its digest")
+    return state
+
+
+def last_good(run: Path, before: int, like: TrainState) -> int | None:
+    """The latest undamaged step below ``before``, found by restoring; None if there is none."""
+    for step in reversed([step for step in saved_steps(run) if step < before]):
+        with contextlib.suppress(UserError):
+            restore(run, step, like)
+            return step
+    return None
+
+
+def set_aside(run: Path, after: int) -> list[Path]:
+    """Move what is not part of the run up to step ``after`` out of the way: later steps and unfinished saves.
+
+    Nothing is deleted; returns the new places, ``set_aside/<step>`` with a number where that is taken.
+    """
+    kept = {str(step) for step in saved_steps(run) if step <= after}
+    strays = [path for path in sorted((run / FOLDER).glob("*")) if path.name.isdigit() and path.name not in kept]
+    return [_move_to(run / "set_aside", path) for path in strays]
+
+
+def _move_to(place: Path, path: Path) -> Path:
+    place.mkdir(exist_ok=True)
+    names = [path.name, *(f"{path.name}-{i}" for i in range(1, 10_000))]
+    target = next(place / name for name in names if not (place / name).exists())
+    return path.rename(target)
+
+
+class Saver:
+    """Writes the steps of one run and keeps the last ``keep`` of them; a context manager. ``keep``: at least 2."""
+
+    def __init__(self, run: Path, config: Mapping[str, Any], keep: int):
+        self._run, self._config = run, dict(config)
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._orbax = ocp.training.Checkpointer(
+            str((run / FOLDER).absolute()),
+            preservation_policy=policy,  # pyright: ignore[reportArgumentType]
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._orbax.close()
+
+    def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
+        """Save ``state`` and the data position as step ``state.step``; finished on disk when this returns.
+
+        Raises:
+            UserError: it could not be written; the steps saved before are untouched.
+        """
+        step = int(state.step)
+        try:
+            self._orbax.save(step, state, force=True)
+            folder = self._run / FOLDER / str(step)
+            manifest = Manifest(step, self._config, dict(data), _describe(state), _digest_files(folder))
+            _write_manifest(folder, manifest)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"Step {step} could not be saved in {self._run} ({error}); saved steps: {saved_steps(self._run)}. "
+                "Make room or repair the folder, then run the same command again."
+            ) from error
+
+
+def _damaged(run: Path, step: int, reason: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"The checkpoint of step {step} in {run} is damaged: {reason}.")
+
+
+def check_room(run: Path, state: TrainState, keep: int) -> None:
+    """Find out before training whether ``keep`` checkpoints (and the one being written) of ``state`` fit on the disk.
+
+    Raises:
+        UserError: they do not.
+    """
+    each = count_bytes(state)
+    need = each * max(1, keep + 1 - len(saved_steps(run)))
+    free = shutil.disk_usage(run).free
+    if free < need + 2**24:
+        raise UserError(
+            f"The disk of {run} has {free / 2**20:,.0f} MiB free, but checkpoints of {each / 2**20:,.0f} MiB need "
+            f"{need / 2**20:,.0f} MiB: make room, choose another run folder or keep fewer of them."
+        )
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    body = vars(manifest)
+    part = folder / (MANIFEST + ".part")
+    with part.open("w") as file:
+        json.dump({"digest": _digest(_canonical(body)), "body": body}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, folder / MANIFEST)
+
+
+def _check_files(manifest: Manifest, folder: Path, run: Path) -> None:
+    for name, digest in manifest.files.items():
+        path = folder / name
+        if not path.is_file() or _digest_file(path) != digest:
+            what = "differs from its digest" if path.is_file() else "is missing"
+            raise _damaged(run, manifest.step, f"{name} {what}")
+
+
+def _check_structure(manifest: Manifest, like: TrainState, run: Path) -> None:
+    expected = {path: _kind(leaf) for path, leaf in _leaves(like)}
+    found = {path: entry.rsplit(" ", 1)[0] for path, entry in manifest.arrays.items()}
+    for path in sorted(expected.keys() | found.keys()):
+        if expected.get(path) != found.get(path):
+            raise UserError(
+                f"The checkpoint of step {manifest.step} in {run} belongs to another model or optimizer: {path} is "
+                f"{found.get(path, 'absent')} there and {expected.get(path, 'absent')} here; choose another run folder."
+            )
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def _kind(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _describe(state: TrainState) -> dict[str, str]:
+    """Path -> dtype, shape and digest of each array; one array at a time on the host."""
+    return {path: f"{_kind(leaf)} {_digest(np.asarray(leaf).tobytes())}" for path, leaf in _leaves(state)}
+
+
+def _digest_files(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))
+    return {str(path.relative_to(folder)): _digest_file(path) for path in files}
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _canonical(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True).encode()

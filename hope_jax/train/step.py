@@ -1,0 +1,130 @@
+"""Loss, gradient accumulation and the training step: pure functions ``(state, batch) -> (state, metrics)``.
+
+A batch is ``[B, T+1]`` token ids: inputs are all but the last, targets all but the first. Every sequence starts from a
+fresh context *inside* the loss, so gradients reach the initial states of the memories. Read ``loop.py`` next.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hope_jax.train.optimizer import Schedule
+from hope_jax.train.state import TrainState
+from hope_jax.types import Array, Int, Scalar
+
+
+class Mean(NamedTuple):
+    """A mean that can still be merged: over microbatches, evaluation batches or processes alike."""
+
+    total: Any
+    count: Any
+
+    @property
+    def value(self) -> Any:
+        """The mean itself."""
+        return self.total / self.count
+
+
+Metrics = dict[str, Mean]
+Batch = Int[Array, "B window"]
+LossFn = Callable[[Any, Array], tuple[Scalar, Metrics]]
+StepFn = Callable[[TrainState, Array], tuple[TrainState, Metrics]]
+
+
+def merge(left: Metrics, right: Metrics) -> Metrics:
+    """The means over both halves together."""
+    return jax.tree.map(lambda a, b: a + b, left, right)
+
+
+def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = None) -> LossFn:
+    """Mean cross-entropy in nats per token, in float32: ``loss(params, batch) -> (loss, metrics)``.
+
+    ``byte_lengths[vocab]`` are the bytes of each token, which make ``bits_per_byte`` comparable between tokenizers.
+    ``segment`` runs the model over pieces of that many tokens (it must divide T), carrying the state and keeping only
+    the states between pieces for the backward pass: the same numbers with memory for T / segment states.
+    """
+    sizes = np.asarray(byte_lengths, np.float32)
+
+    def loss(params: Any, batch: Batch) -> tuple[Scalar, Metrics]:
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+
+        def piece(state: Any, cut: tuple[Array, Array]) -> tuple[Any, Scalar]:
+            tokens, wanted = cut
+            logits, state = model.apply({"params": params}, tokens, state)
+            wide = logits.astype(jnp.float32)
+            return state, optax.softmax_cross_entropy_with_integer_labels(wide, wanted).sum()
+
+        state = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1])
+        nats = _over_segments(piece, state, (inputs, targets), segment)
+        tokens = jnp.float32(targets.size)
+        size = jnp.asarray(sizes)[targets].sum()
+        return nats / tokens, {"loss": Mean(nats, tokens), "bits_per_byte": Mean(nats / jnp.log(2.0), size)}
+
+    return loss
+
+
+def _over_segments(piece: Callable, state: Any, tokens: tuple[Array, Array], segment: int | None) -> Scalar:
+    """The sum of ``piece`` over the whole sequence, in one call or in rematerialised cuts of ``segment`` tokens."""
+    if segment is None:
+        return piece(state, tokens)[1]
+    cuts = jax.tree.map(lambda z: jnp.moveaxis(z.reshape(z.shape[0], -1, segment), 1, 0), tokens)
+    return jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), state, cuts)[1].sum()
+
+
+def mean_gradient(loss: LossFn, params: Any, batch: Batch, accumulate: int) -> tuple[Any, Metrics]:
+    """Gradient of the mean loss and merged metrics, over ``accumulate`` equal slices of the batch one after another.
+
+    Equal to the gradient of the whole batch up to rounding, with the memory of one slice.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if accumulate == 1:
+        return gradient(params, batch)
+    slices = batch.reshape(accumulate, -1, batch.shape[1])
+
+    def add(total: tuple[Any, Metrics], part: Array) -> tuple[tuple[Any, Metrics], None]:
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, params, slices[0]))
+    (total, metrics), _ = jax.lax.scan(add, zero, slices)
+    return jax.tree.map(lambda leaf: leaf / accumulate, total), metrics
+
+
+def train_step(loss: LossFn, tx: optax.GradientTransformation, rate: Schedule, accumulate: int = 1) -> StepFn:
+    """One optimizer update, compiled; the incoming state is donated and must not be used again.
+
+    Metrics beside those of the loss: ``gradient_norm`` before clipping, ``parameter_norm`` after the update (together
+    with the loss they are finite exactly as long as the run is sound) and ``learning_rate`` of this update.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradient, metrics = mean_gradient(loss, state.params, batch, accumulate)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        single = {
+            "gradient_norm": optax.tree.norm(gradient),
+            "parameter_norm": optax.tree.norm(params),
+            "learning_rate": rate(state.step),
+        }
+        metrics |= {name: Mean(value, jnp.float32(1)) for name, value in single.items()}
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def evaluator(loss: LossFn, batches: Iterable[Any]) -> Callable[[Any], dict[str, float]]:
+    """Held-out means: ``evaluate(params) -> {"loss": nats per token, "bits_per_byte": ...}``.
+
+    ``batches`` are iterated anew at each call. Waits for the device once, at the end.
+    """
+    measure = jax.jit(lambda params, batch: loss(params, batch)[1])
+
+    def evaluate(params: Any) -> dict[str, float]:
+        parts = [measure(params, batch) for batch in batches]
+        sums = jax.tree.map(lambda *leaves: sum(float(leaf) for leaf in leaves), *jax.device_get(parts))
+        return {name: mean.value for name, mean in sums.items()}
+
+    return evaluate

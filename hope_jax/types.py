@@ -1,0 +1,37 @@
+"""The axis legend: one letter per axis, used by signatures, einsums and documents alike.
+
+=====  =======================================================================
+B      batch: independent sequences
+T      time: tokens of one call
+D      model width
+H      heads
+K      key features (what a linear memory multiplies)
+V      value features (what a linear memory returns)
+F      hidden features of an MLP
+C      tokens of one block or anchor period
+L      layers
+N      memories of equal shape evaluated together
+=====  =======================================================================
+
+Shapes in signatures are jaxtyping strings over these letters. They are checked
+under pytest only (an import hook in ``setup.cfg``); at run time they cost nothing.
+"""
+
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+Scalar = Float[Array, ""]
+Tokens = Int[Array, "B T"]
+Logits = Float[Array, "B T vocab"]
+Stream = Float[Array, "B T D"]
+
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Logits",
+    "PRNGKeyArray",
+    "Scalar",
+    "Stream",
+    "Tokens",
+]

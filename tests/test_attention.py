@@ -1,0 +1,176 @@
+"""Attention against numpy, causality by gradients, any cut against the whole, and what happens when a cache is full."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.errors import UserError
+from hope_jax.nn.attention import AttentionConfig, room_left
+
+B, T, D, HEADS = 2, 11, 12, 3
+ROWS = {
+    "full": AttentionConfig(HEADS),
+    "full with convolutions": AttentionConfig(HEADS, conv=4),
+    "window": AttentionConfig(HEADS, window=4),
+    "window of one": AttentionConfig(HEADS, window=1),
+    "window with convolutions": AttentionConfig(HEADS, window=5, conv=3),
+}
+rows = pytest.mark.parametrize("config", ROWS.values(), ids=ROWS)
+
+
+def make(config, key, dtype=jnp.float64, capacity=T, time=T):
+    """A compiled layer with random parameters, an input and a fresh state."""
+    layer = config.build(D, dtype)
+    x, state = jax.random.normal(key, (B, time, D), dtype), layer.init_state(B, capacity)
+    return jax.jit(layer.apply), jax.jit(layer.init)(key, x[:, :1], state), x, state
+
+
+def numpy_attention(config, params, x):
+    """Token by token, head by head, straight from the formula."""
+    x, (batch, time, width) = np.array(x), x.shape
+    size = width // config.heads
+    kernels = {name: np.array(p["kernel"]) for name, p in params["params"].items()}
+    streams = {}
+    for i, name in enumerate(("query", "key", "value")):
+        source = _numpy_conv(x, kernels[f"convs_{i}"]) if config.conv else x
+        streams[name] = (source @ kernels[name]).reshape(batch, time, config.heads, size)
+    out = np.zeros((batch, time, config.heads, size))
+    for b, t, h in np.ndindex(batch, time, config.heads):
+        past = range(0 if config.window is None else max(0, t - config.window + 1), t + 1)
+        q = _turn(streams["query"][b, t, h], t)
+        scores = np.array([q @ _turn(streams["key"][b, s, h], s) for s in past]) / np.sqrt(size)
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = (weights / weights.sum()) @ streams["value"][b, list(past), h]
+    return out.reshape(batch, time, width) @ kernels["out"]
+
+
+def _turn(z, at):
+    half = len(z) // 2
+    turned = (z[:half] + 1j * z[half:]) * np.exp(1j * at * 10_000.0 ** (-np.arange(half) / half))
+    return np.concatenate([turned.real, turned.imag])
+
+
+def _numpy_conv(x, kernel):
+    width = len(kernel)
+    padded = np.concatenate([np.zeros((len(x), width - 1, x.shape[2])), x], axis=1)
+    return np.stack([(padded[:, t : t + width] * kernel).sum(1) for t in range(x.shape[1])], axis=1)
+
+
+@rows
+def test_equals_numpy(x64, key, config):
+    run, params, x, state = make(config, key)
+    np.testing.assert_allclose(run(params, x, state)[0], numpy_attention(config, params, x), atol=1e-12)
+
+
+@rows
+def test_any_cut_equals_the_whole_in_outputs_and_state(x64, key, config):
+    run, params, x, state = make(config, key, capacity=T + 3)
+    whole, end = run(params, x, state)
+    for cuts in ([4], [3, 4, 9], range(1, T)):
+        pieces, carried = [], state
+        for piece in jnp.split(x, list(cuts), axis=1):
+            y, carried = run(params, piece, carried)
+            pieces.append(y)
+        np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-12)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), carried, end)
+
+
+@pytest.mark.parametrize("window", [None, 150], ids=["full", "window"])
+def test_a_sequence_of_several_query_blocks_equals_short_pieces(x64, key, window):
+    """300 tokens are three blocks inside one call; pieces of 50 never need a second block."""
+    config = AttentionConfig(HEADS, window=window)
+    run, params, x, state = make(config, key, capacity=320, time=300)
+    whole, _ = run(params, x, state)
+    carried, pieces = state, []
+    for piece in jnp.split(x, 6, axis=1):
+        y, carried = run(params, piece, carried)
+        pieces.append(y)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-12)
+
+
+@rows
+def test_gradients_prove_causality_and_the_reach_of_the_window(x64, key, config):
+    run, params, x, state = make(config, key)
+    size = jax.jit(jax.jacobian(lambda x: run(params, x, state)[0][0].sum(-1)))(x)
+    reach = np.abs(size[:, 0]).max(-1)
+    t, s = np.indices((T, T))
+    seen = (s <= t) & (t - s < (config.window or T) + max(config.conv - 1, 0))
+    assert (reach[~seen] == 0).all() and (reach[seen] > 0).all()
+    assert (np.asarray(size[:, 1]) == 0).all(), "one sequence of the batch looked at another"
+
+
+def test_a_window_as_long_as_the_text_is_full_attention(x64, key):
+    run, params, x, state = make(AttentionConfig(HEADS), key)
+    wide = AttentionConfig(HEADS, window=T).build(D, jnp.float64)
+    expected, _ = run(params, x, state)
+    y, _ = jax.jit(wide.apply)(params, x, wide.init_state(B, T))
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
+def test_a_window_keeps_window_minus_one_tokens_however_many_it_read(x64, key):
+    run, params, x, state = make(AttentionConfig(HEADS, window=4), key, capacity=2)
+    _, end = run(params, x, state)
+    assert end.cache.keys.shape == state.cache.keys.shape == (B, HEADS, 3, D // HEADS)
+    assert room_left(end) is None
+
+
+@rows
+def test_state_keeps_its_shapes_and_dtypes(key, config):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        run, params, x, state = make(config, key, dtype)
+        y, end = run(params, x, state)
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), end) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+        assert y.dtype == dtype and np.isfinite(np.array(y, np.float32)).all()
+
+
+def test_bfloat16_follows_float32(key):
+    run, params, x, state = make(AttentionConfig(HEADS), key, jnp.float32)
+    low = AttentionConfig(HEADS).build(D, jnp.bfloat16)
+    y, _ = jax.jit(low.apply)(params, x.astype(jnp.bfloat16), low.init_state(B, T))
+    np.testing.assert_allclose(np.array(y, np.float32), run(params, x, state)[0], atol=0.05)
+
+
+def test_huge_scores_stay_finite_forward_and_backward(key):
+    run, params, x, state = make(AttentionConfig(HEADS), key, jnp.float32)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.sum(run(params, x, state)[0] ** 2)))(1e4 * x)
+    assert np.isfinite(loss) and np.isfinite(gradient).all()
+
+
+def test_a_full_cache_gives_nan_and_says_beforehand_how_much_room_is_left(key):
+    run, params, x, state = make(AttentionConfig(HEADS), key, jnp.float32, capacity=T)
+    assert room_left({"layers": [state, ()]}) == T
+    y, state = run(params, x[:, :8], state)
+    assert room_left(state) == T - 8 and np.isfinite(y).all()
+    y, state = run(params, x[:, :3], state)
+    assert room_left(state) == 0 and np.isfinite(y).all()
+    y, state = run(params, x[:, :1], state)
+    assert np.isnan(y).all()
+
+
+def test_room_is_found_in_states_stacked_over_layers(key):
+    run, params, x, state = make(AttentionConfig(HEADS), key, jnp.float32, capacity=T)
+    _, state = run(params, x[:, :8], state)
+    assert room_left(jax.tree.map(lambda a: jnp.stack([a, a]), state)) == T - 8
+
+
+def test_more_tokens_than_slots_is_an_error_that_names_both(key):
+    run, params, x, _ = make(AttentionConfig(HEADS), key, jnp.float32)
+    with pytest.raises(UserError, match="11 tokens and a cache of 5"):
+        run(params, x, AttentionConfig(HEADS).build(D, jnp.float32).init_state(B, 5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"heads": 0}, "heads=0"),
+        ({"heads": 2, "window": 0}, "window=0"),
+        ({"heads": 2, "conv": -1}, "conv=-1"),
+        ({"heads": 2, "rope_base": 0.0}, "rope_base"),
+        ({"heads": 5}, "multiple of 10"),
+        ({"heads": 4}, "multiple of 8"),
+    ],
+)
+def test_wrong_settings_are_refused_before_any_array_exists(arguments, word):
+    with pytest.raises(UserError, match=word):
+        AttentionConfig(**arguments).build(D, jnp.float32)

@@ -1,0 +1,215 @@
+"""A checkpoint is whole or not there, comes back bit for bit, and says what is wrong with it when it does not."""
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax import train as training
+from hope_jax.errors import UserError
+from hope_jax.train import checkpoint
+from hope_jax.train.run_folder import check_same, flatten, open_run
+
+
+def make_state(step, extra=0.0):
+    """A state with every kind of leaf a run has: several dtypes, scalars, empty containers, odd bit patterns."""
+    noise = jax.random.normal(jax.random.key(step), (64, 33))
+    params = {
+        "kernel": noise.at[0, 0].set(-0.0).at[0, 1].set(jnp.nan) + extra,
+        "half": noise[0].astype(jnp.bfloat16),
+        "empty": {},
+    }
+    return training.TrainState(step=jnp.int32(step), params=params, opt_state=(jnp.int32(7), ()))
+
+
+def like(state):
+    """The shapes and placement of ``state``."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with steps 3 and 6."""
+    with training.Saver(tmp_path, {}, keep=2) as saver:
+        for step in (3, 6):
+            saver.save(make_state(step), {"position": step})
+    return tmp_path
+
+
+def files_of(run, step):
+    """The files of a step that belong to orbax, largest first."""
+    folder = run / "checkpoints" / str(step)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    return sorted(files, key=lambda path: -path.stat().st_size)
+
+
+def test_a_state_comes_back_bit_for_bit_with_its_dtypes_and_the_data_position(run):
+    saved, loaded = make_state(6), training.restore(run, 6, like(make_state(6)))
+    assert jax.tree.structure(saved) == jax.tree.structure(loaded)
+    for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(loaded), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert training.read_manifest(run, 6).data == {"position": 6}
+
+
+def test_a_flipped_bit_in_any_file_is_found_and_the_file_named(run):
+    for path in files_of(run, 6):
+        good = path.read_bytes()
+        for place in (0, len(good) // 2, len(good) - 1):
+            bad = bytearray(good)
+            bad[place] ^= 4
+            path.write_bytes(bad)
+            with pytest.raises(training.DamagedCheckpoint, match=path.name) as caught:
+                training.restore(run, 6, like(make_state(6)))
+            assert "step 6" in str(caught.value)
+        path.write_bytes(good)
+    training.restore(run, 6, like(make_state(6)))
+
+
+@pytest.mark.parametrize("cut", ["half", "empty", "gone"])
+def test_a_truncated_or_missing_file_is_found_and_named(run, cut):
+    path = files_of(run, 6)[0]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if cut == "half" else 0])
+    if cut == "gone":
+        path.unlink()
+    with pytest.raises(training.DamagedCheckpoint, match=f"{path.name}.*{'missing' if cut == 'gone' else 'differs'}"):
+        training.restore(run, 6, like(make_state(6)))
+
+
+def test_an_altered_manifest_is_found(run):
+    path = run / "checkpoints" / "6" / "manifest.json"
+    path.write_text(path.read_text().replace('"position": 6', '"position": 5'))
+    with pytest.raises(training.DamagedCheckpoint, match=r"manifest\.json"):
+        training.read_manifest(run, 6)
+
+
+def test_numbers_that_change_between_file_and_memory_are_found_and_the_array_named(run, monkeypatch):
+    """What file digests cannot see: a reader that returns something else than was saved."""
+    wrong = make_state(6).replace(params=make_state(6, extra=1e-6).params)
+    monkeypatch.setattr(checkpoint.ocp, "load", lambda folder, like: wrong)
+    with pytest.raises(training.DamagedCheckpoint, match="params/kernel differs"):
+        training.restore(run, 6, like(make_state(6)))
+
+
+def test_the_last_good_step_skips_damaged_ones(run):
+    assert training.last_good(run, 7, like(make_state(6))) == 6
+    files_of(run, 6)[0].write_bytes(b"")
+    assert training.last_good(run, 7, like(make_state(6))) == 3
+    files_of(run, 3)[0].write_bytes(b"")
+    assert training.last_good(run, 7, like(make_state(6))) is None
+
+
+def test_a_step_without_a_manifest_was_never_finished_and_is_moved_aside_not_deleted(run):
+    (run / "checkpoints" / "6" / "manifest.json").unlink()
+    assert training.saved_steps(run) == [3]
+    assert training.set_aside(run, 3) == [run / "set_aside" / "6"]
+    assert any((run / "set_aside" / "6").rglob("*"))
+
+
+def test_setting_steps_aside_twice_keeps_both(run):
+    shutil.copytree(run / "checkpoints" / "6", run / "checkpoints" / "9")
+    training.set_aside(run, 6)
+    shutil.copytree(run / "checkpoints" / "6", run / "checkpoints" / "9")
+    assert training.set_aside(run, 6) == [run / "set_aside" / "9-1"]
+    assert training.saved_steps(run) == [3, 6]
+
+
+def test_only_the_last_steps_are_kept(run):
+    with training.Saver(run, {}, keep=2) as saver:
+        saver.save(make_state(9), {})
+    assert training.saved_steps(run) == [6, 9]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda s: s.replace(params=s.params | {"half": s.params["half"].astype(jnp.float32)}),
+            r"params/half.*bfloat16\[33\].*float32",
+        ),
+        (
+            lambda s: s.replace(params=s.params | {"kernel": jnp.zeros((64, 32))}),
+            r"params/kernel.*\[64, 33\].*\[64, 32\]",
+        ),
+        (lambda s: s.replace(params=s.params | {"new": jnp.zeros(1)}), "params/new is absent there"),
+        (lambda s: s.replace(opt_state=()), "opt_state/0 is .* absent here"),
+    ],
+)
+def test_a_state_of_another_model_is_refused_with_the_array_named(run, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        training.restore(run, 6, like(change(make_state(6))))
+    assert not isinstance(caught.value, training.DamagedCheckpoint)
+
+
+def test_a_failed_save_is_a_plain_error_and_leaves_the_saved_steps(run, monkeypatch):
+    with training.Saver(run, {}, keep=2) as saver:
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(saver._orbax, "save", full)
+        with pytest.raises(UserError, match=r"Step 9 could not be saved.*No space left.*\[3, 6\]"):
+            saver.save(make_state(9), {})
+    training.restore(run, 6, like(make_state(6)))
+
+
+def test_too_little_disk_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**26))
+    state = SimpleNamespace(step=jnp.int32(0), w=jnp.zeros(2**23, jnp.uint8))
+    small = training.TrainState(step=state.step, params=state.w[: 2**20], opt_state=())
+    large = training.TrainState(step=state.step, params=jnp.zeros(2**24, jnp.uint8), opt_state=())
+    training.check_room(tmp_path, small, keep=3)
+    with pytest.raises(UserError, match=r"64 MiB free.*16 MiB need 64 MiB"):
+        training.check_room(tmp_path, large, keep=3)
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"), open_run(tmp_path / "file"):
+        pass
+    with pytest.raises(UserError, match="cannot be written"), open_run(tmp_path / "file" / "below"):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"), open_run(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"thesis\.tex"), open_run(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_second_process_in_the_same_run_folder_is_refused(tmp_path):
+    with open_run(tmp_path), pytest.raises(UserError, match="Another process"), open_run(tmp_path):
+        pass
+    with open_run(tmp_path):
+        pass
+
+
+def test_configurations_are_compared_field_by_field_with_both_values():
+    optimizer = training.OptimizerConfig()
+    saved = flatten({"optimizer": optimizer, "batch": 4, "levels": ({"every": 1},)}, "")
+    now = saved | {"optimizer.clip": 2.0, "batch": 8, "new": True}
+    with pytest.raises(UserError) as caught:
+        check_same(saved, now, Path("runs/x"))
+    for part in ("batch is 4 there and 8 here", "optimizer.clip is 1.0 there and 2.0 here", "new is absent there"):
+        assert part in str(caught.value)
+    assert "b1" not in str(caught.value)
+    check_same(saved, dict(saved), Path("runs/x"))
+
+
+def test_a_flat_configuration_is_the_same_in_every_process():
+    """Functions and types count by name: their repr holds an address."""
+    flat = flatten({"activation": jax.nn.silu, "dtype": jnp.float32, "sizes": (1, 2), "where": Path("a")}, "")
+    assert flat == {"activation": "silu", "dtype": "float32", "sizes": [1, 2], "where": "a"}

@@ -1,0 +1,303 @@
+"""The command line as a user meets it: exact resume, Ctrl-C, damaged checkpoints, one plain sentence per mistake."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import experiments
+from experiments import pretrain
+from experiments.__main__ import main
+from hope_jax import MODELS
+from hope_jax import train as training
+from hope_jax.levels import Level
+
+ROW = MODELS["hope_attention-tiny"]
+# Quick to compile, with two levels: one moves every batch, one every third.
+SMALL = dataclasses.replace(
+    ROW,
+    width=32,
+    mixer=dataclasses.replace(ROW.mixer, heads=2),
+    feed_forward=dataclasses.replace(ROW.feed_forward, hidden=48, levels=(Level(64), Level(192))),
+)
+FLAGS = ["--model", "small", "--batch", "2", "--length", "32", "--save-every", "2", "--eval-every", "3"]
+FLAGS += ["--steps", "6", "--eval-batches", "1", "--sample-tokens", "8", "--no-compile-cache"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rows():
+    """A small model, known to the command line by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "small", SMALL)
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of text files that is quick to read and has something to learn."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(12):
+        lines = (f"{i} times {j} is {i * j}, and {j} times {i} is {j * i}." for j in range(60))
+        (folder / f"{i}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(text):
+    """``command(run, *flags)``: the arguments of a training run of six steps on the text."""
+    return lambda run, *flags: ["pretrain", "--run", str(run), *FLAGS, "--data.path", str(text), *flags]
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    """The run folder of six steps without interruption, to be looked at only."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert main(command(run)) == 0
+    return run
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def stop_at(step, number):
+    """The Monitor, sending this process a signal when it has seen ``step``."""
+
+    class Monitor(training.Monitor):
+        def train(self, done, metrics):
+            super().train(done, metrics)
+            if done == step:
+                os.kill(os.getpid(), number)
+
+    return Monitor
+
+
+def logged(run):
+    """The metrics of a run but for the speed."""
+    rows = training.read_rows(run / "metrics.jsonl")
+    rows = [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return sorted(rows, key=lambda row: (row["step"], row["split"]))
+
+
+def assert_same_run(left, right, step):
+    """Parameters, optimizer state, data position and everything logged are equal, bit for bit."""
+    a, b = training.read_manifest(left, step), training.read_manifest(right, step)
+    assert a.arrays == b.arrays and len(a.arrays) > 10
+    assert a.data == b.data
+    assert logged(left) == logged(right)
+
+
+def flip_a_bit(run, step):
+    """Flip one bit in the largest file of a saved step."""
+    path = max((run / "checkpoints" / str(step)).rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else -1)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def mistake(capfd, arguments):
+    """Run a command that must fail as a user's mistake; returns its one sentence."""
+    capfd.readouterr()
+    assert main(arguments) == 2
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    return error.strip().splitlines()[-1]
+
+
+def test_six_steps_are_three_then_a_stop_then_three_more_bit_for_bit(command, finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Monitor", stop_at(2, signal.SIGTERM))
+        assert main(command(run)) == 143
+    assert training.saved_steps(run) == [2, 3]
+    assert main(command(run)) == 0
+    assert_same_run(run, finished, 6)
+
+
+INTERRUPTED = """
+import signal, sys
+sys.path[:0] = [".", "tests"]
+import test_cli
+from experiments.__main__ import main
+test_cli.MODELS["small"] = test_cli.SMALL
+test_cli.training.Monitor = test_cli.stop_at(3, signal.SIGINT)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_in_another_process_saves_prints_how_to_go_on_and_the_rerun_equals_no_interruption(
+    command, finished, tmp_path
+):
+    run = tmp_path / "run"
+    arguments = command(run)
+    script = [sys.executable, "-c", INTERRUPTED, *arguments]
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # what ``finished`` compiled
+    where = {"cwd": Path(__file__).parent.parent, "env": {**os.environ, **cache}}
+    done = subprocess.run(script, **where, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr and "Stopping after this step" in done.stderr
+    assert "Stopped at step 4 of 6" in done.stdout
+    assert f"-m experiments pretrain --run {run}" in done.stdout.strip().splitlines()[-1]
+    assert main(arguments) == 0
+    assert_same_run(run, finished, 6)
+
+
+def test_a_finished_run_has_its_curve_sample_and_logs_and_says_what_it_reached(command, finished, capsys):
+    run = finished
+    held = [row for row in logged(run) if row["split"] == "heldout"]
+    assert sorted(row["step"] for row in held) == [0, 3, 6]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "times" in (run / "sample.txt").read_text()
+    assert list((run / "tensorboard").iterdir())
+    assert main(command(run)) == 0
+    output = capsys.readouterr().out
+    assert "has finished its 6 steps" in output
+    first, last = (next(row["bits_per_byte"] for row in held if row["step"] == step) for step in (0, 6))
+    assert f"held-out bits per byte: {first:.3f} before -> {last:.3f}" in output
+
+
+def test_raising_steps_goes_on_and_says_what_happens_to_the_learning_rate(command, copied, capsys):
+    assert main(command(copied, "--steps", "8", "--sample-tokens", "0")) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "planned for 6 steps" in line)
+    rates = {row["step"]: row["learning_rate"] for row in logged(copied) if row["split"] == "train"}
+    assert list(rates) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert f"goes on at {rates[7]:.2e} instead of" in line
+    assert training.saved_steps(copied)[-1] == 8
+
+
+def test_fewer_steps_than_done_is_refused(command, finished, capfd):
+    assert "at step 6 already" in mistake(capfd, command(finished, "--steps", "5"))
+
+
+def test_a_flipped_bit_in_the_latest_step_is_named_and_the_step_before_offered_and_taken(
+    command, finished, copied, capfd
+):
+    flip_a_bit(copied, 6)
+    message = mistake(capfd, command(copied))
+    assert "step 6" in message and "differs from its digest" in message and "--resume-from 4" in message
+    assert main(command(copied, "--resume-from", "4")) == 0
+    assert (copied / "set_aside" / "6").is_dir()
+    assert_same_run(copied, finished, 6)
+
+
+def test_a_missing_step_to_resume_from_is_answered_with_those_that_exist(command, finished, capfd):
+    message = mistake(capfd, command(finished, "--resume-from", "5"))
+    assert "no saved step 5" in message and "[2, 4, 6]" in message
+
+
+def test_nan_stops_with_the_step_named_and_the_last_good_step_intact(command, finished, tmp_path, capfd, monkeypatch):
+    run = tmp_path / "run"
+    real = training.train_step
+
+    def poisoned(*args):
+        step = real(*args)
+
+        def poisoned_step(state, batch):
+            if int(state.step) == 4:
+                state = state.replace(params=jax.tree.map(lambda p: p * jnp.nan, state.params))
+            return step(state, batch)
+
+        return poisoned_step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", poisoned)
+        message = mistake(capfd, command(run))
+    assert "step 5: the loss became nan" in message
+    assert training.saved_steps(run) == [2, 4]
+    assert main(command(run)) == 0
+    assert_same_run(run, finished, 6)
+
+
+def test_a_learning_rate_that_blows_up_ends_with_a_sentence_not_with_a_saved_nan(command, tmp_path, capfd):
+    message = mistake(capfd, command(tmp_path / "run", "--optimizer.learning-rate", "1e38"))
+    assert "Training stopped at step" in message and "--optimizer.learning-rate" in message
+    assert training.saved_steps(tmp_path / "run") == []
+
+
+def test_a_run_of_another_configuration_is_refused_with_the_fields_that_differ(command, finished, capfd):
+    other = ["--batch", "4", "--optimizer.b2", "0.5"]
+    message = mistake(capfd, command(finished, *other))
+    assert "batch is 2 there and 4 here" in message and "optimizer.b2 is 0.95 there and 0.5 here" in message
+    assert "model" not in message.split("belongs to")[1]
+
+
+def test_another_text_is_another_run_but_another_path_to_it_is_not(command, finished, text, tmp_path, capfd):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in text.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    run = finished
+    assert main(command(run, "--data.path", str(moved))) == 0
+    (moved / "3.txt").write_text("something else entirely\n" * 100)
+    assert "text fingerprint is" in mistake(capfd, command(run, "--data.path", str(moved)))
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--model", "hope-tinny"], "no model is called 'hope-tinny'; did you mean 'hope-tiny'"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--keep", "1"], "--keep must be at least 2, got 1"),
+        (["--accumulate", "3"], "--accumulate must divide --batch, got 3 for 2"),
+        (["--segment", "5"], "--segment must divide --length, got 5 for 32"),
+        (["--optimizer.clip", "0"], "clip=0"),
+        (["--length", "1000000"], "1000000"),
+        (["--data.path", "/does/not/exist"], "/does/not/exist"),
+        (["--run", os.devnull], "cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_plain_sentence_and_exit_status_2(flags, expected, command, tmp_path, capfd):
+    assert expected in mistake(capfd, command(tmp_path / "run", *flags))
+
+
+@pytest.mark.parametrize("flags", [["--stepz", "3"], ["--steps", "many"], ["--dtype", "float8"]])
+def test_unknown_flags_and_unreadable_values_exit_with_2_and_no_traceback(flags, command, tmp_path, capfd):
+    with pytest.raises(SystemExit) as caught:
+        main(command(tmp_path / "run", *flags))
+    assert caught.value.code == 2
+    error = capfd.readouterr().err
+    assert flags[0] in error and "Traceback" not in error
+
+
+def test_the_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["pretrain", "--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for prefix, config in (("", pretrain.PretrainConfig), ("optimizer.", training.OptimizerConfig)):
+        for field in dataclasses.fields(config):
+            if field.name not in ("optimizer", "data"):
+                assert re.search(rf"--{prefix}{field.name.replace('_', '-')}[ ,]", shown), field.name
+    assert "Sequences per batch." in shown and "must divide the length" in shown
+
+
+def test_an_unknown_experiment_is_answered_with_the_closest_name(capfd):
+    assert "no experiment 'pretrian'; did you mean 'pretrain'" in mistake(capfd, ["pretrian"])
+
+
+def test_the_list_of_experiments_appears_without_importing_jax():
+    code = "import sys; from experiments.__main__ import main; main(['--help']); sys.exit('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in experiments.EXPERIMENTS:
+        line = next(line for line in done.stdout.splitlines() if line.split()[:1] == [name])
+        assert len(line.split()) > 3
+
+
+def test_the_command_to_go_on_drops_resume_from():
+    given = ["--run", "a", "--resume-from", "4", "--steps", "6", "--resume_from=3"]
+    assert pretrain._without(given, "--resume-from") == ["--run", "a", "--steps", "6"]
+
+
+def test_the_default_run_needs_no_flags_but_the_folder():
+    config = experiments.parse(pretrain.PretrainConfig, ["--run", "x"], "pretrain")
+    assert config.model in MODELS and config.data.path == ()

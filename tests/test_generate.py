@@ -1,0 +1,225 @@
+"""Generation: greedy text is the argmax of the full pass, sessions go on, samples have the right distribution."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from hope_jax import generate
+from hope_jax.errors import UserError
+from hope_jax.memory import RULES
+from hope_jax.nn.attention import AttentionConfig
+from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.language_model import LanguageModel
+from hope_jax.nn.layers import SwiGLUConfig
+from hope_jax.nn.memory_mixer import MemoryMixerConfig
+
+VOCAB, PROMPT, ROOM = 13, 66, 140
+MIXERS = {
+    "attention": AttentionConfig(2),
+    "window": AttentionConfig(2, window=5, conv=3),
+    "memory": MemoryMixerConfig(RULES["deltanet"], 2),
+}
+
+
+def tiny(mixer, key, capacity=ROOM):
+    """A small model, its parameters, a fresh state of two sequences and prompts that are read as 64 + 1 + 1 tokens."""
+    model = LanguageModel(ModelConfig(mixer, SwiGLUConfig(24), width=16, layers=2, vocab_size=VOCAB))
+    prompt = jax.random.randint(key, (2, PROMPT), 0, VOCAB)
+    params = jax.jit(model.init)(key, prompt[:, :1])["params"]
+    return model, params, model.init_state(params, 2, capacity), prompt
+
+
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+def test_greedy_text_is_the_argmax_of_one_full_pass_over_it(key, mixer):
+    model, params, state, prompt = tiny(mixer, key)
+    tokens, _ = generate.sample(model, params, state, prompt, steps=40, temperature=0, key=key)
+    logits, _ = jax.jit(model.apply)({"params": params}, jnp.concatenate([prompt, tokens], axis=1))
+    best = logits[:, PROMPT - 1 : -1].max(-1)
+    chosen = jnp.take_along_axis(logits[:, PROMPT - 1 : -1], tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(chosen, best, atol=1e-4)
+    assert len(np.unique(np.asarray(tokens))) > 1, "a constant text proves nothing"
+
+
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+def test_two_calls_write_what_one_longer_call_writes_and_leave_the_same_state(key, mixer):
+    model, params, state, prompt = tiny(mixer, key)
+    settings = {"temperature": 0, "key": key}
+    whole, end = generate.sample(model, params, state, prompt, steps=50, **settings)
+    first, middle = generate.sample(model, params, state, prompt, steps=17, **settings)
+    second, last = generate.sample(model, params, middle, first[:, -1:], steps=33, **settings)
+    np.testing.assert_array_equal(jnp.concatenate([first, second], axis=1), whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), last, end)
+
+
+def test_the_state_has_read_everything_but_the_last_token(key):
+    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    tokens, end = generate.sample(model, params, state, prompt, steps=6, key=key)
+    read = jnp.concatenate([prompt, tokens[:, :-1]], axis=1)
+    _, expected = jax.jit(model.apply)({"params": params}, read, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), end, expected)
+
+
+def test_a_longer_sample_starts_like_a_shorter_one_and_other_keys_differ(key):
+    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    long, _ = generate.sample(model, params, state, prompt, steps=45, temperature=1.5, key=key)
+    short, _ = generate.sample(model, params, state, prompt, steps=9, temperature=1.5, key=key)
+    other, _ = generate.sample(model, params, state, prompt, steps=9, temperature=1.5, key=jax.random.key(1))
+    np.testing.assert_array_equal(long[:, :9], short)
+    assert (other != short).any()
+
+
+def test_on_token_sees_every_step_in_order_and_can_stop_the_text(key):
+    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    seen = []
+    tokens, _ = generate.sample(model, params, state, prompt, steps=40, key=key, on_token=seen.append)
+    np.testing.assert_array_equal(np.stack(seen, axis=1), tokens)
+
+    def stop(tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate.sample(model, params, state, prompt, steps=40, key=key, on_token=stop)
+
+
+def test_a_stream_stopped_early_leaves_a_state_to_go_on_from(key):
+    model, params, state, prompt = tiny(MIXERS["memory"], key)
+    whole, _ = generate.sample(model, params, state, prompt, steps=60, temperature=0, key=key)
+    pieces = generate.stream(model, params, state, prompt, steps=60, temperature=0, key=key)
+    first, _ = next(pieces)
+    second, middle = next(pieces)
+    assert (first.shape[1], second.shape[1]) == (1, generate.PIECE)
+    rest, _ = generate.sample(model, params, middle, second[:, -1:], steps=60 - 33, temperature=0, key=key)
+    np.testing.assert_array_equal(np.concatenate([first, second, rest], axis=1), whole)
+
+
+@dataclass(frozen=True)
+class FixedConfig:
+    """Configuration of ``Fixed``."""
+
+    vocab_size: int
+    logits: tuple[float, ...]
+
+
+TRACED: Counter = Counter()
+
+
+class Fixed(nn.Module):
+    """Always the same logits; counts how often it is traced."""
+
+    config: FixedConfig
+
+    def __call__(self, tokens, state):
+        TRACED[self.config] += 1
+        return jnp.broadcast_to(jnp.array(self.config.logits), (*tokens.shape, self.config.vocab_size)), state
+
+
+CHANCES = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
+FIXED = Fixed(FixedConfig(5, tuple(np.log(CHANCES).tolist())))
+
+
+def frequencies(**settings):
+    """Shares of the five tokens among 40 steps of 500 sequences."""
+    prompt = jnp.zeros((500, 1), jnp.int32)
+    tokens, _ = generate.sample(FIXED, {}, (), prompt, steps=40, key=jax.random.key(3), **settings)
+    return np.bincount(np.asarray(tokens).ravel(), minlength=5) / tokens.size
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed", "power"),
+    [
+        ({}, [0, 1, 2, 3, 4], 1),
+        ({"temperature": 2.0}, [0, 1, 2, 3, 4], 0.5),
+        ({"temperature": 0.5}, [0, 1, 2, 3, 4], 2),
+        ({"temperature": 0}, [1], 1),
+        ({"top_k": 3}, [1, 3, 4], 1),
+        ({"top_k": 1}, [1], 1),
+        ({"top_p": 0.69}, [1, 3], 1),
+        ({"top_p": 0.71}, [1, 3, 4], 1),
+        ({"top_p": 1e-6}, [1], 1),
+        ({"top_k": 4, "top_p": 0.73}, [1, 3], 1),
+        ({"temperature": 0.5, "top_p": 0.8}, [1, 3], 2),
+    ],
+    ids=str,
+)
+def test_tokens_come_with_the_chances_the_settings_ask_for(settings, allowed, power):
+    """top_k=4 leaves 0.95, of which 0.7 is 0.737: two tokens. Sharpened to squares, 0.25 of 0.295 is 0.85."""
+    expected = np.zeros(5)
+    expected[allowed] = CHANCES[allowed] ** power
+    np.testing.assert_allclose(frequencies(**settings), expected / expected.sum(), atol=0.012)
+
+
+def test_ties_never_let_more_than_top_k_tokens_through():
+    flat = Fixed(FixedConfig(5, (0.0,) * 5))
+    prompt = jnp.zeros((200, 1), jnp.int32)
+    tokens, _ = generate.sample(flat, {}, (), prompt, steps=5, top_k=2, key=jax.random.key(0))
+    assert len(np.unique(np.asarray(tokens))) == 2
+
+
+def test_every_step_draws_with_a_key_of_its_own():
+    tokens, _ = generate.sample(FIXED, {}, (), jnp.zeros((9, 1), jnp.int32), steps=65, key=jax.random.key(0))
+    assert len({column.tobytes() for column in np.asarray(tokens).T}) == 65
+
+
+def test_other_lengths_and_settings_of_a_second_call_compile_nothing_new():
+    prompt, key = jnp.zeros((1, 700), jnp.int32), jax.random.key(0)
+    model = Fixed(FixedConfig(3, (0.0, 1.0, 2.0)))
+    generate.sample(model, {}, (), prompt[:, :585], steps=40, key=key)
+    before = TRACED[model.config]
+    assert before > 0
+    for time, steps, settings in ((1, 1, {}), (77, 33, {"temperature": 0}), (700, 90, {"top_k": 2, "top_p": 0.5})):
+        generate.sample(model, {}, (), prompt[:, :time], steps=steps, key=key, **settings)
+    assert TRACED[model.config] == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": jnp.zeros((2, 3))}, "float32"),
+        ({"prompt": jnp.zeros((2, 0), jnp.int32)}, r"\(2, 0\)"),
+        ({"prompt": jnp.zeros((0, 3), jnp.int32)}, r"\(0, 3\)"),
+        ({"prompt": jnp.zeros(3, jnp.int32)}, r"\(3,\)"),
+        ({"prompt": jnp.full((2, 3), VOCAB)}, "13"),
+        ({"prompt": jnp.full((2, 3), -1)}, "-1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": VOCAB + 1}, "top_k is 14"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"steps": ROOM}, "room for 205 tokens.*room for 140"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_before_anything_runs(key, changes, words):
+    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    arguments = {"prompt": prompt, "steps": 5, "key": key, **changes}
+    with pytest.raises(UserError, match=words):
+        generate.stream(model, params, state, arguments.pop("prompt"), **arguments)
+
+
+def test_the_last_free_slot_can_be_used_and_room_counts_what_was_read(key):
+    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    tokens, state = generate.sample(model, params, state, prompt, steps=ROOM - PROMPT + 1, key=key)
+    with pytest.raises(UserError, match="room for 0 more"):
+        generate.sample(model, params, state, tokens[:, -1:], steps=1, key=key)
+
+
+def test_windows_and_memories_write_without_limit(key):
+    for name in ("window", "memory"):
+        model, params, state, prompt = tiny(MIXERS[name], key, capacity=4)
+        tokens, end = generate.sample(model, params, state, prompt, steps=50, key=key)
+        assert tokens.shape == (2, 50)
+        assert jax.tree.map(jnp.shape, end) == jax.tree.map(jnp.shape, state)
+
+
+def test_a_model_that_gives_nan_is_an_error_not_a_text(key):
+    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    broken = jax.tree.map(lambda p: p * jnp.nan, params)
+    with pytest.raises(UserError, match="not finite"):
+        generate.sample(model, broken, state, prompt, steps=5, key=key)

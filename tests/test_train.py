@@ -1,0 +1,355 @@
+"""The training step and what surrounds it: loss, levels, accumulation, segments, record, and the order of the loop."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hope_jax import MODELS, LanguageModel
+from hope_jax import train as training
+from hope_jax.errors import UserError
+from hope_jax.train.optimizer import decays
+from hope_jax.train.step import mean_gradient
+
+BYTES = np.arange(256) % 3 + 1
+
+
+def narrow(name):
+    """A named model at width 32 with two heads."""
+    row = MODELS[name]
+    return LanguageModel(dataclasses.replace(row, width=32, mixer=dataclasses.replace(row.mixer, heads=2)))
+
+
+def build(name):
+    """A narrow model with its parameters, its compiled loss with gradient, and 4 sequences of 32 tokens."""
+    model = narrow(name)
+    params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])(jax.random.key(0))
+    batch = jax.random.randint(jax.random.key(1), (4, 33), 0, 256)
+    grad = jax.jit(jax.value_and_grad(training.next_token_loss(model, BYTES), has_aux=True))
+    return SimpleNamespace(config=model.config, model=model, params=params, batch=batch, grad=grad)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model with an attention cache and levels: quick to compile."""
+    return build("hope_attention-tiny")
+
+
+@pytest.fixture(scope="module", params=["small", "titans-tiny"])
+def each(request, small):
+    """The same, and a model whose memories are written in context from learned initial states."""
+    return small if request.param == "small" else build(request.param)
+
+
+def assert_close(left, right, tolerance):
+    """Equal relative to the largest entry of each array, with the array named if not."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        error = jnp.abs(a - b).max() / (jnp.abs(b).max() + 1e-12)
+        assert error < tolerance, (jax.tree_util.keystr(path), float(error))
+
+
+def test_loss_is_the_cross_entropy_of_the_next_token_and_counts_its_bytes(small):
+    (loss, metrics), _ = small.grad(small.params, small.batch)
+    logits, _ = jax.jit(small.model.apply)({"params": small.params}, small.batch[:, :-1])
+    logits, targets = np.asarray(logits, np.float64), np.asarray(small.batch[:, 1:])
+    top = logits.max(-1, keepdims=True)
+    logs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    nats = -np.take_along_axis(logs, targets[..., None], -1).sum()
+    assert float(loss) == pytest.approx(nats / targets.size, rel=1e-5)
+    assert float(metrics["bits_per_byte"].value) == pytest.approx(nats / math.log(2) / BYTES[targets].sum(), rel=1e-5)
+
+
+def test_every_parameter_gets_a_gradient_initial_memories_included(each):
+    _, gradient = each.grad(each.params, each.batch)
+    dead = [jax.tree_util.keystr(p) for p, g in jax.tree_util.tree_leaves_with_path(gradient) if not jnp.any(g != 0)]
+    assert not dead
+
+
+def test_segments_with_carried_state_give_the_loss_and_gradient_of_the_whole(each):
+    cut = jax.jit(jax.value_and_grad(training.next_token_loss(each.model, BYTES, segment=8), has_aux=True))
+    (loss, _), gradient = each.grad(each.params, each.batch)
+    (other, _), other_gradient = cut(each.params, each.batch)
+    assert float(other) == pytest.approx(float(loss), rel=1e-6)
+    assert_close(other_gradient, gradient, 5e-4)
+
+
+def test_accumulated_slices_give_the_gradient_and_metrics_of_the_full_batch(small):
+    loss = training.next_token_loss(small.model, BYTES)
+    (_, metrics), gradient = small.grad(small.params, small.batch)
+    sliced, sliced_metrics = jax.jit(lambda p, b: mean_gradient(loss, p, b, 4))(small.params, small.batch)
+    assert_close(sliced, gradient, 5e-4)
+    for name, mean in metrics.items():
+        assert float(sliced_metrics[name].value) == pytest.approx(float(mean.value), rel=1e-6)
+
+
+def test_evaluation_in_parts_is_the_mean_over_all_tokens_not_over_batches(small):
+    (_, whole), _ = small.grad(small.params, small.batch)
+    uneven = [small.batch[:1], small.batch[1:]]
+    found = training.evaluator(training.next_token_loss(small.model, BYTES), uneven)(small.params)
+    for name, value in found.items():
+        assert value == pytest.approx(float(whole[name].value), rel=1e-5)
+
+
+def test_a_second_step_reuses_the_compiled_program_and_the_loss_falls(small):
+    config = training.OptimizerConfig(learning_rate=3e-3, warmup=0)
+    tx = training.optimizer(config, 20, small.config.update_every(4096))
+    step = training.train_step(training.next_token_loss(small.model, BYTES), tx, training.schedule(config, 20))
+    params = jax.tree.map(jnp.copy, small.params)  # the step donates its state
+    state = training.TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, small.batch)
+        losses.append(float(metrics["loss"].value))
+    assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert int(state.step) == 20 and losses[-1] < losses[0] - 0.3
+
+
+def test_bfloat16_flag_keeps_parameters_and_loss_in_float32(small):
+    model = LanguageModel(dataclasses.replace(small.config, dtype=jnp.dtype("bfloat16")))
+    state = training.abstract_state(model, optax.sgd(1.0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    loss, _ = jax.jit(training.next_token_loss(model, BYTES))(small.params, small.batch)
+    (exact, _), _ = small.grad(small.params, small.batch)
+    assert loss.dtype == jnp.float32 and float(loss) != float(exact)
+    assert float(loss) == pytest.approx(float(exact), rel=0.02)
+
+
+def test_hope_after_three_steps_a_save_a_restore_and_three_more_is_bit_for_bit_hope_after_six(tmp_path):
+    model, draw = narrow("hope-tiny"), np.random.default_rng(0)
+    tx = training.optimizer(training.OptimizerConfig(warmup=2), 6, {"static": 1, "level_0": 2, "level_1": 3})
+    rate = training.schedule(training.OptimizerConfig(warmup=2), 6)
+    step = training.train_step(training.next_token_loss(model, BYTES), tx, rate)
+    like = training.abstract_state(model, tx)
+    params = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0, 0.02, leaf.shape), leaf.dtype), like.params)
+    start = training.TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+
+    def advance(state):
+        for _ in range(3):
+            batch = jax.random.randint(jax.random.key(int(state.step)), (2, 33), 0, 256)
+            state, metrics = step(state, batch)
+        return state, jax.device_get(metrics)
+
+    middle, _ = advance(start)
+    with training.Saver(tmp_path, {}, keep=2) as saver:
+        saver.save(middle, {})
+    expected, expected_metrics = advance(middle)
+    found, metrics = advance(training.restore(tmp_path, 3, like))
+    assert metrics == expected_metrics and math.isfinite(metrics["loss"].value)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert np.array_equal(a, b), jax.tree_util.keystr(path)
+
+
+def test_learning_rate_warms_up_linearly_peaks_and_ends_at_the_final_fraction():
+    rate = training.schedule(training.OptimizerConfig(learning_rate=1.0, warmup=10, final_fraction=0.1), 110)
+    assert [float(rate(n)) for n in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert [float(rate(n)) for n in (60, 110, 500)] == pytest.approx([0.55, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("field, value", [("learning_rate", 0.0), ("b2", 1.0), ("clip", -1.0), ("final_fraction", 2.0)])
+def test_an_optimizer_field_out_of_range_is_named(field, value):
+    with pytest.raises(UserError, match=f"{field}={value}"):
+        training.OptimizerConfig(**{field: value})
+
+
+def test_weight_decay_moves_matrices_only(small):
+    """With a zero gradient the only thing that moves a parameter is its decay."""
+    tx = training.optimizer(training.OptimizerConfig(warmup=0), 10, {"static": 1, "level_0": 1, "level_1": 4})
+    zero = jax.tree.map(jnp.zeros_like, small.params)
+    state, updates = tx.init(small.params), zero
+    for _ in range(4):  # a slow level moves with the last of its batches
+        update, state = tx.update(zero, state, small.params)
+        updates = jax.tree.map(jnp.add, updates, update)
+    moved = [path for path, update in jax.tree_util.tree_leaves_with_path(updates) if jnp.any(update != 0)]
+    expected = [path for path, value in jax.tree_util.tree_leaves_with_path(small.params) if decays(path, value)]
+    assert moved == expected and len(moved) > 5
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-tiny")])
+def test_weight_decay_spares_norms_biases_gates_convolutions_and_initial_memories_of_every_model(name):
+    state = training.abstract_state(LanguageModel(MODELS[name]), optax.sgd(1.0))
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    decayed = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves if decays(p, leaf)}
+    for word in ("norm", "scale", "bias", "initial", "conv", "rate", "retention", "momentum", "mixture"):
+        assert not [path for path in decayed if word in path], word
+    spared = [leaf.size for p, leaf in leaves if not decays(p, leaf)]
+    assert sum(leaf.size for leaf in decayed.values()) > 8 * sum(spared)
+
+
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        ("blocks/mixer/out/gate/kernel", True),
+        ("embedding", True),
+        ("blocks/norm/scale", False),
+        ("blocks/mixer/gate_rate/kernel", False),
+        ("blocks/mixer/conv_k/kernel", False),
+        ("blocks/mixer/initial_memory_0", False),
+    ],
+)
+def test_decay_goes_by_name_because_stacked_norms_have_two_axes(path, expected):
+    keys = tuple(jax.tree_util.DictKey(name) for name in path.split("/"))
+    assert decays(keys, jnp.zeros((2, 3))) is expected
+    assert not decays(keys, jnp.zeros(3))
+
+
+def test_levels_move_every_nth_batch_and_see_the_stretched_schedule():
+    config = training.OptimizerConfig(learning_rate=1.0, warmup=4, weight_decay=0.0)
+    tx = training.optimizer(config, 100, {"static": 1, "level_0": 2})
+    params = {"static": {"kernel": jnp.zeros(())}, "level_0": {"kernel": jnp.zeros(())}}
+    gradient, state = jax.tree.map(jnp.ones_like, params), tx.init(params)
+    seen = []
+    for _ in range(4):
+        updates, state = tx.update(gradient, state, params)
+        seen.append([float(update) for update in jax.tree.leaves(updates)])
+    slow, fast = zip(*seen, strict=True)
+    assert fast == pytest.approx((-0.25, -0.5, -0.75, -1.0), rel=1e-3)
+    assert slow == pytest.approx((0.0, -0.25, 0.0, -0.75), rel=1e-3)
+
+
+def test_gradients_are_clipped_together_before_they_reach_the_levels():
+    config = training.OptimizerConfig(clip=0.5, b1=0.0)
+    tx = training.optimizer(config, 10, {"static": 1, "level_0": 1})
+    params = {"static": {"kernel": jnp.ones(2)}, "level_0": {"kernel": jnp.ones(2)}}
+    _, state = tx.update(jax.tree.map(lambda p: 1000 * p, params), tx.init(params), params)
+    moments = [value for _, value in optax.tree_utils.tree_get_all_with_path(state, "mu")]
+    assert float(optax.tree.norm(moments)) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_resumed_record_drops_rows_beyond_the_restored_step_and_a_line_cut_by_a_kill(tmp_path):
+    with training.Record(tmp_path, 0) as record:
+        for step in range(1, 6):
+            record.add(step, 10 * step, "train", {"bits_per_byte": 1.0})
+        record.add(4, 40, "heldout", {"bits_per_byte": 2.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "tok')
+    with training.Record(tmp_path, 3) as record:
+        record.add(4, 40, "train", {"bits_per_byte": 7.0})
+        assert 4 not in record.heldout
+    steps = [row["step"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_record_at_step_zero_forgets_an_earlier_attempt(tmp_path):
+    with training.Record(tmp_path, 0) as record:
+        record.add(0, 0, "heldout", {"bits_per_byte": 8.0})
+    with training.Record(tmp_path, 0) as record:
+        assert record.heldout == {} and training.read_rows(tmp_path / "metrics.jsonl") == []
+
+
+class FakeBatches:
+    """Batch n is n; the position is the number of batches given out."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.given += 1
+        return self.given
+
+    def get_state(self):
+        return {"given": self.given}
+
+
+class StopAfter:
+    """Asks to stop once ``count`` batches were given out."""
+
+    def __init__(self, batches, count):
+        self._batches, self._count = batches, count
+
+    @property
+    def requested(self):
+        return self._batches.given == self._count
+
+
+def fake_run(tmp_path, plan, *, poison=None, stop_after=None):
+    """Train a counter through the real loop, saver, record and monitor; returns the events and the final state."""
+    events = []
+
+    class Watching(training.Monitor):
+        def train(self, done, metrics):
+            events.append(("seen", done))
+            super().train(done, metrics)
+
+    class Saving(training.Saver):
+        def save(self, state, data):
+            events.append(("saved", int(state.step), data["given"]))
+            super().save(state, data)
+
+    def step_fn(state, batch):
+        events.append(("dispatched", batch))
+        value = jnp.float32(jnp.nan if batch == poison else 1.0)
+        metrics = {"loss": training.Mean(value, jnp.float32(1)), "bits_per_byte": training.Mean(value, jnp.float32(1))}
+        return state.replace(step=state.step + 1), metrics
+
+    def evaluate(params):
+        events.append(("measured",))
+        return {"bits_per_byte": 3.0}
+
+    state = training.TrainState(step=jnp.int32(0), params={"w": jnp.ones(2)}, opt_state=())
+    batches = FakeBatches()
+    stop = StopAfter(batches, stop_after)
+    with (
+        training.Record(tmp_path, 0) as record,
+        Watching(record, 0, plan.steps, 10) as monitor,
+        Saving(tmp_path, {}, 2) as saver,
+    ):
+        handed = {"step_fn": step_fn, "evaluate": evaluate, "saver": saver, "monitor": monitor, "stop": stop}
+        try:
+            state = training.train(plan, state, batches, **handed)
+        except training.Diverged as error:
+            events.append(("diverged", str(error)))
+    return events, state
+
+
+def test_the_loop_looks_at_step_n_minus_1_after_dispatching_n_and_pauses_only_where_planned(tmp_path):
+    events, _ = fake_run(tmp_path, training.Plan(steps=4, eval_every=4, save_every=3))
+    assert events == [
+        ("measured",),
+        ("dispatched", 1),
+        ("dispatched", 2),
+        ("seen", 1),
+        ("dispatched", 3),
+        ("seen", 2),
+        ("seen", 3),
+        ("saved", 3, 3),
+        ("dispatched", 4),
+        ("seen", 4),
+        ("saved", 4, 4),
+        ("measured",),
+    ]
+
+
+def test_a_request_to_stop_finishes_the_step_and_saves_it_with_the_data_position(tmp_path):
+    events, state = fake_run(tmp_path, training.Plan(steps=9, eval_every=9, save_every=9), stop_after=2)
+    assert int(state.step) == 2
+    assert events[-2:] == [("seen", 2), ("saved", 2, 2)]
+    assert training.read_manifest(tmp_path, 2).data == {"given": 2}
+
+
+@pytest.mark.parametrize("poison", [2, 3, 4])
+def test_nan_stops_before_anything_is_saved_over_the_last_good_step_and_names_the_step(tmp_path, poison):
+    events, _ = fake_run(tmp_path, training.Plan(steps=9, eval_every=9, save_every=2), poison=poison)
+    assert events[-1][0] == "diverged" and f"step {poison}: the loss became nan" in events[-1][1]
+    assert training.saved_steps(tmp_path) == [step for step in (2, 4) if step < poison]
+
+
+def test_ctrl_c_sets_the_request_once_and_a_second_one_stops_at_once():
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    with training.Interrupt() as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

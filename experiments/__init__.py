@@ -9,6 +9,9 @@ from typing import TypeVar
 
 EXPERIMENTS = {
     "pretrain": "experiments.pretrain:main",
+    "recall": "experiments.recall:main",
+    "compare": "experiments.compare:main",
+    "benchmark": "experiments.benchmark:main",
 }
 """Name -> ``module:function``; the function takes the arguments after the name and returns the exit status."""
 

@@ -153,13 +153,12 @@ def test_ctrl_c_in_another_process_saves_prints_how_to_go_on_and_the_rerun_equal
 
 
 def test_a_finished_run_has_its_curve_sample_and_logs_and_says_what_it_reached(command, finished, capsys):
-    run = finished
-    held = [row for row in logged(run) if row["split"] == "heldout"]
+    held = [row for row in logged(finished) if row["split"] == "heldout"]
     assert sorted(row["step"] for row in held) == [0, 3, 6]
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "times" in (run / "sample.txt").read_text()
-    assert list((run / "tensorboard").iterdir())
-    assert main(command(run)) == 0
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "times" in (finished / "sample.txt").read_text()
+    assert list((finished / "tensorboard").iterdir())
+    assert main(command(finished)) == 0
     output = capsys.readouterr().out
     assert "has finished its 6 steps" in output
     first, last = (next(row["bits_per_byte"] for row in held if row["step"] == step) for step in (0, 6))
@@ -232,14 +231,10 @@ def test_a_run_of_another_configuration_is_refused_with_the_fields_that_differ(c
 
 
 def test_another_text_is_another_run_but_another_path_to_it_is_not(command, finished, text, tmp_path, capfd):
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for path in text.iterdir():
-        (moved / path.name).write_bytes(path.read_bytes())
-    run = finished
-    assert main(command(run, "--data.path", str(moved))) == 0
+    moved = Path(shutil.copytree(text, tmp_path / "moved"))
+    assert main(command(finished, "--data.path", str(moved))) == 0
     (moved / "3.txt").write_text("something else entirely\n" * 100)
-    assert "text fingerprint is" in mistake(capfd, command(run, "--data.path", str(moved)))
+    assert "text fingerprint is" in mistake(capfd, command(finished, "--data.path", str(moved)))
 
 
 @pytest.mark.parametrize(

@@ -61,26 +61,19 @@ class Architecture:
         shapes = zip(keys, sizes[1:], sizes[:-1], self.scales, strict=True)
         return tuple(scale * n**-0.5 * jax.random.normal(k, (m, n)) for k, m, n, scale in shapes)
 
-    def forward(self, weights: Weights, x: Array, skip: Array | None = None) -> tuple[list[Array], list, Array]:
-        """Each layer's input, each activation's vector-Jacobian product, and the output [T,V], at fixed weights.
-
-        ``skip`` [] replaces the residual connection's weight (1 or 0) where memories of both kinds are stacked.
-        """
+    def forward(self, weights: Weights, x: Array) -> tuple[list[Array], list, Array]:
+        """Each layer's input, each activation's vector-Jacobian product, and the output [T,V], at fixed weights."""
         inputs, backs, h = [x], [], x
         for w in weights[:-1]:
             h, back = jax.vjp(self.activation, nt(h, w))
             inputs.append(h)
             backs.append(back)
         out = nt(h, weights[-1])
-        if skip is not None:
-            out = out + skip * x
-        elif self.residual:
-            out = out + x
-        return inputs, backs, out
+        return inputs, backs, out + x if self.residual else out
 
-    def apply(self, weights: Weights, x: Float[Array, "T K"], skip: Array | None = None) -> Float[Array, "T V"]:
+    def apply(self, weights: Weights, x: Float[Array, "T K"]) -> Float[Array, "T V"]:
         """M(x) at fixed weights."""
-        return self.forward(weights, x, skip)[2]
+        return self.forward(weights, x)[2]
 
 
 matrix = Architecture(layers=1, residual=False, scales=(0.0,))

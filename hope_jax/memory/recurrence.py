@@ -187,18 +187,28 @@ def _block(memory, momentum, base, tokens: _Tokens, read: Read) -> Recurrence:
     return Recurrence(reads, written.memory, written.momentum)
 
 
+class Share(NamedTuple):
+    """What is left at some times R of the incoming memory and momentum, and of each token's erase and write."""
+
+    memory: Float[Array, "*R"]
+    erases: Float[Array, "*R C"]
+    momentum: Float[Array, "*R"]
+    writes: Float[Array, "*R C"]
+
+
 class Coefficients(NamedTuple):
-    """How much of what is left when (SPEC 1.2): row t is time t = 0..C, column 0 the start, column s token s.
+    """Decays of one block (SPEC 1.2), sliced once: every user of a slice adds a whole-matrix cotangent otherwise.
 
     Attributes:
-      decay: of the incoming memory M_0 (column 0) and of the erase of token s.
-      carry: of the incoming momentum S_0 (column 0) and of the write of token s, in the memory.
-      surprise: the same in the momentum; None without momentum, when ``carry`` is ``decay``.
+      before, after: the memory at t - 1 and at t, for each token t of the block (R = C).
+      last: the memory after the block.
+      surprise: the momentum after the block (``memory`` and ``erases`` unused); None without momentum.
     """
 
-    decay: Float[Array, "R R"]
-    carry: Float[Array, "R R"]
-    surprise: Float[Array, "R R"] | None
+    before: Share
+    after: Share
+    last: Share
+    surprise: Share | None
 
 
 class Written(NamedTuple):
@@ -214,11 +224,26 @@ def coefficients(
 ) -> Coefficients:
     """Decays of one block. Memories with the same gates share them."""
     decay = decay_products(retention)
-    if momentum_decay is None:
-        return Coefficients(decay, decay, None)
-    surprise = decay_products(momentum_decay)
-    gain = decay[:, 1:] if active is None else decay[:, 1:] * active[None, :]
-    return Coefficients(decay, nn(gain, surprise[1:]), surprise)
+    surprise, carry = None, decay
+    if momentum_decay is not None:
+        products = decay_products(momentum_decay)
+        gain = decay[:, 1:] if active is None else decay[:, 1:] * active[None, :]
+        carry = nn(gain, products[1:])
+        surprise = _share(products, products, -1)
+    rows = slice(None, -1), slice(1, None), -1
+    return Coefficients(*(_share(decay, carry, row) for row in rows), surprise)
+
+
+def _share(decay: Float[Array, "R R"], carry: Float[Array, "R R"], rows: slice | int) -> Share:
+    """Rows are times 0..C; column 0 belongs to what was there before the block, column s to token s."""
+    return Share(decay[rows, 0], decay[rows, 1:], carry[rows, 0], carry[rows, 1:])
+
+
+def erase_matrix(
+    keys: Float[Array, "C K"], erase: Float[Array, " C"], terms: Coefficients
+) -> Float[Array, "C C"]:
+    """L of the block's triangular system (I + L) E = right, for one linear memory (SPEC 1.2)."""
+    return erase[:, None] * terms.before.erases * nt(keys, keys)
 
 
 def advance(
@@ -229,20 +254,23 @@ def advance(
     writes: Float[Array, "C V"],
     erase: Float[Array, " C"] | None,
     terms: Coefficients,
+    inverse: Float[Array, "C C"] | None = None,
 ) -> Written:
-    """Write one block exactly. Inactive tokens must come with zero ``writes`` and ``erase``."""
-    added = terms.carry[-1, 1:, None] * writes
+    """Write one block exactly. Inactive tokens must come with zero ``writes`` and ``erase``.
+
+    ``inverse`` is that of I + ``erase_matrix``, for callers who invert those of many memories at once.
+    """
+    added, last = terms.last.writes[:, None] * writes, terms.last
     erased = None
     if erase is not None:
-        recalled, gram = _standing(memory, momentum, base, keys, writes, keys, terms, "before")
-        lower = erase[:, None] * terms.decay[:-1, 1:] * gram
-        erased = -solve_unit_lower(lower, erase[:, None] * recalled)
-        added += terms.decay[-1, 1:, None] * erased
-    memory = terms.decay[-1, 0] * memory + tn(added, keys)
+        recalled = erase[:, None] * _standing(memory, momentum, base, keys, writes, keys, terms.before)
+        erased = -solve_unit_lower(erase_matrix(keys, erase, terms), recalled, inverse)
+        added += last.erases[:, None] * erased
+    memory = last.memory * memory + tn(added, keys)
     if terms.surprise is None:
         return Written(erased, memory, None)
-    memory += terms.carry[-1, 0] * momentum
-    momentum = terms.surprise[-1, 0] * momentum + tn(terms.surprise[-1, 1:, None] * writes, keys)
+    memory += last.momentum * momentum
+    momentum = terms.surprise.momentum * momentum + tn(terms.surprise.writes[:, None] * writes, keys)
     return Written(erased, memory, momentum)
 
 
@@ -258,23 +286,18 @@ def recall(
     read: Read,
 ) -> Float[Array, "C V"]:
     """Read one block: M_{t-1} q_t or M_t q_t; ``memory`` and ``momentum`` are those before the block."""
-    reads, gram = _standing(memory, momentum, base, keys, writes, queries, terms, read)
+    share = terms.before if read == "before" else terms.after
+    reads = _standing(memory, momentum, base, keys, writes, queries, share)
     if erased is None:
         return reads
-    return reads + nn(terms.decay[_rows(read), 1:] * gram, erased)
+    return reads + nn(share.erases * nt(queries, keys), erased)
 
 
-def _standing(memory, momentum, base, keys, writes, inputs, terms: Coefficients, when: Read):
-    """The memory of every time, as it were without the block's erases, applied to that time's input; and the Gram."""
-    gram = nt(inputs, keys)
-    decay, carry = terms.decay[_rows(when)], terms.carry[_rows(when)]
-    value = decay[:, :1] * nt(inputs, memory) + nn(carry[:, 1:] * gram, writes)
+def _standing(memory, momentum, base, keys, writes, inputs, share: Share):
+    """The memory of every time, as it were without the block's erases, applied to that time's input."""
+    value = share.memory[:, None] * nt(inputs, memory) + nn(share.writes * nt(inputs, keys), writes)
     if momentum is not None:
-        value += carry[:, :1] * nt(inputs, momentum)
+        value += share.momentum[:, None] * nt(inputs, momentum)
     if base is not None:
         value += nt(inputs, base)
-    return value, gram
-
-
-def _rows(when: Read) -> slice:
-    return slice(None, -1) if when == "before" else slice(1, None)
+    return value

@@ -211,11 +211,9 @@ class LayerWrite(NamedTuple):
     erase: Float[Array, " T"] | None
 
 
-def layer_writes(
-    rule: Rule, fast: Fast, keys: Array, values: Array, gates: Gates, skip: Array | None = None
-) -> list[LayerWrite]:
-    """The write of every layer (SPEC 1.4), at the anchor where the rule has one. ``skip``: see ``Architecture``."""
-    inputs, errors = _surprise(rule, fast, keys, values, skip)
+def layer_writes(rule: Rule, fast: Fast, keys: Array, values: Array, gates: Gates) -> list[LayerWrite]:
+    """The write of every layer (SPEC 1.4), at the anchor where the rule has one."""
+    inputs, errors = _surprise(rule, fast, keys, values)
     writes = []
     for layer, (z, delta) in enumerate(zip(inputs, errors, strict=True)):
         rate, erase = _rates(rule, layer, z, gates)
@@ -239,14 +237,14 @@ def finish(rule: Rule, fast: Fast, queries: Array, reads: Array | None) -> Array
     return reads + queries if rule.architecture.residual else reads
 
 
-def _surprise(rule: Rule, fast: Fast, keys: Array, values: Array, skip: Array | None):
+def _surprise(rule: Rule, fast: Fast, keys: Array, values: Array):
     """Per layer: its input and the inner gradient at its output; the values' part only without anchor."""
     if rule.gradient_at != "anchor":
         return [keys], [-values]
     architecture = rule.architecture
     if rule.self_values:
-        values = architecture.apply(fast.anchor, values, skip)
-    inputs, backs, prediction = architecture.forward(fast.anchor, keys, skip)
+        values = architecture.apply(fast.anchor, values)
+    inputs, backs, prediction = architecture.forward(fast.anchor, keys)
     errors = [objectives.error(rule.objective, prediction, values)]
     for w, back in zip(fast.anchor[:0:-1], backs[::-1], strict=True):
         errors.insert(0, back(nn(errors[0], w))[0])

@@ -1,10 +1,10 @@
 """Self-modifying Titans as a pure function of one head of one sequence (SPEC 2; Eq. 83-93).
 
-Six kinds of memory ("boxes") in two groups:
+Six kinds of memory ("boxes") in three groups; boxes of one group are stacked on axis N:
 
-* ``memory``   what is read: y_t = M_memory,t-1(q_t)                                                      Eq. 83, 94
-* ``others``   those that generate: k_t = unit(M_k(x_k,t)), v_t (and q_t on request), the inner learning rate eta_t
-               and the retention alpha_t, all read at their anchors; stacked on axis N                    Eq. 85-86
+* ``memory``       what is read: y_t = M_memory,t-1(q_t) (a single box, no axis N)                      Eq. 83, 94
+* ``projections``  [k, v, q as configured]  k_t = unit(M_k(x_k,t)), v_t, q_t, read at their anchors      Eq. 85-86
+* ``gates``        [eta, alpha]  the inner learning rate and the retention of every box                  Eq. 85-86
 
 All of them are written at every token with the same key, rate and retention, each towards the target it generates
 itself, M_box(v_t) at its own anchor (Eq. 84, 87), by delta gradient descent with retention (Eq. 88, 90). The whole is
@@ -20,18 +20,17 @@ import numpy as np
 
 from hope_jax.levels import Active, check_periods, scan_levels
 from hope_jax.memory.architectures import Weights, unit
-from hope_jax.memory.recurrence import Coefficients, Written, advance, coefficients, recall
+from hope_jax.memory.recurrence import Coefficients, Written, advance, coefficients, erase_matrix, recall
 from hope_jax.memory.rule import Fast, Gates, LayerWrite, Rule, finish, layer_writes, next_input, refresh
+from hope_jax.memory.triangular import unit_lower_inverse
 from hope_jax.types import Array, Float, Int
-
-GATES = ("eta", "alpha")
-
 
 class Boxes(NamedTuple):
     """One value per group: rules, initial weights, fast weights or log rate scales."""
 
     memory: Any
-    others: Any
+    projections: Any
+    gates: Any
 
 
 class Streams(NamedTuple):
@@ -51,7 +50,7 @@ class Streams(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """Learned scalars of one head: log of each box's rate scale ([] and [N]) and the biases of the two gates."""
+    """Learned scalars of one head: log of each group's rate scale and the biases of the two gates."""
 
     log_rate: Boxes
     rate_bias: Float[Array, ""]
@@ -63,10 +62,8 @@ class SelfModifying:
     """The static part: one rule per group, which projections are memories, the bound of the rate.
 
     Attributes:
-      rules: ``Boxes`` of ``Rule``; periods of memory and others may differ, one dividing the other. The gate
-        memories have one output and no residual connection; stacked with the projections they are padded with
-        outputs that are, and stay, exactly zero.
-      adaptive: names among "k", "v", "q" that are memories; the first boxes on axis N, before eta and alpha.
+      rules: ``Boxes`` of ``Rule``; periods of the memory and of the others may differ, one dividing the other.
+      adaptive: names among "k", "v", "q" that are memories, in the order of the projections' axis N.
       rate_max: eta = rate_max * sigmoid(.); 0 switches every write off.
       retention: False sets alpha = 1.
     """
@@ -82,13 +79,7 @@ class SelfModifying:
     @property
     def periods(self) -> tuple[int, int]:
         """Anchor periods of the memory and of the others."""
-        return (self.rules.memory.period, self.rules.others.period)
-
-    @property
-    def skip(self) -> Float[np.ndarray, " N"]:
-        """Weight of the residual connection of each of the others: projections 1 (where residual), gates 0."""
-        residual = float(self.rules.others.architecture.residual)
-        return np.array([residual] * len(self.adaptive) + [0.0] * len(GATES), np.float32)
+        return (self.rules.memory.period, self.rules.gates.period)
 
 
 def scan(
@@ -101,7 +92,7 @@ def scan(
     """
 
     def segment(fast, tokens, active, due):
-        fast = Boxes(*map(refresh, fast, due))
+        fast = Boxes(refresh(fast.memory, due[0]), refresh(fast.projections, due[1]), refresh(fast.gates, due[1]))
         return _segment(spec, initial, tuning, fast, tokens, active)
 
     return scan_levels(segment, fast, streams, position=position, periods=spec.periods)
@@ -109,34 +100,31 @@ def scan(
 
 def _segment(spec: SelfModifying, initial: Boxes, tuning: Tuning, fast: Boxes, tokens: Streams, active: Active):
     """Tokens inside one period: generate keys, values and gates at the anchors, then write every layer of every box."""
-    skip = jnp.asarray(spec.skip, tokens.k.dtype)
-    tokens, gates = _generate(spec, tuning, fast.others, tokens, skip)
+    tokens, gates = _generate(spec, tuning, fast, tokens)
     gates = _neutral(gates, active)
     terms = coefficients(gates.retention, gates.momentum_decay, active)
-
-    def writes(rule: Rule, box: Fast, log_rate: Array, skip: Array | None = None) -> list[LayerWrite]:
-        own = gates._replace(rate=jnp.exp(log_rate) * gates.rate)
-        return layer_writes(rule, box, tokens.k, tokens.v, own, skip)
-
-    rule, other = spec.rules
-    layers = _layers(rule, fast.memory, initial.memory, writes(rule, fast.memory, tuning.log_rate.memory))
-    other_writes = jax.vmap(lambda *box: writes(other, *box))(fast.others, tuning.log_rate.others, skip)
-    written = _advance([_stacked(one) for one in layers] + _layers(other, fast.others, initial.others, other_writes), terms)
-    own, rest = [jax.tree.map(lambda x: x[0], one) for one in written[: len(layers)]], written[len(layers) :]
-    reads = _read(rule, fast.memory, layers, own, tokens.q, terms)
-    return Boxes(_updated(rule, fast.memory, initial.memory, own), _updated(other, fast.others, initial.others, rest)), reads
+    present = [i for i, group in enumerate(fast) if group.running[0].size]  # there may be no adaptive projection
+    layers = {i: _layers(spec.rules[i], initial[i], fast[i], tuning.log_rate[i], tokens, gates, i > 0) for i in present}
+    written = _advance([layer for i in present for layer in layers[i]], terms)
+    depth = spec.rules.memory.architecture.layers
+    reads = _read(spec.rules.memory, fast.memory, layers[0], written[:depth], tokens.q, terms)
+    groups = list(fast)
+    for i in present:
+        new, written = written[: len(layers[i])], written[len(layers[i]) :]
+        groups[i] = _updated(spec.rules[i], fast[i], initial[i], new)
+    return Boxes(*groups), reads
 
 
-def _generate(spec: SelfModifying, tuning: Tuning, fast: Fast, tokens: Streams, skip: Array) -> tuple[Streams, Gates]:
+def _generate(spec: SelfModifying, tuning: Tuning, fast: Boxes, tokens: Streams) -> tuple[Streams, Gates]:
     """Adaptive projections, rate and retention of every token from their memories' anchors (Eq. 85, SPEC 2.1)."""
-    inputs = jnp.stack([getattr(tokens, name) for name in spec.adaptive] + [tokens.x] * len(GATES))
-    raw = jax.vmap(spec.rules.others.architecture.apply)(fast.anchor, inputs, skip)
-    count = len(spec.adaptive)
-    eta, alpha = raw[count, :, 0], raw[count + 1, :, 0]
-    rate = spec.rate_max * jax.nn.sigmoid(eta + tuning.rate_bias)
-    retention = jax.nn.sigmoid(alpha + tuning.retention_bias) if spec.retention else jnp.ones_like(rate)
-    projections = dict(zip(spec.adaptive, unit(raw[:count]), strict=True))
-    return tokens._replace(**projections), Gates(rate, retention, tokens.momentum_decay)
+    raw = jax.vmap(spec.rules.gates.architecture.apply, in_axes=(0, None))(fast.gates.anchor, tokens.x)[..., 0]
+    rate = spec.rate_max * jax.nn.sigmoid(raw[0] + tuning.rate_bias)
+    retention = jax.nn.sigmoid(raw[1] + tuning.retention_bias) if spec.retention else jnp.ones_like(rate)
+    if spec.adaptive:
+        inputs = jnp.stack([getattr(tokens, name) for name in spec.adaptive])
+        outputs = unit(jax.vmap(spec.rules.projections.architecture.apply)(fast.projections.anchor, inputs))
+        tokens = tokens._replace(**dict(zip(spec.adaptive, outputs, strict=True)))
+    return tokens, Gates(rate, retention, tokens.momentum_decay)
 
 
 def _neutral(gates: Gates, active: Active) -> Gates:
@@ -148,38 +136,61 @@ def _neutral(gates: Gates, active: Active) -> Gates:
 
 
 class _Layer(NamedTuple):
-    """One linear memory with what is written into it: [V,K] or stacked [N,V,K]."""
+    """One linear memory [V,K], or N of them stacked, with what is written into it."""
 
     memory: Array
     momentum: Array | None
     base: Array | None
     write: LayerWrite
 
-
-def _layers(rule: Rule, fast: Fast, initial: Weights, writes: list[LayerWrite]) -> list[_Layer]:
-    bases = initial if rule.retain_to == "init" else [None] * len(writes)
-    momenta = fast.momentum if rule.momentum else [None] * len(writes)
-    starts = [w if base is None else w - base for w, base in zip(fast.running, bases, strict=True)]
-    return [_Layer(*one) for one in zip(starts, momenta, bases, writes, strict=True)]
+    def each(self, function):
+        """``function`` of one linear memory, mapped over the stack if this is one."""
+        return jax.vmap(function) if self.memory.ndim == 3 else function
 
 
-def _stacked(layer: _Layer) -> _Layer:
-    return jax.tree.map(lambda x: x[None], layer)
+def _layers(rule: Rule, initial: Weights, fast: Fast, log_rate: Array, tokens: Streams, gates: Gates, stacked: bool):
+    """Every layer of a group with its writes. First layers share key and rate: one linear memory with N V outputs."""
+    own = gates._replace(rate=jnp.exp(log_rate) * gates.rate)
+    box = lambda fast: layer_writes(rule, fast, tokens.k, tokens.v, own)  # noqa: E731
+    writes = (jax.vmap(box) if stacked else box)(fast)
+    if stacked:
+        first = writes[0]
+        erase = None if first.erase is None else first.erase[0]
+        writes[0] = LayerWrite(first.keys[0], jnp.concatenate(list(first.writes), axis=-1), erase)
+    bases = initial if rule.retain_to == "init" else (None,) * len(writes)
+    momenta = fast.momentum if rule.momentum else (None,) * len(writes)
+    starts = (w if base is None else w - base for w, base in zip(fast.running, bases, strict=True))
+    layers = [_Layer(*one) for one in zip(starts, momenta, bases, writes, strict=True)]
+    if stacked:
+        flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), layers[0][:3])
+        layers[0] = _Layer(*flat, layers[0].write)
+    return layers
 
 
 def _advance(layers: list[_Layer], terms: Coefficients) -> list[Written]:
-    """Advance stacked layers, all those of one shape together: the solves and products of a segment are a few calls."""
-    shapes: dict[tuple, list[int]] = {}
-    for i, layer in enumerate(layers):
-        shapes.setdefault((layer.memory.shape[1:], layer.write.erase is None), []).append(i)
-    written = {}
-    for members in shapes.values():
-        together = jax.tree.map(lambda *x: jnp.concatenate(x), *(layers[i] for i in members))
-        out = jax.vmap(lambda one: advance(one.memory, one.momentum, one.base, *one.write, terms))(together)
-        ends = np.cumsum([layers[i].memory.shape[0] for i in members])
-        for i, start, end in zip(members, [0, *ends], ends, strict=False):
-            written[i] = jax.tree.map(lambda x, start=start, end=end: x[start:end], out)
-    return [written[i] for i in range(len(layers))]
+    """Write all layers; their triangular systems are inverted together, in one sequence of products."""
+    inverses = _inverses(layers, terms)
+    written = []
+    for layer, inverse in zip(layers, inverses, strict=True):
+        step = lambda one, inverse: advance(*one[:3], *one.write, terms, inverse)  # noqa: E731
+        written.append(layer.each(step)(layer, inverse))
+    return written
+
+
+def _inverses(layers: list[_Layer], terms: Coefficients) -> list[Array | None]:
+    erasing = [i for i, layer in enumerate(layers) if layer.write.erase is not None]
+    inverses: list[Array | None] = [None] * len(layers)
+    if not erasing:
+        return inverses
+    lowers = [layers[i].each(lambda w: erase_matrix(w.keys, w.erase, terms))(layers[i].write) for i in erasing]
+    stack = jnp.concatenate([x if x.ndim == 3 else x[None] for x in lowers])
+    stack = jax.vmap(unit_lower_inverse)(jax.lax.stop_gradient(stack))
+    start = 0
+    for i, lower in zip(erasing, lowers, strict=True):
+        count = lower.shape[0] if lower.ndim == 3 else 1
+        inverses[i] = stack[start : start + count].reshape(lower.shape)
+        start += count
+    return inverses
 
 
 def _read(rule: Rule, fast: Fast, layers: list[_Layer], written: list[Written], queries: Array, terms: Coefficients):
@@ -194,6 +205,9 @@ def _read(rule: Rule, fast: Fast, layers: list[_Layer], written: list[Written], 
 
 
 def _updated(rule: Rule, fast: Fast, initial: Weights, written: list[Written]) -> Fast:
-    bases = initial if rule.retain_to == "init" else [0.0] * len(written)
-    running = tuple(base + one.memory for base, one in zip(bases, written, strict=True))
-    return fast._replace(running=running, momentum=tuple(one.momentum for one in written) if rule.momentum else ())
+    """The group after the segment, in its own shapes."""
+    running = [one.memory.reshape(old.shape) for one, old in zip(written, fast.running, strict=True)]
+    if rule.retain_to == "init":
+        running = [base + w for base, w in zip(initial, running, strict=True)]
+    momentum = [one.momentum.reshape(old.shape) for one, old in zip(written, fast.momentum)] if rule.momentum else []
+    return fast._replace(running=tuple(running), momentum=tuple(momentum))

@@ -31,12 +31,16 @@ def decay_products(factors: Float[Array, " C"]) -> Float[Array, "T T"]:
     return jnp.exp(logs) * np.tri(count + 1, dtype=factors.dtype)
 
 
-def solve_unit_lower(lower: Float[Array, "C C"], right: Float[Array, "C V"]) -> Float[Array, "C V"]:
+def solve_unit_lower(
+    lower: Float[Array, "C C"], right: Float[Array, "C V"], inverse: Float[Array, "C C"] | None = None
+) -> Float[Array, "C V"]:
     """X with (I + lower) X = right, for strictly lower triangular ``lower``.
 
-    Derivatives are implicit (one more product with the same inverse), in both modes and to any order.
+    ``inverse`` is ``unit_lower_inverse(lower)`` where the caller has it already. Derivatives are implicit (one more
+    product with the same inverse), in both modes and to any order.
     """
-    inverse = unit_lower_inverse(lax.stop_gradient(lower))
+    if inverse is None:
+        inverse = unit_lower_inverse(lax.stop_gradient(lower))
 
     def apply(x):
         return x + jnp.matmul(lower, x, precision=lax.Precision.HIGHEST)

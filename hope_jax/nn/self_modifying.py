@@ -91,8 +91,8 @@ class SelfModifyingConfig:
             )
         if min(self.heads, self.hidden, self.conv) < 1 or self.horizon < 2:
             raise UserError("heads, hidden and conv must be at least 1 and horizon at least 2")
-        if self.projection.layers != self.gate.layers or self.gate.residual:
-            raise UserError("projection and gate memories are stacked: give them equal depth, gates no residual")
+        if self.gate.residual:
+            raise UserError("a gate memory has one output and cannot be residual; use architectures.mlp")
         self.spec()  # checks the rest
 
     def spec(self) -> SelfModifying:
@@ -112,7 +112,11 @@ class SelfModifyingConfig:
                 self_values=True,
             )
 
-        groups = Boxes(rule(self.memory, self.c_memory), rule(self.projection, self.c_projections))
+        groups = Boxes(
+            rule(self.memory, self.c_memory),
+            rule(self.projection, self.c_projections),
+            rule(self.gate, self.c_projections),
+        )
         return SelfModifying(groups, self.inner_projection, self.rate_max, self.retention)
 
     def build(self, width: int, dtype: DTypeLike) -> "SelfModifyingMixer":
@@ -144,14 +148,14 @@ class SelfModifyingMixer(nn.Module):
         static = [n for n in "qkv" if n not in c.inner_projection]
         self.static = {n: dense(self.width, self.dtype, name=f"project_{n}") for n in static}
         self.out = HeadOutput(c.heads, self.width, self.dtype)
-        adaptive, hidden = len(c.inner_projection), c.hidden * size
-        projections = self._initial("projections", c.projection, (adaptive,), size, size)
-        gates = self._initial("gates", c.gate, (2,), 1, size)
-        others = jax.tree.map(lambda p, g: jnp.concatenate([p, _padded(g, p.shape)], axis=1), projections, gates)
-        self.initial = Boxes(self._initial("memory", c.memory, (), size, hidden), others)
-        start = math.log(c.projection_rate)
+        self.initial = Boxes(
+            self._initial("memory", c.memory, (), size, c.hidden * size),
+            self._initial("projections", c.projection, (len(c.inner_projection),), size, size),
+            self._initial("gates", c.gate, (2,), 1, size),
+        )
+        starts = Boxes(0.0, math.log(c.projection_rate), math.log(c.projection_rate))
         self.tuning = Tuning(
-            Boxes(self._constant("log_rate_memory", 0.0), self._constant("log_rate_others", start, adaptive + 2)),
+            Boxes(*(self._constant(f"log_rate_{n}", start) for n, start in zip(Boxes._fields, starts, strict=True))),
             self._constant("rate_bias", c.rate_bias),
             self._constant("retention_bias", math.log(c.horizon - 1)),
         )
@@ -160,9 +164,9 @@ class SelfModifyingMixer(nn.Module):
         if c.momentum == "gated":
             self.momentum_kernel = self.param("momentum_kernel", nn.initializers.zeros, (c.heads, size), wide)
 
-    def _constant(self, name: str, value: float, *shape: int) -> Array:
+    def _constant(self, name: str, value: float) -> Array:
         start = nn.initializers.constant(value)
-        return self.param(name, start, (self.config.heads, *shape), param_dtype(self.dtype))
+        return self.param(name, start, (self.config.heads,), param_dtype(self.dtype))
 
     def _initial(self, name: str, architecture: Architecture, stack: tuple[int, ...], value_dim: int, hidden: int) -> tuple[Array, ...]:
         """Meta-learned M_box,0 of one group: per layer [H, *stack, out, in]."""
@@ -218,7 +222,3 @@ class SelfModifyingMixer(nn.Module):
             return jax.nn.sigmoid(jnp.broadcast_to(bias, x.shape[:-1]))
         return jax.nn.sigmoid(jnp.einsum("bhtk,hk->bht", x, self.momentum_kernel) + bias)
 
-
-def _padded(gate: Float[Array, "H M O F"], shape: tuple[int, ...]) -> Float[Array, "H M V F"]:
-    """A gate memory's weights with zero rows up to the size of a projection's."""
-    return jnp.pad(gate, [(0, 0), (0, 0), (0, shape[2] - gate.shape[2]), (0, 0)])

@@ -1,0 +1,141 @@
+"""The loop, its record and its interrupt: what is done in which order, and what is on disk when it ends early."""
+
+import json
+import signal
+
+import jax.numpy as jnp
+import pytest
+
+from hope_jax import train as training
+
+
+def test_a_resumed_record_drops_rows_beyond_the_restored_step_and_a_line_cut_by_a_kill(tmp_path):
+    with training.Record(tmp_path, 0) as record:
+        for step in range(1, 6):
+            record.add(step, 10 * step, "train", {"bits_per_byte": 1.0})
+        record.add(4, 40, "heldout", {"bits_per_byte": 2.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "tok')
+    with training.Record(tmp_path, 3) as record:
+        record.add(4, 40, "train", {"bits_per_byte": 7.0})
+        assert 4 not in record.heldout
+    steps = [row["step"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_record_at_step_zero_forgets_an_earlier_attempt(tmp_path):
+    with training.Record(tmp_path, 0) as record:
+        record.add(0, 0, "heldout", {"bits_per_byte": 8.0})
+    with training.Record(tmp_path, 0) as record:
+        assert record.heldout == {} and training.read_rows(tmp_path / "metrics.jsonl") == []
+
+
+class FakeBatches:
+    """Batch n is n; the position is the number of batches given out."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.given += 1
+        return self.given
+
+    def get_state(self):
+        return {"given": self.given}
+
+
+class StopAfter:
+    """Asks to stop once ``count`` batches were given out."""
+
+    def __init__(self, batches, count):
+        self._batches, self._count = batches, count
+
+    @property
+    def requested(self):
+        return self._batches.given == self._count
+
+
+def fake_run(tmp_path, plan, *, poison=None, stop_after=None):
+    """Train a counter through the real loop, saver, record and monitor; returns the events and the final state."""
+    events = []
+
+    class Watching(training.Monitor):
+        def train(self, done, metrics):
+            events.append(("seen", done))
+            super().train(done, metrics)
+
+    class Saving(training.Saver):
+        def save(self, state, data):
+            events.append(("saved", int(state.step), data["given"]))
+            super().save(state, data)
+
+    def step_fn(state, batch):
+        events.append(("dispatched", batch))
+        value = jnp.float32(jnp.nan if batch == poison else 1.0)
+        metrics = {"loss": training.Mean(value, jnp.float32(1)), "bits_per_byte": training.Mean(value, jnp.float32(1))}
+        return state.replace(step=state.step + 1), metrics
+
+    def evaluate(params):
+        events.append(("measured",))
+        return {"bits_per_byte": 3.0}
+
+    state = training.TrainState(step=jnp.int32(0), params={"w": jnp.ones(2)}, opt_state=())
+    batches = FakeBatches()
+    stop = StopAfter(batches, stop_after)
+    with (
+        training.Record(tmp_path, 0) as record,
+        Watching(record, 0, plan.steps, 10) as monitor,
+        Saving(tmp_path, {}, 2) as saver,
+    ):
+        handed = {"step_fn": step_fn, "evaluate": evaluate, "saver": saver, "monitor": monitor, "stop": stop}
+        try:
+            state = training.train(plan, state, batches, **handed)
+        except training.Diverged as error:
+            events.append(("diverged", str(error)))
+    return events, state
+
+
+def test_the_loop_looks_at_step_n_minus_1_after_dispatching_n_and_pauses_only_where_planned(tmp_path):
+    events, _ = fake_run(tmp_path, training.Plan(steps=4, eval_every=4, save_every=3))
+    assert events == [
+        ("measured",),
+        ("dispatched", 1),
+        ("dispatched", 2),
+        ("seen", 1),
+        ("dispatched", 3),
+        ("seen", 2),
+        ("seen", 3),
+        ("saved", 3, 3),
+        ("dispatched", 4),
+        ("seen", 4),
+        ("saved", 4, 4),
+        ("measured",),
+    ]
+
+
+def test_a_request_to_stop_finishes_the_step_and_saves_it_with_the_data_position(tmp_path):
+    events, state = fake_run(tmp_path, training.Plan(steps=9, eval_every=9, save_every=9), stop_after=2)
+    assert int(state.step) == 2
+    assert events[-2:] == [("seen", 2), ("saved", 2, 2)]
+    assert training.read_manifest(tmp_path, 2).data == {"given": 2}
+
+
+@pytest.mark.parametrize("poison", [2, 3, 4])
+def test_nan_stops_before_anything_is_saved_over_the_last_good_step_and_names_the_step(tmp_path, poison):
+    events, _ = fake_run(tmp_path, training.Plan(steps=9, eval_every=9, save_every=2), poison=poison)
+    assert events[-1][0] == "diverged" and f"step {poison}: the loss became nan" in events[-1][1]
+    assert training.saved_steps(tmp_path) == [step for step in (2, 4) if step < poison]
+
+
+def test_ctrl_c_sets_the_request_once_and_a_second_one_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with training.Interrupt() as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -81,6 +81,8 @@ class RecallConfig:
     """Fresh batches per measurement."""
     results: Path = Path("experiments/results")
     """Folder of recall.jsonl and the curves."""
+    cache: Path = Path("runs/.cache")
+    """Folder of compiled programs."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup=100))
     """Its learning rate is replaced by those above."""
 
@@ -126,6 +128,7 @@ def main(arguments: Sequence[str]) -> int:
 def recall(config: RecallConfig) -> list[Row]:
     """Every run of ``config``, one after another; each is on disk when it ends."""
     path, rows = open_results(config.results, "recall.jsonl"), []
+    keep_programs(config.cache)
     for row in config.rows:
         for rate in config.learning_rates:
             for seed in config.seeds:
@@ -158,7 +161,7 @@ def _curve(
     config: RecallConfig, state: Any, step: Callable, evaluate: Callable, seed: int, named: str
 ) -> Iterable[tuple[int, float]]:
     """Held-out accuracy after so many steps, as it is measured while training."""
-    with tqdm(total=config.steps, desc=named, unit="step", dynamic_ncols=True, mininterval=_interval()) as bar:
+    with tqdm(total=config.steps, desc=named, unit="step", dynamic_ncols=True, mininterval=progress_interval()) as bar:
         for done in range(1, config.steps + 1):
             state, metrics = step(state, batch(config, seed, done - 1))
             bar.update(1)
@@ -171,7 +174,7 @@ def _curve(
                 return
 
 
-def _interval() -> float:
+def progress_interval() -> float:
     """Seconds between progress lines: seldom in a log file."""
     return 0.5 if sys.stderr.isatty() else 20.0
 
@@ -209,6 +212,12 @@ def open_results(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def keep_programs(folder: Path) -> None:
+    """Compile once for all seeds and processes, unless the environment says where compiled programs are kept."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "jax"))
+
+
 def append(path: Path, row: Row) -> None:
     """One JSON line, whole even when several processes write."""
     with path.open("a") as file:
@@ -224,9 +233,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
             if _named(row) == name:
                 of_rate.setdefault(row["learning_rate"], []).append(row["accuracy"])
         rate, best = max(of_rate.items(), key=lambda item: statistics.mean(item[1]))
-        lines.append(
-            f"{name:<28} {statistics.mean(best):7.2%} +- {statistics.pstdev(best):.2%} ({len(best)} seeds, rate {rate:g})"
-        )
+        mean, spread = statistics.mean(best), statistics.pstdev(best)
+        lines.append(f"{name:<28} {mean:7.2%} +- {spread:.2%} ({len(best)} seeds, rate {rate:g})")
     return lines
 
 

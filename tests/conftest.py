@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
+import tokenizers
+from corpora import LETTERS, TEXT
 
 
 def pytest_configure(config):
@@ -33,3 +35,33 @@ def x64():
 def key():
     """The random key of the test."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty files, each of one letter of its own, so that a window tells which files it comes from."""
+    root = tmp_path / "texts"
+    for i, letter in enumerate(LETTERS):
+        path = root / f"part{i % 3}" / f"{letter}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(letter * (100 + i))
+    return root
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory):
+    """A trained byte-level tokenizer with a special token and, as such files have, a truncation."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<|énd|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([TEXT * 20 + "the quick brown fox jumps over the lazy dog\n" * 20], trainer)
+    tokenizer.enable_truncation(8)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path

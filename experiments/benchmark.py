@@ -1,0 +1,302 @@
+"""Speed and memory of this machine as JSON lines: ratios side by side in one process, never absolute promises.
+
+    python -m experiments benchmark                      # all parts
+    python -m experiments benchmark train --size 30m --length 1024 --batch 1
+    python -m experiments benchmark length --segment 512
+
+train     Hope and the Transformer of equal parameters: tokens/s, forward pass, compile time, temporary memory, and the
+          arithmetic they reach against a large matrix product
+chunked   the chunked form of the recurrence and of a rule against the sequential definition, gradient included
+length    tokens/s and temporary memory of a training step at two lengths
+decode    time per written token early and late in a text
+products  the transposed product of ``memory.products`` against the plain one
+
+Every number is the best of ``--repeats`` interleaved repetitions. Minutes on a CPU; expect Hope near half the
+Transformer's tokens/s at short lengths, chunked far ahead of sequential, and a decode time that does not depend on
+the position.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.extend.core import jaxprs_in_params
+
+from experiments import parse
+from experiments.recall import Row, append, open_results
+from hope_jax import LanguageModel, ModelConfig, generate, model_named
+from hope_jax import train as training
+from hope_jax.errors import UserError, closest
+from hope_jax.memory import RULES, Gates, MemoryState, Rule, gated_delta, products, rule
+from hope_jax.models import ARCHITECTURES, SIZES, Size
+from hope_jax.train.optimizer import OptimizerConfig
+
+Part = Literal["train", "chunked", "length", "decode", "products"]
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Measure speed and memory."""
+
+    parts: tyro.conf.Positional[tuple[Part, ...]] = ()
+    """What to measure; nothing named: everything."""
+    models: tuple[str, ...] = ("hope", "transformer_pp")
+    """train: architectures; ratios are against the last one."""
+    size: str | None = None
+    """train: a named size instead of width, layers and heads."""
+    width: int = 128
+    """train: model features."""
+    layers: int = 2
+    """train: blocks."""
+    heads: int = 4
+    """train: heads of the mixers."""
+    length: int = 512
+    """train: tokens per sequence."""
+    batch: int = 4
+    """train: sequences per batch."""
+    segment: int | None = None
+    """train, length: tokens of one piece in rematerialised training; must divide the lengths. None: all at once."""
+    lengths: tuple[int, int] = (1024, 8192)
+    """length: the two lengths."""
+    positions: tuple[int, int] = (64, 16_384)
+    """decode: tokens read before writing starts, the second a multiple of the first."""
+    model: str = "hope-tiny"
+    """length, decode: name of the model."""
+    repeats: int = 5
+    """Repetitions; the best counts."""
+    results: Path = Path("experiments/results")
+    """Folder of benchmark.jsonl."""
+
+    def __post_init__(self):
+        for name in ("width", "layers", "heads", "length", "batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.size is not None and self.size not in SIZES:
+            raise UserError(f"No size is called {self.size!r}; {closest(self.size, SIZES)}")
+        if self.positions[0] < 1 or self.positions[1] % self.positions[0]:
+            raise UserError(f"--positions must be a number and a multiple of it, got {self.positions}.")
+        model_named(self.model)
+        for name in self.models:
+            self.architecture(name)
+
+    def architecture(self, name: str) -> ModelConfig:
+        """The model of part ``train`` with that name."""
+        if name not in ARCHITECTURES:
+            raise UserError(f"No architecture is called {name!r}; {closest(name, ARCHITECTURES)}")
+        if self.size is not None:
+            return dataclasses.replace(ARCHITECTURES[name](SIZES[self.size]), context=self.length)
+        return ARCHITECTURES[name](Size(self.width, self.layers, self.heads, 256, self.length, SIZES["tiny"].levels))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    config = parse(BenchmarkConfig, arguments, "benchmark")
+    path = open_results(config.results, "benchmark.jsonl")
+    machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
+    for part in config.parts or get_args(Part):
+        for row in PARTS[part](config):
+            append(path, {"part": part, **row, **machine})
+            print(json.dumps({"part": part, **row}), flush=True)
+    return 0
+
+
+def best_seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each call, the best of interleaved repetitions after one that compiles."""
+    best = {}
+    for name, call in calls.items():
+        jax.block_until_ready(call())
+        best[name] = math.inf
+    for _ in range(repeats):
+        for name, call in calls.items():
+            since = time.perf_counter()
+            jax.block_until_ready(call())
+            best[name] = min(best[name], time.perf_counter() - since)
+    return best
+
+
+def operations(jaxpr: Any) -> int:
+    """Multiplications and additions of all matrix products of a program, loops unrolled, recomputation included."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        parts = [operations(inner) for inner in jaxprs_in_params(equation.params)]
+        if equation.primitive.name == "cond":  # platforms and branches: only one of them runs
+            parts = [max(parts)]
+        total += sum(parts) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+    return total
+
+
+class Trainer:
+    """A compiled training step with its state; calling it does one step."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, segment: int | None):
+        model, settings = LanguageModel(config), OptimizerConfig()
+        tx = training.optimizer(settings, 1000, config.update_every(batch * length))
+        loss = training.next_token_loss(model, np.ones(config.vocab_size), segment)
+        step: Any = training.train_step(loss, tx, training.schedule(settings, 1000))
+        self.state = jax.jit(lambda key: training.init_state(model, tx, key))(jax.random.key(0))
+        self.tokens = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, config.vocab_size)
+        self.parameters = training.count_parameters(self.state.params)
+        self.operations = operations(jax.make_jaxpr(step)(self.state, self.tokens).jaxpr)
+        lowered, since = step.lower(self.state, self.tokens), time.perf_counter()
+        self._step = lowered.compile()
+        self.compile_seconds = time.perf_counter() - since
+        self.temp_bytes = self._step.memory_analysis().temp_size_in_bytes
+        self._read = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens[:, :-1])[0])
+
+    def __call__(self) -> Any:
+        self.state, metrics = self._step(self.state, self.tokens)
+        return metrics
+
+    def forward(self) -> Any:
+        """Logits of the batch."""
+        return self._read(self.state.params, self.tokens)
+
+    def row(self, seconds: float) -> Row:
+        """What is known about a step that takes so long."""
+        batch, window = self.tokens.shape
+        about = {"parameters": self.parameters, "length": window - 1, "batch": batch}
+        cost = {"compile_seconds": round(self.compile_seconds, 1), "temp_bytes": self.temp_bytes}
+        speed = {"tokens_per_second": round(batch * (window - 1) / seconds), "step_ms": round(1e3 * seconds, 2)}
+        return {**about, **speed, **cost, "gflops": round(self.operations / seconds / 1e9, 2)}
+
+
+def train(config: BenchmarkConfig) -> Iterator[Row]:
+    """The training step of the architectures, and the last one's tokens/s as the measure of the others."""
+    make = lambda name: Trainer(config.architecture(name), config.batch, config.length, config.segment)  # noqa: E731
+    trainers = {name: make(name) for name in config.models}
+    square = jax.random.normal(jax.random.key(0), (1024, 1024))
+    product = jax.jit(jnp.matmul)
+    calls: dict[str, Callable[[], Any]] = {"peak": lambda: product(square, square)}
+    for name, trainer in trainers.items():
+        calls |= {name: trainer, f"{name} forward": trainer.forward}
+    seconds = best_seconds(calls, config.repeats)
+    peak = 2 * 1024**3 / seconds["peak"] / 1e9
+    for name, trainer in trainers.items():
+        row = {"model": name, **trainer.row(seconds[name]), "forward_ms": round(1e3 * seconds[f"{name} forward"], 2)}
+        ratio = round(seconds[config.models[-1]] / seconds[name], 3)
+        yield row | {"peak_gflops": round(peak, 1), "peak_share": round(row["gflops"] / peak, 3), "ratio": ratio}
+
+
+Stream = tuple[Any, Any, Any, Gates]
+
+
+def _stream(heads: int, time: int, size: int) -> Stream:
+    """Random tokens: unit keys, values and queries [N, T, K], and gates [N, T]."""
+    draws, of_rate, of_retention, of_decay = jax.random.split(jax.random.key(0), 4)
+    vectors = jax.random.normal(draws, (3, heads, time, size))
+    keys, values, queries = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    rate, forgotten, decay = (jax.random.uniform(key, (heads, time)) for key in (of_rate, of_retention, of_decay))
+    return keys, values, queries, Gates(rate, 1 - 1e-3 * forgotten, 0.1 * decay)
+
+
+def chunked(config: BenchmarkConfig) -> Iterator[Row]:
+    """Value and gradient over 1024 tokens, for 16 heads of 32 features."""
+    size = 32
+    stream = _stream(heads=16, time=1024, size=size)
+    yield _against_sequential("gated_delta", functools.partial(_recurrence, stream), (size, size), config.repeats)
+    for name in ("titans", "hope"):
+        run = functools.partial(_rule, RULES[name], stream)
+        yield _against_sequential(f"rule {name}", run, (2, size, size), config.repeats)
+
+
+def _recurrence(stream: Stream, memory: Any, impl: Any) -> Any:
+    def head(k: Any, v: Any, q: Any, gates: Gates) -> Any:
+        settings = {"retention": gates.retention, "erase": gates.rate, "momentum_decay": gates.momentum_decay}
+        return gated_delta(memory, k, v, q, momentum=jnp.zeros_like(memory), impl=impl, **settings).reads
+
+    return jax.vmap(head)(*stream)
+
+
+def _rule(one: Rule, stream: Stream, memory: Any, impl: Any) -> Any:
+    def head(k: Any, v: Any, q: Any, gates: Gates) -> Any:
+        state = MemoryState(one.start(tuple(memory)), np.zeros((), np.int32))
+        return rule.scan(one, state, k, v, q, gates, tuple(memory), impl)[0]
+
+    return jax.vmap(head)(*stream)
+
+
+def _against_sequential(name: str, run: Callable, shape: tuple[int, ...], repeats: int) -> Row:
+    """Seconds of the gradient of ``run(memory, impl)`` in both forms."""
+    memory = 0.1 * jax.random.normal(jax.random.key(1), shape)
+
+    def gradient(impl: str) -> Callable[[], Any]:
+        compiled = jax.jit(jax.value_and_grad(lambda memory: jnp.sum(jnp.square(run(memory, impl)))))
+        return lambda: compiled(memory)
+
+    seconds = best_seconds({impl: gradient(impl) for impl in ("chunked", "sequential")}, repeats)
+    times = {f"{impl}_ms": round(1e3 * value, 2) for impl, value in seconds.items()}
+    return {"what": name, "length": 1024, **times, "ratio": round(seconds["sequential"] / seconds["chunked"], 1)}
+
+
+def length(config: BenchmarkConfig) -> Iterator[Row]:
+    """The training step of one model with one sequence, short and long."""
+    trainers = [Trainer(model_named(config.model), 1, tokens, config.segment) for tokens in config.lengths]
+    seconds = best_seconds({str(i): trainer for i, trainer in enumerate(trainers)}, config.repeats)
+    rows = [trainer.row(seconds[str(i)]) for i, trainer in enumerate(trainers)]
+    for row in rows:
+        yield {"model": config.model, "segment": config.segment, **row}
+    short, long = rows
+    growth = math.log(long["temp_bytes"] / short["temp_bytes"]) / math.log(long["length"] / short["length"])
+    speed = round(long["tokens_per_second"] / short["tokens_per_second"], 3)
+    yield {"model": config.model, "segment": config.segment, "speed_ratio": speed, "memory_exponent": round(growth, 3)}
+
+
+def decode(config: BenchmarkConfig) -> Iterator[Row]:
+    """Time per token written by ``generate`` after few and after many tokens read."""
+    written = 64
+    early, late = config.positions
+    architecture = model_named(config.model)
+    model = LanguageModel(architecture)
+    tokens = jax.random.randint(jax.random.key(1), (1, early), 0, architecture.vocab_size)
+    params = jax.jit(lambda key: model.init(key, tokens[:, :1])["params"])(jax.random.key(0))
+    read = jax.jit(lambda params, state: model.apply({"params": params}, tokens, state)[1])
+    states = [read(params, model.init_state(params, batch=1, capacity=late + written + 1))]
+    states.append(states[0])
+    for _ in range(late // early - 1):
+        states[1] = read(params, states[1])
+    settings: dict[str, Any] = {"steps": written, "temperature": 0.0, "key": jax.random.key(2)}
+
+    def write(state: Any) -> Callable[[], Any]:
+        return lambda: generate.sample(model, params, state, tokens[:, :1], **settings)[0]
+
+    calls = {str(at): write(state) for at, state in zip(config.positions, states, strict=True)}
+    seconds = best_seconds(calls, config.repeats)
+    for at, value in seconds.items():
+        row = {"model": config.model, "position": int(at), "ms_per_token": round(1e3 * value / written, 3)}
+        yield row | {"tokens_per_second": round(written / value), "ratio": round(value / seconds[str(early)], 3)}
+
+
+def transposed(config: BenchmarkConfig) -> Iterator[Row]:
+    """a^T b of 256 pairs of small matrices, as ``products.tn`` does it and as one folded product."""
+    plain = jax.jit(lambda a, b: jnp.matmul(jnp.swapaxes(a, -1, -2), b, precision=jax.lax.Precision.HIGHEST))
+    ours = jax.jit(jax.vmap(products.tn))
+    for rows, columns in ((16, 32), (32, 32), (64, 64)):
+        a, b = jax.random.normal(jax.random.key(0), (2, 256, rows, columns))
+        calls = {"plain": functools.partial(plain, a, b), "barrier": functools.partial(ours, a, b)}
+        seconds = best_seconds(calls, 10 * config.repeats)
+        times = {f"{name}_us": round(1e6 * value, 1) for name, value in seconds.items()}
+        yield {"shape": [rows, columns], **times, "ratio": round(seconds["plain"] / seconds["barrier"], 2)}
+
+
+PARTS: dict[str, Callable[[BenchmarkConfig], Iterator[Row]]] = {
+    "train": train,
+    "chunked": chunked,
+    "length": length,
+    "decode": decode,
+    "products": transposed,
+}

@@ -1,0 +1,99 @@
+"""The schedule of levels: when a level is due, and that no cut of a sequence changes what it sees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.errors import UserError
+from hope_jax.levels import Level, check_periods, due, scan_levels
+
+PERIODS = (3, 6)
+
+
+def python_loop(tokens, start=0, state=None):
+    """Two anchors refreshed every 3rd and 6th token; each token is read with both, then written."""
+    running, fast, slow = state or (1.0, 0.0, 0.0)
+    outputs = []
+    for t, x in enumerate(tokens, start):
+        fast = running if t % PERIODS[0] == 0 else fast
+        slow = running if t % PERIODS[1] == 0 else slow
+        outputs.append(running + 10 * fast + 100 * slow)
+        running = 0.5 * running + x * np.cos(fast - 0.3 * slow)
+    return (running, fast, slow), np.array(outputs)
+
+
+def segment(state, tokens, active, due):
+    """The same as a segment; inactive tokens leave the state alone."""
+    running, fast, slow = state
+    fast, slow = jnp.where(due[0], running, fast), jnp.where(due[1], running, slow)
+    active = jnp.ones_like(tokens) if active is None else active.astype(tokens.dtype)
+
+    def token(running, one):
+        x, on = one
+        new = 0.5 * running + x * jnp.cos(fast - 0.3 * slow)
+        return jnp.where(on > 0, new, running), running + 10 * fast + 100 * slow
+
+    running, outputs = jax.lax.scan(token, running, (tokens, active))
+    return (running, fast, slow), outputs
+
+
+start = lambda: tuple(map(jnp.asarray, (1.0, 0.0, 0.0)))  # noqa: E731
+scan = jax.jit(lambda state, tokens, position: scan_levels(segment, state, tokens, position=position, periods=PERIODS))
+
+
+@pytest.mark.parametrize("cut", [(13,), (1, 12), (2, 3, 8), (5, 1, 1, 6), (1,) * 13, (6, 7)], ids=str)
+def test_any_cut_of_a_sequence_equals_the_python_loop(x64, cut):
+    tokens = np.random.default_rng(0).normal(size=13)
+    expected_state, expected = python_loop(tokens)
+    state, position, outputs = start(), 0, []
+    for length in cut:
+        state, out = scan(state, jnp.asarray(tokens[position : position + length]), position)
+        outputs.append(out)
+        position += length
+    np.testing.assert_allclose(np.concatenate(outputs), expected, rtol=1e-12)
+    np.testing.assert_allclose(state, expected_state, rtol=1e-12)
+
+
+@pytest.mark.parametrize("position", [0, 3, 6])
+def test_the_path_for_whole_periods_from_a_known_position_equals_the_general_one(x64, position):
+    tokens = np.random.default_rng(1).normal(size=9)
+    before, _ = python_loop(np.random.default_rng(2).normal(size=position))
+    expected_state, expected = python_loop(tokens, position, before)
+    how = dict(position=np.asarray(position, np.int32), periods=PERIODS)
+    aligned = jax.jit(lambda state, tokens: scan_levels(segment, state, tokens, **how))
+    for run in (aligned, lambda *a: scan(*a, position)):
+        state, outputs = run(tuple(map(jnp.asarray, before)), jnp.asarray(tokens))
+        np.testing.assert_allclose(outputs, expected, rtol=1e-12)
+        np.testing.assert_allclose(state, expected_state, rtol=1e-12)
+
+
+def test_both_paths_have_the_same_gradients(x64):
+    tokens = jnp.asarray(np.random.default_rng(3).normal(size=6))
+
+    def loss(tokens, position):
+        state, outputs = scan_levels(segment, start(), tokens, position=position, periods=PERIODS)
+        return jnp.sum(outputs**2) + state[0]
+
+    aligned = jax.jit(jax.grad(lambda x: loss(x, np.zeros((), np.int32))))(tokens)
+    general = jax.jit(jax.grad(loss))(tokens, 0)
+    assert np.all(np.abs(np.array(aligned)) > 0)
+    np.testing.assert_allclose(aligned, general, rtol=1e-12)
+
+
+def test_a_level_is_due_at_multiples_of_its_period_and_at_the_start():
+    assert [bool(due(step, 4)) for step in range(9)] == [True, False, False, False] * 2 + [True]
+    assert all(bool(due(np.asarray(step), 1)) for step in range(3))
+
+
+@pytest.mark.parametrize("period", [0, -3])
+def test_a_period_below_one_token_is_refused(period):
+    with pytest.raises(UserError, match=str(period)):
+        Level(period)
+
+
+def test_periods_that_do_not_divide_each_other_are_refused():
+    check_periods((4, 16))
+    check_periods((16, 4))
+    with pytest.raises(UserError, match="6"):
+        check_periods((4, 6))

@@ -184,7 +184,7 @@ class Box:
 
 
 def hope(keys, values, queries, rate, retention, decay, weights, period, objective="l2", residual=None):
-    """Hope's main memory with given gates: targets M_anchor(v), DGD per layer, damped momentum, read before the write."""
+    """Hope's main memory with given gates: targets M_anchor(v), DGD per layer, damped momentum, read before write."""
     box = Box(list(weights), len(weights) > 1 if residual is None else residual, period, objective)
     reads = []
     for t, (k, v, q) in enumerate(zip(keys, values, queries, strict=True)):

@@ -1,4 +1,4 @@
-"""The one recurrence: both evaluators against numpy in values and gradients, and the inputs that break naive versions."""
+"""The one recurrence: both evaluators against numpy in values and gradients, and inputs that break naive versions."""
 
 import functools
 import inspect
@@ -17,7 +17,7 @@ V, K = 3, 4
 FEATURES = ("erase", "momentum", "base")
 ALL = frozenset(FEATURES)
 SUBSETS = [frozenset(f for i, f in enumerate(FEATURES) if bits >> i & 1) for bits in range(8)]
-# (features, tokens, block, read): every subset of features where the last block is short, other shapes with all of them.
+# (features, tokens, block, read): every subset of features where the last block is short; other shapes with all.
 CASES = [(s, 33, 13, ("before", "after")[i % 2]) for i, s in enumerate(SUBSETS)]
 CASES += [(ALL, *c) for c in ((1, 16, "after"), (7, 1, "before"), (33, 16, "before"))]
 cases = pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.typing import Initializer
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
@@ -24,9 +25,18 @@ def param_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def dense(features: int, dtype: DTypeLike, name: str | None = None) -> nn.Dense:
-    """A bias-free linear map, kernel ``[in, features]`` drawn with variance 1 / in."""
-    return nn.Dense(features, use_bias=False, dtype=dtype, param_dtype=param_dtype(dtype), name=name)
+_FAN_IN = nn.initializers.lecun_normal()
+
+
+def dense(features: int, dtype: DTypeLike, name: str | None = None, start: Initializer = _FAN_IN) -> nn.Dense:
+    """A bias-free linear map, kernel ``[in, features]`` drawn with variance 1 / in unless ``start`` says otherwise."""
+    wide = param_dtype(dtype)
+    return nn.Dense(features, use_bias=False, dtype=dtype, param_dtype=wide, kernel_init=start, name=name)
+
+
+def near_identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "D D"]:
+    """The identity, slightly blurred: queries start in the space of the keys they have to find."""
+    return jnp.eye(*shape, dtype=dtype) + 0.02 * jax.random.normal(key, shape, dtype)
 
 
 def apply_rope(
@@ -59,8 +69,12 @@ class RMSNorm(nn.Module):
 
 
 def _mostly_now(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "width D"]:
-    """Last tap near 1, the others near 0: at first the convolution hands on the current token, slightly blurred."""
-    return 0.02 * jax.random.normal(key, shape, dtype) + jnp.eye(1, shape[0], shape[0] - 1, dtype=dtype).T
+    """Last tap near 1, the others near 0: mostly the current token, with enough of the last ones to learn from.
+
+    A key then sees the token before its value from the start. One trial of associative recall (width 64, 4 pairs) was
+    solved within 500 steps so, with queries starting ``near_identity``; with taps of 0.02 and random queries it was not.
+    """
+    return 0.3 * jax.random.normal(key, shape, dtype) + jnp.eye(1, shape[0], shape[0] - 1, dtype=dtype).T
 
 
 class ShortConv(nn.Module):

@@ -28,7 +28,7 @@ from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture, unit
 from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import Boxes, SelfModifying, Streams, Tuning, scan
-from hope_jax.nn.layers import HeadOutput, ShortConv, dense, merge_heads, param_dtype, split_heads
+from hope_jax.nn.layers import HeadOutput, ShortConv, dense, merge_heads, near_identity, param_dtype, split_heads
 from hope_jax.types import Array, Float, Int, Stream
 
 Projection = Literal["k", "v", "q"]
@@ -146,7 +146,7 @@ class SelfModifyingMixer(nn.Module):
         wide = param_dtype(self.dtype)
         self.convs = [ShortConv(c.conv, self.dtype, name=f"conv_{n}") for n in "qkv"]
         static = [n for n in "qkv" if n not in c.inner_projection]
-        self.static = {n: dense(self.width, self.dtype, name=f"project_{n}") for n in static}
+        self.static = {n: dense(self.width, self.dtype, f"project_{n}", near_identity) for n in static}
         self.out = HeadOutput(c.heads, self.width, self.dtype)
         self.initial = Boxes(
             self._initial("memory", c.memory, (), size, c.hidden * size),

@@ -1,0 +1,188 @@
+"""The named models: their sizes, and what every architecture must do at a small one."""
+
+import functools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import config as type_checker
+
+from hope_jax.errors import UserError
+from hope_jax.levels import Level
+from hope_jax.models import ARCHITECTURES, MODELS, SIZES, LanguageModel, Size, model_named
+from hope_jax.nn.language_model import Block
+
+# Parameters of every architecture at tiny, 30m, 140m, 340m, 760m, 1.3b. A new row of MODELS needs its numbers here.
+PARAMETERS = {
+    "hope": (966_024, 31_686_624, 134_924_160, 321_883_392, 691_622_784, 1_200_560_640),
+    "hope_attention": (959_808, 31_604_224, 134_333_184, 322_274_304, 689_849_856, 1_199_769_600),
+    "transformer_pp": (953_280, 31_517_184, 134_898_432, 322_225_152, 691_545_600, 1_197_312_000),
+    "transformer_conv": (957_888, 31_578_624, 135_045_888, 322_520_064, 691_987_968, 1_197_901_824),
+    "titans": (971_364, 31_788_784, 135_304_512, 323_725_440, 694_090_944, 1_203_458_304),
+    "deltanet": (960_588, 31_788_624, 135_205_824, 323_331_456, 692_910_144, 1_201_097_472),
+    "gated_deltanet": (962_904, 31_829_664, 135_353_472, 323_725_056, 693_795_456, 1_202_671_104),
+    "linear_attention": (958_272, 31_747_584, 135_058_176, 322_937_856, 692_024_832, 1_199_523_840),
+}
+COUNTS = {f"{name}-{size}": n for name, row in PARAMETERS.items() for size, n in zip(SIZES, row, strict=True)}
+
+B, T, VOCAB = 2, 20, 48
+SMALL = Size(width=32, layers=2, heads=2, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
+architectures = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def count(tree):
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def test_every_model_has_a_pinned_parameter_count():
+    assert set(COUNTS) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parameter_count_is_the_pinned_one(name):
+    model = MODELS[name]
+    x = jax.ShapeDtypeStruct((1, 1, model.width), model.dtype)
+    block = jax.eval_shape(lambda key, x: Block(model).init(key, x, None), jax.random.key(0), x)
+    # The rest is the tied embedding and the last norm; the next test counts whole models.
+    assert model.layers * count(block) + (model.vocab_size + 1) * model.width == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-tiny")])
+def test_a_whole_model_has_the_pinned_parameters(name):
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(LanguageModel(MODELS[name]).init, jax.random.key(0), tokens)
+    assert count(variables["params"]) == COUNTS[name]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_baselines_are_within_three_percent_of_hope(size):
+    for name in ARCHITECTURES:
+        assert abs(COUNTS[f"{name}-{size}"] / COUNTS[f"hope-{size}"] - 1) < 0.03, name
+
+
+# ---------------------------------------------------------------- every architecture, small, in float64
+
+
+@functools.cache
+def small(name):
+    """Model, parameters and tokens that differ from one another inside a row."""
+    model = LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.float64))
+    rows = [np.random.default_rng(i).permutation(VOCAB - 1)[:T] + 1 for i in range(B)]
+    tokens = jnp.asarray(np.stack(rows), jnp.int32)
+    return model, jax.jit(model.init)(jax.random.key(0), tokens[:, :1])["params"], tokens
+
+
+@functools.cache
+def pulled(name):
+    """Compiled (parameters, tokens, cotangent of the logits) -> (logits, gradients, final state), on a fresh sequence."""
+    model = small(name)[0]
+
+    @jax.jit
+    def pulled(params, tokens, cotangent):
+        logits, pull, state = jax.vjp(lambda p: model.apply({"params": p}, tokens), params, has_aux=True)
+        return logits, pull(cotangent)[0], state
+
+    return pulled
+
+
+@architectures
+def test_any_cut_gives_the_same_logits_and_final_state_and_no_state_is_a_fresh_one(x64, name):
+    model, params, tokens = small(name)
+    fresh, _, end = pulled(name)(params, tokens, jnp.zeros((B, T, VOCAB)))
+    step = jax.jit(lambda params, tokens, state: model.apply({"params": params}, tokens, state))
+    state, logits = model.init_state(params, batch=B, capacity=T), []
+    for start, stop in ((0, 9), (9, 10), (10, 19), (19, 20)):
+        out, state = step(params, tokens[:, start:stop], state)
+        logits.append(out)
+    assert fresh.dtype == jnp.float64
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), fresh, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(*map(jax.tree.leaves, (state, end)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@architectures
+def test_logits_depend_on_the_past_alone_by_gradients(x64, name):
+    _, params, tokens = small(name)
+    t, unseen = 13, 0  # id 0 occurs nowhere, so other rows of the tied table matter as inputs only
+    cotangent = np.zeros((B, T, VOCAB))
+    cotangent[0, t, unseen] = 1
+    _, gradients, _ = pulled(name)(params, tokens, cotangent)
+    moved = np.sum(np.abs(np.array(gradients["embedding"])), axis=1)
+    seen = np.array(tokens[0, : t + 1])
+    assert np.all(moved[seen] > 0)
+    others = np.setdiff1d(np.arange(1, VOCAB), seen)
+    assert np.all(moved[others] == 0)
+
+
+@architectures
+def test_the_loss_falls_over_twenty_steps(x64, name):
+    _, params, tokens = small(name)
+    targets, losses = np.eye(VOCAB)[np.roll(tokens, -1, axis=1)], []
+    for _ in range(20):
+        logits, *_ = pulled(name)(params, tokens, np.zeros((B, T, VOCAB)))
+        losses.append(-np.mean(np.sum(targets * np.array(jax.nn.log_softmax(logits)), axis=-1)))
+        _, gradients, _ = pulled(name)(params, tokens, (np.array(jax.nn.softmax(logits)) - targets) / (B * T))
+        norm = math.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(gradients)))
+        params = jax.tree.map(lambda p, g, s=0.3 / max(norm, 0.3): p - s * g, params, gradients)
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+@architectures
+def test_a_bfloat16_model_gives_finite_float32_logits_and_has_float32_parameters(name):
+    model = LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.bfloat16))
+    tokens = jnp.arange(T)[None] % VOCAB
+    (logits, _), variables = jax.jit(model.init_with_output)(jax.random.key(0), tokens)
+    assert logits.dtype == jnp.float32 and all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
+    assert np.all(np.isfinite(logits)) and np.std(logits) > 0.1
+
+
+# ---------------------------------------------------------------- mistakes
+
+WRONG = {
+    "float tokens": (jnp.zeros((1, 2)), "float"),
+    "empty batch": (jnp.zeros((0, 2), jnp.int32), r"\(0, 2\)"),
+    "empty sequence": (jnp.zeros((1, 0), jnp.int32), r"\(1, 0\)"),
+    "id too large": (jnp.asarray([[0, VOCAB]]), str(VOCAB)),
+    "negative id": (jnp.asarray([[-1, 0]]), "-1"),
+}
+
+
+@pytest.fixture
+def untyped():
+    """No type checker, as outside of the tests."""
+    type_checker.update("jaxtyping_disable", True)
+    yield
+    type_checker.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(("tokens", "message"), WRONG.values(), ids=WRONG)
+def test_tokens_no_model_can_read_are_refused(untyped, tokens, message):
+    model = LanguageModel(ARCHITECTURES["transformer_pp"](SMALL))
+    with pytest.raises(UserError, match=message):
+        model.init(jax.random.key(0), tokens)
+
+
+def test_a_state_of_no_sequences_is_refused():
+    with pytest.raises(UserError, match="batch is 0"):
+        LanguageModel(ARCHITECTURES["transformer_pp"](SMALL)).init_state({}, batch=0)
+
+
+def test_an_unknown_model_names_the_closest_one():
+    assert model_named("hope-tiny") is MODELS["hope-tiny"]
+    with pytest.raises(UserError, match="transformer_pp-tiny"):
+        model_named("transformer-tiny")
+
+
+@pytest.mark.parametrize("field", ["width", "layers", "vocab_size", "context"])
+def test_a_model_needs_positive_sizes(field):
+    with pytest.raises(UserError, match=f"{field} is 0"):
+        replace(MODELS["hope-tiny"], **{field: 0})
+
+
+def test_levels_are_stepped_once_per_period_in_batches():
+    every = MODELS["hope-tiny"].update_every(1024)
+    assert every == {"static": 1, "level_0": 2, "level_1": 8}
+    assert MODELS["titans-tiny"].update_every(1024) == {"static": 1}

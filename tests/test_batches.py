@@ -20,6 +20,10 @@ def test_every_window_is_seen_once_per_epoch_in_a_new_order():
     assert len({tuple(epoch) for epoch in seen.tolist()}) == 6
 
 
+def test_batches_of_one_see_every_window_once_per_epoch():
+    assert sorted(rows(batches(batch=1), 10)) == list(range(10))
+
+
 def test_the_seed_decides_the_order():
     orders = [rows(batches(count=30, seed=seed), 10) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]

@@ -130,18 +130,20 @@ def test_a_comparison_measures_all_rows_at_the_same_steps_on_the_same_text(tmp_p
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text(f"the cat {name} sat on the mat. " * 100)
     config = compare.CompareConfig(
-        rows=("deltanet", "deltanet_without_writes"), size="nano", seeds=(0, 1), steps=2, batch=2, length=32,
-        eval_every=1, eval_batches=1, results=tmp_path / "results", cache=tmp_path / "cache",
-        data=DataConfig(path=(str(tmp_path / "*.txt"),), heldout=0.3),
+        rows=("deltanet", "deltanet_without_writes"), size="nano", seeds=(0, 1), steps=20, batch=2, length=32,
+        eval_every=10, eval_batches=1, results=tmp_path / "results", cache=tmp_path / "cache",
+        optimizer=OptimizerConfig(warmup=2), data=DataConfig(path=(str(tmp_path / "*.txt"),), heldout=0.3),
     )  # fmt: skip
     compare.compare(config)
     rows = lines(tmp_path / "results" / "compare.jsonl")
     runs = {(row["row"], row["seed"]) for row in rows}
     assert len(runs) == 4 and len(rows) == 4 * 3
-    assert [row["step"] for row in rows[:3]] == [0, 1, 2] and rows[2]["tokens"] == 2 * 2 * 32
+    assert [row["step"] for row in rows[:3]] == [0, 10, 20] and rows[2]["tokens"] == 20 * 2 * 32
     assert len({(row["parameters"], row["fingerprint"]) for row in rows}) == 1
-    final = {(row["row"], row["seed"]): row["bits_per_byte"] for row in rows if row["step"] == 2}
-    assert all(0 < bits < rows[0]["bits_per_byte"] for bits in final.values())
+    first, final = (
+        {(row["row"], row["seed"]): row["bits_per_byte"] for row in rows if row["step"] == step} for step in (0, 20)
+    )
+    assert all(0 < final[run] < first[run] for run in runs)
     assert len(set(final.values())) == 4, "writes and seeds must make a difference"
     assert compare.draw(config).read_bytes()[:4] == b"\x89PNG"
 

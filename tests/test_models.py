@@ -77,7 +77,7 @@ def small(name):
 
 @functools.cache
 def pulled(name):
-    """Compiled (parameters, tokens, cotangent of the logits) -> (logits, gradients, final state), on a fresh sequence."""
+    """Compiled (parameters, tokens, cotangent of the logits) -> (logits, gradients, final state), fresh sequence."""
     model = small(name)[0]
 
     @jax.jit
@@ -126,7 +126,8 @@ def test_the_loss_falls_over_twenty_steps(x64, name):
         losses.append(-np.mean(np.sum(targets * np.array(jax.nn.log_softmax(logits)), axis=-1)))
         _, gradients, _ = pulled(name)(params, tokens, (np.array(jax.nn.softmax(logits)) - targets) / (B * T))
         norm = math.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(gradients)))
-        params = jax.tree.map(lambda p, g, s=0.3 / max(norm, 0.3): p - s * g, params, gradients)
+        scale = 0.3 / max(norm, 0.3)
+        params = jax.tree.map(lambda p, g, s=scale: p - s * g, params, gradients)
     assert losses[-1] < 0.8 * losses[0], losses
 
 

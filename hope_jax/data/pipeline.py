@@ -47,7 +47,8 @@ class TrainBatches:
         _check_order(len(windows), order, process_index)
         self._order = order
         # The pipeline carries window numbers and reads at its end: half the time of carrying windows.
-        stream = grain.MapDataset.range(len(windows)).seed(order.seed).shuffle().repeat()  # anew each epoch
+        epochs = 2**40 // len(windows)  # as good as endless; grain's own endless length overflows in batches of one
+        stream = grain.MapDataset.range(len(windows)).seed(order.seed).shuffle().repeat(epochs)  # anew each epoch
         share = stream[process_index :: order.process_count].batch(order.batch)
         batches = share.map(lambda numbers: _read(windows, numbers))
         self._iterator = iter(batches.to_iter_dataset(READ_AHEAD))

@@ -5,7 +5,7 @@
 
 ``gated_delta`` evaluates it for one head (``vmap`` for the rest) in two interchangeable forms:
 ``sequential`` is the definition, a ``lax.scan`` over tokens; ``chunked`` is exact and turns every
-block of tokens into a handful of matrix products. ``rule.py`` says which (alpha, a, beta, w) make
+block of tokens into a handful of matrix products (``block.py``). ``rule.py`` says which (alpha, a, beta, w) make
 which model.
 """
 
@@ -16,11 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from hope_jax.errors import UserError
-from hope_jax.memory.products import nn, nt, tn
-from hope_jax.memory.triangular import decay_products, solve_unit_lower
+from hope_jax.memory.block import Read, advance, coefficients, recall
 from hope_jax.types import Array, Float
 
-Read = Literal["before", "after"]
 Impl = Literal["chunked", "sequential"]
 
 
@@ -185,119 +183,3 @@ def _block(memory, momentum, base, tokens: _Tokens, read: Read) -> Recurrence:
         writes = (tokens.keys, tokens.writes, written.erased)
         reads = recall(memory, momentum, base, *writes, tokens.queries, terms, read)
     return Recurrence(reads, written.memory, written.momentum)
-
-
-class Share(NamedTuple):
-    """What is left at some times R of the incoming memory and momentum, and of each token's erase and write."""
-
-    memory: Float[Array, "*R"]
-    erases: Float[Array, "*R C"]
-    momentum: Float[Array, "*R"]
-    writes: Float[Array, "*R C"]
-
-
-class Coefficients(NamedTuple):
-    """Decays of one block (SPEC 1.2), sliced once: every user of a slice adds a whole-matrix cotangent otherwise.
-
-    Attributes:
-      before, after: the memory at t - 1 and at t, for each token t of the block (R = C).
-      last: the memory after the block.
-      surprise: the momentum after the block (``memory`` and ``erases`` unused); None without momentum.
-    """
-
-    before: Share
-    after: Share
-    last: Share
-    surprise: Share | None
-
-
-class Written(NamedTuple):
-    """A block's erases E_s = -a_s M_{s-1} k_s [C,V] (None without erase), and memory and momentum after it."""
-
-    erased: Float[Array, "C V"] | None
-    memory: Float[Array, "V K"]
-    momentum: Float[Array, "V K"] | None
-
-
-def coefficients(
-    retention: Float[Array, " C"], momentum_decay: Float[Array, " C"] | None, active: Float[Array, " C"] | None
-) -> Coefficients:
-    """Decays of one block. Memories with the same gates share them."""
-    decay = decay_products(retention)
-    surprise, carry = None, decay
-    if momentum_decay is not None:
-        products = decay_products(momentum_decay)
-        gain = decay[:, 1:] if active is None else decay[:, 1:] * active[None, :]
-        carry = nn(gain, products[1:])
-        surprise = _share(products, products, -1)
-    rows = slice(None, -1), slice(1, None), -1
-    return Coefficients(*(_share(decay, carry, row) for row in rows), surprise)
-
-
-def _share(decay: Float[Array, "R R"], carry: Float[Array, "R R"], rows: slice | int) -> Share:
-    """Rows are times 0..C; column 0 belongs to what was there before the block, column s to token s."""
-    return Share(decay[rows, 0], decay[rows, 1:], carry[rows, 0], carry[rows, 1:])
-
-
-def erase_matrix(
-    keys: Float[Array, "C K"], erase: Float[Array, " C"], terms: Coefficients
-) -> Float[Array, "C C"]:
-    """L of the block's triangular system (I + L) E = right, for one linear memory (SPEC 1.2)."""
-    return erase[:, None] * terms.before.erases * nt(keys, keys)
-
-
-def advance(
-    memory: Float[Array, "V K"],
-    momentum: Float[Array, "V K"] | None,
-    base: Float[Array, "V K"] | None,
-    keys: Float[Array, "C K"],
-    writes: Float[Array, "C V"],
-    erase: Float[Array, " C"] | None,
-    terms: Coefficients,
-    inverse: Float[Array, "C C"] | None = None,
-) -> Written:
-    """Write one block exactly. Inactive tokens must come with zero ``writes`` and ``erase``.
-
-    ``inverse`` is that of I + ``erase_matrix``, for callers who invert those of many memories at once.
-    """
-    added, last = terms.last.writes[:, None] * writes, terms.last
-    erased = None
-    if erase is not None:
-        recalled = erase[:, None] * _standing(memory, momentum, base, keys, writes, keys, terms.before)
-        erased = -solve_unit_lower(erase_matrix(keys, erase, terms), recalled, inverse)
-        added += last.erases[:, None] * erased
-    memory = last.memory * memory + tn(added, keys)
-    if terms.surprise is None:
-        return Written(erased, memory, None)
-    memory += last.momentum * momentum
-    momentum = terms.surprise.momentum * momentum + tn(terms.surprise.writes[:, None] * writes, keys)
-    return Written(erased, memory, momentum)
-
-
-def recall(
-    memory: Float[Array, "V K"],
-    momentum: Float[Array, "V K"] | None,
-    base: Float[Array, "V K"] | None,
-    keys: Float[Array, "C K"],
-    writes: Float[Array, "C V"],
-    erased: Float[Array, "C V"] | None,
-    queries: Float[Array, "C K"],
-    terms: Coefficients,
-    read: Read,
-) -> Float[Array, "C V"]:
-    """Read one block: M_{t-1} q_t or M_t q_t; ``memory`` and ``momentum`` are those before the block."""
-    share = terms.before if read == "before" else terms.after
-    reads = _standing(memory, momentum, base, keys, writes, queries, share)
-    if erased is None:
-        return reads
-    return reads + nn(share.erases * nt(queries, keys), erased)
-
-
-def _standing(memory, momentum, base, keys, writes, inputs, share: Share):
-    """The memory of every time, as it were without the block's erases, applied to that time's input."""
-    value = share.memory[:, None] * nt(inputs, memory) + nn(share.writes * nt(inputs, keys), writes)
-    if momentum is not None:
-        value += share.momentum[:, None] * nt(inputs, momentum)
-    if base is not None:
-        value += nt(inputs, base)
-    return value

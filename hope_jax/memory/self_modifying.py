@@ -20,10 +20,11 @@ import numpy as np
 
 from hope_jax.levels import Active, check_periods, scan_levels
 from hope_jax.memory.architectures import Weights, unit
-from hope_jax.memory.recurrence import Coefficients, Written, advance, coefficients, erase_matrix, recall
+from hope_jax.memory.block import Coefficients, Written, advance, coefficients, erase_matrix, recall
 from hope_jax.memory.rule import Fast, Gates, LayerWrite, Rule, finish, layer_writes, next_input, refresh
 from hope_jax.memory.triangular import unit_lower_inverse
 from hope_jax.types import Array, Float, Int
+
 
 class Boxes(NamedTuple):
     """One value per group: rules, initial weights, fast weights or log rate scales."""
@@ -83,7 +84,12 @@ class SelfModifying:
 
 
 def scan(
-    spec: SelfModifying, initial: Boxes, tuning: Tuning, fast: Boxes, streams: Streams, position: Int[Array, ""] | np.ndarray
+    spec: SelfModifying,
+    initial: Boxes,
+    tuning: Tuning,
+    fast: Boxes,
+    streams: Streams,
+    position: Int[Array, ""] | np.ndarray,
 ) -> tuple[Boxes, Float[Array, "T V"]]:
     """Read T tokens with one head; returns the fast weights after them and the reads y.
 

@@ -1,1 +1,1 @@
-"""Layers and models in linen: ``layers.py``, the mixers, ``cms.py``, and ``language_model.py`` which puts them together."""
+"""Layers and models in linen: ``layers.py``, the mixers, ``cms.py``, and ``language_model.py`` around them."""

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.core import Tracer
 
 from hope_jax.errors import UserError
 from hope_jax.nn.config import ModelConfig
@@ -83,7 +85,7 @@ class LanguageModel(nn.Module):
             raise UserError(f"batch is {batch}; expected at least one sequence")
         capacity = self.config.context if capacity is None else capacity
 
-        def one_layer(block):
+        def one_layer(block) -> Any:
             return Block(self.config, parent=None).apply({"params": block}, batch, capacity, method=Block.init_state)
 
         return jax.vmap(one_layer)(params["blocks"])
@@ -115,7 +117,8 @@ def check_tokens(tokens: Array, vocab_size: int) -> None:
         raise UserError(f"tokens have dtype {tokens.dtype}; expected integers (token ids)")
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise UserError(f"tokens have shape {tokens.shape}; expected [batch, time] with at least one token")
-    if not isinstance(tokens, jax.core.Tracer):
-        low, high = int(tokens.min()), int(tokens.max())
+    if not isinstance(tokens, Tracer):
+        values = np.asarray(tokens)  # not jnp: inside a jitted function even a constant's minimum is traced
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high >= vocab_size:
             raise UserError(f"token ids run from {low} to {high}; the vocabulary has ids 0 to {vocab_size - 1}")

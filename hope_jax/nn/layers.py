@@ -71,8 +71,9 @@ class RMSNorm(nn.Module):
 def _mostly_now(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "width D"]:
     """Last tap near 1, the others near 0: mostly the current token, with enough of the last ones to learn from.
 
-    A key then sees the token before its value from the start. One trial of associative recall (width 64, 4 pairs) was
-    solved within 500 steps so, with queries starting ``near_identity``; with taps of 0.02 and random queries it was not.
+    A key then sees the token before its value from the start. One trial of associative recall (width 64, 4 pairs)
+    was solved within 500 steps so, with queries starting ``near_identity``; with taps of 0.02 and random queries it
+    was not.
     """
     return 0.3 * jax.random.normal(key, shape, dtype) + jnp.eye(1, shape[0], shape[0] - 1, dtype=dtype).T
 

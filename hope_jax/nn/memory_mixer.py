@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
 from hope_jax.memory.rule import Fast, Gates, MemoryState, Rule, scan
-from hope_jax.nn.layers import HeadOutput, ShortConv, dense, merge_heads, param_dtype, split_heads
-from hope_jax.types import Array, Float, Int, Stream
+from hope_jax.nn.layers import HeadOutput, ShortConv, dense, param_dtype, split_heads
+from hope_jax.types import Array, Int, Stream
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,12 @@ class MemoryMixer(nn.Module):
         rule, position = self.config.rule, state.position
 
         def head(fast, k, v, q, gates, initial):
-            return scan(rule, MemoryState(fast, position), k, v, q, gates, initial)
+            reads, new = scan(rule, MemoryState(fast, position), k, v, q, gates, initial)
+            return reads, new.fast
 
-        over_heads = jax.vmap(head, out_axes=(0, MemoryState(0, None)))
-        over_batch = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 0, None), out_axes=(0, MemoryState(0, None)))
-        reads, new = over_batch(state.fast, k, v, q, self._gates(u), self._initial())
-        return self.out(u, reads), MemoryMixerState(tails, new.fast, new.position)
+        over_batch = jax.vmap(jax.vmap(head), in_axes=(0, 0, 0, 0, 0, None))
+        reads, fast = over_batch(state.fast, k, v, q, self._gates(u), self._initial())
+        return self.out(u, reads), MemoryMixerState(tails, fast, (position + u.shape[1]) % rule.period)
 
     def _streams(self, u: Stream, tails: tuple[Array, ...]) -> tuple[list[Array], tuple[Array, ...]]:
         """Queries, keys and values per head [B,H,T,K]: projection, convolution, SiLU, then unit norm."""

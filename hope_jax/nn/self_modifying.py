@@ -168,7 +168,9 @@ class SelfModifyingMixer(nn.Module):
         start = nn.initializers.constant(value)
         return self.param(name, start, (self.config.heads,), param_dtype(self.dtype))
 
-    def _initial(self, name: str, architecture: Architecture, stack: tuple[int, ...], value_dim: int, hidden: int) -> tuple[Array, ...]:
+    def _initial(
+        self, name: str, architecture: Architecture, stack: tuple[int, ...], value_dim: int, hidden: int
+    ) -> tuple[Array, ...]:
         """Meta-learned M_box,0 of one group: per layer [H, *stack, out, in]."""
         heads, size = self.config.heads, self.width // self.config.heads
 
@@ -221,4 +223,3 @@ class SelfModifyingMixer(nn.Module):
         if self.config.momentum == "const":
             return jax.nn.sigmoid(jnp.broadcast_to(bias, x.shape[:-1]))
         return jax.nn.sigmoid(jnp.einsum("bhtk,hk->bht", x, self.momentum_kernel) + bias)
-

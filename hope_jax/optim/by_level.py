@@ -1,6 +1,6 @@
 """Outer-mode levels: every level's parameters have their own optimizer, stepped once per period (Eq. 71; SPEC 3.1)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -42,7 +42,9 @@ def by_level(
     bad = {name: n for name, n in every.items() if n < 1}
     if bad or STATIC not in every:
         raise UserError(f"every is {dict(every)}; expected 1 or more batches for each level and for {STATIC!r}")
-    transforms = {name: _every(make_optimizer(n), n) for name, n in every.items()}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        name: _every(make_optimizer(n), n) for name, n in every.items()
+    }
     return optax.partition(transforms, lambda params: level_labels(params, every))
 
 

@@ -70,7 +70,7 @@ def gated_delta(memory, keys, writes, queries, *, retention, erase=None, momentu
         if active is None or active[t]:
             surprise = np.outer(w, k)
             if momentum is not None:
-                surprise = momentum = momentum_decay[t] * momentum + surprise
+                surprise = momentum = np.asarray(momentum_decay)[t] * momentum + surprise
             erased = 0 if erase is None else erase[t] * np.outer(seen @ k, k)
             memory = retention[t] * memory - erased + surprise
         reads.append((seen if read == "before" else fixed + memory) @ q)

@@ -57,8 +57,8 @@ def coefficients(
         gain = decay[:, 1:] if active is None else decay[:, 1:] * active[None, :]
         carry = nn(gain, products[1:])
         surprise = _share(products, products, -1)
-    rows = slice(None, -1), slice(1, None), -1
-    return Coefficients(*(_share(decay, carry, row) for row in rows), surprise)
+    before, after = (_share(decay, carry, rows) for rows in (slice(None, -1), slice(1, None)))
+    return Coefficients(before, after, _share(decay, carry, -1), surprise)
 
 
 def _share(decay: Float[Array, "R R"], carry: Float[Array, "R R"], rows: slice | int) -> Share:
@@ -92,7 +92,7 @@ def advance(
         erased = -solve_unit_lower(erase_matrix(keys, erase, terms), recalled, inverse)
         added += last.erases[:, None] * erased
     memory = last.memory * memory + tn(added, keys)
-    if terms.surprise is None:
+    if terms.surprise is None or momentum is None:
         return Written(erased, memory, None)
     memory += last.momentum * momentum
     momentum = terms.surprise.momentum * momentum + tn(terms.surprise.writes[:, None] * writes, keys)

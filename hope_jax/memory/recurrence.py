@@ -153,7 +153,8 @@ def _chunked(memory, momentum, base, tokens: _Tokens, read: Read, block: int) ->
 
     @jax.checkpoint
     def step(carry, one):
-        out = _block(*carry, base, one, read)
+        memory, momentum = carry
+        out = _block(memory, momentum, base, one, read)
         return (out.memory, out.momentum), out.reads
 
     (memory, momentum), reads = lax.scan(step, (memory, momentum), blocks)

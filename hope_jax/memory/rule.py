@@ -14,7 +14,7 @@ layer with input z, once in the erase and once in the write. All functions are f
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -217,13 +217,13 @@ def layer_writes(rule: Rule, fast: Fast, keys: Array, values: Array, gates: Gate
     writes = []
     for layer, (z, delta) in enumerate(zip(inputs, errors, strict=True)):
         rate, erase = _rates(rule, layer, z, gates)
-        if rule.momentum and rule.damped:
+        if rule.damped and gates.momentum_decay is not None:
             rate = rate * (1 - gates.momentum_decay)
         writes.append(LayerWrite(z, -rate[:, None] * delta, erase))
     return writes
 
 
-def next_input(rule: Rule, layer: int, reads: Array | None) -> Array | None:
+def next_input(rule: Rule, layer: int, reads: Array | None) -> Any:
     """What the layer after ``layer`` is read with (the last layer's reads are the result)."""
     last = layer + 1 == rule.architecture.layers
     return reads if last or reads is None else rule.architecture.activation(reads)

@@ -11,6 +11,7 @@ itself, M_box(v_t) at its own anchor (Eq. 84, 87), by delta gradient descent wit
 differentiable, writes included: nothing is under a stop-gradient. ``nn/self_modifying.py`` is the layer around it.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -137,8 +138,9 @@ def _neutral(gates: Gates, active: Active) -> Gates:
     """Gates that change nothing where a token is not active."""
     if active is None:
         return gates
-    kept = lambda gate: None if gate is None else active * gate + (1 - active)  # noqa: E731
-    return Gates(active * gates.rate, kept(gates.retention), kept(gates.momentum_decay))
+    idle = 1 - active
+    decay = None if gates.momentum_decay is None else active * gates.momentum_decay + idle
+    return Gates(active * gates.rate, active * gates.retention + idle, decay)
 
 
 class _Layer(NamedTuple):
@@ -168,8 +170,8 @@ def _layers(rule: Rule, initial: Weights, fast: Fast, log_rate: Array, tokens: S
     starts = (w if base is None else w - base for w, base in zip(fast.running, bases, strict=True))
     layers = [_Layer(*one) for one in zip(starts, momenta, bases, writes, strict=True)]
     if stacked:
-        flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), layers[0][:3])
-        layers[0] = _Layer(*flat, layers[0].write)
+        memory, momentum, base = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), layers[0][:3])
+        layers[0] = _Layer(memory, momentum, base, layers[0].write)
     return layers
 
 
@@ -178,9 +180,13 @@ def _advance(layers: list[_Layer], terms: Coefficients) -> list[Written]:
     inverses = _inverses(layers, terms)
     written = []
     for layer, inverse in zip(layers, inverses, strict=True):
-        step = lambda one, inverse: advance(*one[:3], *one.write, terms, inverse)  # noqa: E731
-        written.append(layer.each(step)(layer, inverse))
+        written.append(layer.each(functools.partial(_advance_one, terms))(layer, inverse))
     return written
+
+
+def _advance_one(terms: Coefficients, layer: _Layer, inverse: Array | None) -> Written:
+    keys, writes, erase = layer.write
+    return advance(layer.memory, layer.momentum, layer.base, keys, writes, erase, terms, inverse)
 
 
 def _inverses(layers: list[_Layer], terms: Coefficients) -> list[Array | None]:
@@ -205,7 +211,8 @@ def _read(rule: Rule, fast: Fast, layers: list[_Layer], written: list[Written], 
         return finish(rule, fast, queries, None)
     x = queries
     for index, (layer, new) in enumerate(zip(layers, written, strict=True)):
-        reads = recall(*layer[:3], layer.write.keys, layer.write.writes, new.erased, x, terms, rule.read)
+        keys, writes, _ = layer.write
+        reads = recall(layer.memory, layer.momentum, layer.base, keys, writes, new.erased, x, terms, rule.read)
         x = next_input(rule, index, reads)
     return finish(rule, fast, queries, x)
 
@@ -215,5 +222,6 @@ def _updated(rule: Rule, fast: Fast, initial: Weights, written: list[Written]) -
     running = [one.memory.reshape(old.shape) for one, old in zip(written, fast.running, strict=True)]
     if rule.retain_to == "init":
         running = [base + w for base, w in zip(initial, running, strict=True)]
-    momentum = [one.momentum.reshape(old.shape) for one, old in zip(written, fast.momentum)] if rule.momentum else []
-    return fast._replace(running=tuple(running), momentum=tuple(momentum))
+    momenta = [one.momentum for one in written if one.momentum is not None]
+    momentum = tuple(new.reshape(old.shape) for new, old in zip(momenta, fast.momentum, strict=True))
+    return fast._replace(running=tuple(running), momentum=momentum)

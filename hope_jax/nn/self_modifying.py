@@ -129,7 +129,7 @@ class SelfModifyingConfig:
 class SelfModifyingState(NamedTuple):
     """Convolution tails of the q, k, v streams, fast weights per group [B,H,N,...], tokens since the last refresh."""
 
-    tails: tuple[Array, Array, Array]
+    tails: tuple[Array, ...]
     fast: Boxes
     position: Int[Array, ""] | np.ndarray
 
@@ -203,7 +203,7 @@ class SelfModifyingMixer(nn.Module):
         position = (state.position + u.shape[1]) % max(spec.periods)
         return self.out(u, reads), SelfModifyingState(tails, fast, position)
 
-    def _streams(self, u: Stream, tails) -> tuple[Streams, tuple[Array, Array, Array]]:
+    def _streams(self, u: Stream, tails) -> tuple[Streams, tuple[Array, ...]]:
         """Inputs of the memories per head, [B,H,T,K] and of unit norm, and the convolutions' new tails."""
         heads = self.config.heads
         inputs, new_tails = {"x": unit(split_heads(u, heads))}, []

@@ -4,6 +4,8 @@
 file here and a row in ``EXPERIMENTS``. Read ``pretrain.py`` next.
 """
 
+import contextlib
+import io
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -30,8 +32,9 @@ def parse(config: type[Config], arguments: Sequence[str], name: str) -> Config:
     from hope_jax.errors import UserError
 
     prog = f"python -m experiments {name}"
-    try:
-        return tyro.cli(config, args=arguments, prog=prog, console_outputs=False)
+    try:  # silently: some versions of tyro print what they refuse even without console outputs
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            return tyro.cli(config, args=arguments, prog=prog, console_outputs=False)
     except SystemExit as exit_:
         # tyro frames what a constructor refuses in a box; we want the sentence itself.
         cause: BaseException | None = exit_

@@ -110,7 +110,7 @@ def mistake(capfd, arguments):
     capfd.readouterr()
     assert main(arguments) == 2
     error = capfd.readouterr().err
-    assert "Traceback" not in error
+    assert "Traceback" not in error and "╭" not in error, "one plain sentence, no frame"
     return error.strip().splitlines()[-1]
 
 

@@ -13,6 +13,7 @@ import jax
 import pytest
 import tokenizers
 from corpora import LETTERS, TEXT
+from jaxtyping import config as type_checker
 
 
 def pytest_configure(config):
@@ -29,6 +30,14 @@ def x64():
     """float64 inside the test: what is exact on paper must be exact to about 1e-12 here."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def untyped():
+    """No type checker, as outside of the tests: it would see an unknown word before the code does."""
+    type_checker.update("jaxtyping_disable", True)
+    yield
+    type_checker.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import config as type_checker
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
@@ -149,14 +148,6 @@ WRONG = {
     "id too large": (jnp.asarray([[0, VOCAB]]), str(VOCAB)),
     "negative id": (jnp.asarray([[-1, 0]]), "-1"),
 }
-
-
-@pytest.fixture
-def untyped():
-    """No type checker, as outside of the tests."""
-    type_checker.update("jaxtyping_disable", True)
-    yield
-    type_checker.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize(("tokens", "message"), WRONG.values(), ids=WRONG)

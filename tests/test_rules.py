@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from jaxtyping import config as type_checker
 
 from hope_jax.errors import UserError
 from hope_jax.memory import RULES, architectures, objectives
@@ -259,14 +258,6 @@ WRONG = {
         gradient_at="running", architecture=architectures.matrix, objective=lambda p, v: jnp.sum(p * v) ** 2
     ),
 }
-
-
-@pytest.fixture
-def untyped():
-    """No type checker, as outside of the tests: it would see an unknown word before the code does."""
-    type_checker.update("jaxtyping_disable", True)
-    yield
-    type_checker.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize(("message", "change"), WRONG.items(), ids=WRONG)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from jaxtyping import config as type_checker
 
 from hope_jax.errors import UserError
 from hope_jax.memory import architectures, objectives
@@ -243,14 +242,6 @@ WRONG = {
     "cannot be residual": dict(gate=architectures.residual_mlp),
     "read is": dict(read="later"),
 }
-
-
-@pytest.fixture
-def untyped():
-    """No type checker, as outside of the tests: it would see an unknown word before the code does."""
-    type_checker.update("jaxtyping_disable", True)
-    yield
-    type_checker.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize(("message", "change"), WRONG.items(), ids=WRONG)

@@ -58,8 +58,11 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = 
             wide = logits.astype(jnp.float32)
             return state, optax.softmax_cross_entropy_with_integer_labels(wide, wanted).sum()
 
-        state = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1])
-        nats = _over_segments(piece, state, (inputs, targets), segment)
+        if segment is None:  # no state: a fresh sequence, whose chunks the compiler knows to be whole
+            nats = piece(None, (inputs, targets))[1]
+        else:
+            state = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1])
+            nats = _over_segments(piece, state, (inputs, targets), segment)
         tokens = jnp.float32(targets.size)
         size = jnp.asarray(sizes)[targets].sum()
         return nats / tokens, {"loss": Mean(nats, tokens), "bits_per_byte": Mean(nats / jnp.log(2.0), size)}
@@ -67,10 +70,8 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = 
     return loss
 
 
-def _over_segments(piece: Callable, state: Any, tokens: tuple[Array, Array], segment: int | None) -> Scalar:
-    """The sum of ``piece`` over the whole sequence, in one call or in rematerialised cuts of ``segment`` tokens."""
-    if segment is None:
-        return piece(state, tokens)[1]
+def _over_segments(piece: Callable, state: Any, tokens: tuple[Array, Array], segment: int) -> Scalar:
+    """The sum of ``piece`` over the whole sequence, in rematerialised cuts of ``segment`` tokens."""
     cuts = jax.tree.map(lambda z: jnp.moveaxis(z.reshape(z.shape[0], -1, segment), 1, 0), tokens)
     return jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), state, cuts)[1].sum()
 

@@ -97,7 +97,7 @@ def _scan_anywhere(segment: Segment, state: Any, tokens: Any, position: Array, p
     count = (length + 2 * fastest - 2) // fastest  # enough for any offset inside the first period
     offset = position % fastest
     grid = jax.tree.map(lambda x: _on_grid(x, offset, count, fastest), tokens)
-    active = _on_grid(jnp.ones(length), offset, count, fastest)
+    active = _on_grid(jnp.ones(length, jnp.float32), offset, count, fastest)
 
     @jax.checkpoint
     def step(state, one):

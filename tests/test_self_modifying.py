@@ -80,6 +80,39 @@ def test_a_head_equals_the_token_by_token_equations(x64, row):
                     np.testing.assert_allclose(layer, right, rtol=1e-9, atol=1e-9, err_msg=f"{group} {kind} {i}")
 
 
+GRADIENT_ROWS = ("periods 16 4, all projections", "constant undamped momentum, read after", "no DGD, to init")
+
+
+@pytest.mark.parametrize("row", GRADIENT_ROWS)
+@pytest.mark.parametrize("known", [False, True], ids=["on a grid", "whole periods"])
+def test_the_gradient_is_that_of_the_token_by_token_equations(x64, row, known):
+    """By a complex step along one random direction of everything: any stop-gradient or wrong rule shows."""
+    position = np.zeros((), np.int32) if known else jnp.zeros((), jnp.int32)
+    config, rng, count = config_of(ROWS[row]), np.random.default_rng(5), 16
+    (streams, starts, log_rates, biases), point = draw_head(config)
+    point = point[:2] + (jax.tree.map(lambda x: x[:count], point[2]),)
+    spec, weight = config.spec(), rng.normal(size=(count, D))
+
+    def loss(initial, tuning, ours):
+        fast = Boxes(*(rule.start(w) for rule, w in zip(spec.rules, initial, strict=True)))
+        return jnp.sum(weight * scan(spec, initial, tuning, fast, ours, position)[1])
+
+    direction = jax.tree.map(lambda x: rng.normal(size=x.shape), point)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*point)
+    slope = sum(np.sum(np.asarray(g) * d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+
+    weights, tuning, inputs = direction
+    along = {n: [w[i] for w in weights.projections] for i, n in enumerate(config.inner_projection)}
+    along |= {n: [w[i] for w in weights.gates] for i, n in enumerate(("eta", "alpha"))} | dict(memory=weights.memory)
+    moved = {n: [w + 1e-25j * d for w, d in zip(starts[n], along[n], strict=True)] for n in starts}
+    at = {n: streams[n][:count] + 1e-25j * getattr(inputs, n) for n in "xkvq"}
+    at["decay"] = None if streams["decay"] is None else streams["decay"][:count] + 1e-25j * inputs.momentum_decay
+    scales = [x + 1e-25j * d for x, d in zip(log_rates, tuning.log_rate, strict=True)]
+    offsets = [x + 1e-25j * d for x, d in zip(biases, tuning[1:], strict=True)]
+    reads, _ = reference(config, (at, moved, scales, offsets))
+    assert slope == pytest.approx(np.imag(np.sum(weight * reads)) / 1e-25, rel=1e-9)
+
+
 def test_with_period_one_reading_before_is_reading_the_anchor(x64):
     reads = []
     for read in ("before", "anchor"):

@@ -80,9 +80,14 @@ def gated_delta(
       ``Recurrence(reads, memory, momentum)`` in at least float32.
 
     Raises:
-      UserError: momentum without its decay or the reverse, an unknown ``read`` or ``impl``, or block < 1.
+      UserError: momentum without its decay or the reverse, gates that are not one number per token, an unknown
+        ``read`` or ``impl``, or block < 1.
     """
     _check(momentum, momentum_decay, read, impl, block)
+    gates = dict(retention=retention, erase=erase, momentum_decay=momentum_decay, active=active)
+    for name, gate in gates.items():
+        if gate is not None and jnp.shape(gate) != keys.shape[:1]:
+            raise UserError(f"{name} has shape {jnp.shape(gate)}; expected one number per token, {keys.shape[:1]}")
     dtype = jnp.promote_types(memory.dtype, jnp.float32)
     if active is not None:
         active = lax.stop_gradient(active)

@@ -217,7 +217,7 @@ def layer_writes(rule: Rule, fast: Fast, keys: Array, values: Array, gates: Gate
     writes = []
     for layer, (z, delta) in enumerate(zip(inputs, errors, strict=True)):
         rate, erase = _rates(rule, layer, z, gates)
-        if rule.damped and gates.momentum_decay is not None:
+        if rule.momentum and rule.damped and gates.momentum_decay is not None:
             rate = rate * (1 - gates.momentum_decay)
         writes.append(LayerWrite(z, -rate[:, None] * delta, erase))
     return writes

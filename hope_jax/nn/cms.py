@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.nn.layers import RMSNorm, dense, param_dtype
+from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
 from hope_jax.types import Array, Stream
 
 Wiring = Literal["sequential", "independent"]
@@ -74,6 +74,7 @@ class LevelMLP(nn.Module):
         self.up = dense(self.hidden, self.dtype)
         self.down = dense(self.width, self.dtype)
 
+    @light
     def __call__(self, x: Stream) -> Stream:
         return self.down(jax.nn.gelu(self.up(self.norm(x))))
 

@@ -100,8 +100,8 @@ class LanguageModel(nn.Module):
         x = self._embed(tokens)
         x, state = self.blocks(x, state)
         table = self.embedding.astype(self.config.dtype)
-        logits = jnp.einsum("btd,vd->btv", self.norm(x), table)
-        return logits.astype(param_dtype(self.config.dtype)), state
+        wide = param_dtype(self.config.dtype)
+        return jnp.einsum("btd,vd->btv", self.norm(x), table, preferred_element_type=wide), state
 
     def _embed(self, tokens: Tokens) -> Stream:
         check_tokens(tokens, self.config.vocab_size)

@@ -19,6 +19,10 @@ from hope_jax.types import Array, Float, Int, PRNGKeyArray, Stream
 
 EPS = 1e-6
 
+# For layers that are cheap but for their matrix products: the backward pass keeps the results of the products and
+# computes the rest again. Less memory, and on CPU less time too, as fresh memory costs more than the arithmetic.
+light = functools.partial(nn.remat, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
+
 
 def param_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Storage of parameters in a model that computes in ``dtype``: float64 for float64, float32 for everything else."""
@@ -135,6 +139,7 @@ class SwiGLU(nn.Module):
         """Nothing to remember."""
         return ()
 
+    @light
     def __call__(self, x: Stream, state: tuple[()]) -> tuple[Stream, tuple[()]]:
         u = self.norm(x)
         return x + self.down(nn.silu(self.gate(u)) * self.up(u)), state
@@ -163,6 +168,7 @@ class HeadOutput(nn.Module):
         shape = (self.heads, self.width // self.heads)
         self.scale = self.param("scale", nn.initializers.ones, shape, param_dtype(self.dtype))
 
+    @light
     def __call__(self, u: Stream, reads: Float[Array, "B H T V"]) -> Stream:
         rms = jax.lax.rsqrt(jnp.mean(reads * reads, axis=-1, keepdims=True) + EPS)
         merged = merge_heads(reads * rms * self.scale[None, :, None])

@@ -28,7 +28,7 @@ from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture, unit
 from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import Boxes, SelfModifying, Streams, Tuning, scan
-from hope_jax.nn.layers import HeadOutput, ShortConv, dense, merge_heads, near_identity, param_dtype, split_heads
+from hope_jax.nn.layers import HeadOutput, ShortConv, dense, light, merge_heads, near_identity, param_dtype, split_heads
 from hope_jax.types import Array, Float, Int, Stream
 
 Projection = Literal["k", "v", "q"]
@@ -80,8 +80,9 @@ class SelfModifyingConfig:
     gate: Architecture = architectures.mlp
 
     def __post_init__(self) -> None:
-        if not set(self.inner_projection) <= set(get_args(Projection)):
-            raise UserError(f"inner_projection is {self.inner_projection}; expected a subset of ('k', 'v', 'q')")
+        names = self.inner_projection
+        if not set(names) <= set(get_args(Projection)) or len(set(names)) < len(names):
+            raise UserError(f"inner_projection is {names}; expected a subset of ('k', 'v', 'q'), each once")
         if self.momentum not in get_args(Momentum):
             raise UserError(f"momentum is {self.momentum!r}; expected one of {get_args(Momentum)}")
         if self.rate_max < 0 or self.projection_rate <= 0:
@@ -203,6 +204,7 @@ class SelfModifyingMixer(nn.Module):
         position = (state.position + u.shape[1]) % max(spec.periods)
         return self.out(u, reads), SelfModifyingState(tails, fast, position)
 
+    @light
     def _streams(self, u: Stream, tails) -> tuple[Streams, tuple[Array, ...]]:
         """Inputs of the memories per head, [B,H,T,K] and of unit norm, and the convolutions' new tails."""
         heads = self.config.heads

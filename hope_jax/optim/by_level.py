@@ -28,7 +28,7 @@ def by_level(
 
     Args:
       make_optimizer: ``n -> optax transformation`` for parameters stepped every n-th call. It counts its own
-        steps, so a schedule over training steps must be read at n times its count.
+        steps, so a schedule over training steps must be read at n times its count, plus n - 1.
       every: label -> n, as from ``ModelConfig.update_every``. Labels are names on a parameter's path
         (``level_0``, ...); everything else is "static".
 

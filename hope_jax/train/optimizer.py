@@ -1,8 +1,8 @@
 """AdamW with warmup and cosine decay, one copy per update level, behind one global-norm clip.
 
 The levels are ``optim.by_level``: parameters of a slow level are stepped every n-th batch with the mean gradient
-(SPEC.md section 3), and their schedule is stretched by n so that every level sees the same learning rate at the
-same batch. Read ``state.py`` next: it holds the optimizer's state.
+(SPEC.md section 3), and their schedule is stretched by n so that every level steps with the learning rate of the batch
+at which it steps. Read ``state.py`` next: it holds the optimizer's state.
 """
 
 import math
@@ -88,7 +88,7 @@ def optimizer(config: OptimizerConfig, steps: int, every: Mapping[str, int]) -> 
 
     def level(period: int) -> optax.GradientTransformation:
         return optax.adamw(
-            lambda count: peak(count * period),
+            lambda count: peak(count * period + period - 1),
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,

@@ -1,0 +1,101 @@
+"""The mixers as layers against numpy: projections, convolutions, unit norms, gates, memory, head norm, output gate."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from references import sigmoid
+
+from hope_jax.memory import RULES
+from hope_jax.nn.memory_mixer import MemoryMixerConfig
+from hope_jax.nn.self_modifying import SelfModifyingConfig
+
+WIDTH, HEADS, T = 8, 2, 11
+SIZE = WIDTH // HEADS
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def units(x):
+    """Every head of every token with norm 1: [T,D] -> [H,T,K]."""
+    heads = np.moveaxis(x.reshape(len(x), HEADS, SIZE), 1, 0)
+    return heads / np.sqrt(np.sum(heads * heads, axis=-1, keepdims=True) + 1e-6)
+
+
+def conv(x, kernel):
+    """y_t = sum_i kernel_i x_(t - width + 1 + i), nothing before the first token."""
+    padded = np.concatenate([np.zeros((len(kernel) - 1, x.shape[1])), x])
+    return sum(kernel[i] * padded[i : i + len(x)] for i in range(len(kernel)))
+
+
+def output(params, u, reads):
+    """W_o(RMSNorm_head(reads) * silu(W_g u)) for reads [H,T,K]."""
+    normed = reads / np.sqrt(np.mean(reads * reads, axis=-1, keepdims=True) + 1e-6) * params["scale"][:, None]
+    merged = np.moveaxis(normed, 0, 1).reshape(len(u), WIDTH)
+    return (merged * silu(u @ params["gate"]["kernel"])) @ params["down"]["kernel"]
+
+
+def drawn(config):
+    """A layer, its parameters moved away from their starts (zeros and ones would hide mistakes), and an input."""
+    module = config.build(WIDTH, jnp.float64)
+    u = jax.random.normal(jax.random.key(1), (1, T, WIDTH), jnp.float64)
+    call = functools.partial(module.apply, method=lambda m, u: m(u, m.init_state(1, T))[0])
+    params = module.init(jax.random.key(0), u, method=lambda m, u: m(u, m.init_state(1, T)))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [w + 0.3 * jax.random.normal(k, w.shape, w.dtype) for w, k in zip(leaves, keys, strict=True)]
+    params = jax.tree.unflatten(tree, moved)
+    return jax.tree.map(np.asarray, params), np.asarray(u[0]), jax.jit(call)({"params": params}, u)[0]
+
+
+def test_the_self_modifying_layer_is_its_equations(x64):
+    config = SelfModifyingConfig(heads=HEADS, c_memory=4, c_projections=4, horizon=32, projection_rate=0.5)
+    params, u, y = drawn(config)
+    x = units(u)
+    q, k, v = (units(silu(conv(u, params[f"conv_{n}"]["kernel"]))) for n in "qkv")
+    q = units(np.moveaxis(q, 0, 1).reshape(T, WIDTH) @ params["project_q"]["kernel"])
+    decay = sigmoid(np.einsum("htk,hk->ht", x, params["momentum_kernel"]) + params["momentum_bias"][:, None])
+
+    def head(h):
+        start = {n: [params[f"initial_projections_{i}"][h, b] for i in (0, 1)] for b, n in enumerate("kv")}
+        start |= {n: [params[f"initial_gates_{i}"][h, b] for i in (0, 1)] for b, n in enumerate(("eta", "alpha"))}
+        start["memory"] = [params[f"initial_memory_{i}"][h] for i in (0, 1)]
+        streams = dict(x=x[h], k=k[h], v=v[h], q=q[h], decay=decay[h])
+        rates = [params[f"log_rate_{n}"][h] for n in ("memory", "projections", "gates")]
+        biases = params["rate_bias"][h], params["retention_bias"][h]
+        how = dict(c_memory=4, c_projections=4, read="before", rate_max=config.rate_max, retention=True)
+        return references.self_modifying(streams, start, rates, biases, names=("k", "v"), **how)[0]
+
+    np.testing.assert_allclose(y, output(params["out"], u, np.stack([head(h) for h in range(HEADS)])), rtol=1e-9)
+
+
+@pytest.mark.parametrize("unit_values", [True, False])
+def test_the_mixer_of_a_rule_is_its_equations(x64, unit_values):
+    config = MemoryMixerConfig(RULES["titans_linear"], HEADS, horizon=32, rate_max=0.7, unit_values=unit_values)
+    params, u, y = drawn(config)
+    streams = [silu(conv(u @ params[f"project_{n}"]["kernel"], params[f"conv_{n}"]["kernel"])) for n in "qkv"]
+    q, k = map(units, streams[:2])
+    v = units(streams[2]) if unit_values else np.moveaxis(streams[2].reshape(T, HEADS, SIZE), 1, 0)
+    gate = lambda n: sigmoid(u @ params[f"gate_{n}"]["kernel"] + params[f"gate_{n}"]["bias"]).T  # noqa: E731
+    rate, retention, decay = 0.7 * gate("rate"), gate("retention"), gate("momentum")
+    start = params["initial_memory_0"]
+    heads = range(HEADS)
+    read = [references.titans_linear(k[h], v[h], q[h], rate[h], retention[h], decay[h], [start[h]], 16)[0] for h in heads]
+    np.testing.assert_allclose(y, output(params["out"], u, np.stack(read)), rtol=1e-9)
+
+
+def test_gates_start_where_the_configuration_says(x64):
+    config = SelfModifyingConfig(heads=1, horizon=100, projection_rate=0.05)
+    module = config.build(16, jnp.float64)
+    u = jnp.zeros((1, 1, 16))
+    params = module.init(jax.random.key(0), u, method=lambda m, u: m(u, m.init_state(1, 1)))["params"]
+    assert sigmoid(np.asarray(params["retention_bias"])) == pytest.approx(1 - 1 / 100)
+    assert np.asarray(params["rate_bias"]) == pytest.approx(config.rate_bias)
+    assert np.asarray(params["momentum_bias"]) == pytest.approx(config.momentum_bias)
+    rates = [float(jnp.exp(params[f"log_rate_{n}"][0])) for n in ("memory", "projections", "gates")]
+    assert rates == pytest.approx([1, 0.05, 0.05])

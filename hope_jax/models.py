@@ -58,8 +58,8 @@ class Size:
 
 
 def _hope_mixer(size: Size) -> float:
-    """Parameters of the self-modifying mixer in units of width^2: three projections, and its memories' starts."""
-    return 3 + 8 / size.heads
+    """Parameters of the self-modifying mixer in units of width^2: four projections, and its memories' starts."""
+    return 4 + 8 / size.heads
 
 
 _TINY_LEVELS = (Level(2_048), Level(8_192))
@@ -67,7 +67,7 @@ _LEVELS = (Level(500_000), Level(1_000_000), Level(16_000_000))
 
 SIZES: dict[str, Size] = {
     "tiny": Size(192, 2, 6, 256, 2048, _TINY_LEVELS),
-    "30m": Size(512, 10, 8, 256, 4096, _TINY_LEVELS),
+    "30m": Size(512, 10, 16, 256, 4096, _TINY_LEVELS),
     "140m": Size(768, 16, 12, 32_000, 4096, _LEVELS),
     "340m": Size(1024, 24, 16, 32_000, 4096, _LEVELS),
     "760m": Size(1536, 24, 24, 32_000, 4096, _LEVELS),

@@ -7,7 +7,7 @@ import pytest
 
 from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
-from hope_jax.nn.layers import RMSNorm, ShortConv, SwiGLUConfig, apply_rope
+from hope_jax.nn.layers import RMSNorm, ShortConv, SwiGLUConfig, apply_rope, taps_at
 
 
 def test_unit_has_length_one_keeps_zero_and_widens_bfloat16(x64, key):
@@ -68,10 +68,11 @@ def test_short_conv_cut_anywhere_equals_the_whole(x64, key, cut):
     np.testing.assert_array_equal(last, end)
 
 
-def test_short_conv_starts_as_the_current_token_and_taps_of_three_tenths(key):
-    conv, x = ShortConv(4), jnp.ones((1, 9, 4096))
+@pytest.mark.parametrize(("width", "lag", "start"), [(4, 0, [0, 0, 0, 1]), (4, 1, [0, 0, 1, 0]), (1, 1, [1])])
+def test_short_conv_starts_as_one_token_and_taps_of_three_tenths(key, width, lag, start):
+    conv, x = ShortConv(width, start=taps_at(lag)), jnp.ones((1, 9, 4096))
     kernel = np.asarray(conv.init(key, x, conv.init_state(1, 4096))["params"]["kernel"])
-    np.testing.assert_allclose(kernel.mean(axis=1), [0, 0, 0, 1], atol=0.02)
+    np.testing.assert_allclose(kernel.mean(axis=1), start, atol=0.02)
     np.testing.assert_allclose(kernel.std(axis=1), 0.3, rtol=0.05)
 
 

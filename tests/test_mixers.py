@@ -33,6 +33,14 @@ def conv(x, kernel):
     return sum(kernel[i] * padded[i : i + len(x)] for i in range(len(kernel)))
 
 
+def answer_output(params, u, q, answers):
+    """W_o applied to s q * silu(W_g u), and to s' (M(q) - q) beside it; everything [H,T,K]."""
+    merge = lambda z: np.moveaxis(z, 0, 1).reshape(len(u), WIDTH)  # noqa: E731
+    asked = merge(q * params["scale_query"][:, None]) * silu(u @ params["gate"]["kernel"])
+    found = merge(answers * params["scale_answer"][:, None])
+    return np.concatenate([asked, found], axis=1) @ params["down"]["kernel"]
+
+
 def output(params, u, reads):
     """W_o(RMSNorm_head(reads) * silu(W_g u)) for reads [H,T,K]."""
     normed = reads / np.sqrt(np.mean(reads * reads, axis=-1, keepdims=True) + 1e-6) * params["scale"][:, None]
@@ -71,7 +79,8 @@ def test_the_self_modifying_layer_is_its_equations(x64):
         how = dict(c_memory=4, c_projections=4, read="before", rate_max=config.rate_max, retention=True)
         return references.self_modifying(streams, start, rates, biases, names=("k", "v"), **how)[0]
 
-    np.testing.assert_allclose(y, output(params["out"], u, np.stack([head(h) for h in range(HEADS)])), rtol=1e-9)
+    reads = np.stack([head(h) for h in range(HEADS)])
+    np.testing.assert_allclose(y, answer_output(params["out"], u, q, reads - q), rtol=1e-9)
 
 
 @pytest.mark.parametrize("unit_values", [True, False])
@@ -85,7 +94,9 @@ def test_the_mixer_of_a_rule_is_its_equations(x64, unit_values):
     rate, retention, decay = 0.7 * gate("rate"), gate("retention"), gate("momentum")
     start = params["initial_memory_0"]
     heads = range(HEADS)
-    read = [references.titans_linear(k[h], v[h], q[h], rate[h], retention[h], decay[h], [start[h]], 16)[0] for h in heads]
+    read = [
+        references.titans_linear(k[h], v[h], q[h], rate[h], retention[h], decay[h], [start[h]], 16)[0] for h in heads
+    ]
     np.testing.assert_allclose(y, output(params["out"], u, np.stack(read)), rtol=1e-9)
 
 
@@ -99,3 +110,12 @@ def test_gates_start_where_the_configuration_says(x64):
     assert np.asarray(params["momentum_bias"]) == pytest.approx(config.momentum_bias)
     rates = [float(jnp.exp(params[f"log_rate_{n}"][0])) for n in ("memory", "projections", "gates")]
     assert rates == pytest.approx([1, 0.05, 0.05])
+
+
+def test_keys_start_as_the_token_before_the_stored_value(x64):
+    config = SelfModifyingConfig(heads=1)
+    params = config.build(400, jnp.float64).init(jax.random.key(0), jnp.zeros((1, 1, 400)), method=lambda m, u: m(
+        u, m.init_state(1, 1)))["params"]  # fmt: skip
+    for name, lag in (("q", 0), ("k", 1), ("v", 0)):
+        taps = np.mean(np.asarray(params[f"conv_{name}"]["kernel"]), axis=1)
+        np.testing.assert_allclose(taps, np.eye(4)[3 - lag], atol=0.08)

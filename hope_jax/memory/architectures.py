@@ -63,12 +63,16 @@ class Architecture:
 
     def forward(self, weights: Weights, x: Array) -> tuple[list[Array], list, Array]:
         """Each layer's input, each activation's vector-Jacobian product, and the output [T,V], at fixed weights."""
-        inputs, backs, h = [x], [], x
-        for w in weights[:-1]:
-            h, back = jax.vjp(self.activation, nt(h, w))
+        return self.forward_from(nt(x, weights[0]), weights[1:], x)
+
+    def forward_from(self, first: Array, later: Weights, x: Array) -> tuple[list[Array], list, Array]:
+        """``forward`` where the first layer's product with the input is there already."""
+        inputs, backs, out = [x], [], first
+        for w in later:
+            h, back = jax.vjp(self.activation, out)
             inputs.append(h)
             backs.append(back)
-        out = nt(h, weights[-1])
+            out = nt(h, w)
         return inputs, backs, out + x if self.residual else out
 
     def apply(self, weights: Weights, x: Float[Array, "T K"]) -> Float[Array, "T V"]:

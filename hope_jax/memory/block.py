@@ -7,7 +7,9 @@ memories. Products and solves are those of ``products.py`` and ``triangular.py``
 
 from typing import Literal, NamedTuple
 
-from hope_jax.memory.products import nn, nt, tn
+import jax.numpy as jnp
+
+from hope_jax.memory.products import nn, nt, split, tn
 from hope_jax.memory.triangular import decay_products, solve_unit_lower
 from hope_jax.types import Array, Float
 
@@ -66,9 +68,9 @@ def _share(decay: Float[Array, "R R"], carry: Float[Array, "R R"], rows: slice |
     return Share(decay[rows, 0], decay[rows, 1:], carry[rows, 0], carry[rows, 1:])
 
 
-def erase_matrix(keys: Float[Array, "C K"], erase: Float[Array, " C"], terms: Coefficients) -> Float[Array, "C C"]:
-    """L of the block's triangular system (I + L) E = right, for one linear memory (SPEC 1.2)."""
-    return erase[:, None] * terms.before.erases * nt(keys, keys)
+def erase_matrix(keys: Float[Array, "C K"], erase: Float[Array, "C G"], terms: Coefficients) -> Float[Array, "G C C"]:
+    """L of the block's triangular systems (I + L) E = right, for one linear memory (SPEC 1.2)."""
+    return erase.T[:, :, None] * (terms.before.erases * nt(keys, keys))[None]
 
 
 def advance(
@@ -77,19 +79,22 @@ def advance(
     base: Float[Array, "V K"] | None,
     keys: Float[Array, "C K"],
     writes: Float[Array, "C V"],
-    erase: Float[Array, " C"] | None,
+    erase: Float[Array, "C G"] | None,
     terms: Coefficients,
-    inverse: Float[Array, "C C"] | None = None,
+    inverse: Float[Array, "G C C"] | None = None,
+    rows: tuple[int, ...] | None = None,
 ) -> Written:
     """Write one block exactly. Inactive tokens must come with zero ``writes`` and ``erase``.
 
+    The memory's V rows are G parts of so many ``rows``, each with its own erase (None: one part): memories that share
+    their keys are one memory.
     ``inverse`` is that of I + ``erase_matrix``, for callers who invert those of many memories at once.
     """
     added, last = terms.last.writes[:, None] * writes, terms.last
     erased = None
     if erase is not None:
-        recalled = erase[:, None] * _standing(memory, momentum, base, keys, writes, keys, terms.before)
-        erased = -solve_unit_lower(erase_matrix(keys, erase, terms), recalled, inverse)
+        standing = _standing(memory, momentum, base, keys, writes, keys, terms.before)
+        erased = -_solve(erase_matrix(keys, erase, terms), standing, erase, inverse, rows or standing.shape[1:])
         added += last.erases[:, None] * erased
     memory = last.memory * memory + tn(added, keys)
     if terms.surprise is None or momentum is None:
@@ -97,6 +102,21 @@ def advance(
     memory += last.momentum * momentum
     momentum = terms.surprise.momentum * momentum + tn(terms.surprise.writes[:, None] * writes, keys)
     return Written(erased, memory, momentum)
+
+
+def _solve(
+    lower: Array,
+    standing: Float[Array, "C V"],
+    erase: Float[Array, "C G"],
+    inverse: Array | None,
+    rows: tuple[int, ...],
+) -> Float[Array, "C V"]:
+    """What is erased, part by part of the memory's rows."""
+    solved = []
+    for part, right in enumerate(split(standing, rows, axis=1)):
+        one = None if inverse is None else inverse[part]
+        solved.append(solve_unit_lower(lower[part], erase[:, part, None] * right, one))
+    return jnp.concatenate(solved, axis=1) if len(solved) > 1 else solved[0]
 
 
 def recall(

@@ -6,6 +6,8 @@ fast kernel for one two to three times slower, so here the transposed operand is
 Letters say which operands are transposed: ``nn`` is a b, ``nt`` is a b^T, ``tn`` is a^T b.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,3 +49,8 @@ def tn(a: Float[Array, "C M"], b: Float[Array, "C N"]) -> Float[Array, "M N"]:
 nn.defvjp(lambda a, b: (nn(a, b), (a, b)), lambda ab, g: (nt(g, ab[1]), tn(ab[0], g)))
 nt.defvjp(lambda a, b: (nt(a, b), (a, b)), lambda ab, g: (nn(g, ab[1]), tn(g, ab[0])))
 tn.defvjp(lambda a, b: (tn(a, b), (a, b)), lambda ab, g: (nt(ab[1], g), nn(ab[0], g)))
+
+
+def split(x: Array, sizes: Sequence[int], axis: int) -> list[Array]:
+    """Parts of so many rows. The gradient is one concatenation; that of slices is a sum of padded arrays, and slow."""
+    return list(lax.split(x, tuple(sizes), axis=axis)) if len(sizes) > 1 else [x]

@@ -183,7 +183,8 @@ def _split(x: Array, block: int) -> Array:
 
 def _block(memory, momentum, base, tokens: _Tokens, read: Read) -> Recurrence:
     terms = coefficients(tokens.retention, tokens.momentum_decay, tokens.active)
-    written = advance(memory, momentum, base, tokens.keys, tokens.writes, tokens.erase, terms)
+    erase = None if tokens.erase is None else tokens.erase[:, None]
+    written = advance(memory, momentum, base, tokens.keys, tokens.writes, erase, terms)
     reads = None
     if tokens.queries is not None:
         writes = (tokens.keys, tokens.writes, written.erased)

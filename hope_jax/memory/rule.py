@@ -24,7 +24,7 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Due, Level, scan_levels
 from hope_jax.memory import objectives
 from hope_jax.memory.architectures import Architecture, Weights
-from hope_jax.memory.products import nn
+from hope_jax.memory.products import nn, nt
 from hope_jax.memory.recurrence import Impl, gated_delta
 from hope_jax.types import Array, Float, Int, PRNGKeyArray
 
@@ -213,7 +213,29 @@ class LayerWrite(NamedTuple):
 
 def layer_writes(rule: Rule, fast: Fast, keys: Array, values: Array, gates: Gates) -> list[LayerWrite]:
     """The write of every layer (SPEC 1.4), at the anchor where the rule has one."""
-    inputs, errors = _surprise(rule, fast, keys, values)
+    if rule.gradient_at != "anchor":
+        return _writes(rule, [keys], [-values], gates)
+    first, *later = fast.anchor
+    of_values = nt(values, first) if rule.self_values else None
+    return writes_from(rule, nt(keys, first), of_values, tuple(later), keys, values, gates)
+
+
+def writes_from(
+    rule: Rule, first_keys: Array, first_values: Array | None, later: Weights, keys: Array, values: Array, gates: Gates
+) -> list[LayerWrite]:
+    """``layer_writes`` where the anchor's first layer is applied already: to the keys and, for self_values, values."""
+    architecture = rule.architecture
+    if first_values is not None:
+        values = architecture.forward_from(first_values, later, values)[2]
+    inputs, backs, prediction = architecture.forward_from(first_keys, later, keys)
+    errors = [objectives.error(rule.objective, prediction, values)]
+    for w, back in zip(later[::-1], backs[::-1], strict=True):
+        errors.insert(0, back(nn(errors[0], w))[0])
+    return _writes(rule, inputs, errors, gates)
+
+
+def _writes(rule: Rule, inputs: list[Array], errors: list[Array], gates: Gates) -> list[LayerWrite]:
+    """The write of every layer, from its input and the inner gradient at its output (without anchor: less its own)."""
     writes = []
     for layer, (z, delta) in enumerate(zip(inputs, errors, strict=True)):
         rate, erase = _rates(rule, layer, z, gates)
@@ -235,20 +257,6 @@ def finish(rule: Rule, fast: Fast, queries: Array, reads: Array | None) -> Array
         return rule.architecture.apply(fast.anchor, queries)
     assert reads is not None
     return reads + queries if rule.architecture.residual else reads
-
-
-def _surprise(rule: Rule, fast: Fast, keys: Array, values: Array):
-    """Per layer: its input and the inner gradient at its output; the values' part only without anchor."""
-    if rule.gradient_at != "anchor":
-        return [keys], [-values]
-    architecture = rule.architecture
-    if rule.self_values:
-        values = architecture.apply(fast.anchor, values)
-    inputs, backs, prediction = architecture.forward(fast.anchor, keys)
-    errors = [objectives.error(rule.objective, prediction, values)]
-    for w, back in zip(fast.anchor[:0:-1], backs[::-1], strict=True):
-        errors.insert(0, back(nn(errors[0], w))[0])
-    return inputs, errors
 
 
 def _rates(rule: Rule, layer: int, z: Array, gates: Gates) -> tuple[Array, Array | None]:

@@ -11,7 +11,7 @@ itself, M_box(v_t) at its own anchor (Eq. 84, 87), by delta gradient descent wit
 differentiable, writes included: nothing is under a stop-gradient. ``nn/self_modifying.py`` is the layer around it.
 """
 
-import functools
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,11 +19,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hope_jax.levels import Active, check_periods, scan_levels
+from hope_jax.errors import UserError
+from hope_jax.levels import Active, Due, check_periods, scan_levels
 from hope_jax.memory.architectures import Weights, unit
-from hope_jax.memory.block import Coefficients, Written, advance, coefficients, erase_matrix, recall
-from hope_jax.memory.rule import Fast, Gates, LayerWrite, Rule, finish, layer_writes, next_input, refresh
-from hope_jax.memory.triangular import unit_lower_inverse
+from hope_jax.memory.block import Coefficients, Written, coefficients, recall
+from hope_jax.memory.products import nt, split
+from hope_jax.memory.rule import Fast, Gates, LayerWrite, next_input, writes_from
+from hope_jax.memory.side_by_side import (
+    Layer,
+    Stack,
+    advance_all,
+    apart,
+    as_one,
+    first_box,
+    join,
+    parts,
+    per_box,
+    stacks_of,
+)
 from hope_jax.types import Array, Float, Int
 
 
@@ -64,7 +77,7 @@ class SelfModifying:
     """The static part: one rule per group, which projections are memories, the bound of the rate.
 
     Attributes:
-      rules: ``Boxes`` of ``Rule``; periods of the memory and of the others may differ, one dividing the other.
+      rules: ``Boxes`` of ``Rule`` that differ at most in architecture and period; one period divides the other.
       adaptive: names among "k", "v", "q" that are memories, in the order of the projections' axis N.
       rate_max: eta = rate_max * sigmoid(.); 0 switches every write off.
       retention: False sets alpha = 1.
@@ -77,6 +90,14 @@ class SelfModifying:
 
     def __post_init__(self) -> None:
         check_periods(self.periods)
+        one, *others = self.rules
+        if any(dataclasses.replace(r, architecture=one.architecture, period=one.period) != one for r in others):
+            raise UserError("the rules of the memory, projections and gates may differ in architecture and period only")
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Boxes of each group."""
+        return (1, len(self.adaptive), 2)
 
     @property
     def periods(self) -> tuple[int, int]:
@@ -97,39 +118,63 @@ def scan(
     ``initial`` holds M_box,0 per group, ``fast`` the ``Fast`` weights per group, ``position`` the tokens since all
     anchors were last refreshed together. Any cut of the T tokens into calls gives the same result.
     """
+    stacks = stacks_of(spec.rules, spec.counts, initial)
+    head = _Head(spec, stacks, tuning, join(stacks, initial))
 
     def segment(fast, tokens, active, due):
-        fast = Boxes(refresh(fast.memory, due[0]), refresh(fast.projections, due[1]), refresh(fast.gates, due[1]))
-        return _segment(spec, initial, tuning, fast, tokens, active)
+        return _segment(head, _refresh(stacks, fast, due), tokens, active)
 
-    return scan_levels(segment, fast, streams, position=position, periods=spec.periods)
+    joined = Fast(*(join(stacks, kind) for kind in zip(*fast, strict=True)))
+    joined, reads = scan_levels(segment, joined, streams, position=position, periods=spec.periods)
+    kinds = [apart(stacks, kind) for kind in joined]
+    ends = [Fast(*(kind[i] for kind in kinds)) if i in kinds[0] else start for i, start in enumerate(fast)]
+    return Boxes(*ends), reads
 
 
-def _segment(spec: SelfModifying, initial: Boxes, tuning: Tuning, fast: Boxes, tokens: Streams, active: Active):
+class _Head(NamedTuple):
+    """What stays the same while a sequence is read. ``initial``: M_box,0, joined."""
+
+    spec: SelfModifying
+    stacks: tuple[Stack, ...]
+    tuning: Tuning
+    initial: Weights
+
+
+def _refresh(stacks: tuple[Stack, ...], fast: Fast, due: tuple[Due, ...]) -> Fast:
+    """Move the anchors that are due; the memory may have a period of its own."""
+    if all(one is True for one in due):
+        return fast._replace(anchor=fast.running)
+    of_memory = np.repeat([i == 0 for stack in stacks for i in stack.groups], parts(stacks))
+    of_rows = jnp.where(of_memory, *due)[:, None]
+    of_stacks = [due[int(0 not in stack.groups)] for stack in stacks for _ in range(stack.later)]
+    moved = zip((of_rows, *of_stacks), fast.anchor, fast.running, strict=True)
+    return fast._replace(anchor=tuple(jnp.where(now, new, old) for now, old, new in moved))
+
+
+def _segment(head: _Head, fast: Fast, tokens: Streams, active: Active) -> tuple[Fast, Float[Array, "C V"]]:
     """Tokens inside one period: generate keys, values and gates at the anchors, then write every layer of every box."""
-    tokens, gates = _generate(spec, tuning, fast, tokens)
+    anchors = apart(head.stacks, fast.anchor)
+    tokens, gates = _generate(head, anchors, tokens)
     gates = _neutral(gates, active)
     terms = coefficients(gates.retention, gates.momentum_decay, active)
-    present = [i for i, group in enumerate(fast) if group.running[0].size]  # there may be no adaptive projection
-    layers = {i: _layers(spec.rules[i], initial[i], fast[i], tuning.log_rate[i], tokens, gates, i > 0) for i in present}
-    written = _advance([layer for i in present for layer in layers[i]], terms)
-    depth = spec.rules.memory.architecture.layers
-    reads = _read(spec.rules.memory, fast.memory, layers[0], written[:depth], tokens.q, terms)
-    groups = list(fast)
-    for i in present:
-        new, written = written[: len(layers[i])], written[len(layers[i]) :]
-        groups[i] = _updated(spec.rules[i], fast[i], initial[i], new)
-    return Boxes(*groups), reads
+    layers = _layers(head, fast, _writes(head, fast.anchor, tokens, gates))
+    written = advance_all(layers, parts(head.stacks), terms)
+    reads = _read(head.stacks[0], anchors[0], layers, written, tokens.q, terms)
+    return _updated(head, fast, written), reads
 
 
-def _generate(spec: SelfModifying, tuning: Tuning, fast: Boxes, tokens: Streams) -> tuple[Streams, Gates]:
+def _generate(head: _Head, anchors: dict[int, Weights], tokens: Streams) -> tuple[Streams, Gates]:
     """Adaptive projections, rate and retention of every token from their memories' anchors (Eq. 85, SPEC 2.1)."""
-    raw = jax.vmap(spec.rules.gates.architecture.apply, in_axes=(0, None))(fast.gates.anchor, tokens.x)[..., 0]
+    spec, tuning = head.spec, head.tuning
+    first, *later = anchors[2]
+    of_x = per_box(nt(tokens.x, first.reshape(-1, first.shape[-1])), len(first))
+    through = lambda z, later: spec.rules.gates.architecture.forward_from(z, later, tokens.x)[2]  # noqa: E731
+    raw = jax.vmap(through)(of_x, tuple(later))[..., 0]
     rate = spec.rate_max * jax.nn.sigmoid(raw[0] + tuning.rate_bias)
     retention = jax.nn.sigmoid(raw[1] + tuning.retention_bias) if spec.retention else jnp.ones_like(rate)
     if spec.adaptive:
         inputs = jnp.stack([getattr(tokens, name) for name in spec.adaptive])
-        outputs = unit(jax.vmap(spec.rules.projections.architecture.apply)(fast.projections.anchor, inputs))
+        outputs = unit(jax.vmap(spec.rules.projections.architecture.apply)(anchors[1], inputs))
         tokens = tokens._replace(**dict(zip(spec.adaptive, outputs, strict=True)))
     return tokens, Gates(rate, retention, tokens.momentum_decay)
 
@@ -143,85 +188,56 @@ def _neutral(gates: Gates, active: Active) -> Gates:
     return Gates(active * gates.rate, active * gates.retention + idle, decay)
 
 
-class _Layer(NamedTuple):
-    """One linear memory [V,K], or N of them stacked, with what is written into it."""
+def _writes(head: _Head, anchor: Weights, tokens: Streams, gates: Gates) -> list[LayerWrite]:
+    """What is written into the first layers, taken as one memory, and into the later layers of each stack."""
+    later = list(anchor[1:])
+    outputs = nt(jnp.concatenate([tokens.k, tokens.v]), anchor[0])  # of every first layer
+    outputs = split(outputs, [stack.boxes * stack.rows for stack in head.stacks], axis=1)
+    firsts, rests = [], []
+    for stack, mine in zip(head.stacks, outputs, strict=True):
+        weights, later = tuple(later[: stack.later]), later[stack.later :]
+        of_keys, of_values = split(per_box(mine, stack.boxes), [len(tokens.k)] * 2, axis=1)
+        scales = np.repeat(stack.groups, stack.counts)
+        rates = jnp.exp(jnp.stack(head.tuning.log_rate)[scales])
 
-    memory: Array
-    momentum: Array | None
-    base: Array | None
-    write: LayerWrite
+        def box(scale, of_keys, of_values, weights, rule=stack.rule):
+            own = gates._replace(rate=scale * gates.rate)
+            return writes_from(rule, of_keys, of_values, weights, tokens.k, tokens.v, own)
 
-    def each(self, function):
-        """``function`` of one linear memory, mapped over the stack if this is one."""
-        return jax.vmap(function) if self.memory.ndim == 3 else function
+        first, *rest = jax.vmap(box)(rates, of_keys, of_values, weights)
+        firsts.append(first)
+        rests += [write._replace(erase=None if write.erase is None else write.erase[..., None]) for write in rest]
+    return [as_one(firsts, head.stacks, tokens.k), *rests]
 
 
-def _layers(rule: Rule, initial: Weights, fast: Fast, log_rate: Array, tokens: Streams, gates: Gates, stacked: bool):
-    """Every layer of a group with its writes. First layers share key and rate: one linear memory with N V outputs."""
-    own = gates._replace(rate=jnp.exp(log_rate) * gates.rate)
-    box = lambda fast: layer_writes(rule, fast, tokens.k, tokens.v, own)  # noqa: E731
-    writes = (jax.vmap(box) if stacked else box)(fast)
-    if stacked:
-        first = writes[0]
-        erase = None if first.erase is None else first.erase[0]
-        writes[0] = LayerWrite(first.keys[0], jnp.concatenate(list(first.writes), axis=-1), erase)
-    bases = initial if rule.retain_to == "init" else (None,) * len(writes)
+def _layers(head: _Head, fast: Fast, writes: list[LayerWrite]) -> list[Layer]:
+    rule = head.spec.rules.memory
+    bases = head.initial if rule.retain_to == "init" else (None,) * len(writes)
     momenta = fast.momentum if rule.momentum else (None,) * len(writes)
     starts = (w if base is None else w - base for w, base in zip(fast.running, bases, strict=True))
-    layers = [_Layer(*one) for one in zip(starts, momenta, bases, writes, strict=True)]
-    if stacked:
-        memory, momentum, base = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), layers[0][:3])
-        layers[0] = _Layer(memory, momentum, base, layers[0].write)
-    return layers
+    parts_of = zip(starts, momenta, bases, writes, strict=True)
+    return [Layer(memory, momentum, base, *write) for memory, momentum, base, write in parts_of]
 
 
-def _advance(layers: list[_Layer], terms: Coefficients) -> list[Written]:
-    """Write all layers; their triangular systems are inverted together, in one sequence of products."""
-    inverses = _inverses(layers, terms)
-    written = []
-    for layer, inverse in zip(layers, inverses, strict=True):
-        written.append(layer.each(functools.partial(_advance_one, terms))(layer, inverse))
-    return written
-
-
-def _advance_one(terms: Coefficients, layer: _Layer, inverse: Array | None) -> Written:
-    keys, writes, erase = layer.write
-    return advance(layer.memory, layer.momentum, layer.base, keys, writes, erase, terms, inverse)
-
-
-def _inverses(layers: list[_Layer], terms: Coefficients) -> list[Array | None]:
-    erasing = [i for i, layer in enumerate(layers) if layer.write.erase is not None]
-    inverses: list[Array | None] = [None] * len(layers)
-    if not erasing:
-        return inverses
-    lowers = [layers[i].each(lambda w: erase_matrix(w.keys, w.erase, terms))(layers[i].write) for i in erasing]
-    stack = jnp.concatenate([x if x.ndim == 3 else x[None] for x in lowers])
-    stack = jax.vmap(unit_lower_inverse)(jax.lax.stop_gradient(stack))
-    start = 0
-    for i, lower in zip(erasing, lowers, strict=True):
-        count = lower.shape[0] if lower.ndim == 3 else 1
-        inverses[i] = stack[start : start + count].reshape(lower.shape)
-        start += count
-    return inverses
-
-
-def _read(rule: Rule, fast: Fast, layers: list[_Layer], written: list[Written], queries: Array, terms: Coefficients):
-    """The main memory's reads, layer by layer."""
+def _read(
+    stack: Stack, anchor: Weights, layers: list[Layer], written: list[Written], queries: Array, terms: Coefficients
+) -> Float[Array, "C V"]:
+    """The reads of the main memory, the first box of the first stack, layer by layer."""
+    rule = stack.rule
     if rule.read == "anchor":
-        return finish(rule, fast, queries, None)
+        return rule.architecture.apply(anchor, queries)
     x = queries
-    for index, (layer, new) in enumerate(zip(layers, written, strict=True)):
-        keys, writes, _ = layer.write
-        reads = recall(layer.memory, layer.momentum, layer.base, keys, writes, new.erased, x, terms, rule.read)
+    for index in range(rule.architecture.layers):
+        one, erased = first_box(layers[index], written[index].erased, stack.rows)
+        reads = recall(one.memory, one.momentum, one.base, one.keys, one.writes, erased, x, terms, rule.read)
         x = next_input(rule, index, reads)
-    return finish(rule, fast, queries, x)
+    return x + queries if rule.architecture.residual else x
 
 
-def _updated(rule: Rule, fast: Fast, initial: Weights, written: list[Written]) -> Fast:
-    """The group after the segment, in its own shapes."""
-    running = [one.memory.reshape(old.shape) for one, old in zip(written, fast.running, strict=True)]
-    if rule.retain_to == "init":
-        running = [base + w for base, w in zip(initial, running, strict=True)]
-    momenta = [one.momentum for one in written if one.momentum is not None]
-    momentum = tuple(new.reshape(old.shape) for new, old in zip(momenta, fast.momentum, strict=True))
-    return fast._replace(running=tuple(running), momentum=momentum)
+def _updated(head: _Head, fast: Fast, written: list[Written]) -> Fast:
+    """The fast weights after the segment."""
+    running = tuple(one.memory for one in written)
+    if head.spec.rules.memory.retain_to == "init":
+        running = tuple(base + w for base, w in zip(head.initial, running, strict=True))
+    momentum = tuple(one.momentum for one in written if one.momentum is not None)
+    return fast._replace(running=running, momentum=momentum)

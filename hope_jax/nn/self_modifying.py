@@ -28,7 +28,7 @@ from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture, unit
 from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import Boxes, SelfModifying, Streams, Tuning, scan
-from hope_jax.nn.layers import HeadOutput, ShortConv, dense, light, merge_heads, near_identity, param_dtype, split_heads
+from hope_jax.nn.layers import ShortConv, dense, light, merge_heads, near_identity, param_dtype, split_heads, taps_at
 from hope_jax.types import Array, Float, Int, Stream
 
 Projection = Literal["k", "v", "q"]
@@ -71,7 +71,7 @@ class SelfModifyingConfig:
     damped: bool = True
     retention: bool = True
     rate_max: float = 2.0
-    rate_bias: float = 0.0
+    rate_bias: float = -2.5
     momentum_bias: float = -3.0
     horizon: int = 8192
     projection_rate: float = 0.05
@@ -135,6 +135,35 @@ class SelfModifyingState(NamedTuple):
     position: Int[Array, ""] | np.ndarray
 
 
+class AnswerOutput(nn.Module):
+    """What the mixer does with its reads: ``W_o [s q * silu(W_g u); s' (M(q) - q)]``, scales per channel.
+
+    A residual memory returns the query itself and what it found. Kept apart, the two have maps of their own, and what
+    was found is neither gated nor normalised: its size says how much the memory knows.
+    """
+
+    heads: int
+    width: int
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        self.gate = dense(self.width, self.dtype)
+        self.down = dense(self.width, self.dtype)
+        self.scale_query, self.scale_answer = self._scale("query", 1.0), self._scale("answer", 4.0)
+
+    def _scale(self, name: str, start: float) -> Array:
+        """Multiples of sqrt(K): a query of norm 1 has features of size 1."""
+        size = self.width // self.heads
+        constant = nn.initializers.constant(start * size**0.5)
+        return self.param(f"scale_{name}", constant, (self.heads, size), param_dtype(self.dtype))
+
+    @light
+    def __call__(self, u: Stream, queries: Float[Array, "B H T K"], answers: Float[Array, "B H T V"]) -> Stream:
+        asked = merge_heads(queries * self.scale_query[None, :, None]).astype(self.dtype) * nn.silu(self.gate(u))
+        found = merge_heads(answers * self.scale_answer[None, :, None]).astype(self.dtype)
+        return self.down(jnp.concatenate([asked, found], axis=-1))
+
+
 class SelfModifyingMixer(nn.Module):
     """``(u[B,T,D], state) -> (y[B,T,D], state)``. Memories compute in at least float32 whatever ``dtype`` is."""
 
@@ -145,10 +174,12 @@ class SelfModifyingMixer(nn.Module):
     def setup(self) -> None:
         c, size = self.config, self.width // self.config.heads
         wide = param_dtype(self.dtype)
-        self.convs = [ShortConv(c.conv, self.dtype, name=f"conv_{n}") for n in "qkv"]
+        # Keys start as the token before the one whose value is stored, queries as the current one: what came after it?
+        starts = {"q": taps_at(0), "k": taps_at(1), "v": taps_at(0)}
+        self.convs = [ShortConv(c.conv, self.dtype, start, name=f"conv_{n}") for n, start in starts.items()]
         static = [n for n in "qkv" if n not in c.inner_projection]
         self.static = {n: dense(self.width, self.dtype, f"project_{n}", near_identity) for n in static}
-        self.out = HeadOutput(c.heads, self.width, self.dtype)
+        self.out = AnswerOutput(c.heads, self.width, self.dtype)
         self.initial = Boxes(
             self._initial("memory", c.memory, (), size, c.hidden * size),
             self._initial("projections", c.projection, (len(c.inner_projection),), size, size),
@@ -202,7 +233,8 @@ class SelfModifyingMixer(nn.Module):
         over_batch = jax.vmap(over_heads, in_axes=(None, None, 0, 0))
         fast, reads = over_batch(self.initial, self.tuning, state.fast, streams)
         position = (state.position + u.shape[1]) % max(spec.periods)
-        return self.out(u, reads), SelfModifyingState(tails, fast, position)
+        answers = reads - streams.q if self.config.memory.residual else reads
+        return self.out(u, streams.q, answers), SelfModifyingState(tails, fast, position)
 
     @light
     def _streams(self, u: Stream, tails) -> tuple[Streams, tuple[Array, ...]]:

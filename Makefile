@@ -4,6 +4,8 @@ PYTHON3 ?= python3
 RUN     ?= runs/hope-tiny
 ARGS    ?=
 BIN     := .venv/bin
+# Large pages for large arrays: a fifth faster on Linux. A glibc older than 2.35 and other systems ignore it.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 STAMP   := .venv/installed
 
 .DEFAULT_GOAL := help

@@ -105,6 +105,7 @@ ARCHITECTURES: dict[str, Callable[[Size], ModelConfig]] = {
     "hope_attention": _hope_attention,
     "transformer_pp": _transformer(conv=0),
     "transformer_conv": _transformer(conv=4),
+    # Plain gradient descent over a period of 16 equal keys diverges above a rate of 2/16 (SPEC 2.6).
     "titans": _memory("titans", rate_max=0.1, horizon=8192, unit_values=True),
     "deltanet": _memory("deltanet"),
     "gated_deltanet": _memory("gated_deltanet", horizon=64),

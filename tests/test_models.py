@@ -16,14 +16,14 @@ from hope_jax.nn.language_model import Block
 
 # Parameters of every architecture at tiny, 30m, 140m, 340m, 760m, 1.3b. A new row of MODELS needs its numbers here.
 PARAMETERS = {
-    "hope": (966_024, 31_686_624, 134_924_160, 321_883_392, 691_622_784, 1_200_560_640),
-    "hope_attention": (959_808, 31_604_224, 134_333_184, 322_274_304, 689_849_856, 1_199_769_600),
-    "transformer_pp": (953_280, 31_517_184, 134_898_432, 322_225_152, 691_545_600, 1_197_312_000),
-    "transformer_conv": (957_888, 31_578_624, 135_045_888, 322_520_064, 691_987_968, 1_197_901_824),
-    "titans": (971_364, 31_788_784, 135_304_512, 323_725_440, 694_090_944, 1_203_458_304),
-    "deltanet": (960_588, 31_788_624, 135_205_824, 323_331_456, 692_910_144, 1_201_097_472),
-    "gated_deltanet": (962_904, 31_829_664, 135_353_472, 323_725_056, 693_795_456, 1_202_671_104),
-    "linear_attention": (958_272, 31_747_584, 135_058_176, 322_937_856, 692_024_832, 1_199_523_840),
+    "hope": (1_040_136, 33_002_944, 144_373_632, 347_073_792, 748_282_752, 1_301_273_088),
+    "hope_attention": (1_033_536, 32_914_944, 143_770_368, 348_226_560, 746_472_960, 1_298_860_032),
+    "transformer_pp": (1_027_008, 32_991_744, 144_335_616, 346_997_760, 748_168_704, 1_298_761_728),
+    "transformer_conv": (1_031_616, 33_053_184, 144_483_072, 347_292_672, 748_611_072, 1_299_351_552),
+    "titans": (1_045_092, 33_304_544, 144_741_696, 348_498_048, 750_714_048, 1_304_908_032),
+    "deltanet": (1_034_316, 33_058_464, 144_643_008, 348_104_064, 749_533_248, 1_300_187_904),
+    "gated_deltanet": (1_036_632, 33_140_544, 144_790_656, 348_497_664, 750_418_560, 1_301_761_536),
+    "linear_attention": (1_032_000, 32_976_384, 144_495_360, 347_710_464, 748_647_936, 1_298_614_272),
 }
 COUNTS = {f"{name}-{size}": n for name, row in PARAMETERS.items() for size, n in zip(SIZES, row, strict=True)}
 
@@ -137,6 +137,21 @@ def test_a_bfloat16_model_gives_finite_float32_logits_and_has_float32_parameters
     (logits, _), variables = jax.jit(model.init_with_output)(jax.random.key(0), tokens)
     assert logits.dtype == jnp.float32 and all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
     assert np.all(np.isfinite(logits)) and np.std(logits) > 0.1
+    assert np.any(logits != logits.astype(jnp.bfloat16)), "rounded before the loss sees them"
+
+
+def test_a_float32_hope_reads_any_length_where_float64_is_enabled(x64):
+    model, tokens = LanguageModel(ARCHITECTURES["hope"](SMALL)), jnp.arange(T)[None] % VOCAB
+    (logits, _), _ = jax.jit(model.init_with_output)(jax.random.key(0), tokens)
+    assert logits.dtype == jnp.float32 and np.all(np.isfinite(logits))
+
+
+def test_an_unknown_id_in_a_compiled_program_gives_nan_and_not_a_number_that_looks_right():
+    model, tokens = LanguageModel(ARCHITECTURES["hope"](SMALL)), jnp.arange(4)[None]
+    params = model.init(jax.random.key(0), tokens[:, :1])
+    read = jax.jit(lambda tokens: model.apply(params, tokens)[0])
+    assert np.all(np.isfinite(read(tokens)))
+    assert np.all(np.isnan(read(tokens.at[0, 1].set(VOCAB))[0, 1:]))
 
 
 # ---------------------------------------------------------------- mistakes

@@ -78,6 +78,18 @@ def test_a_head_equals_the_token_by_token_equations(x64, row):
                     np.testing.assert_allclose(layer, right, rtol=1e-9, atol=1e-9, err_msg=f"{group} {kind} {i}")
 
 
+def test_in_float32_a_head_is_within_two_ten_thousandths():
+    config = config_of(ROWS["periods 16 16"])
+    numpy_head, point = draw_head(config)
+    initial, tuning, streams = jax.tree.map(lambda x: x.astype(jnp.float32), point)
+    spec = config.spec()
+    fast = Boxes(*(rule.start(w) for rule, w in zip(spec.rules, initial, strict=True)))
+    _, reads = jax.jit(functools.partial(scan, spec))(initial, tuning, fast, streams, 0)
+    expected, _ = reference(config, numpy_head)
+    assert reads.dtype == jnp.float32
+    np.testing.assert_allclose(reads, expected, atol=2e-4 * np.max(np.abs(expected)))
+
+
 GRADIENT_ROWS = ("periods 16 4, all projections", "constant undamped momentum, read after", "no DGD, to init")
 
 

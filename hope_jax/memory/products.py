@@ -3,7 +3,8 @@
 The gradient of a product contains ``a^T b``. XLA folds that transpose into the product and on CPU then leaves its
 fast kernel for one two to three times slower, so here the transposed operand is written out first on CPU
 (``benchmark.py products`` shows the ratio). Accelerators whose default product is narrower are asked for float32.
-Letters say which operands are transposed: ``nn`` is a b, ``nt`` is a b^T, ``tn`` is a^T b.
+Letters say which operands are transposed: ``nn`` is a b, ``nt`` is a b^T, ``tn`` is a^T b. They have gradients of any
+order but no forward mode (``jax.jvp``), and so has everything built on them.
 """
 
 from collections.abc import Sequence

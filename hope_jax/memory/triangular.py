@@ -36,8 +36,8 @@ def solve_unit_lower(
 ) -> Float[Array, "C V"]:
     """X with (I + lower) X = right, for strictly lower triangular ``lower``.
 
-    ``inverse`` is ``unit_lower_inverse(lower)`` where the caller has it already. Derivatives are implicit (one more
-    product with the same inverse), in both modes and to any order.
+    ``inverse`` is ``unit_lower_inverse(lower)`` where the caller has it already. The gradient is implicit: one more
+    product with the same inverse.
     """
     if inverse is None:
         inverse = unit_lower_inverse(lax.stop_gradient(lower))

@@ -1,6 +1,6 @@
 """The self-modifying mixer of Hope: memories that produce their own keys, values, rates and retention (SPEC 2).
 
-    u -> short convolutions -> x_q, x_k, x_v (unit norm per head) -> memory/self_modifying.scan per head -> gate -> out
+    u -> short convolutions -> x_q, x_k, x_v (unit norm per head) -> memory/self_modifying.scan per head -> out
 
 Every row of the published ablation (Table 6) is one field of ``SelfModifyingConfig``:
 

@@ -34,7 +34,7 @@ smoke: $(STAMP)  ## train six tiny steps from nothing
 install: $(STAMP)  ## create .venv and install the project with its development tools
 
 clean:  ## remove .venv, caches and build outputs; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info && find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info && find . -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -29,6 +29,10 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
+    except OSError as error:  # a full or vanished disk, wherever it is noticed
+        where = f" {error.filename}" if error.filename else ""
+        print(f"Cannot read or write{where}: {error.strerror or error}; mend that and run it again.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("Stopped at once; what was saved before is intact.", file=sys.stderr)
         return 130

@@ -6,12 +6,12 @@
 
 train     Hope and the Transformer of equal parameters: tokens/s, forward pass, compile time, temporary memory, and the
           arithmetic they reach against a large matrix product
-chunked   the chunked form of the recurrence and of a rule against the sequential definition, gradient included
+chunked   the chunked form of the recurrence and of training steps against the sequential definition
 length    tokens/s and temporary memory of a training step at two lengths
 decode    time per written token early and late in a text
 products  the transposed product of ``memory.products`` against the plain one
 
-Every number is the best of ``--repeats`` interleaved repetitions. Minutes on a CPU. Expect chunked 10 times and more
+Every number is the best of ``--repeats`` interleaved repetitions. Minutes on a CPU. The aim: chunked 10 times and more
 ahead of sequential, and a decode time that does not depend on the position.
 """
 
@@ -21,7 +21,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,11 +37,13 @@ from experiments.recall import Row, append, open_results
 from hope_jax import LanguageModel, ModelConfig, generate, model_named
 from hope_jax import train as training
 from hope_jax.errors import UserError, closest
-from hope_jax.memory import RULES, Gates, MemoryState, Rule, gated_delta, products, rule
+from hope_jax.memory import gated_delta, products
 from hope_jax.models import ARCHITECTURES, SIZES, Size
 from hope_jax.train.optimizer import OptimizerConfig
 
 Part = Literal["train", "chunked", "length", "decode", "products"]
+CHUNKED = ("hope", "deltanet")
+"""Architectures whose training step is measured in both forms."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,23 @@ class BenchmarkConfig:
     models: tuple[str, ...] = ("hope", "transformer_pp")
     """train: architectures; ratios are against the last one."""
     size: str | None = None
-    """train: a named size instead of width, layers and heads."""
+    """train, chunked: a named size instead of width, layers and heads."""
     width: int = 128
-    """train: model features."""
+    """train, chunked: model features."""
     layers: int = 2
-    """train: blocks."""
+    """train, chunked: blocks."""
     heads: int = 4
-    """train: heads of the mixers."""
+    """train, chunked: heads of the mixers."""
     length: int = 512
     """train: tokens per sequence."""
     batch: int = 4
     """train: sequences per batch."""
     segment: int | None = None
     """train, length: tokens of one piece in rematerialised training; must divide the lengths. None: all at once."""
+    tokens: int = 1024
+    """chunked: tokens of the sequence."""
     lengths: tuple[int, int] = (1024, 8192)
-    """length: the two lengths."""
+    """length: the two lengths, ascending."""
     positions: tuple[int, int] = (64, 16_384)
     """decode: tokens read before writing starts, the second a multiple of the first."""
     model: str = "hope-tiny"
@@ -78,19 +82,30 @@ class BenchmarkConfig:
     """Folder of benchmark.jsonl."""
 
     def __post_init__(self):
-        for name in ("width", "layers", "heads", "length", "batch", "repeats"):
+        for name in ("width", "layers", "heads", "length", "batch", "tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if self.size is not None and self.size not in SIZES:
             raise UserError(f"No size is called {self.size!r}; {closest(self.size, SIZES)}")
         if self.positions[0] < 1 or self.positions[1] % self.positions[0]:
             raise UserError(f"--positions must be a number and a multiple of it, got {self.positions}.")
+        if not 1 <= self.lengths[0] < self.lengths[1]:
+            raise UserError(f"--lengths must be two numbers of tokens, ascending, got {self.lengths}.")
+        totals = {"train": (self.length,), "length": self.lengths}
+        for total in sum((totals[part] for part in self.chosen if part in totals), ()):
+            if self.segment is not None and (self.segment < 1 or total % self.segment):
+                raise UserError(f"--segment must divide every length, got {self.segment} for {total}.")
         model_named(self.model)
         for name in self.models:
             self.architecture(name)
 
+    @property
+    def chosen(self) -> tuple[Part, ...]:
+        """The parts to measure."""
+        return self.parts or get_args(Part)
+
     def architecture(self, name: str) -> ModelConfig:
-        """The model of part ``train`` with that name."""
+        """The model of parts ``train`` and ``chunked`` with that name."""
         if name not in ARCHITECTURES:
             raise UserError(f"No architecture is called {name!r}; {closest(name, ARCHITECTURES)}")
         if self.size is not None:
@@ -103,14 +118,14 @@ def main(arguments: Sequence[str]) -> int:
     config = parse(BenchmarkConfig, arguments, "benchmark")
     path = open_results(config.results, "benchmark.jsonl")
     machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
-    for part in config.parts or get_args(Part):
+    for part in config.chosen:
         for row in PARTS[part](config):
             append(path, {"part": part, **row, **machine})
             print(json.dumps({"part": part, **row}), flush=True)
     return 0
 
 
-def best_seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def best_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Seconds of each call, the best of interleaved repetitions after one that compiles."""
     best = {}
     for name, call in calls.items():
@@ -191,55 +206,40 @@ def train(config: BenchmarkConfig) -> Iterator[Row]:
         yield row | {"peak_gflops": round(peak, 1), "peak_share": round(row["gflops"] / peak, 3), "ratio": ratio}
 
 
-Stream = tuple[Any, Any, Any, Gates]
-
-
-def _stream(heads: int, time: int, size: int) -> Stream:
-    """Random tokens: unit keys, values and queries [N, T, K], and gates [N, T]."""
-    draws, of_rate, of_retention, of_decay = jax.random.split(jax.random.key(0), 4)
-    vectors = jax.random.normal(draws, (3, heads, time, size))
-    keys, values, queries = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-    rate, forgotten, decay = (jax.random.uniform(key, (heads, time)) for key in (of_rate, of_retention, of_decay))
-    return keys, values, queries, Gates(rate, 1 - 1e-3 * forgotten, 0.1 * decay)
-
-
 def chunked(config: BenchmarkConfig) -> Iterator[Row]:
-    """Value and gradient over 1024 tokens, for 16 heads of 32 features."""
-    size = 32
-    stream = _stream(heads=16, time=1024, size=size)
-    yield _against_sequential("gated_delta", functools.partial(_recurrence, stream), (size, size), config.repeats)
-    for name in ("titans", "hope"):
-        run = functools.partial(_rule, RULES[name], stream)
-        yield _against_sequential(f"rule {name}", run, (2, size, size), config.repeats)
+    """The recurrence with its gradient, then whole training steps of one sequence: chunked against token by token."""
+    forms = {"chunked": _recurrence(config.tokens, "chunked"), "sequential": _recurrence(config.tokens, "sequential")}
+    yield {"what": "gated_delta", **_against_sequential(config, forms)}
+    for name in CHUNKED:
+        # Pieces of one token that hand on the state are the definition.
+        forms = {"chunked": None, "sequential": 1}
+        trainers = {form: Trainer(config.architecture(name), 1, config.tokens, forms[form]) for form in forms}
+        yield {"what": f"{name} training step", **_against_sequential(config, trainers)}
 
 
-def _recurrence(stream: Stream, memory: Any, impl: Any) -> Any:
-    def head(k: Any, v: Any, q: Any, gates: Gates) -> Any:
-        settings = {"retention": gates.retention, "erase": gates.rate, "momentum_decay": gates.momentum_decay}
-        return gated_delta(memory, k, v, q, momentum=jnp.zeros_like(memory), impl=impl, **settings).reads
+def _recurrence(time: int, impl: Literal["chunked", "sequential"]) -> Callable[[], Any]:
+    """Gradient of ``gated_delta`` over random tokens with unit keys, for 16 heads of 32 features."""
+    heads, size = 16, 32
+    draws, of_rate, of_retention, of_decay, of_memory = jax.random.split(jax.random.key(0), 5)
+    vectors = jax.random.normal(draws, (3, heads, time, size))
+    streams = tuple(vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True))
+    rate, forgotten, decay = (jax.random.uniform(key, (heads, time)) for key in (of_rate, of_retention, of_decay))
+    gates = {"erase": rate, "retention": 1 - 1e-3 * forgotten, "momentum_decay": 0.1 * decay}
+    memory = 0.1 * jax.random.normal(of_memory, (size, size))
 
-    return jax.vmap(head)(*stream)
+    def loss(memory: Any, streams: Any, gates: Any) -> Any:
+        def head(streams: Any, gates: Any) -> Any:
+            return gated_delta(memory, *streams, momentum=jnp.zeros_like(memory), impl=impl, **gates).reads
+
+        return jnp.sum(jnp.square(jax.vmap(head)(streams, gates)))
+
+    return functools.partial(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))), memory, streams, gates)
 
 
-def _rule(one: Rule, stream: Stream, memory: Any, impl: Any) -> Any:
-    def head(k: Any, v: Any, q: Any, gates: Gates) -> Any:
-        state = MemoryState(one.start(tuple(memory)), np.zeros((), np.int32))
-        return rule.scan(one, state, k, v, q, gates, tuple(memory), impl)[0]
-
-    return jax.vmap(head)(*stream)
-
-
-def _against_sequential(name: str, run: Callable, shape: tuple[int, ...], repeats: int) -> Row:
-    """Seconds of the gradient of ``run(memory, impl)`` in both forms."""
-    memory = 0.1 * jax.random.normal(jax.random.key(1), shape)
-
-    def gradient(impl: str) -> Callable[[], Any]:
-        compiled = jax.jit(jax.value_and_grad(lambda memory: jnp.sum(jnp.square(run(memory, impl)))))
-        return lambda: compiled(memory)
-
-    seconds = best_seconds({impl: gradient(impl) for impl in ("chunked", "sequential")}, repeats)
-    times = {f"{impl}_ms": round(1e3 * value, 2) for impl, value in seconds.items()}
-    return {"what": name, "length": 1024, **times, "ratio": round(seconds["sequential"] / seconds["chunked"], 1)}
+def _against_sequential(config: BenchmarkConfig, forms: Mapping[str, Callable[[], Any]]) -> Row:
+    seconds = best_seconds(forms, config.repeats)
+    times = {f"{form}_ms": round(1e3 * value, 2) for form, value in seconds.items()}
+    return {"length": config.tokens, **times, "ratio": round(seconds["sequential"] / seconds["chunked"], 1)}
 
 
 def length(config: BenchmarkConfig) -> Iterator[Row]:

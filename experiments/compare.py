@@ -31,12 +31,15 @@ from hope_jax import LanguageModel, ModelConfig, model_named
 from hope_jax import train as training
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
-from hope_jax.models import ARCHITECTURES
 from hope_jax.train.optimizer import OptimizerConfig
+from hope_jax.train.run_folder import flatten
 
 FILE = "compare.jsonl"
 CONTROL = "_without_writes"
-IDENTITY = ("text", "row", "size", "length", "batch", "steps", "learning_rate")
+SETTINGS = tuple(f"optimizer.{one.name}" for one in dataclasses.fields(OptimizerConfig))
+IDENTITY = ("text", "fingerprint", "row", "size", "length", "batch", "steps", "eval_batches", *SETTINGS)
+"""Fields of a JSON line that must agree before two runs are seeds of the same thing."""
+NEEDED = (*IDENTITY, "seed", "step", "tokens", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,11 @@ class CompareConfig:
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(CompareConfig, arguments, "compare")
+    path = open_results(config.results, FILE)
     if not config.table:
         compare(config)
-    print("\n".join(table(training.read_rows(config.results / FILE))))
-    print(f"written: {config.results / FILE}, {draw(config)}")
+    print("\n".join(table(training.read_rows(path, NEEDED))))
+    print(f"written: {path}, {draw(config)}")
     return 0
 
 
@@ -118,8 +122,8 @@ def run(config: CompareConfig, row: str, seed: int, tokenizer: Any, data: Any, p
     evaluate = training.evaluator(loss, data.heldout_batches(batch=config.batch, limit=config.eval_batches))
     batches = data.train_batches(batch=config.batch, seed=seed)
     state = jax.jit(functools.partial(training.init_state, model, tx))(jax.random.key(seed))
-    about = {name: getattr(config, name) for name in ("size", "length", "batch", "steps")}
-    about |= {"text": config.name, "row": row, "seed": seed, "learning_rate": config.optimizer.learning_rate}
+    about = {name: getattr(config, name) for name in ("size", "length", "batch", "steps", "eval_batches")}
+    about |= {"text": config.name, "row": row, "seed": seed, **flatten(config.optimizer, "optimizer")}
     about |= {"parameters": training.count_parameters(state.params), "fingerprint": data.fingerprint}
     interval, since = progress_interval(), time.monotonic()
     with tqdm(total=config.steps, desc=f"{row}, seed {seed}", unit="step", mininterval=interval) as bar:
@@ -142,37 +146,63 @@ def _check(bits: float, row: str, seed: int, done: int) -> None:
         )
 
 
+def key(row: Row) -> tuple[Any, ...]:
+    """What a JSON line is about: equal for the seeds of one model, on one text, with one optimizer."""
+    return tuple(row[name] for name in IDENTITY)
+
+
+def _differing(rows: Sequence[Row], shown: Sequence[str]) -> list[str]:
+    """Names of ``IDENTITY`` beyond those ``shown`` in which ``rows`` differ."""
+    return [name for name in IDENTITY if name not in shown and len({row[name] for row in rows}) > 1]
+
+
+def _settings(row: Row, names: Sequence[str]) -> list[str]:
+    return [f"{name.removeprefix('optimizer.')}={row[name]}" for name in names]
+
+
 def table(rows: Sequence[Row]) -> list[str]:
-    """Held-out bits per byte at the end, mean and standard deviation over seeds, one line per text and model."""
-    final: dict[tuple, dict[int, float]] = {}
+    """Held-out bits per byte at the end, mean and standard deviation over seeds, one line per ``key``."""
+    final: dict[tuple, dict[int, Row]] = {}
     for row in rows:
         if row["step"] == row["steps"]:  # a run done again replaces the former one
-            final.setdefault(tuple(row[name] for name in IDENTITY), {})[row["seed"]] = row["bits_per_byte"]
-    lines = [f"{'text':<10} {'row':<22} {'length':>6} {'tokens':>10} {'bits per byte':>13} {'+-':>6} seeds"]
-    for (text, name, _, length, batch, steps, _), of_seed in sorted(final.items()):
-        mean = statistics.mean(of_seed.values())
-        spread = statistics.stdev(of_seed.values()) if len(of_seed) > 1 else math.nan
-        tokens = length * batch * steps
-        lines.append(f"{text:<10} {name:<22} {length:>6} {tokens:>10,} {mean:>13.4f} {spread:>6.4f} {len(of_seed)}")
+            final.setdefault(key(row), {})[row["seed"]] = row
+    names = _differing(rows, ("text", "fingerprint", "row", "size", "length", "optimizer.learning_rate"))
+    lines = [
+        f"{'text':<10} {'content':<8} {'row':<22} {'size':<5} {'length':>6} {'tokens':>10} {'rate':>8} "
+        f"{'bits per byte':>13} {'+-':>6} seeds"
+    ]
+    for of_seed in (final[each] for each in sorted(final)):
+        row, bits = next(iter(of_seed.values())), [row["bits_per_byte"] for row in of_seed.values()]
+        spread = statistics.stdev(bits) if len(bits) > 1 else math.nan
+        line = (
+            f"{row['text']:<10} {row['fingerprint'][:8]:<8} {row['row']:<22} {row['size']:<5} {row['length']:>6} "
+            f"{row['tokens']:>10,} {row['optimizer.learning_rate']:>8.1e} "
+            f"{statistics.mean(bits):>13.4f} {spread:>6.4f} {len(bits)}"
+        )
+        lines.append(" ".join([line, *_settings(row, names)]))
     return lines
 
 
 def draw(config: CompareConfig) -> Path:
-    """Held-out bits per byte against tokens of this text and length: the mean of each row, its seeds thin; a PNG."""
-    curves: dict[str, dict[int, dict[int, float]]] = {}
-    for row in training.read_rows(config.results / FILE):
-        if (row["text"], row["length"]) == (config.name, config.length) and row["step"]:
-            curves.setdefault(row["row"], {}).setdefault(row["seed"], {})[row["tokens"]] = row["bits_per_byte"]
+    """Held-out bits per byte against tokens of this text and length: the mean of each ``key``, seeds thin; a PNG."""
+    on_file = training.read_rows(config.results / FILE, NEEDED)
+    rows = [row for row in on_file if (row["text"], row["length"]) == (config.name, config.length) and row["step"]]
+    names = _differing(rows, ("row",))
+    curves: dict[tuple, dict[int, dict[int, float]]] = {}
+    for row in rows:
+        label = (row["row"], *_settings(row, names))
+        curves.setdefault(label, {}).setdefault(row["seed"], {})[row["tokens"]] = row["bits_per_byte"]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, of_seed in curves.items():
+    colours: dict[tuple, str] = {}  # a control has its model's colour, dashed
+    for (name, *settings), of_seed in curves.items():
+        colour = colours.setdefault((name.removesuffix(CONTROL), *settings), f"C{len(colours) % 10}")
         style = "--" if name.endswith(CONTROL) else "-"
-        colour = f"C{list(ARCHITECTURES).index(name.removesuffix(CONTROL)) % 10}"
         for curve in of_seed.values():
             axes.plot(*zip(*sorted(curve.items()), strict=True), style, color=colour, linewidth=0.5, alpha=0.5)
         shared = sorted(set.intersection(*(set(curve) for curve in of_seed.values())))
         means = [statistics.mean(curve[tokens] for curve in of_seed.values()) for tokens in shared]
-        axes.plot(shared, means, style, color=colour, label=name)
+        axes.plot(shared, means, style, color=colour, label=" ".join([name, *settings]))
     axes.set(xlabel="tokens", ylabel="held-out bits per byte", title=f"{config.name}, {config.length} tokens")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small") if curves else None

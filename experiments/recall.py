@@ -43,6 +43,9 @@ from hope_jax.train.step import LossFn
 HELDOUT_SEED = 1_000_003
 SOLVED = 0.995
 Row = dict[str, Any]
+TASK = ("length", "pairs", "vocab", "anywhere", "width", "layers", "heads")
+"""Fields of a JSON line that must agree before two runs are drawn side by side."""
+NEEDED = (*TASK, "row", "writes", "curve")
 
 
 @dataclass(frozen=True)
@@ -149,9 +152,9 @@ def run(config: RecallConfig, row: str, learning_rate: float, seed: int) -> Row:
     parameters, since = training.count_parameters(state.params), time.monotonic()
     named = f"{row}{'' if config.writes else ' without writes'}, rate {learning_rate:g}, seed {seed}"
     curve = list(_curve(config, state, step, evaluate, seed, named))
-    shape = {name: getattr(config, name) for name in ("length", "pairs", "vocab", "anywhere", "width", "layers")}
+    task = {name: getattr(config, name) for name in TASK}
     return {
-        **{"row": row, "writes": config.writes, **shape, "heads": config.heads, "batch": config.batch, "seed": seed},
+        **{"row": row, "writes": config.writes, **task, "batch": config.batch, "seed": seed},
         **{"learning_rate": learning_rate, "parameters": parameters, "steps": curve[-1][0], "accuracy": curve[-1][1]},
         **{"seconds": round(time.monotonic() - since, 1), "curve": curve},
     }
@@ -242,11 +245,17 @@ def _named(row: Row) -> str:
     return row["row"] + ("" if row["writes"] else " without writes")
 
 
+def same_task(config: RecallConfig, rows: Sequence[Row]) -> list[Row]:
+    """Those of ``rows`` that had this task at this size of model."""
+    return [row for row in rows if all(row[name] == getattr(config, name) for name in TASK)]
+
+
 def draw(config: RecallConfig) -> Path:
     """Accuracy against steps of every run on file with this task, controls dashed, as a PNG; its path."""
-    same = [r for r in training.read_rows(config.results / "recall.jsonl") if _task(r) == (config.length, config.pairs)]
+    same = same_task(config, training.read_rows(config.results / "recall.jsonl", NEEDED))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, colours = figure.subplots(), {name: f"C{i % 10}" for i, name in enumerate(ARCHITECTURES)}
+    title = f"{config.length} tokens, {config.pairs} pairs, vocabulary {config.vocab}, width {config.width}"
     seen = set()
     for row in same:
         label = None if _named(row) in seen else _named(row)
@@ -254,12 +263,8 @@ def draw(config: RecallConfig) -> Path:
         style = "-" if row["writes"] else "--"
         axes.plot(*zip(*row["curve"], strict=True), style, color=colours[row["row"]], label=label, linewidth=1)
     axes.axhline(1 / config.pairs, color="black", linewidth=0.8, linestyle=":", label="one of the values seen")
-    axes.set(xlabel="steps", ylabel="accuracy", ylim=(0, 1.02), title=f"{config.length} tokens, {config.pairs} pairs")
+    axes.set(xlabel="steps", ylabel="accuracy", ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path := config.results / f"recall-{config.length}-{config.pairs}.png", dpi=120)
     return path
-
-
-def _task(row: Row) -> tuple[int, int]:
-    return row["length"], row["pairs"]

@@ -67,6 +67,13 @@ def test_a_level_without_a_row_is_static():
     assert np.all(updates[0]["ffn"]["level_0"]["up"] == 0)
 
 
+def test_a_label_that_is_on_no_path_is_named_with_the_closest_name_that_is():
+    tx = by_level(lambda n: optax.sgd(0.1), {"static": 1, "levle_1": 4, "level_0": 2})
+    for init in (tx.init, lambda params: jax.eval_shape(tx.init, params)):
+        with pytest.raises(UserError, match=r"\['levle_1'\] on its path; did you mean 'level_1'"):
+            init(parameters())
+
+
 @pytest.mark.parametrize("every", [{"static": 1, "level_0": 0}, {"level_0": 2}, {"static": -1}], ids=str)
 def test_wrong_periods_are_refused(every):
     with pytest.raises(UserError, match="every is"):

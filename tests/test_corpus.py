@@ -1,5 +1,6 @@
 """Tokenizers and the choice of files: what is read, what is held out, what is refused."""
 
+import os
 import shutil
 import sysconfig
 from pathlib import Path
@@ -159,6 +160,20 @@ def test_paths_without_text_are_refused(tmp_path, monkeypatch, path, message):
     Path("latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(UserError, match=message):
         open_folder(path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("given", [".", "par*"])
+def test_a_folder_that_cannot_be_listed_is_refused_and_not_passed_over(folder, monkeypatch, given):
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "part1":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # as root, no mode of a folder forbids anything
+    with pytest.raises(UserError, match="folder '.*part1' cannot be read: Permission denied"):
+        corpus.from_files([str(folder / given)])
 
 
 @pytest.mark.parametrize(

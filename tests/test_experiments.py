@@ -1,14 +1,15 @@
-"""Recall and comparison, end to end and tiny: their JSON lines, controls that never write, and the README's code."""
+"""The experiments end to end and tiny: JSON lines, tables, controls that never write, mistakes in a sentence."""
 
 import dataclasses
 import json
-import re
+import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_cli import mistake
 
 from experiments import benchmark, compare, recall
 from experiments.__main__ import main
@@ -19,8 +20,8 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, MODELS, Size
 from hope_jax.train.optimizer import OptimizerConfig
+from hope_jax.train.run_folder import flatten
 
-README = Path(__file__).resolve().parent.parent / "README.md"
 TASK = {"width": 16, "layers": 1, "length": 16, "pairs": 2, "vocab": 16, "batch": 8, "seeds": (0,), "eval_batches": 1}
 
 
@@ -31,10 +32,9 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
-    """A model that compiles in no time, also under the name the README uses; a folder where results may be left."""
+    """A model that compiles in no time, and a folder where results may be left."""
     nano = ARCHITECTURES["deltanet"](Size(16, 1, 2, 256, 32, (Level(32),)))
-    for name in ("deltanet-nano", "hope-tiny"):
-        monkeypatch.setitem(MODELS, name, nano)
+    monkeypatch.setitem(MODELS, "deltanet-nano", nano)
     monkeypatch.chdir(tmp_path)
 
 
@@ -51,6 +51,30 @@ def test_a_recall_run_learns_and_leaves_one_line_and_a_curve(tmp_path):
     assert [step for step, _ in row["curve"]] == [100, 200] and row["accuracy"] == row["curve"][-1][1]
     assert row["accuracy"] > 1 / 6, "naming any of the 8 values at random is right once in 8"
     assert recall.draw(config).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_recall_command_says_what_each_model_reached_at_its_best_rate(tmp_path, capsys):
+    task = "recall --rows deltanet --width 16 --layers 1 --length 16 --pairs 2 --vocab 16 --batch 8 --eval-batches 1"
+    assert main(f"{task} --seeds 0 1 --steps 2 --results r".split()) == 0
+    rows = lines(tmp_path / "r" / "recall.jsonl")
+    first, second = (row["accuracy"] for row in rows)
+    expected = f"{(first + second) / 2:.2%} +- {abs(first - second) / 2:.2%} (2 seeds, rate 0.003)"
+    assert f"deltanet {expected}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_summary_takes_the_best_rate_by_its_mean_over_seeds():
+    runs = [(1e-3, 0.5, True), (1e-3, 0.7, True), (1e-2, 0.9, True), (1e-2, 0.1, True), (1e-3, 0.2, False)]
+    rows = [{"row": "hope", "writes": w, "learning_rate": rate, "accuracy": a} for rate, a, w in runs]
+    written, control = (" ".join(line.split()) for line in recall.summary(rows))
+    assert written == "hope 60.00% +- 10.00% (2 seeds, rate 0.001)"
+    assert control.startswith("hope without writes 20.00%")
+
+
+@pytest.mark.parametrize("other", [{"vocab": 32}, {"width": 32}, {"layers": 2}, {"pairs": 1}, {"heads": 4}], ids=str)
+def test_only_runs_of_the_same_task_and_size_are_drawn_together(other):
+    config = recall.RecallConfig(**TASK)
+    row = {name: getattr(config, name) for name in recall.TASK}
+    assert recall.same_task(config, [row, row | other]) == [row]
 
 
 def test_a_run_stops_as_soon_as_the_task_is_solved(tmp_path, monkeypatch):
@@ -148,12 +172,62 @@ def test_a_comparison_measures_all_rows_at_the_same_steps_on_the_same_text(tmp_p
     assert compare.draw(config).read_bytes()[:4] == b"\x89PNG"
 
 
+def result(bits=2.0, seed=0, step=5, **changes):
+    """A JSON line of a comparison."""
+    about = {"text": "prose", "fingerprint": "abcdef0123", "row": "hope", "size": "tiny", "length": 4, "batch": 2}
+    about |= {"steps": 5, "eval_batches": 1, **flatten(OptimizerConfig(learning_rate=1e-3), "optimizer")}
+    return about | {"seed": seed, "step": step, "tokens": 8 * step, "bits_per_byte": bits} | changes
+
+
 def test_the_table_is_mean_and_sample_deviation_and_a_repeated_run_counts_once():
-    one = {"text": "prose", "row": "hope", "size": "tiny", "length": 4, "batch": 2, "steps": 5, "learning_rate": 1e-3}
-    runs = [(0, 9.0, 5), (0, 2.0, 5), (1, 3.0, 5), (1, 8.0, 3)]
-    rows = [one | {"seed": seed, "bits_per_byte": bits, "step": step} for seed, bits, step in runs]
+    rows = [result(9.0), result(2.0), result(3.0, seed=1), result(8.0, seed=1, step=3)]
     (line,) = compare.table(rows)[1:]
-    assert line.split() == ["prose", "hope", "4", "40", "2.5000", "0.7071", "2"]
+    assert line.split() == ["prose", "abcdef01", "hope", "tiny", "4", "40", "1.0e-03", "2.5000", "0.7071", "2"]
+
+
+@pytest.mark.parametrize(
+    "changes, shown",
+    [
+        ({"fingerprint": "9999"}, "9999"),
+        ({"size": "30m"}, "30m"),
+        ({"optimizer.learning_rate": 2e-3}, "2.0e-03"),
+        ({"optimizer.b2": 0.5}, "b2=0.5"),
+        ({"eval_batches": 3}, "eval_batches=3"),
+    ],
+    ids=str,
+)
+def test_what_differs_in_more_than_the_seed_is_never_averaged_and_the_table_tells_the_difference(changes, shown):
+    table = compare.table([result(1.0), result(3.0, seed=1, **changes)])[1:]
+    assert len(table) == 2 and [shown in line.split() for line in table].count(True) == 1
+    assert sorted(line.split()[7] for line in table) == ["1.0000", "3.0000"]
+
+
+def test_the_curve_keeps_other_texts_and_settings_apart(tmp_path, monkeypatch):
+    rows = [result(1.0), result(3.0, seed=1, fingerprint="9999"), result(9.0, text="code")]
+    (tmp_path / compare.FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    monkeypatch.setattr(compare.Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes[0].lines))
+    compare.draw(compare.CompareConfig(name="prose", length=4, results=tmp_path))
+    means = {line.get_label(): list(line.get_ydata()) for line in drawn if not line.get_label().startswith("_")}
+    assert means == {"hope fingerprint=abcdef0123": [1.0], "hope fingerprint=9999": [3.0]}
+
+
+def test_the_command_compares_and_later_prints_the_table_of_what_is_on_file(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 200)
+    flags = "--rows deltanet --size nano --seeds 0 --steps 2 --batch 1 --length 32 --eval-batches 1 --data.path a.txt"
+    assert main(["compare", *flags.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "deltanet               nano      32         64  2.0e-03" in printed
+    monkeypatch.setattr(compare, "run", None)  # training would fail
+    assert main(["compare", "--table", "--length", "32"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_a_table_of_nothing_and_results_that_lack_a_field_are_told(capfd):
+    assert main(["compare", "--table", "--results", "nowhere"]) == 0
+    (Path("nowhere") / compare.FILE).write_text('{"text": "prose", "step": 3}\n')
+    message = mistake(capfd, ["compare", "--table", "--results", "nowhere"])
+    assert "Line 1 of nowhere/compare.jsonl has no fingerprint" in message
 
 
 def test_operations_counts_loops_and_one_branch():
@@ -171,25 +245,35 @@ def test_a_benchmark_step_trains_and_reports_what_it_measured():
     assert row["tokens_per_second"] > 0 and row["temp_bytes"] > 0 and row["gflops"] > 0
 
 
-def test_the_code_of_the_readme_runs_and_going_on_equals_one_go():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert blocks
-    for block in blocks:
-        names = {}
-        exec(compile(block, str(README), "exec"), names)
-        if "logits" in names:
-            model = names["model"]
-            whole, _ = model.apply({"params": names["params"]}, names["whole"])
-            np.testing.assert_allclose(names["logits"], whole[:, -names["logits"].shape[1] :], atol=1e-4)
+MEASURED = {"train": 1, "chunked": 2, "length": 3, "decode": 2, "products": 3}
 
 
-def test_the_readme_names_only_functions_and_tests_that_exist():
-    text = README.read_text()
-    root = README.parent
-    paths = set(re.findall(r"`((?:hope_jax|experiments|tests)/[\w/]+\.py)", text))
-    assert paths and not [path for path in paths if not (root / path).exists()]
-    for path, name in re.findall(r"`([\w/]+\.py)::(\w+)`", text):
-        assert re.search(rf"^\s*(def|class) {name}\b", (root / path).read_text(), flags=re.MULTILINE), (path, name)
+@pytest.mark.parametrize("part", benchmark.PARTS)
+def test_every_part_of_the_benchmark_prints_and_leaves_its_lines(part, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CHUNKED", ("deltanet",))
+    flags = "--models deltanet --width 16 --layers 1 --heads 2 --length 16 --batch 1 --tokens 16 --repeats 1"
+    more = "--lengths 16 64 --segment 8 --positions 2 4 --model deltanet-nano --results r"
+    assert main(f"benchmark {part} {flags} {more}".split()) == 0
+    rows, printed = lines(tmp_path / "r" / "benchmark.jsonl"), capsys.readouterr().out.splitlines()
+    assert [row["part"] for row in rows] == [part] * MEASURED[part]
+    assert all(row.items() >= json.loads(line).items() for row, line in zip(rows, printed, strict=True))
+    assert 0 < rows[-1]["speed_ratio" if part == "length" else "ratio"] < math.inf
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["train", "--segment", "5", "--length", "32"], "--segment must divide every length, got 5 for 32"),
+        (["length", "--segment", "5", "--length", "25"], "--segment must divide every length, got 5 for 1024"),
+        (["--segment", "0"], "--segment must divide every length, got 0"),
+        (["--lengths", "64", "64"], "--lengths must be two numbers of tokens, ascending, got (64, 64)"),
+        (["trian"], "invalid choice 'trian' for argument 'parts'; expected one of ('train',"),
+        (["--parts", "train"], "There is no flag --parts;"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_what_to_measure_is_one_sentence(flags, expected, capfd):
+    assert expected in mistake(capfd, ["benchmark", *flags])
 
 
 def test_replacing_the_rate_changes_nothing_else():

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +18,14 @@ from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.language_model import LanguageModel
 from hope_jax.nn.layers import SwiGLUConfig
 from hope_jax.nn.memory_mixer import MemoryMixerConfig
+from hope_jax.nn.self_modifying import SelfModifyingConfig
 
 VOCAB, PROMPT, ROOM = 13, 66, 140
 MIXERS = {
     "attention": AttentionConfig(2),
     "window": AttentionConfig(2, window=5, conv=3),
     "memory": MemoryMixerConfig(RULES["deltanet"], 2),
+    "hope": SelfModifyingConfig(2, c_memory=8, c_projections=4),
 }
 
 
@@ -53,7 +56,7 @@ def test_two_calls_write_what_one_longer_call_writes_and_leave_the_same_state(ke
     first, middle = generate.sample(model, params, state, prompt, steps=17, **settings)
     second, last = generate.sample(model, params, middle, first[:, -1:], steps=33, **settings)
     np.testing.assert_array_equal(jnp.concatenate([first, second], axis=1), whole)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), last, end)
+    chex.assert_trees_all_close(last, end, atol=1e-5)
 
 
 def test_the_state_has_read_everything_but_the_last_token(key):
@@ -61,7 +64,7 @@ def test_the_state_has_read_everything_but_the_last_token(key):
     tokens, end = generate.sample(model, params, state, prompt, steps=6, key=key)
     read = jnp.concatenate([prompt, tokens[:, :-1]], axis=1)
     _, expected = jax.jit(model.apply)({"params": params}, read, state)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), end, expected)
+    chex.assert_trees_all_close(end, expected, atol=1e-5)
 
 
 def test_a_longer_sample_starts_like_a_shorter_one_and_other_keys_differ(key):
@@ -210,12 +213,12 @@ def test_the_last_free_slot_can_be_used_and_room_counts_what_was_read(key):
         generate.sample(model, params, state, tokens[:, -1:], steps=1, key=key)
 
 
-def test_windows_and_memories_write_without_limit(key):
-    for name in ("window", "memory"):
-        model, params, state, prompt = tiny(MIXERS[name], key, capacity=4)
-        tokens, end = generate.sample(model, params, state, prompt, steps=50, key=key)
-        assert tokens.shape == (2, 50)
-        assert jax.tree.map(jnp.shape, end) == jax.tree.map(jnp.shape, state)
+@pytest.mark.parametrize("name", ["window", "memory", "hope"])
+def test_windows_and_memories_write_without_limit(key, name):
+    model, params, state, prompt = tiny(MIXERS[name], key, capacity=4)
+    tokens, end = generate.sample(model, params, state, prompt, steps=50, key=key)
+    assert tokens.shape == (2, 50)
+    chex.assert_trees_all_equal_shapes_and_dtypes(end, jax.tree.map(jnp.asarray, state))
 
 
 def test_a_model_that_gives_nan_is_an_error_not_a_text(key):

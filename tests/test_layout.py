@@ -1,16 +1,24 @@
-"""The rules of the house, read off the sources: who may import whom, no work at import, sizes, no machine paths."""
+"""The rules of the house, read off the sources: imports, sizes, paths; README and --help tell the truth."""
 
 import ast
 import graphlib
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import experiments
+from experiments.__main__ import main
+from hope_jax.levels import Level
+from hope_jax.models import ARCHITECTURES, MODELS, Size
+
 ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 SOURCES = sorted(p for top in ("hope_jax", "experiments") for p in (ROOT / top).rglob("*.py"))
 EVERYTHING = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py")])
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *EVERYTHING])
@@ -110,3 +118,59 @@ def test_every_file_says_what_it_is(path):
 def test_documents_name_no_machine_paths(path):
     found = re.findall(r"(?<![\w.:/-])/(?:home|Users|root|work|opt|mnt)/\S*", path.read_text())
     assert not found
+
+
+def test_the_code_of_the_readme_runs_and_going_on_equals_one_go(monkeypatch):
+    monkeypatch.setitem(MODELS, "hope-tiny", ARCHITECTURES["hope"](Size(16, 1, 2, 256, 32, (Level(32),))))
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    names = {}
+    exec(compile(block, str(README), "exec"), names)
+    whole, _ = names["model"].apply({"params": names["params"]}, names["whole"])
+    np.testing.assert_allclose(names["logits"], whole[:, -names["logits"].shape[1] :], atol=1e-4)
+    assert names["written"].shape == (1, 8)
+
+
+def test_the_readme_names_only_functions_and_tests_that_exist():
+    text = README.read_text()
+    paths = set(re.findall(r"`((?:hope_jax|experiments|tests)/[\w/]+\.py)", text))
+    assert paths and not [path for path in paths if not (ROOT / path).exists()]
+    for path, name in re.findall(r"`([\w/]+\.py)::(\w+)`", text):
+        assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / path).read_text(), flags=re.MULTILINE), (path, name)
+
+
+def test_an_unknown_experiment_is_answered_with_the_closest_name(capsys):
+    assert main(["pretrian"]) == 2
+    assert "no experiment 'pretrian'; did you mean 'pretrain'" in capsys.readouterr().err
+
+
+def test_the_list_of_experiments_appears_without_importing_jax():
+    code = "import sys; from experiments.__main__ import main; main(['--help']); sys.exit('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in experiments.EXPERIMENTS:
+        line = next(line for line in done.stdout.splitlines() if line.split()[:1] == [name])
+        assert len(line.split()) > 3
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_the_help_explains_every_flag_that_can_be_given(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    module = importlib.import_module(f"experiments.{name}")
+    flags = [flag for flag, _ in experiments._flags(getattr(module, f"{name.capitalize()}Config"))]
+    assert len(flags) > 10
+    for flag in flags:
+        assert re.search(rf"{flag}[ ,]", shown), flag
+
+
+def test_the_help_shows_the_words_written_below_the_fields(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in (
+        "Sequences per batch.",
+        "Peak learning rate, reached after",
+        "Path of a JSON file",
+    ):
+        assert words in shown

@@ -1,12 +1,16 @@
 """The loop, its record and its interrupt: what is done in which order, and what is on disk when it ends early."""
 
+import errno
 import json
 import signal
+import threading
 
 import jax.numpy as jnp
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 
 from hope_jax import train as training
+from hope_jax.errors import UserError
 
 
 def test_a_resumed_record_drops_rows_beyond_the_restored_step_and_a_line_cut_by_a_kill(tmp_path):
@@ -28,6 +32,49 @@ def test_a_record_at_step_zero_forgets_an_earlier_attempt(tmp_path):
         record.add(0, 0, "heldout", {"bits_per_byte": 8.0})
     with training.Record(tmp_path, 0) as record:
         assert record.heldout == {} and training.read_rows(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_tensorboard_writer_that_dies_on_a_full_disk_holds_nobody_up(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    record = training.Record(tmp_path, 0)
+    monkeypatch.setattr(EventsWriter, "write_event", full)
+    row = {"tokens": 10, "split": "train", "means": {"bits_per_byte": 1.0}}
+    adding = threading.Thread(target=lambda: [record.add(step, **row) for step in range(50)], daemon=True)
+    adding.start()
+    adding.join(timeout=30)
+    assert not adding.is_alive()
+    record.__exit__()
+    assert len(training.read_rows(tmp_path / "metrics.jsonl")) == 50
+
+
+ROW = {"step": 1, "tokens": 10, "split": "train", "bits_per_byte": 1.0}
+
+
+def test_only_a_last_line_without_its_end_may_be_left_out(tmp_path):
+    path, whole = tmp_path / "metrics.jsonl", json.dumps(ROW)
+    for text, count in {"": 0, whole: 1, f"{whole}\n": 1, f"{whole}\n{whole[:-5]}": 1, whole[:9]: 0}.items():
+        path.write_text(text)
+        assert training.read_rows(path) == [ROW] * count
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        (json.dumps(ROW)[:-5], "is not JSON"),
+        ("", "is not JSON"),
+        ("3", "has no step, tokens, split, bits_per_byte"),
+        (json.dumps({name: value for name, value in ROW.items() if name != "step"}), "has no step:"),
+    ],
+)
+@pytest.mark.parametrize("after", ["", json.dumps(ROW) + "\n"])
+def test_any_other_line_that_is_no_row_is_named(tmp_path, line, problem, after):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps(ROW)}\n{line}\n{after}")
+    with pytest.raises(UserError, match=f"Line 2 of .*metrics.jsonl {problem}"):
+        training.read_rows(path)
 
 
 class FakeBatches:
@@ -58,9 +105,9 @@ class StopAfter:
         return self._batches.given == self._count
 
 
-def fake_run(tmp_path, plan, *, poison=None, stop_after=None):
+def fake_run(tmp_path, plan, *, poison=None, stop_after=None, heldout=(3.0,) * 9):
     """Train a counter through the real loop, saver, record and monitor; returns the events and the final state."""
-    events = []
+    events, heldout = [], iter(heldout)
 
     class Watching(training.Monitor):
         def train(self, done, metrics):
@@ -80,7 +127,7 @@ def fake_run(tmp_path, plan, *, poison=None, stop_after=None):
 
     def evaluate(params):
         events.append(("measured",))
-        return {"bits_per_byte": 3.0}
+        return {"loss": (value := next(heldout)), "bits_per_byte": value}
 
     state = training.TrainState(step=jnp.int32(0), params={"w": jnp.ones(2)}, opt_state=())
     batches = FakeBatches()
@@ -111,8 +158,8 @@ def test_the_loop_looks_at_step_n_minus_1_after_dispatching_n_and_pauses_only_wh
         ("saved", 3, 3),
         ("dispatched", 4),
         ("seen", 4),
-        ("saved", 4, 4),
         ("measured",),
+        ("saved", 4, 4),
     ]
 
 
@@ -128,6 +175,16 @@ def test_nan_stops_before_anything_is_saved_over_the_last_good_step_and_names_th
     events, _ = fake_run(tmp_path, training.Plan(steps=9, eval_every=9, save_every=2), poison=poison)
     assert events[-1][0] == "diverged" and f"step {poison}: the loss became nan" in events[-1][1]
     assert training.saved_steps(tmp_path) == [step for step in (2, 4) if step < poison]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_held_out_measurement_that_is_not_finite_stops_before_its_step_is_saved(tmp_path, value):
+    plan = training.Plan(steps=9, eval_every=2, save_every=2)
+    events, _ = fake_run(tmp_path, plan, heldout=(3.0, 3.0, value))
+    assert events[-2] == ("measured",) and f"step 4: the held-out loss became {value}" in events[-1][1]
+    assert training.saved_steps(tmp_path) == [2]
+    rows = training.read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["split"] == "heldout"] == [0, 2]
 
 
 def test_ctrl_c_sets_the_request_once_and_a_second_one_stops_at_once():

@@ -40,9 +40,9 @@ def small():
     return build("hope_attention-tiny")
 
 
-@pytest.fixture(scope="module", params=["small", "titans-tiny"])
+@pytest.fixture(scope="module", params=["small", "titans-tiny", "hope-tiny"])
 def each(request, small):
-    """The same, and a model whose memories are written in context from learned initial states."""
+    """The same, and models whose memories are written in context from learned initial states."""
     return small if request.param == "small" else build(request.param)
 
 

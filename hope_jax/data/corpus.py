@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from hope_jax.errors import UserError
 
@@ -70,8 +70,8 @@ def from_files(paths: Sequence[str]) -> Corpus:
     Hidden files and folders are not looked at; a file reached twice counts once.
 
     Raises:
-        UserError: a path is missing, a glob matches nothing, a file given by name is empty or not UTF-8 text,
-            or nothing is left.
+        UserError: a path is missing, a glob matches nothing, a file or folder cannot be read, a file given by name
+            is empty or not UTF-8 text, or nothing is left.
     """
     files = [file for path in paths for file in _expand(path)] if paths else list(_standard_library())
     unique = list({file.path.resolve(): file for file in files}.values())
@@ -153,10 +153,15 @@ def _before_magic(parts: Sequence[str]) -> Sequence[str]:
 
 
 def _walk(folder: Path) -> Iterator[_File]:
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if name not in NOT_SOURCES and not name.startswith(".")]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
         yield from (_File(p.relative_to(folder).as_posix(), p, explicit=False) for p in paths if p.is_file())
+
+
+def _refuse(error: OSError) -> NoReturn:
+    reason = error.strerror or error
+    raise UserError(f"the folder {str(error.filename)!r} cannot be read: {reason}: allow it or move it away") from error
 
 
 def _examine(file: _File) -> _Text | None:

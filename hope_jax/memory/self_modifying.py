@@ -191,12 +191,12 @@ def _neutral(gates: Gates, active: Active) -> Gates:
 def _writes(head: _Head, anchor: Weights, tokens: Streams, gates: Gates) -> list[LayerWrite]:
     """What is written into the first layers, taken as one memory, and into the later layers of each stack."""
     later = list(anchor[1:])
-    outputs = nt(jnp.concatenate([tokens.k, tokens.v]), anchor[0])  # of every first layer
-    outputs = split(outputs, [stack.boxes * stack.rows for stack in head.stacks], axis=1)
+    sizes = [stack.boxes * stack.rows for stack in head.stacks]
+    outputs = (split(nt(x, anchor[0]), sizes, axis=1) for x in (tokens.k, tokens.v))  # of every first layer
     firsts, rests = [], []
-    for stack, mine in zip(head.stacks, outputs, strict=True):
+    for stack, *mine in zip(head.stacks, *outputs, strict=True):
         weights, later = tuple(later[: stack.later]), later[stack.later :]
-        of_keys, of_values = split(per_box(mine, stack.boxes), [len(tokens.k)] * 2, axis=1)
+        of_keys, of_values = (per_box(one, stack.boxes) for one in mine)
         scales = np.repeat(stack.groups, stack.counts)
         rates = jnp.exp(jnp.stack(head.tuning.log_rate)[scales])
 

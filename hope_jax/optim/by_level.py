@@ -6,19 +6,32 @@ from typing import Any
 import jax
 import optax
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, closest
 
 STATIC = "static"
 
 
 def level_labels(params: Any, labels: Mapping[str, int]) -> Any:
-    """For each leaf, the one of ``labels`` on its path, or "static"."""
+    """For each leaf, the one of ``labels`` on its path, or "static".
+
+    Raises:
+      UserError: one of ``labels`` but "static" is on no path.
+    """
 
     def label(path, _):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         return next((name for name in names if name in labels), STATIC)
 
-    return jax.tree_util.tree_map_with_path(label, params)
+    found = jax.tree_util.tree_map_with_path(label, params)
+    absent = sorted(labels.keys() - {STATIC} - set(jax.tree.leaves(found)))
+    if absent:
+        raise UserError(f"no parameter has {absent} on its path; {closest(absent[0], _names(params))}")
+    return found
+
+
+def _names(params: Any) -> set[str]:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return {key.key for path in paths for key in path if isinstance(key, jax.tree_util.DictKey)}
 
 
 def by_level(
@@ -37,7 +50,7 @@ def by_level(
       one extra copy of the parameters of every level with n > 1.
 
     Raises:
-      UserError: an n below 1, or no entry for "static".
+      UserError: an n below 1, or no entry for "static"; in ``init``, a label that is on no parameter's path.
     """
     bad = {name: n for name, n in every.items() if n < 1}
     if bad or STATIC not in every:

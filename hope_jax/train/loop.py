@@ -2,7 +2,7 @@
 
 Everything it uses is handed to it: the step and evaluation functions (``step.py``), the saver (``checkpoint.py``), the
 monitor (``monitor.py``) and the wish to stop (``interrupt.py``). A state is saved only after the numbers of its own
-step were seen to be finite, so nothing bad is ever written over something good.
+step, and its held-out text where that is measured, were seen to be finite: nothing bad is written over something good.
 """
 
 from collections.abc import Callable, Mapping
@@ -69,17 +69,17 @@ def train(
     ``evaluate`` takes the parameters and returns named means of the held-out text. ``state`` is donated.
 
     Raises:
-        Diverged: a loss, gradient or parameter is no longer finite; the last saved step stays as it is.
+        Diverged: a loss (held-out too), gradient or parameter is not finite; the last saved step stays as it is.
     """
 
     def measure(done: int, state: TrainState) -> None:
-        # Also makes up for a measurement that a kill prevented after its step was saved.
+        # Also makes up for a measurement that was skipped because somebody asked to stop.
         if plan.evaluates(done) and not monitor.measured(done):
             monitor.heldout(done, evaluate(state.params))
-        monitor.restart_clock(done)
 
     done, unseen = int(state.step), None
     measure(done, state)
+    monitor.restart_clock(done)
     leaving = stop.requested
     while done < plan.steps and not leaving:
         state, metrics = step_fn(state, next(batches))
@@ -89,8 +89,9 @@ def train(
         if leaving or plan.saves(done) or plan.evaluates(done):
             monitor.train(done, unseen)
             unseen = None
-            if leaving or plan.saves(done):
-                saver.save(state, batches.get_state())
             if not leaving or done == plan.steps:
                 measure(done, state)
+            if leaving or plan.saves(done):
+                saver.save(state, batches.get_state())
+            monitor.restart_clock(done)
     return state

@@ -17,7 +17,7 @@ from hope_jax.train.step import Metrics
 
 
 class Diverged(UserError):
-    """A loss, gradient or parameter became infinite or NaN; nothing was saved from that step on."""
+    """A loss, gradient or parameter became infinite or NaN; nothing was saved over an earlier step."""
 
 
 class Monitor:
@@ -48,10 +48,7 @@ class Monitor:
             Diverged: one of them is not finite.
         """
         means = {name: float(mean.value) for name, mean in jax.device_get(metrics).items()}
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad:
-            name = "loss" if "loss" in bad else bad[0]
-            raise Diverged(_divergence(done, name, means[name]))
+        _check_finite(done, means)
         speed = self._speed(done)
         self._record.add(done, done * self._tokens_per_step, "train", means | {"tokens_per_second": speed})
         shown = f"loss {means['loss']:.3f}, {means['bits_per_byte']:.3f} bits/byte, {speed:,.0f} tokens/s"
@@ -76,14 +73,22 @@ class Monitor:
         return done in self._record.heldout
 
     def heldout(self, done: int, means: Mapping[str, float]) -> None:
-        """Note what the held-out text gave after ``done`` updates."""
+        """Check and note what the held-out text gave after ``done`` updates.
+
+        Raises:
+            Diverged: one of the means is not finite.
+        """
+        _check_finite(done, {f"held-out {name}": value for name, value in means.items()})
         self._record.add(done, done * self._tokens_per_step, "heldout", means)
         self._bar.write(f"step {done}: held-out {means['bits_per_byte']:.3f} bits per byte", file=sys.stderr)
 
 
-def _divergence(step: int, name: str, value: float) -> str:
-    return (
-        f"Training stopped at step {step}: the {name.replace('_', ' ')} became {value}. Nothing was saved from this "
-        "step on and earlier checkpoints are untouched. Start again in a new run folder with a lower "
-        "--optimizer.learning-rate, a longer --optimizer.warmup or --dtype float32."
-    )
+def _check_finite(step: int, means: Mapping[str, float]) -> None:
+    bad = [name for name, value in means.items() if not math.isfinite(value)]
+    if bad:
+        name = next((name for name in bad if name.endswith("loss")), bad[0])
+        raise Diverged(
+            f"Training stopped at step {step}: the {name.replace('_', ' ')} became {means[name]}. Nothing was saved "
+            "since, and the checkpoints that exist are untouched. Start again in a new run folder with a lower "
+            "--optimizer.learning-rate, a longer --optimizer.warmup or --dtype float32."
+        )

@@ -6,12 +6,14 @@ drops the rows beyond the restored step, so the file reads as if the run had nev
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
+
+from hope_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -19,17 +21,31 @@ CURVE_FILE = "loss.png"
 Row = dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics file in order; none if it is missing. A last line cut by a kill is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for row in map(_row, lines) if row is not None]
+def read_rows(path: Path, needed: Collection[str] = ("step", "tokens", "split", "bits_per_byte")) -> list[Row]:
+    """The rows of a file of JSON lines in order; none if it is missing. A last line cut by a kill is left out.
+
+    Raises:
+        UserError: any other line is not a JSON object with the ``needed`` names.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    whole, _, torn = text.rpartition("\n")
+    lines = whole.split("\n") if whole else []
+    if _lacks(torn, needed) is None:
+        lines.append(torn)
+    for number, line in enumerate(lines, 1):
+        if (problem := _lacks(line, needed)) is not None:
+            raise UserError(f"Line {number} of {path} {problem}: {line[:80]!r}; mend or delete that line.")
+    return [json.loads(line) for line in lines]
 
 
-def _row(line: str) -> Row | None:
+def _lacks(line: str, needed: Collection[str]) -> str | None:
+    """What keeps a line from being a row; None if nothing does."""
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except json.JSONDecodeError:
-        return None
+        return "is not JSON"
+    absent = [name for name in needed if not isinstance(row, dict) or name not in row]
+    return f"has no {', '.join(absent)}" if absent else None
 
 
 class Record:
@@ -41,7 +57,8 @@ class Record:
         _replace(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self.heldout = {row["step"]: row["bits_per_byte"] for row in kept if row["split"] == "heldout"}
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
+        # Its queue has no bound: on a full disk its thread dies, and we would wait for room in the queue for ever.
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0, max_queue=0)
 
     def __enter__(self) -> "Record":
         return self

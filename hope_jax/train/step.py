@@ -35,11 +35,6 @@ LossFn = Callable[[Any, Array], tuple[Scalar, Metrics]]
 StepFn = Callable[[TrainState, Array], tuple[TrainState, Metrics]]
 
 
-def merge(left: Metrics, right: Metrics) -> Metrics:
-    """The means over both halves together."""
-    return jax.tree.map(lambda a, b: a + b, left, right)
-
-
 def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = None) -> LossFn:
     """Mean cross-entropy in nats per token, in float32: ``loss(params, batch) -> (loss, metrics)``.
 

@@ -115,9 +115,8 @@ def test_the_gradient_is_that_of_the_token_by_token_equations(x64, row, known):
     along = {n: [w[i] for w in weights.projections] for i, n in enumerate(config.inner_projection)}
     along |= {n: [w[i] for w in weights.gates] for i, n in enumerate(("eta", "alpha"))} | dict(memory=weights.memory)
     moved = {n: [w + 1e-25j * d for w, d in zip(starts[n], along[n], strict=True)] for n in starts}
-    at = dict(decay=None) | {n: streams[n][:count] + 1e-25j * getattr(inputs, n) for n in "xkvq"}
-    if (decay := streams["decay"]) is not None:
-        at["decay"] = decay[:count] + 1e-25j * inputs.momentum_decay
+    ends = {**{n: getattr(inputs, n) for n in "xkvq"}, "decay": inputs.momentum_decay}
+    at = {n: None if d is None else np.asarray(streams[n])[:count] + 1e-25j * d for n, d in ends.items()}
     scales = [x + 1e-25j * d for x, d in zip(log_rates, tuning.log_rate, strict=True)]
     offsets = [x + 1e-25j * d for x, d in zip(biases, tuning[1:], strict=True)]
     reads, _ = reference(config, (at, moved, scales, offsets))

@@ -150,6 +150,8 @@ def operations(jaxpr: Any) -> int:
         parts = [operations(inner) for inner in jaxprs_in_params(equation.params)]
         if equation.primitive.name == "cond":  # platforms and branches: only one of them runs
             parts = [max(parts)]
+        if equation.primitive.name == "custom_linear_solve":  # its other programs are for derivatives
+            parts = [operations(equation.params["jaxprs"].solve.jaxpr)]
         total += sum(parts) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
     return total
 
@@ -207,11 +209,13 @@ def train(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def chunked(config: BenchmarkConfig) -> Iterator[Row]:
-    """The recurrence with its gradient, then whole training steps of one sequence: chunked against token by token."""
+    """The recurrence with its gradient, then training steps of one sequence: chunked against token by token.
+
+    Token by token the whole model is: pieces of one token that hand on the state, rematerialised one by one.
+    """
     forms = {"chunked": _recurrence(config.tokens, "chunked"), "sequential": _recurrence(config.tokens, "sequential")}
     yield {"what": "gated_delta", **_against_sequential(config, forms)}
     for name in CHUNKED:
-        # Pieces of one token that hand on the state are the definition.
         forms = {"chunked": None, "sequential": 1}
         trainers = {form: Trainer(config.architecture(name), 1, config.tokens, forms[form]) for form in forms}
         yield {"what": f"{name} training step", **_against_sequential(config, trainers)}

@@ -37,7 +37,7 @@ from hope_jax.train.run_folder import flatten
 FILE = "compare.jsonl"
 CONTROL = "_without_writes"
 SETTINGS = tuple(f"optimizer.{one.name}" for one in dataclasses.fields(OptimizerConfig))
-IDENTITY = ("text", "fingerprint", "row", "size", "length", "batch", "steps", "eval_batches", *SETTINGS)
+IDENTITY = ("text", "fingerprint", "row", "size", "parameters", "length", "batch", "steps", "eval_batches", *SETTINGS)
 """Fields of a JSON line that must agree before two runs are seeds of the same thing."""
 NEEDED = (*IDENTITY, "seed", "step", "tokens", "bits_per_byte")
 
@@ -93,7 +93,10 @@ class CompareConfig:
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(CompareConfig, arguments, "compare")
+    if config.table and not (config.results / FILE).exists():
+        raise UserError(f"There is no {config.results / FILE}; compare something first or name another --results.")
     path = open_results(config.results, FILE)
+    training.read_rows(path, NEEDED)  # a damaged line is better known before hours of training than after
     if not config.table:
         compare(config)
     print("\n".join(table(training.read_rows(path, NEEDED))))
@@ -152,8 +155,12 @@ def key(row: Row) -> tuple[Any, ...]:
 
 
 def _differing(rows: Sequence[Row], shown: Sequence[str]) -> list[str]:
-    """Names of ``IDENTITY`` beyond those ``shown`` in which ``rows`` differ."""
-    return [name for name in IDENTITY if name not in shown and len({row[name] for row in rows}) > 1]
+    """Names of ``IDENTITY`` beyond those ``shown`` in which ``rows`` differ; parameters only within one model."""
+    hidden = [name for name in IDENTITY if name not in (*shown, "parameters")]
+    models = {(row["row"], row["size"]) for row in rows}
+    counted = {(row["row"], row["size"], row["parameters"]) for row in rows}
+    differing = [name for name in hidden if len({row[name] for row in rows}) > 1]
+    return differing + ["parameters"] * (len(counted) > len(models))
 
 
 def _settings(row: Row, names: Sequence[str]) -> list[str]:

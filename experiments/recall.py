@@ -113,7 +113,10 @@ class RecallConfig:
 
 
 def without_writes(config: ModelConfig) -> ModelConfig:
-    """The same model, parameters included, whose memories never write: the inner learning rate is 0."""
+    """The same model, parameters included, whose memories never write: the inner learning rate is 0.
+
+    Retention goes on: Hope's memories then fade from their learned start, at first by 1/horizon per token.
+    """
     if not hasattr(config.mixer, "rate_max"):
         raise UserError(f"{type(config.mixer).__name__} has no inner learning rate; only memories can stop writing.")
     return dataclasses.replace(config, mixer=dataclasses.replace(config.mixer, rate_max=0.0))  # pyright: ignore
@@ -131,6 +134,7 @@ def main(arguments: Sequence[str]) -> int:
 def recall(config: RecallConfig) -> list[Row]:
     """Every run of ``config``, one after another; each is on disk when it ends."""
     path, rows = open_results(config.results, "recall.jsonl"), []
+    training.read_rows(path, NEEDED)  # a damaged line is better known now than after training
     keep_programs(config.cache)
     for row in config.rows:
         for rate in config.learning_rates:
@@ -222,9 +226,10 @@ def keep_programs(folder: Path) -> None:
 
 
 def append(path: Path, row: Row) -> None:
-    """One JSON line, whole even when several processes write."""
+    """One JSON line, whole even when several processes write and when the last one was cut by a kill."""
+    torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write("\n" * torn + json.dumps(row) + "\n")
 
 
 def summary(rows: Sequence[Row]) -> list[str]:

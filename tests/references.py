@@ -201,14 +201,14 @@ def self_modifying(
 
     ``streams`` has x, k, v, q [T,d] and decay [T] or None; ``starts`` has per box a list of matrices;
     ``log_rates`` per group (memory, projections, gates); ``biases`` of the rate and the retention.
-    Returns reads [T,d] and the boxes by name.
+    Returns reads [T,d], the boxes by name and the queries [T,d].
     """
     boxes = {n: Box(starts[n], True, c_projections, **how) for n in names}
     boxes |= {n: Box(starts[n], False, c_projections, **how) for n in ("eta", "alpha")}
     boxes["memory"] = Box(starts["memory"], True, c_memory, **how)
     scale = dict.fromkeys(names, np.exp(log_rates[1])) | dict.fromkeys(("eta", "alpha"), np.exp(log_rates[2]))
     scale["memory"] = np.exp(log_rates[0])
-    reads = []
+    reads, queries = [], []
     for t in range(len(streams["x"])):
         now = {n: streams[n][t] for n in "xkvq"}
         for box in boxes.values():
@@ -225,4 +225,5 @@ def self_modifying(
                 now["k"], now["v"], scale[n] * eta, alpha, None if streams["decay"] is None else streams["decay"][t]
             )
         reads.append(main.apply(main.running if read == "after" else seen, now["q"]))
-    return np.stack(reads), boxes
+        queries.append(now["q"])
+    return np.stack(reads), boxes, np.stack(queries)

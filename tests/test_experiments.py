@@ -175,7 +175,12 @@ def test_a_comparison_measures_all_rows_at_the_same_steps_on_the_same_text(tmp_p
 def result(bits=2.0, seed=0, step=5, **changes):
     """A JSON line of a comparison."""
     about = {"text": "prose", "fingerprint": "abcdef0123", "row": "hope", "size": "tiny", "length": 4, "batch": 2}
-    about |= {"steps": 5, "eval_batches": 1, **flatten(OptimizerConfig(learning_rate=1e-3), "optimizer")}
+    about |= {
+        "parameters": 7,
+        "steps": 5,
+        "eval_batches": 1,
+        **flatten(OptimizerConfig(learning_rate=1e-3), "optimizer"),
+    }
     return about | {"seed": seed, "step": step, "tokens": 8 * step, "bits_per_byte": bits} | changes
 
 
@@ -193,6 +198,7 @@ def test_the_table_is_mean_and_sample_deviation_and_a_repeated_run_counts_once()
         ({"optimizer.learning_rate": 2e-3}, "2.0e-03"),
         ({"optimizer.b2": 0.5}, "b2=0.5"),
         ({"eval_batches": 3}, "eval_batches=3"),
+        ({"parameters": 8}, "parameters=8"),
     ],
     ids=str,
 )
@@ -224,7 +230,8 @@ def test_the_command_compares_and_later_prints_the_table_of_what_is_on_file(tmp_
 
 
 def test_a_table_of_nothing_and_results_that_lack_a_field_are_told(capfd):
-    assert main(["compare", "--table", "--results", "nowhere"]) == 0
+    assert "There is no nowhere/compare.jsonl" in mistake(capfd, ["compare", "--table", "--results", "nowhere"])
+    Path("nowhere").mkdir()
     (Path("nowhere") / compare.FILE).write_text('{"text": "prose", "step": 3}\n')
     message = mistake(capfd, ["compare", "--table", "--results", "nowhere"])
     assert "Line 1 of nowhere/compare.jsonl has no fingerprint" in message

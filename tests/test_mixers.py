@@ -61,25 +61,29 @@ def drawn(config):
     return jax.tree.map(np.asarray, params), np.asarray(u[0]), jax.jit(call)({"params": params}, u)[0]
 
 
-def test_the_self_modifying_layer_is_its_equations(x64):
-    config = SelfModifyingConfig(heads=HEADS, c_memory=4, c_projections=4, horizon=32, projection_rate=0.5)
+@pytest.mark.parametrize("names", ["kv", "kvq"])
+def test_the_self_modifying_layer_is_its_equations(x64, names):
+    how = dict(c_memory=4, c_projections=4)
+    config = SelfModifyingConfig(heads=HEADS, inner_projection=tuple(names), horizon=32, projection_rate=0.5, **how)
     params, u, y = drawn(config)
     x = units(u)
     q, k, v = (units(silu(conv(u, params[f"conv_{n}"]["kernel"]))) for n in "qkv")
-    q = units(np.moveaxis(q, 0, 1).reshape(T, WIDTH) @ params["project_q"]["kernel"])
+    if "q" not in names:
+        q = units(np.moveaxis(q, 0, 1).reshape(T, WIDTH) @ params["project_q"]["kernel"])
     decay = sigmoid(np.einsum("htk,hk->ht", x, params["momentum_kernel"]) + params["momentum_bias"][:, None])
 
     def head(h):
-        start = {n: [params[f"initial_projections_{i}"][h, b] for i in (0, 1)] for b, n in enumerate("kv")}
+        start = {n: [params[f"initial_projections_{i}"][h, b] for i in (0, 1)] for b, n in enumerate(names)}
         start |= {n: [params[f"initial_gates_{i}"][h, b] for i in (0, 1)] for b, n in enumerate(("eta", "alpha"))}
         start["memory"] = [params[f"initial_memory_{i}"][h] for i in (0, 1)]
         streams = dict(x=x[h], k=k[h], v=v[h], q=q[h], decay=decay[h])
         rates = [params[f"log_rate_{n}"][h] for n in ("memory", "projections", "gates")]
         biases = params["rate_bias"][h], params["retention_bias"][h]
-        how = dict(c_memory=4, c_projections=4, read="before", rate_max=config.rate_max, retention=True)
-        return references.self_modifying(streams, start, rates, biases, names=("k", "v"), **how)[0]
+        more = dict(names=tuple(names), read="before", rate_max=config.rate_max, retention=True)
+        reads, _, queries = references.self_modifying(streams, start, rates, biases, **how, **more)
+        return reads, queries
 
-    reads = np.stack([head(h) for h in range(HEADS)])
+    reads, q = map(np.stack, zip(*map(head, range(HEADS)), strict=True))
     np.testing.assert_allclose(y, answer_output(params["out"], u, q, reads - q), rtol=1e-9)
 
 
@@ -108,6 +112,8 @@ def test_gates_start_where_the_configuration_says(x64):
     assert sigmoid(np.asarray(params["retention_bias"])) == pytest.approx(1 - 1 / 100)
     assert np.asarray(params["rate_bias"]) == pytest.approx(config.rate_bias)
     assert np.asarray(params["momentum_bias"]) == pytest.approx(config.momentum_bias)
+    for name, size in (("query", 1), ("answer", 4)):
+        assert np.asarray(params["out"][f"scale_{name}"]) == pytest.approx(size * 16**0.5)
     rates = [float(jnp.exp(params[f"log_rate_{n}"][0])) for n in ("memory", "projections", "gates")]
     assert rates == pytest.approx([1, 0.05, 0.05])
 

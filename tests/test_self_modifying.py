@@ -14,8 +14,9 @@ from hope_jax.memory.self_modifying import Boxes, Streams, Tuning, scan
 from hope_jax.nn.self_modifying import SelfModifyingConfig
 
 D, H, T = 4, 6, 21
-SMALL = dict(heads=1, c_memory=8, c_projections=4)
-# Every choice of the configuration occurs in some row.
+SMALL = dict(heads=1, c_memory=8, c_projections=4, hidden=2)
+# Every choice of the configuration occurs in some row, but for the architectures. Memories of equal shape and period
+# (hidden=1) are evaluated together, as those of the named models are.
 ROWS = {
     "periods 16 16": dict(c_memory=16, c_projections=16),
     "periods 16 4, all projections": dict(c_memory=16, c_projections=4, inner_projection=("k", "v", "q")),
@@ -24,6 +25,10 @@ ROWS = {
     "no projections, dot, read anchor": dict(inner_projection=(), objective=objectives.dot, read="anchor"),
     "value only, input_only, to init": dict(inner_projection=("v",), dgd_scope="input_only", retain_to="init"),
     "no DGD, to init": dict(retain_to="init", dgd_scope="none"),
+    "equal shapes and periods": dict(hidden=1, c_memory=8, c_projections=8, inner_projection=("v", "k", "q")),
+    "equal, input_only, to init": dict(
+        hidden=1, c_memory=8, c_projections=8, dgd_scope="input_only", retain_to="init", momentum="none"
+    ),
     "no retention, literal rate": dict(retention=False, rate_form="literal", rate_max=0.8),
 }
 
@@ -41,7 +46,8 @@ def draw_head(config):
     decay = {"none": None, "const": np.full(T, 0.4), "gated": rng.uniform(0.05, 0.6, T)}[config.momentum]
     starts = {n: [0.5 * rng.normal(size=(D, D)), 0.5 * rng.normal(size=(D, D))] for n in names}
     starts |= {n: [0.5 * rng.normal(size=(D, D)), 0.5 * rng.normal(size=(1, D))] for n in ("eta", "alpha")}
-    starts["memory"] = [0.5 * rng.normal(size=(H, D)), 0.5 * rng.normal(size=(D, H))]
+    hidden = D if config.hidden == 1 else H
+    starts["memory"] = [0.5 * rng.normal(size=(hidden, D)), 0.5 * rng.normal(size=(D, hidden))]
     log_rates, biases = (0.1, -0.7, -0.4), (-0.3, 2.0)
 
     def stacked(boxes, out):
@@ -66,9 +72,11 @@ def test_a_head_equals_the_token_by_token_equations(x64, row):
     numpy_head, (initial, tuning, streams) = draw_head(config)
     spec = config.spec()
     fast = Boxes(*(rule.start(w) for rule, w in zip(spec.rules, initial, strict=True)))
-    new, reads = jax.jit(functools.partial(scan, spec))(initial, tuning, fast, streams, 0)
-    expected, boxes = reference(config, numpy_head)
+    new, reads, queries = jax.jit(functools.partial(scan, spec))(initial, tuning, fast, streams, 0)
+    expected, boxes, asked = reference(config, numpy_head)
     np.testing.assert_allclose(reads, expected, rtol=1e-9, atol=1e-9)
+    assert (queries is None) == ("q" not in config.inner_projection)
+    np.testing.assert_allclose(streams.q if queries is None else queries, asked, rtol=1e-9, atol=1e-9)
     groups = dict(memory=["memory"], projections=config.inner_projection, gates=["eta", "alpha"])
     for group, names in groups.items():
         for kind in ("running", "anchor", "momentum") if config.momentum != "none" else ("running", "anchor"):
@@ -84,13 +92,13 @@ def test_in_float32_a_head_is_within_two_ten_thousandths():
     initial, tuning, streams = jax.tree.map(lambda x: x.astype(jnp.float32), point)
     spec = config.spec()
     fast = Boxes(*(rule.start(w) for rule, w in zip(spec.rules, initial, strict=True)))
-    _, reads = jax.jit(functools.partial(scan, spec))(initial, tuning, fast, streams, 0)
-    expected, _ = reference(config, numpy_head)
+    _, reads, _ = jax.jit(functools.partial(scan, spec))(initial, tuning, fast, streams, 0)
+    expected, _, _ = reference(config, numpy_head)
     assert reads.dtype == jnp.float32
     np.testing.assert_allclose(reads, expected, atol=2e-4 * np.max(np.abs(expected)))
 
 
-GRADIENT_ROWS = ("periods 16 4, all projections", "constant undamped momentum, read after", "no DGD, to init")
+GRADIENT_ROWS = ("equal shapes and periods", "equal, input_only, to init", "constant undamped momentum, read after")
 
 
 @pytest.mark.parametrize("row", GRADIENT_ROWS)
@@ -119,7 +127,7 @@ def test_the_gradient_is_that_of_the_token_by_token_equations(x64, row, known):
     at = {n: None if d is None else np.asarray(streams[n])[:count] + 1e-25j * d for n, d in ends.items()}
     scales = [x + 1e-25j * d for x, d in zip(log_rates, tuning.log_rate, strict=True)]
     offsets = [x + 1e-25j * d for x, d in zip(biases, tuning[1:], strict=True)]
-    reads, _ = reference(config, (at, moved, scales, offsets))
+    reads, _, _ = reference(config, (at, moved, scales, offsets))
     assert slope == pytest.approx(np.imag(np.sum(weight * reads)) / 1e-25, rel=1e-9)
 
 

@@ -53,7 +53,7 @@ def test_a_bold_memory_stores_what_it_is_told():
 
 
 def test_the_memory_that_ships_stores_less_at_its_start_but_not_nothing():
-    """Rates start low, for learning (README); with the rate the memory is free to learn it stores as the bold one."""
+    """Rates start low, for learning (README); at a rate it is free to learn it stores nearly as the bold one."""
     config = SelfModifyingConfig(heads=1)
     rule, expit = dataclasses.replace(config.spec().rules.memory, self_values=False), jax.nn.sigmoid
     gates = Gates(config.rate_max * expit(config.rate_bias), 1 - 1 / config.horizon, expit(config.momentum_bias))

@@ -1,4 +1,4 @@
-"""The one recurrence under every memory of this library (SPEC 1: Eq. 5, 64-68, 88, 92-93 are settings of it).
+"""The one recurrence under every memory of this library (SPEC 1: Eq. 5, 64, 65, 88, 92-93 are settings of it).
 
     S_t = beta_t S_{t-1} + w_t k_t^T
     M_t = M_{t-1} (alpha_t I - a_t k_t k_t^T) + S_t

@@ -90,6 +90,8 @@ class SelfModifying:
 
     def __post_init__(self) -> None:
         check_periods(self.periods)
+        if self.rules.projections.period != self.rules.gates.period:
+            raise UserError("the projections and the gates have one period; give their rules the same")
         one, *others = self.rules
         if any(dataclasses.replace(r, architecture=one.architecture, period=one.period) != one for r in others):
             raise UserError("the rules of the memory, projections and gates may differ in architecture and period only")
@@ -112,8 +114,8 @@ def scan(
     fast: Boxes,
     streams: Streams,
     position: Int[Array, ""] | np.ndarray,
-) -> tuple[Boxes, Float[Array, "T V"]]:
-    """Read T tokens with one head; returns the fast weights after them and the reads y.
+) -> tuple[Boxes, Float[Array, "T V"], Float[Array, "T K"] | None]:
+    """Read T tokens with one head: the fast weights after them, the reads y, and q where a memory made it (else None).
 
     ``initial`` holds M_box,0 per group, ``fast`` the ``Fast`` weights per group, ``position`` the tokens since all
     anchors were last refreshed together. Any cut of the T tokens into calls gives the same result.
@@ -125,10 +127,10 @@ def scan(
         return _segment(head, _refresh(stacks, fast, due), tokens, active)
 
     joined = Fast(*(join(stacks, kind) for kind in zip(*fast, strict=True)))
-    joined, reads = scan_levels(segment, joined, streams, position=position, periods=spec.periods)
+    joined, outputs = scan_levels(segment, joined, streams, position=position, periods=spec.periods)
     kinds = [apart(stacks, kind) for kind in joined]
     ends = [Fast(*(kind[i] for kind in kinds)) if i in kinds[0] else start for i, start in enumerate(fast)]
-    return Boxes(*ends), reads
+    return Boxes(*ends), *outputs
 
 
 class _Head(NamedTuple):
@@ -151,7 +153,9 @@ def _refresh(stacks: tuple[Stack, ...], fast: Fast, due: tuple[Due, ...]) -> Fas
     return fast._replace(anchor=tuple(jnp.where(now, new, old) for now, old, new in moved))
 
 
-def _segment(head: _Head, fast: Fast, tokens: Streams, active: Active) -> tuple[Fast, Float[Array, "C V"]]:
+def _segment(
+    head: _Head, fast: Fast, tokens: Streams, active: Active
+) -> tuple[Fast, tuple[Float[Array, "C V"], Float[Array, "C K"] | None]]:
     """Tokens inside one period: generate keys, values and gates at the anchors, then write every layer of every box."""
     anchors = apart(head.stacks, fast.anchor)
     tokens, gates = _generate(head, anchors, tokens)
@@ -160,7 +164,7 @@ def _segment(head: _Head, fast: Fast, tokens: Streams, active: Active) -> tuple[
     layers = _layers(head, fast, _writes(head, fast.anchor, tokens, gates))
     written = advance_all(layers, parts(head.stacks), terms)
     reads = _read(head.stacks[0], anchors[0], layers, written, tokens.q, terms)
-    return _updated(head, fast, written), reads
+    return _updated(head, fast, written), (reads, tokens.q if "q" in head.spec.adaptive else None)
 
 
 def _generate(head: _Head, anchors: dict[int, Weights], tokens: Streams) -> tuple[Streams, Gates]:

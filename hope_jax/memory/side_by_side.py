@@ -2,7 +2,7 @@
 
 Every box is written with the same keys, so all first layers together are one linear memory [R,K] whose rows are those
 of the memory, the projections and the gates in turn. Later layers have keys of their own; those of boxes with equal
-shapes are stacked, [N, out, in]. ``self_modifying.scan`` joins the groups at its start and takes them apart at its end.
+shapes are stacked, [N, out, in]. ``self_modifying.scan`` joins the groups once per call.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 Both use matrix products only. A LAPACK ``triangular_solve`` is a custom call on CPU (two at once can wait
 for each other's thread pool) and a slow batched call on GPU; a Neumann series is wrong in float32 as soon
-as keys repeat (SPEC 1.2). Read next: ``recurrence.py``, which is their only caller.
+as keys repeat (SPEC 1.2). Read next: ``block.py``, which uses both.
 """
 
 import jax.numpy as jnp

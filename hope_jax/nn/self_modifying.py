@@ -231,10 +231,11 @@ class SelfModifyingMixer(nn.Module):
 
         over_heads = jax.vmap(head)
         over_batch = jax.vmap(over_heads, in_axes=(None, None, 0, 0))
-        fast, reads = over_batch(self.initial, self.tuning, state.fast, streams)
+        fast, reads, queries = over_batch(self.initial, self.tuning, state.fast, streams)
+        queries = streams.q if queries is None else queries
         position = (state.position + u.shape[1]) % max(spec.periods)
-        answers = reads - streams.q if self.config.memory.residual else reads
-        return self.out(u, streams.q, answers), SelfModifyingState(tails, fast, position)
+        answers = reads - queries if self.config.memory.residual else reads
+        return self.out(u, queries, answers), SelfModifyingState(tails, fast, position)
 
     @light
     def _streams(self, u: Stream, tails) -> tuple[Streams, tuple[Array, ...]]:

@@ -108,6 +108,15 @@ class ShortConv(nn.Module):
         return functools.reduce(jnp.add, taps), seen[:, time:]
 
 
+def short_convs(width: int, dtype: DTypeLike) -> list[ShortConv]:
+    """The convolutions of a memory's queries, keys and values.
+
+    Keys start as the token before the one whose value is stored, queries as the current one: what came after it?
+    """
+    lags = {"q": 0, "k": 1, "v": 0}
+    return [ShortConv(width, dtype, taps_at(lag), name=f"conv_{n}") for n, lag in lags.items()]
+
+
 @dataclass(frozen=True)
 class SwiGLUConfig:
     """A gated feed-forward part. ``hidden``: inner features, at least 1 (about 8/3 of the model width is usual)."""

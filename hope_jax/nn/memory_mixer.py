@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
 from hope_jax.memory.rule import Fast, Gates, MemoryState, Rule, scan
-from hope_jax.nn.layers import HeadOutput, ShortConv, dense, param_dtype, split_heads
+from hope_jax.nn.layers import HeadOutput, dense, param_dtype, short_convs, split_heads
 from hope_jax.types import Array, Int, Stream
 
 
@@ -79,7 +79,7 @@ class MemoryMixer(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.projections = [dense(self.width, self.dtype, name=f"project_{n}") for n in "qkv"]
-        self.convs = [ShortConv(c.conv, self.dtype, name=f"conv_{n}") for n in "qkv"]
+        self.convs = short_convs(c.conv, self.dtype)
         self.out = HeadOutput(c.heads, self.width, self.dtype)
         if c.rate_bias is not None:
             self.rate = self._gate("rate", c.rate_bias)

@@ -28,7 +28,7 @@ from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture, unit
 from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import Boxes, SelfModifying, Streams, Tuning, scan
-from hope_jax.nn.layers import ShortConv, dense, light, merge_heads, near_identity, param_dtype, split_heads, taps_at
+from hope_jax.nn.layers import dense, light, merge_heads, near_identity, param_dtype, short_convs, split_heads
 from hope_jax.types import Array, Float, Int, Stream
 
 Projection = Literal["k", "v", "q"]
@@ -174,9 +174,7 @@ class SelfModifyingMixer(nn.Module):
     def setup(self) -> None:
         c, size = self.config, self.width // self.config.heads
         wide = param_dtype(self.dtype)
-        # Keys start as the token before the one whose value is stored, queries as the current one: what came after it?
-        starts = {"q": taps_at(0), "k": taps_at(1), "v": taps_at(0)}
-        self.convs = [ShortConv(c.conv, self.dtype, start, name=f"conv_{n}") for n, start in starts.items()]
+        self.convs = short_convs(c.conv, self.dtype)
         static = [n for n in "qkv" if n not in c.inner_projection]
         self.static = {n: dense(self.width, self.dtype, f"project_{n}", near_identity) for n in static}
         self.out = AnswerOutput(c.heads, self.width, self.dtype)
@@ -229,9 +227,12 @@ class SelfModifyingMixer(nn.Module):
         def head(initial, tuning, fast, streams):
             return scan(spec, initial, tuning, fast, streams, state.position)
 
-        over_heads = jax.vmap(head)
-        over_batch = jax.vmap(over_heads, in_axes=(None, None, 0, 0))
-        fast, reads, queries = over_batch(self.initial, self.tuning, state.fast, streams)
+        batch, heads = u.shape[0], self.config.heads
+        shared = jax.tree.map(lambda x: jnp.tile(x, (batch, *[1] * (x.ndim - 1))), (self.initial, self.tuning))
+        own = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), (state.fast, streams))
+        # Batch and heads as one axis: an axis of length one would send the products down a slow path on CPU.
+        outputs = jax.vmap(head)(*shared, *own)
+        fast, reads, queries = jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), outputs)
         queries = streams.q if queries is None else queries
         position = (state.position + u.shape[1]) % max(spec.periods)
         answers = reads - queries if self.config.memory.residual else reads

@@ -91,23 +91,20 @@ def run(tx: optax.GradientTransformation, params: Any, steps: int = 8, **extra: 
     return params, state, update
 
 
-def same_kind(left: Any, right: Any) -> None:
-    """Trees of one structure whose leaves have the same shapes and dtypes."""
-    chex.assert_trees_all_equal_shapes_and_dtypes(left, right)
-
-
 @table
 def test_the_state_can_be_planned_without_computing_it(row):
     params, tx = parameters(), row.make(1e-2)
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    same_kind(jax.eval_shape(tx.init, shapes), jax.tree.map(jnp.asarray, tx.init(params)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.eval_shape(tx.init, shapes), jax.tree.map(jnp.asarray, tx.init(params))
+    )
 
 
 @table
 def test_an_update_leaves_the_kind_of_its_state_alone_and_never_compiles_twice(row):
     params, tx = parameters(), row.make(1e-2)
     _, state, update = run(tx, params, **row.extra)
-    same_kind(state, jax.tree.map(jnp.asarray, tx.init(params)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.tree.map(jnp.asarray, tx.init(params)))
     assert update._cache_size() == 1
 
 
@@ -122,7 +119,7 @@ def test_arguments_that_nobody_asked_for_change_nothing(row):
 def test_updates_have_the_dtype_of_bfloat16_parameters(row):
     params, tx = parameters(jnp.bfloat16), row.make(1e-2)
     updates, _ = jax.jit(tx.update)(gradient(0, params), tx.init(params), params, **row.extra)
-    same_kind(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     moved, *_ = run(tx, params, **row.extra)
     chex.assert_tree_all_finite(moved)
     assert all(jnp.any(a != b) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(params), strict=True))

@@ -163,7 +163,6 @@ def layer(dtype="float64", **row):
 
 @pytest.mark.parametrize("row", [{}, dict(inner_projection=("v", "q"), retain_to="init", momentum="none")], ids=str)
 def test_any_cut_of_a_sequence_gives_the_same_outputs_and_state(x64, row):
-    row = {n: tuple(v) if isinstance(v, list) else v for n, v in row.items()}
     apply, params, u, state = layer(**row)
     expected, end = apply(params, u, state)  # jit sees the position as unknown; a model's first call does not
     now, outputs = state, []

@@ -200,7 +200,7 @@ def write(
         x = next_input(rule, layer, out.reads)
         running.append(out.memory if base is None else out.memory + base)
         momentum += [out.momentum] if rule.momentum else []
-    return fast._replace(running=tuple(running), momentum=tuple(momentum)), finish(rule, fast, queries, x)
+    return fast._replace(running=tuple(running), momentum=tuple(momentum)), finish(rule, fast.anchor, queries, x)
 
 
 class LayerWrite(NamedTuple):
@@ -251,10 +251,10 @@ def next_input(rule: Rule, layer: int, reads: Array | None) -> Any:
     return reads if last or reads is None else rule.architecture.activation(reads)
 
 
-def finish(rule: Rule, fast: Fast, queries: Array, reads: Array | None) -> Array:
+def finish(rule: Rule, anchor: Weights, queries: Array, reads: Array | None) -> Array:
     """The memory's output from its last layer's reads."""
     if rule.read == "anchor":
-        return rule.architecture.apply(fast.anchor, queries)
+        return rule.architecture.apply(anchor, queries)
     assert reads is not None
     return reads + queries if rule.architecture.residual else reads
 

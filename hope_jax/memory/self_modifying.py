@@ -24,7 +24,7 @@ from hope_jax.levels import Active, Due, check_periods, scan_levels
 from hope_jax.memory.architectures import Weights, unit
 from hope_jax.memory.block import Coefficients, Written, coefficients, recall
 from hope_jax.memory.products import nt, split
-from hope_jax.memory.rule import Fast, Gates, LayerWrite, next_input, writes_from
+from hope_jax.memory.rule import Fast, Gates, LayerWrite, finish, next_input, writes_from
 from hope_jax.memory.side_by_side import (
     Layer,
     Stack,
@@ -229,13 +229,13 @@ def _read(
     """The reads of the main memory, the first box of the first stack, layer by layer."""
     rule = stack.rule
     if rule.read == "anchor":
-        return rule.architecture.apply(anchor, queries)
+        return finish(rule, anchor, queries, None)
     x = queries
     for index in range(rule.architecture.layers):
         one, erased = first_box(layers[index], written[index].erased, stack.rows)
         reads = recall(one.memory, one.momentum, one.base, one.keys, one.writes, erased, x, terms, rule.read)
         x = next_input(rule, index, reads)
-    return x + queries if rule.architecture.residual else x
+    return finish(rule, anchor, queries, x)
 
 
 def _updated(head: _Head, fast: Fast, written: list[Written]) -> Fast:

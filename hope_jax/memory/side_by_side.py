@@ -153,12 +153,12 @@ def advance_all(layers: list[Layer], rows: tuple[int, ...], terms: Coefficients)
     inverses = _inverses(layers, terms)
     written = []
     for index, (layer, inverse) in enumerate(zip(layers, inverses, strict=True)):
-        of_one = functools.partial(_advance_one, terms, rows if index == 0 else layer.memory.shape[-2:-1])
+        of_one = functools.partial(_advance_one, terms, rows if index == 0 else None)
         written.append(layer.each(of_one)(layer, inverse))
     return written
 
 
-def _advance_one(terms: Coefficients, rows: tuple[int, ...], layer: Layer, inverse: Array | None) -> Written:
+def _advance_one(terms: Coefficients, rows: tuple[int, ...] | None, layer: Layer, inverse: Array | None) -> Written:
     return advance(*layer, terms, inverse, rows)
 
 

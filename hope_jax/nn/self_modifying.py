@@ -28,7 +28,7 @@ from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture, unit
 from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import Boxes, SelfModifying, Streams, Tuning, scan
-from hope_jax.nn.layers import dense, light, merge_heads, near_identity, param_dtype, short_convs, split_heads
+from hope_jax.nn.layers import dense, light, merge_heads, near_identity, param_dtype, scaled, short_convs, split_heads
 from hope_jax.types import Array, Float, Int, Stream
 
 Projection = Literal["k", "v", "q"]
@@ -159,9 +159,9 @@ class AnswerOutput(nn.Module):
 
     @light
     def __call__(self, u: Stream, queries: Float[Array, "B H T K"], answers: Float[Array, "B H T V"]) -> Stream:
-        asked = merge_heads(queries * self.scale_query[None, :, None]).astype(self.dtype) * nn.silu(self.gate(u))
-        found = merge_heads(answers * self.scale_answer[None, :, None]).astype(self.dtype)
-        return self.down(jnp.concatenate([asked, found], axis=-1))
+        asked = scaled(merge_heads(queries), self.scale_query.reshape(-1)).astype(self.dtype)
+        found = scaled(merge_heads(answers), self.scale_answer.reshape(-1)).astype(self.dtype)
+        return self.down(jnp.concatenate([asked * nn.silu(self.gate(u)), found], axis=-1))
 
 
 class SelfModifyingMixer(nn.Module):

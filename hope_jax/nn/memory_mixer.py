@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
 from hope_jax.memory.rule import Fast, Gates, MemoryState, Rule, scan
-from hope_jax.nn.layers import HeadOutput, dense, param_dtype, short_convs, split_heads
+from hope_jax.nn.layers import AnswerOutput, HeadOutput, dense, param_dtype, short_convs, split_heads
 from hope_jax.types import Array, Int, Stream
 
 
@@ -80,7 +80,8 @@ class MemoryMixer(nn.Module):
         c = self.config
         self.projections = [dense(self.width, self.dtype, name=f"project_{n}") for n in "qkv"]
         self.convs = short_convs(c.conv, self.dtype)
-        self.out = HeadOutput(c.heads, self.width, self.dtype)
+        output = AnswerOutput if c.rule.architecture.residual else HeadOutput
+        self.out = output(c.heads, self.width, self.dtype)
         if c.rate_bias is not None:
             self.rate = self._gate("rate", c.rate_bias)
         if c.horizon is not None:
@@ -123,7 +124,8 @@ class MemoryMixer(nn.Module):
 
         over_batch = jax.vmap(jax.vmap(head), in_axes=(0, 0, 0, 0, 0, None))
         reads, fast = over_batch(state.fast, k, v, q, self._gates(u), self._initial())
-        return self.out(u, reads), MemoryMixerState(tails, fast, (position + u.shape[1]) % rule.period)
+        found = (q, reads - q) if rule.architecture.residual else (reads,)
+        return self.out(u, *found), MemoryMixerState(tails, fast, (position + u.shape[1]) % rule.period)
 
     def _streams(self, u: Stream, tails: tuple[Array, ...]) -> tuple[list[Array], tuple[Array, ...]]:
         """Queries, keys and values per head [B,H,T,K]: projection, convolution, SiLU, then unit norm."""

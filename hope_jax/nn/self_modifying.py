@@ -28,7 +28,16 @@ from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture, unit
 from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import Boxes, SelfModifying, Streams, Tuning, scan
-from hope_jax.nn.layers import dense, light, merge_heads, near_identity, param_dtype, short_convs, split_heads
+from hope_jax.nn.layers import (
+    AnswerOutput,
+    dense,
+    light,
+    merge_heads,
+    near_identity,
+    param_dtype,
+    short_convs,
+    split_heads,
+)
 from hope_jax.types import Array, Float, Int, Stream
 
 Projection = Literal["k", "v", "q"]
@@ -133,35 +142,6 @@ class SelfModifyingState(NamedTuple):
     tails: tuple[Array, ...]
     fast: Boxes
     position: Int[Array, ""] | np.ndarray
-
-
-class AnswerOutput(nn.Module):
-    """What the mixer does with its reads: ``W_o [s q * silu(W_g u); s' (M(q) - q)]``, scales per channel.
-
-    A residual memory returns the query itself and what it found. Kept apart, the two have maps of their own, and what
-    was found is neither gated nor normalised: its size says how much the memory knows.
-    """
-
-    heads: int
-    width: int
-    dtype: DTypeLike
-
-    def setup(self) -> None:
-        self.gate = dense(self.width, self.dtype)
-        self.down = dense(self.width, self.dtype)
-        self.scale_query, self.scale_answer = self._scale("query", 1.0), self._scale("answer", 4.0)
-
-    def _scale(self, name: str, start: float) -> Array:
-        """Multiples of sqrt(K): a query of norm 1 has features of size 1."""
-        size = self.width // self.heads
-        constant = nn.initializers.constant(start * size**0.5)
-        return self.param(f"scale_{name}", constant, (self.heads, size), param_dtype(self.dtype))
-
-    @light
-    def __call__(self, u: Stream, queries: Float[Array, "B H T K"], answers: Float[Array, "B H T V"]) -> Stream:
-        asked = merge_heads(queries * self.scale_query[None, :, None]).astype(self.dtype) * nn.silu(self.gate(u))
-        found = merge_heads(answers * self.scale_answer[None, :, None]).astype(self.dtype)
-        return self.down(jnp.concatenate([asked, found], axis=-1))
 
 
 class SelfModifyingMixer(nn.Module):

@@ -167,7 +167,7 @@ def merge_heads(x: Float[Array, "B H T K"]) -> Stream:
 
 
 class HeadOutput(nn.Module):
-    """What a memory mixer does with its reads: ``W_o(RMSNorm_head(reads) * silu(W_g u))`` (SPEC 2.8)."""
+    """What a mixer does with the reads of a plain memory: ``W_o(RMSNorm_head(reads) * silu(W_g u))`` (SPEC 2.8)."""
 
     heads: int
     width: int
@@ -187,10 +187,11 @@ class HeadOutput(nn.Module):
 
 
 class AnswerOutput(nn.Module):
-    """What the mixer does with its reads: ``W_o [s q * silu(W_g u); s' (M(q) - q)]``, scales per channel.
+    """What a mixer does with the reads of a residual memory: ``W_o [s q * silu(W_g u); s' (M(q) - q)]``.
 
-    A residual memory returns the query itself and what it found. Kept apart, the two have maps of their own, and what
-    was found is neither gated nor normalised: its size says how much the memory knows.
+    Such a memory returns the query itself and what it found, which is small beside it. Kept apart, the two have maps
+    of their own, and what was found is neither gated nor normalised: its size says how much the memory knows. The
+    scales are per channel.
     """
 
     heads: int

@@ -33,7 +33,7 @@ import tyro
 from jax.extend.core import jaxprs_in_params
 
 from experiments import parse
-from experiments.recall import Row, append, open_results
+from experiments.results import Row, append, open_results
 from hope_jax import LanguageModel, ModelConfig, generate, model_named
 from hope_jax import train as training
 from hope_jax.errors import UserError, closest

@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments import parse
-from experiments.recall import Row, append, keep_programs, open_results, progress_interval, without_writes
+from experiments.recall import keep_programs, progress_interval, without_writes
+from experiments.results import Row, append, open_results
 from hope_jax import LanguageModel, ModelConfig, model_named
 from hope_jax import train as training
 from hope_jax.data import DataConfig, make_tokenizer, open_text

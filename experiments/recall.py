@@ -13,7 +13,6 @@ be split over processes. Expect 99% and more with writes and no more than about 
 
 import dataclasses
 import functools
-import json
 import math
 import statistics
 import sys
@@ -31,6 +30,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments import parse
+from experiments.results import Row, append, open_results
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
 from hope_jax.data.synthetic import IGNORE, mqar
@@ -42,7 +42,6 @@ from hope_jax.train.step import LossFn
 
 HELDOUT_SEED = 1_000_003
 SOLVED = 0.995
-Row = dict[str, Any]
 TASK = ("length", "pairs", "vocab", "anywhere", "width", "layers", "heads")
 """Fields of a JSON line that must agree before two runs are drawn side by side."""
 NEEDED = (*TASK, "row", "writes", "curve")
@@ -207,29 +206,10 @@ def recall_loss(model: LanguageModel) -> LossFn:
     return loss
 
 
-def open_results(folder: Path, name: str) -> Path:
-    """The file in ``folder``, made if needed. Raises UserError where nothing can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).open("a").close()
-    except OSError as error:
-        raise UserError(
-            f"Cannot write {folder / name}: {error.strerror or error}; choose another --results."
-        ) from error
-    return folder / name
-
-
 def keep_programs(folder: Path) -> None:
     """Compile once for all seeds and processes, unless the environment says where compiled programs are kept."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "jax"))
-
-
-def append(path: Path, row: Row) -> None:
-    """One JSON line, whole even when several processes write and when the last one was cut by a kill."""
-    torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-    with path.open("a") as file:
-        file.write("\n" * torn + json.dumps(row) + "\n")
 
 
 def summary(rows: Sequence[Row]) -> list[str]:

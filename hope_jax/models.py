@@ -90,8 +90,10 @@ def _transformer(conv: int) -> Callable[[Size], ModelConfig]:
 
 def _memory(rule: str, **gates) -> Callable[[Size], ModelConfig]:
     def build(size: Size) -> ModelConfig:
-        weights = 5 + RULES[rule].learned_start * RULES[rule].architecture.layers / size.heads
-        return _model(size, MemoryMixerConfig(RULES[rule], size.heads, **gates), size.swiglu(weights))
+        one = RULES[rule]
+        # q, k, v, the output gate, and W_o, which has two inputs where the memory returns its query too.
+        weights = 5 + one.architecture.residual + one.learned_start * one.architecture.layers / size.heads
+        return _model(size, MemoryMixerConfig(one, size.heads, **gates), size.swiglu(weights))
 
     return build
 

@@ -200,12 +200,13 @@ def self_modifying(
     """One head of self-modifying Titans (SPEC 2.1): all boxes of ``names``, eta, alpha and memory, token by token.
 
     ``streams`` has x, k, v, q [T,d] and decay [T] or None; ``starts`` has per box a list of matrices;
-    ``log_rates`` per group (memory, projections, gates); ``biases`` of the rate and the retention.
+    ``log_rates`` per group (memory, projections, gates); ``biases`` of the rate and the retention. A main memory of
+    one matrix is not residual.
     Returns reads [T,d], the boxes by name and the queries [T,d].
     """
     boxes = {n: Box(starts[n], True, c_projections, **how) for n in names}
     boxes |= {n: Box(starts[n], False, c_projections, **how) for n in ("eta", "alpha")}
-    boxes["memory"] = Box(starts["memory"], True, c_memory, **how)
+    boxes["memory"] = Box(starts["memory"], len(starts["memory"]) > 1, c_memory, **how)
     scale = dict.fromkeys(names, np.exp(log_rates[1])) | dict.fromkeys(("eta", "alpha"), np.exp(log_rates[2]))
     scale["memory"] = np.exp(log_rates[0])
     reads, queries = [], []

@@ -3,11 +3,12 @@
 import errno
 import json
 import signal
-import threading
+import struct
 
 import jax.numpy as jnp
 import pytest
-from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
 
 from hope_jax import train as training
 from hope_jax.errors import UserError
@@ -34,20 +35,40 @@ def test_a_record_at_step_zero_forgets_an_earlier_attempt(tmp_path):
         assert record.heldout == {} and training.read_rows(tmp_path / "metrics.jsonl") == []
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_tensorboard_writer_that_dies_on_a_full_disk_holds_nobody_up(tmp_path, monkeypatch):
-    def full(*_):
+@pytest.mark.parametrize("refused", ["write", "close"])
+def test_a_full_disk_ends_tensorboard_with_one_sentence_and_not_the_rows(tmp_path, monkeypatch, capfd, refused):
+    method = getattr(RecordWriter, refused)
+
+    def full(*arguments):
+        method(*arguments)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    record = training.Record(tmp_path, 0)
-    monkeypatch.setattr(EventsWriter, "write_event", full)
-    row = {"tokens": 10, "split": "train", "means": {"bits_per_byte": 1.0}}
-    adding = threading.Thread(target=lambda: [record.add(step, **row) for step in range(50)], daemon=True)
-    adding.start()
-    adding.join(timeout=30)
-    assert not adding.is_alive()
-    record.__exit__()
+    with training.Record(tmp_path, 0) as record:
+        monkeypatch.setattr(RecordWriter, refused, full)
+        for step in range(50):
+            record.add(step, 10 * step, "train", {"bits_per_byte": 1.0, "loss": 2.0})
     assert len(training.read_rows(tmp_path / "metrics.jsonl")) == 50
+    said = f"No more TensorBoard events in {tmp_path / 'tensorboard'}: No space left on device.\n"
+    assert capfd.readouterr().err == said
+
+
+def events_of(data: bytes):
+    """The events of a file: each is its length (8 bytes), a checksum (4), the event, another checksum (4)."""
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        yield event_pb2.Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+
+
+def test_tensorboard_gets_every_number_and_hides_what_an_earlier_attempt_wrote_from_there_on(tmp_path):
+    with training.Record(tmp_path, 0) as record:
+        record.add(1, 10, "train", {"bits_per_byte": 7.0, "loss": 5.0})
+        record.add(1, 10, "heldout", {"bits_per_byte": 6.0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    events = list(events_of(path.read_bytes()))
+    values = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+    assert values == [(1, "train/bits_per_byte", 7.0), (1, "train/loss", 5.0), (1, "heldout/bits_per_byte", 6.0)]
+    assert [event.step for event in events if event.session_log.status == event_pb2.SessionLog.START] == [0]
 
 
 ROW = {"step": 1, "tokens": 10, "split": "train", "bits_per_byte": 1.0}

@@ -87,21 +87,21 @@ def test_the_self_modifying_layer_is_its_equations(x64, names):
     np.testing.assert_allclose(y, answer_output(params["out"], u, q, reads - q), rtol=1e-9)
 
 
-@pytest.mark.parametrize("unit_values", [True, False])
-def test_the_mixer_of_a_rule_is_its_equations(x64, unit_values):
-    config = MemoryMixerConfig(RULES["titans_linear"], HEADS, horizon=32, rate_max=0.7, unit_values=unit_values)
+@pytest.mark.parametrize("name, unit_values", [("titans_linear", True), ("titans_linear", False), ("titans", True)])
+def test_the_mixer_of_a_rule_is_its_equations(x64, name, unit_values):
+    config = MemoryMixerConfig(RULES[name], HEADS, horizon=32, rate_max=0.7, unit_values=unit_values)
     params, u, y = drawn(config)
     streams = [silu(conv(u @ params[f"project_{n}"]["kernel"], params[f"conv_{n}"]["kernel"])) for n in "qkv"]
     q, k = map(units, streams[:2])
     v = units(streams[2]) if unit_values else np.moveaxis(streams[2].reshape(T, HEADS, SIZE), 1, 0)
     gate = lambda n: sigmoid(u @ params[f"gate_{n}"]["kernel"] + params[f"gate_{n}"]["bias"]).T  # noqa: E731
     rate, retention, decay = 0.7 * gate("rate"), gate("retention"), gate("momentum")
-    start = params["initial_memory_0"]
-    heads = range(HEADS)
-    read = [
-        references.titans_linear(k[h], v[h], q[h], rate[h], retention[h], decay[h], [start[h]], 16)[0] for h in heads
-    ]
-    np.testing.assert_allclose(y, output(params["out"], u, np.stack(read)), rtol=1e-9)
+    starts, rule = [params[key] for key in sorted(params) if key.startswith("initial")], getattr(references, name)
+    read = np.stack(
+        [rule(k[h], v[h], q[h], rate[h], retention[h], decay[h], [w[h] for w in starts], 16)[0] for h in range(HEADS)]
+    )
+    expected = answer_output(params["out"], u, q, read - q) if name == "titans" else output(params["out"], u, read)
+    np.testing.assert_allclose(y, expected, rtol=1e-9)
 
 
 def test_gates_start_where_the_configuration_says(x64):

@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from experiments import benchmark
-from experiments.recall import append
+from experiments.results import append, open_results
+from hope_jax import train as training
+from hope_jax.errors import UserError
 from hope_jax.memory.triangular import solve_unit_lower
 
 
@@ -14,8 +17,39 @@ def test_operations_counts_a_triangular_solve_as_the_one_product_that_runs():
     assert benchmark.operations(solve(square, square, square).jaxpr) == 2 * 4**3
 
 
-def test_a_row_after_one_that_a_kill_cut_is_a_line_of_its_own(tmp_path):
-    (path := tmp_path / "x.jsonl").write_text('{"cut": ')
-    append(path, {"step": 1})
-    append(path, {"step": 2})
-    assert path.read_text().splitlines()[1:] == ['{"step": 1}', '{"step": 2}']
+WHOLE, MORE = {"step": 1}, {"step": 2}
+ENDS = {
+    "no file": (None, []),
+    "nothing": ("", []),
+    "a line": ('{"step": 1}\n', [WHOLE]),
+    "a line without its end": ('{"step": 1}', [WHOLE]),
+    "a line and part of one": ('{"step": 1}\n{"step": 7, "cu', [WHOLE]),
+    "part of a line": ('{"st', []),
+    "part of a letter": (b'{"step": 1}\n{"\xc3', [WHOLE]),
+}
+
+
+@pytest.mark.parametrize("found, kept", ENDS.values(), ids=ENDS)
+def test_results_are_whole_lines_whatever_a_kill_left_at_the_end(tmp_path, found, kept):
+    if found is not None:
+        (tmp_path / "x.jsonl").write_bytes(found if isinstance(found, bytes) else found.encode())
+    path = open_results(tmp_path, "x.jsonl")
+    assert training.read_rows(path, ("step",)) == kept
+    append(path, MORE)
+    append(path, WHOLE)
+    assert training.read_rows(path, ("step",)) == [*kept, MORE, WHOLE]
+    assert path.read_text().endswith("\n")
+
+
+def test_a_line_that_is_dropped_is_told(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text('{"step": 1}\n{"step": 2')
+    open_results(tmp_path, "x.jsonl")
+    assert "x.jsonl was cut off and has been removed: b'{\"step\": 2'" in capsys.readouterr().err
+    open_results(tmp_path, "x.jsonl")
+    assert capsys.readouterr().err == ""
+
+
+def test_results_that_cannot_be_written_are_told_in_a_sentence(tmp_path):
+    (tmp_path / "taken").write_text("a file, not a folder")
+    with pytest.raises(UserError, match="Cannot write .*taken/x.jsonl: .*; choose another --results"):
+        open_results(tmp_path / "taken", "x.jsonl")

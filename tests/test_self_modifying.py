@@ -1,6 +1,7 @@
 """Self-modifying Titans against a token-by-token numpy head, its layer, and whether it stays finite and stores."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from hope_jax.nn.self_modifying import SelfModifyingConfig
 
 D, H, T = 4, 6, 21
 SMALL = dict(heads=1, c_memory=8, c_projections=4, hidden=2)
-# Every choice of the configuration occurs in some row, but for the architectures. Memories of equal shape and period
-# (hidden=1) are evaluated together, as those of the named models are.
+# Every choice of the configuration occurs in some row, but for architectures of projections and gates. Memories of
+# equal shape and period (hidden=1) are evaluated together, as those of the named models are.
 ROWS = {
     "periods 16 16": dict(c_memory=16, c_projections=16),
     "periods 16 4, all projections": dict(c_memory=16, c_projections=4, inner_projection=("k", "v", "q")),
@@ -28,6 +29,10 @@ ROWS = {
     "equal shapes and periods": dict(hidden=1, c_memory=8, c_projections=8, inner_projection=("v", "k", "q")),
     "equal, input_only, to init": dict(
         hidden=1, c_memory=8, c_projections=8, dgd_scope="input_only", retain_to="init", momentum="none"
+    ),
+    "a matrix as main memory": dict(memory=architectures.full_rank_matrix),
+    "a matrix as main memory, equal periods": dict(
+        memory=architectures.full_rank_matrix, hidden=1, c_memory=8, c_projections=8, momentum="none", retain_to="init"
     ),
     "no retention, literal rate": dict(retention=False, rate_form="literal", rate_max=0.8),
 }
@@ -47,7 +52,8 @@ def draw_head(config):
     starts = {n: [0.5 * rng.normal(size=(D, D)), 0.5 * rng.normal(size=(D, D))] for n in names}
     starts |= {n: [0.5 * rng.normal(size=(D, D)), 0.5 * rng.normal(size=(1, D))] for n in ("eta", "alpha")}
     hidden = D if config.hidden == 1 else H
-    starts["memory"] = [0.5 * rng.normal(size=(hidden, D)), 0.5 * rng.normal(size=(D, hidden))]
+    sizes = (D, hidden, D) if config.memory.layers > 1 else (D, D)
+    starts["memory"] = [0.5 * rng.normal(size=(m, n)) for n, m in itertools.pairwise(sizes)]
     log_rates, biases = (0.1, -0.7, -0.4), (-0.3, 2.0)
 
     def stacked(boxes, out):
@@ -98,7 +104,12 @@ def test_in_float32_a_head_is_within_two_ten_thousandths():
     np.testing.assert_allclose(reads, expected, atol=2e-4 * np.max(np.abs(expected)))
 
 
-GRADIENT_ROWS = ("equal shapes and periods", "equal, input_only, to init", "constant undamped momentum, read after")
+GRADIENT_ROWS = (
+    "equal shapes and periods",
+    "equal, input_only, to init",
+    "constant undamped momentum, read after",
+    "a matrix as main memory",
+)
 
 
 @pytest.mark.parametrize("row", GRADIENT_ROWS)

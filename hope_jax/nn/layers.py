@@ -6,7 +6,9 @@ norms compute in at least float32. Read ``attention.py`` next: the simplest mixe
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from flax.typing import Initializer
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
+from hope_jax.memory.architectures import unit
 from hope_jax.memory.products import by_rows
 from hope_jax.types import Array, Float, Int, PRNGKeyArray, Stream
 
@@ -33,17 +36,17 @@ def param_dtype(dtype: DTypeLike) -> jnp.dtype:
 _FAN_IN = nn.initializers.lecun_normal()
 
 
-class Dense(nn.Dense):
-    """A linear map of features, over all other axes as one."""
+def rows_product(x: Array, kernel: Array, dimensions: Any, **settings: Any) -> Array:
+    """The ``dot_general`` of ``nn.Dense``, all axes of ``x`` but the last as one (``by_rows``)."""
+    del dimensions  # always the last of x with the first of kernel
+    return by_rows(lambda rows: jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings), x)
 
-    def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch N"]:
-        return by_rows(super().__call__, inputs)
 
-
-def dense(features: int, dtype: DTypeLike, name: str | None = None, start: Initializer = _FAN_IN) -> Dense:
+def dense(features: int, dtype: DTypeLike, name: str | None = None, start: Initializer = _FAN_IN) -> nn.Dense:
     """A bias-free linear map, kernel ``[in, features]`` drawn with variance 1 / in unless ``start`` says otherwise."""
     wide = param_dtype(dtype)
-    return Dense(features, use_bias=False, dtype=dtype, param_dtype=wide, kernel_init=start, name=name)
+    fixed = {"use_bias": False, "dtype": dtype, "param_dtype": wide, "dot_general": rows_product}
+    return nn.Dense(features, kernel_init=start, name=name, **fixed)
 
 
 def near_identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "D D"]:
@@ -69,7 +72,7 @@ def apply_rope(
 
 def scaled(x: Float[Array, "*batch D"], scale: Float[Array, " D"]) -> Float[Array, "*batch D"]:
     """``x * scale``, features by channel."""
-    return by_rows(lambda rows: rows * scale, x)
+    return by_rows(lambda rows: rows * scale[None], x)
 
 
 def normal(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -178,13 +181,35 @@ def split_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:
     return jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2)
 
 
+def unit_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:
+    """Heads of norm 1: normalised before they are moved, while a head's features lie side by side."""
+    return split_heads(unit(x.reshape(*x.shape[:2], heads, -1)).reshape(x.shape), heads)
+
+
 def merge_heads(x: Float[Array, "B H T K"]) -> Stream:
     """[B,H,T,K] -> [B,T,H*K]."""
     return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
+def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...]) -> Any:
+    """``head(*shared, *own)`` of every head of every sequence.
+
+    Args:
+      head: a function of one head's arrays.
+      shared: what the sequences of a batch share, leaves [H,...].
+      own: what each sequence has, leaves [B,H,...].
+
+    Returns:
+      Its results, leaves [B,H,...]. Batch and heads run as one axis: an axis of length 1 would be slow (``by_rows``).
+    """
+    batch, heads = jax.tree.leaves(own)[0].shape[:2]
+    shared = jax.tree.map(lambda x: jnp.tile(x, (batch, *[1] * (x.ndim - 1))), shared)
+    own = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), own)
+    return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), jax.vmap(head)(*shared, *own))
+
+
 class HeadOutput(nn.Module):
-    """What a memory mixer does with its reads: ``W_o(RMSNorm_head(reads) * silu(W_g u))`` (SPEC 2.8)."""
+    """What a mixer does with the reads of a plain memory: ``W_o(RMSNorm_head(reads) * silu(W_g u))`` (SPEC 2.8)."""
 
     heads: int
     width: int
@@ -200,3 +225,33 @@ class HeadOutput(nn.Module):
     def __call__(self, u: Stream, reads: Float[Array, "B H T V"]) -> Stream:
         merged = scaled(merge_heads(normal(reads)), self.scale.reshape(-1))
         return self.down(merged.astype(self.dtype) * nn.silu(self.gate(u)))
+
+
+class AnswerOutput(nn.Module):
+    """What a mixer does with the reads of a residual memory: ``W_o [s q * silu(W_g u); s' (M(q) - q)]``.
+
+    Such a memory returns the query itself and what it found, which is small beside it. Kept apart, the two have maps
+    of their own, and what was found is neither gated nor normalised: its size says how much the memory knows. The
+    scales are per channel.
+    """
+
+    heads: int
+    width: int
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        self.gate = dense(self.width, self.dtype)
+        self.down = dense(self.width, self.dtype)
+        self.scale_query, self.scale_answer = self._scale("query", 1.0), self._scale("answer", 4.0)
+
+    def _scale(self, name: str, start: float) -> Array:
+        """Multiples of sqrt(K): a query of norm 1 has features of size 1."""
+        size = self.width // self.heads
+        constant = nn.initializers.constant(start * size**0.5)
+        return self.param(f"scale_{name}", constant, (self.heads, size), param_dtype(self.dtype))
+
+    @light
+    def __call__(self, u: Stream, queries: Float[Array, "B H T K"], answers: Float[Array, "B H T V"]) -> Stream:
+        asked = scaled(merge_heads(queries), self.scale_query.reshape(-1)).astype(self.dtype)
+        found = scaled(merge_heads(answers), self.scale_answer.reshape(-1)).astype(self.dtype)
+        return self.down(jnp.concatenate([asked * nn.silu(self.gate(u)), found], axis=-1))

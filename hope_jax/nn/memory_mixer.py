@@ -15,9 +15,19 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
-from hope_jax.memory.architectures import unit
 from hope_jax.memory.rule import Fast, Gates, MemoryState, Rule, scan
-from hope_jax.nn.layers import HeadOutput, dense, param_dtype, short_convs, split_heads
+from hope_jax.nn.layers import (
+    AnswerOutput,
+    HeadOutput,
+    dense,
+    light,
+    over_heads,
+    param_dtype,
+    rows_product,
+    short_convs,
+    split_heads,
+    unit_heads,
+)
 from hope_jax.types import Array, Int, Stream
 
 
@@ -80,7 +90,8 @@ class MemoryMixer(nn.Module):
         c = self.config
         self.projections = [dense(self.width, self.dtype, name=f"project_{n}") for n in "qkv"]
         self.convs = short_convs(c.conv, self.dtype)
-        self.out = HeadOutput(c.heads, self.width, self.dtype)
+        output = AnswerOutput if c.rule.architecture.residual else HeadOutput
+        self.out = output(c.heads, self.width, self.dtype)
         if c.rate_bias is not None:
             self.rate = self._gate("rate", c.rate_bias)
         if c.horizon is not None:
@@ -92,7 +103,14 @@ class MemoryMixer(nn.Module):
 
     def _gate(self, name: str, bias: float) -> nn.Dense:
         wide, start = param_dtype(self.dtype), nn.initializers.constant(bias)
-        return nn.Dense(self.config.heads, dtype=wide, param_dtype=wide, bias_init=start, name=f"gate_{name}")
+        return nn.Dense(
+            self.config.heads,
+            dtype=wide,
+            param_dtype=wide,
+            bias_init=start,
+            dot_general=rows_product,
+            name=f"gate_{name}",
+        )
 
     def _draw(self, key: Array, layer: int) -> Array:
         size, heads = self.width // self.config.heads, self.config.heads
@@ -117,21 +135,22 @@ class MemoryMixer(nn.Module):
         (q, k, v), tails = self._streams(u, state.tails)
         rule, position = self.config.rule, state.position
 
-        def head(fast, k, v, q, gates, initial):
+        def head(initial, fast, k, v, q, gates):
             reads, new = scan(rule, MemoryState(fast, position), k, v, q, gates, initial)
             return reads, new.fast
 
-        over_batch = jax.vmap(jax.vmap(head), in_axes=(0, 0, 0, 0, 0, None))
-        reads, fast = over_batch(state.fast, k, v, q, self._gates(u), self._initial())
-        return self.out(u, reads), MemoryMixerState(tails, fast, (position + u.shape[1]) % rule.period)
+        reads, fast = over_heads(head, (self._initial(),), (state.fast, k, v, q, self._gates(u)))
+        found = (q, reads - q) if rule.architecture.residual else (reads,)
+        return self.out(u, *found), MemoryMixerState(tails, fast, (position + u.shape[1]) % rule.period)
 
+    @light
     def _streams(self, u: Stream, tails: tuple[Array, ...]) -> tuple[list[Array], tuple[Array, ...]]:
         """Queries, keys and values per head [B,H,T,K]: projection, convolution, SiLU, then unit norm."""
         streams, new_tails = [], []
         for name, project, conv, tail in zip("qkv", self.projections, self.convs, tails, strict=True):
             x, tail = conv(project(u), tail)
-            x = split_heads(nn.silu(x), self.config.heads)
-            streams.append(unit(x) if name != "v" or self.config.unit_values else x.astype(param_dtype(x.dtype)))
+            make = unit_heads if name != "v" or self.config.unit_values else split_heads
+            streams.append(make(nn.silu(x), self.config.heads).astype(param_dtype(x.dtype)))
             new_tails.append(tail)
         return streams, tuple(new_tails)
 

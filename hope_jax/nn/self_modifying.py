@@ -25,10 +25,20 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.memory import architectures, objectives
-from hope_jax.memory.architectures import Architecture, unit
+from hope_jax.memory.architectures import Architecture
 from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import Boxes, SelfModifying, Streams, Tuning, scan
-from hope_jax.nn.layers import dense, light, merge_heads, near_identity, param_dtype, scaled, short_convs, split_heads
+from hope_jax.nn.layers import (
+    AnswerOutput,
+    dense,
+    light,
+    merge_heads,
+    near_identity,
+    over_heads,
+    param_dtype,
+    short_convs,
+    unit_heads,
+)
 from hope_jax.types import Array, Float, Int, Stream
 
 Projection = Literal["k", "v", "q"]
@@ -135,35 +145,6 @@ class SelfModifyingState(NamedTuple):
     position: Int[Array, ""] | np.ndarray
 
 
-class AnswerOutput(nn.Module):
-    """What the mixer does with its reads: ``W_o [s q * silu(W_g u); s' (M(q) - q)]``, scales per channel.
-
-    A residual memory returns the query itself and what it found. Kept apart, the two have maps of their own, and what
-    was found is neither gated nor normalised: its size says how much the memory knows.
-    """
-
-    heads: int
-    width: int
-    dtype: DTypeLike
-
-    def setup(self) -> None:
-        self.gate = dense(self.width, self.dtype)
-        self.down = dense(self.width, self.dtype)
-        self.scale_query, self.scale_answer = self._scale("query", 1.0), self._scale("answer", 4.0)
-
-    def _scale(self, name: str, start: float) -> Array:
-        """Multiples of sqrt(K): a query of norm 1 has features of size 1."""
-        size = self.width // self.heads
-        constant = nn.initializers.constant(start * size**0.5)
-        return self.param(f"scale_{name}", constant, (self.heads, size), param_dtype(self.dtype))
-
-    @light
-    def __call__(self, u: Stream, queries: Float[Array, "B H T K"], answers: Float[Array, "B H T V"]) -> Stream:
-        asked = scaled(merge_heads(queries), self.scale_query.reshape(-1)).astype(self.dtype)
-        found = scaled(merge_heads(answers), self.scale_answer.reshape(-1)).astype(self.dtype)
-        return self.down(jnp.concatenate([asked * nn.silu(self.gate(u)), found], axis=-1))
-
-
 class SelfModifyingMixer(nn.Module):
     """``(u[B,T,D], state) -> (y[B,T,D], state)``. Memories compute in at least float32 whatever ``dtype`` is."""
 
@@ -227,12 +208,7 @@ class SelfModifyingMixer(nn.Module):
         def head(initial, tuning, fast, streams):
             return scan(spec, initial, tuning, fast, streams, state.position)
 
-        batch, heads = u.shape[0], self.config.heads
-        shared = jax.tree.map(lambda x: jnp.tile(x, (batch, *[1] * (x.ndim - 1))), (self.initial, self.tuning))
-        own = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), (state.fast, streams))
-        # Batch and heads as one axis: an axis of length one would send the products down a slow path on CPU.
-        outputs = jax.vmap(head)(*shared, *own)
-        fast, reads, queries = jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), outputs)
+        fast, reads, queries = over_heads(head, (self.initial, self.tuning), (state.fast, streams))
         queries = streams.q if queries is None else queries
         position = (state.position + u.shape[1]) % max(spec.periods)
         answers = reads - queries if self.config.memory.residual else reads
@@ -242,14 +218,14 @@ class SelfModifyingMixer(nn.Module):
     def _streams(self, u: Stream, tails) -> tuple[Streams, tuple[Array, ...]]:
         """Inputs of the memories per head, [B,H,T,K] and of unit norm, and the convolutions' new tails."""
         heads = self.config.heads
-        inputs, new_tails = {"x": unit(split_heads(u, heads))}, []
+        inputs, new_tails = {"x": unit_heads(u, heads)}, []
         for name, conv, tail in zip("qkv", self.convs, tails, strict=True):
             x, tail = conv(u, tail)
-            inputs[name] = unit(split_heads(nn.silu(x), heads))
+            inputs[name] = unit_heads(nn.silu(x), heads)
             new_tails.append(tail)
         for name, project in self.static.items():
             projected = project(merge_heads(inputs[name]).astype(self.dtype))
-            inputs[name] = unit(split_heads(projected, heads))
+            inputs[name] = unit_heads(projected, heads)
         return Streams(momentum_decay=self._momentum_decay(inputs["x"]), **inputs), tuple(new_tails)
 
     def _momentum_decay(self, x: Float[Array, "B H T K"]) -> Float[Array, "B H T"] | None:

@@ -4,14 +4,21 @@ Rows are ``{"step", "tokens", "split": "train" | "heldout", ...means}``, ``step`
 drops the rows beyond the restored step, so the file reads as if the run had never stopped. Read ``loop.py`` next.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Collection, Mapping
+import socket
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
+from tqdm import tqdm
 
 from hope_jax.errors import UserError
 
@@ -57,8 +64,7 @@ class Record:
         _replace(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self.heldout = {row["step"]: row["bits_per_byte"] for row in kept if row["split"] == "heldout"}
         self._file = self._path.open("a")
-        # Its queue has no bound: on a full disk its thread dies, and we would wait for room in the queue for ever.
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0, max_queue=0)
+        self._board = Board(folder / "tensorboard", step + 1 if step else 0)
 
     def __enter__(self) -> "Record":
         return self
@@ -73,8 +79,49 @@ class Record:
         self._file.flush()
         if split == "heldout":
             self.heldout[step] = means["bits_per_byte"]
-        for name, value in means.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        self._board.add(step, {f"{split}/{name}": value for name, value in means.items()})
+
+
+class Board:
+    """TensorBoard events of a run, written by whoever adds them: a thread of its own could die unseen.
+
+    ``start`` is the first step to come; TensorBoard hides what an earlier attempt wrote from there on. When the disk
+    refuses an event, one sentence says so and no more are written: the rows of the record are what counts.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, now = folder, time.time()
+        name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"
+        self._writer: RecordWriter | None = RecordWriter(str(folder / name))
+        session = SessionLog(status=SessionLog.START)
+        version = Event(wall_time=now, file_version="brain.Event:2")
+        self._write([version, Event(wall_time=now, step=start, session_log=session)])
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """One event per number."""
+        now = time.time()
+        self._write([Event(wall_time=now, step=step, summary=scalar(name, x)) for name, x in values.items()])
+
+    def close(self) -> None:
+        """Everything on disk; further events are ignored."""
+        self._try(RecordWriter.close)
+        self._writer = None
+
+    def _write(self, events: list[Event]) -> None:
+        self._try(lambda writer: [writer.write(event.SerializeToString()) for event in events])
+
+    def _try(self, action: Callable[[RecordWriter], object]) -> None:
+        if (writer := self._writer) is None:
+            return
+        try:
+            action(writer)
+        except OSError as error:
+            self._writer = None
+            why = error.strerror or error
+            tqdm.write(f"No more TensorBoard events in {self._folder}: {why}.", file=sys.stderr)
+            with contextlib.suppress(OSError):  # it tries once more to write what it could not
+                writer.close()
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,0 +1,47 @@
+"""Files of JSON lines that many processes append to: one line per result, whole even after a kill or a full disk."""
+
+import fcntl
+import json
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hope_jax.errors import UserError
+
+Row = dict[str, Any]
+
+
+def open_results(folder: Path, name: str) -> Path:
+    """The file in ``folder``, made if needed, its last line ended. Raises UserError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _end_last_line(file)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {folder / name}: {error.strerror or error}; choose another --results."
+        ) from error
+    return folder / name
+
+
+def _end_last_line(file: BinaryIO) -> None:
+    """A line without its end gets it if it is whole; otherwise its result was lost to a kill, and the rest goes too."""
+    file.seek(0)
+    last = file.read().rpartition(b"\n")[2]
+    if not last:
+        return
+    try:
+        json.loads(last)
+    except ValueError:
+        file.truncate(file.tell() - len(last))
+        print(f"The last line of {file.name} was cut off and has been removed: {last[:80]!r}", file=sys.stderr)
+    else:
+        file.write(b"\n")
+
+
+def append(path: Path, row: Row) -> None:
+    """One JSON line at the end of a file of ``open_results``, after whatever another process is writing."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(row) + "\n")

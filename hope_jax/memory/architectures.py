@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.errors import UserError
-from hope_jax.memory.products import nt
+from hope_jax.memory.products import by_rows, nt
 from hope_jax.types import Array, Float, PRNGKeyArray
 
 Weights = tuple[Float[Array, "..."], ...]
@@ -22,7 +22,7 @@ Activation = Callable[[Array], Array]
 def unit(z: Float[Array, "*axes K"]) -> Float[Array, "*axes K"]:
     """z / ||z|| over the last axis, smooth at 0 (SPEC 0), in at least float32."""
     z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
-    return z * jax.lax.rsqrt(jnp.sum(jnp.square(z), axis=-1, keepdims=True) + 1e-6)
+    return by_rows(lambda rows: rows * jax.lax.rsqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True) + 1e-6), z)
 
 
 def unit_gelu(z: Float[Array, "*axes F"]) -> Float[Array, "*axes F"]:

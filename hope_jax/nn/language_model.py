@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.core import Tracer
 
 from hope_jax.errors import UserError
+from hope_jax.memory.products import by_rows
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.layers import RMSNorm, param_dtype
 from hope_jax.types import Array, Logits, Stream, Tokens
@@ -101,7 +102,8 @@ class LanguageModel(nn.Module):
         x, state = self.blocks(x, state)
         table = self.embedding.astype(self.config.dtype)
         wide = param_dtype(self.config.dtype)
-        return jnp.einsum("btd,vd->btv", self.norm(x), table, preferred_element_type=wide), state
+        score = lambda rows: jnp.einsum("rd,vd->rv", rows, table, preferred_element_type=wide)  # noqa: E731
+        return by_rows(score, self.norm(x)), state
 
     def _embed(self, tokens: Tokens) -> Stream:
         check_tokens(tokens, self.config.vocab_size)

@@ -15,6 +15,7 @@ from flax.typing import Initializer
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
+from hope_jax.memory.products import by_rows
 from hope_jax.types import Array, Float, Int, PRNGKeyArray, Stream
 
 EPS = 1e-6
@@ -32,10 +33,17 @@ def param_dtype(dtype: DTypeLike) -> jnp.dtype:
 _FAN_IN = nn.initializers.lecun_normal()
 
 
-def dense(features: int, dtype: DTypeLike, name: str | None = None, start: Initializer = _FAN_IN) -> nn.Dense:
+class Dense(nn.Dense):
+    """A linear map of features, over all other axes as one."""
+
+    def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch N"]:
+        return by_rows(super().__call__, inputs)
+
+
+def dense(features: int, dtype: DTypeLike, name: str | None = None, start: Initializer = _FAN_IN) -> Dense:
     """A bias-free linear map, kernel ``[in, features]`` drawn with variance 1 / in unless ``start`` says otherwise."""
     wide = param_dtype(dtype)
-    return nn.Dense(features, use_bias=False, dtype=dtype, param_dtype=wide, kernel_init=start, name=name)
+    return Dense(features, use_bias=False, dtype=dtype, param_dtype=wide, kernel_init=start, name=name)
 
 
 def near_identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "D D"]:
@@ -59,6 +67,17 @@ def apply_rope(
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1).astype(x.dtype)
 
 
+def scaled(x: Float[Array, "*batch D"], scale: Float[Array, " D"]) -> Float[Array, "*batch D"]:
+    """``x * scale``, features by channel."""
+    return by_rows(lambda rows: rows * scale, x)
+
+
+def normal(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """``x / rms(x)`` over the last axis, in at least float32."""
+    wide = x.astype(param_dtype(x.dtype))
+    return by_rows(lambda rows: rows * jax.lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + EPS), wide)
+
+
 class RMSNorm(nn.Module):
     """``x / rms(x) * scale`` over the last axis; the mean square in at least float32, the result in ``dtype``."""
 
@@ -67,9 +86,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), param_dtype(self.dtype))
-        wide = x.astype(param_dtype(x.dtype))
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)
-        return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(self.dtype)
+        return scaled(normal(x), scale).astype(self.dtype)
 
 
 def taps_at(lag: int) -> Initializer:
@@ -104,7 +121,7 @@ class ShortConv(nn.Module):
         time, channels = x.shape[1:]
         kernel = self.param("kernel", self.start, (self.width, channels), param_dtype(self.dtype)).astype(self.dtype)
         seen = jnp.concatenate([tail, x.astype(self.dtype)], axis=1)
-        taps = [seen[:, i : i + time] * kernel[None, None, i] for i in range(self.width)]
+        taps = [scaled(seen[:, i : i + time], kernel[i]) for i in range(self.width)]
         return functools.reduce(jnp.add, taps), seen[:, time:]
 
 
@@ -181,8 +198,7 @@ class HeadOutput(nn.Module):
 
     @light
     def __call__(self, u: Stream, reads: Float[Array, "B H T V"]) -> Stream:
-        rms = jax.lax.rsqrt(jnp.mean(reads * reads, axis=-1, keepdims=True) + EPS)
-        merged = merge_heads(reads * rms * self.scale[None, :, None])
+        merged = scaled(merge_heads(normal(reads)), self.scale.reshape(-1))
         return self.down(merged.astype(self.dtype) * nn.silu(self.gate(u)))
 
 
@@ -211,6 +227,6 @@ class AnswerOutput(nn.Module):
 
     @light
     def __call__(self, u: Stream, queries: Float[Array, "B H T K"], answers: Float[Array, "B H T V"]) -> Stream:
-        asked = merge_heads(queries * self.scale_query[None, :, None]).astype(self.dtype) * nn.silu(self.gate(u))
-        found = merge_heads(answers * self.scale_answer[None, :, None]).astype(self.dtype)
-        return self.down(jnp.concatenate([asked, found], axis=-1))
+        asked = scaled(merge_heads(queries), self.scale_query.reshape(-1)).astype(self.dtype)
+        found = scaled(merge_heads(answers), self.scale_answer.reshape(-1)).astype(self.dtype)
+        return self.down(jnp.concatenate([asked * nn.silu(self.gate(u)), found], axis=-1))

@@ -28,7 +28,7 @@ class Row:
       valley: learning rate and updates that bring a Rosenbrock function from 24 below 0.1.
       extra: arguments of ``update`` beyond optax's own that it reads.
       wide_state: bfloat16 parameters have float32 state.
-      complex: it is defined for complex parameters.
+      complex: it is defined for complex parameters (optax.MultiSteps, hence a level with n > 1, is not).
     """
 
     make: Callable[[Any], optax.GradientTransformation]
@@ -132,13 +132,15 @@ ROWS = {
     "adamw, all at once": Row(
         levels(ALL_AT_ONCE, adamw), limit(adamw), 3e-2, tolerance=1e-2, valley=VALLEY, wide_state=False
     ),
-    "adamw, levels": Row(levels(LEVELS, adamw), limit(adamw), 3e-2, 1200, 1e-2, valley=VALLEY, wide_state=False),
-    "momentum, levels": Row(levels(LEVELS, momentum), limit(momentum), 3e-2, 1200, wide_state=False),
+    "adamw, levels": Row(
+        levels(LEVELS, adamw), limit(adamw), 3e-2, 1200, 1e-2, valley=VALLEY, wide_state=False, complex=False
+    ),
+    "momentum, levels": Row(levels(LEVELS, momentum), limit(momentum), 3e-2, 1200, wide_state=False, complex=False),
     "m3": Row(m3, (m3(1e-2, slow=0.0, second="none"), known_muon(to_rms)), FADING, tolerance=2e-2, valley=VALLEY),
     "m3, three scales": Row(
         three_scales, (m3(1e-2, 0.0, "none"), known_muon(to_rms)), FADING, tolerance=2e-2, valley=VALLEY
     ),
-    "m3, levels": Row(levels(LEVELS, m3), limit(m3), SLOWLY, 1200, tolerance=2e-2, valley=VALLEY),
+    "m3, levels": Row(levels(LEVELS, m3), limit(m3), SLOWLY, 1200, tolerance=2e-2, valley=VALLEY, complex=False),
     "muon": Row(
         muon, (muon(1e-2), known_muon(lambda u: 0.2 * max(u.shape) ** 0.5 * u)), FADING, tolerance=2e-2, valley=VALLEY
     ),
@@ -149,7 +151,7 @@ ROWS = {
     "preconditioned": Row(preconditioned, (preconditioned(1e-2, 1.0), SIGNS), FADING, tolerance=2e-2, valley=VALLEY),
     "delta": Row(delta("gram"), (delta("gram", 0.0)(1e-2), momentum(1e-2)), 3e-2),
     "delta, scalar": Row(delta("scalar"), (delta("scalar", 0.0)(1e-2), momentum(1e-2)), 3e-2),
-    "delta, levels": Row(levels(LEVELS, delta("gram")), limit(delta("gram")), 3e-2, 1200),
+    "delta, levels": Row(levels(LEVELS, delta("gram")), limit(delta("gram")), 3e-2, 1200, complex=False),
 }
 table = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 

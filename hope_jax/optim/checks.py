@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from hope_jax.errors import UserError
@@ -31,7 +31,7 @@ def check(name: str, value: Any, low: float, high: float = math.inf, *, open_hig
 
     A traced value (``optax.inject_hyperparams`` inside ``jit``) or a schedule is not known yet and passes.
     """
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    if callable(value) or isinstance(value, Tracer):
         return
     number = float(value)
     if not (low <= number < high or (number == high and not open_high)):

@@ -202,7 +202,7 @@ def _start(rules: _Rules, params: Any, labels: Labels) -> M3State:
 
 
 def _step(rules: _Rules, gradients: Any, state: M3State, views: Any) -> tuple[Any, M3State]:
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
     pairs = zip(rules.scales, state.momenta, state.directions, strict=True)
     moved = [_scale_step(rules, one, gradients, m, o, state.count, views) for one, m, o in pairs]
     total = lambda *ds: sum(one.weight * d for one, d in zip(rules.scales, ds, strict=True))  # noqa: E731
@@ -259,5 +259,5 @@ def m3(
     scale = scale_by_m3(
         scales, second_decay, accumulate, second_moment, update_rms, eps, newton_schulz, matrices, state_dtype
     )
-    rest = fallback or optax.adamw(learning_rate, weight_decay=weight_decay, mask=mask)
+    rest = fallback or recipe(optax.scale_by_adam(), learning_rate, weight_decay, mask)
     return recipe(scale, learning_rate, weight_decay, mask, rest, matrices, state_dtype)

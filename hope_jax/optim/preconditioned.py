@@ -39,7 +39,7 @@ def scale_by_preconditioned_momentum(
     Raises:
       UserError: decay out of range; from ``init``, leaves that are no floating-point arrays.
     """
-    links = [] if feature_map is None else [optax.stateless_with_tree_map(lambda g, _: feature_map(g))]
+    links = [] if feature_map is None else [optax.stateless_with_tree_map(lambda g, _: feature_map(jnp.asarray(g)))]
     links += [] if precondition is None else [precondition]
     check("decay", decay, 0, 1, open_high=False)
     return scale_by_generalized_momentum(
@@ -101,8 +101,8 @@ def learned_preconditioner(rate: Any = 0.01, eps: Any = 1e-8) -> optax.GradientT
         key = jnp.sign(g)
         return p - rate * ((p * key - g) * key.conj()).real
 
-    def update(updates: Any, state: LearnedPreconditionerState, params: Any = None) -> tuple[Any, Any]:
-        count = optax.safe_increment(state.count)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        count = jnp.asarray(optax.safe_increment(state.count))
         learned = jax.tree.map(lambda g, p: descend(p, g), updates, state.preconditioner)
         known = 1 - (1 - rate) ** count
         scaled = jax.tree.map(lambda g, p: g / (p / known + eps), updates, learned)

@@ -1,5 +1,55 @@
-"""Optimizers as optax transformations."""
+"""Optimizers as optax transformations: ``scale_by_x`` is the mathematics, ``x(learning_rate, ...)`` the optimizer."""
 
 from hope_jax.optim.by_level import by_level
+from hope_jax.optim.delta_momentum import delta_momentum, delta_retention, scale_by_delta_momentum
+from hope_jax.optim.generalized import (
+    GeneralizedMomentumState,
+    KeyedMemory,
+    LinearMemory,
+    Memory,
+    dot,
+    generalized_momentum,
+    l2,
+    scale_by_generalized_momentum,
+)
+from hope_jax.optim.m3 import M3State, MomentumScale, m3, scale_by_m3
+from hope_jax.optim.matrices import MatrixView, MuonDimensionNumbers, matrix_labels, matrix_views
+from hope_jax.optim.newton_schulz import NewtonSchulz, muon_step, orthogonalize
+from hope_jax.optim.precision import with_state_dtype
+from hope_jax.optim.preconditioned import (
+    LearnedPreconditionerState,
+    learned_preconditioner,
+    preconditioned_momentum,
+    scale_by_preconditioned_momentum,
+)
 
-__all__ = ["by_level"]
+__all__ = [
+    "GeneralizedMomentumState",
+    "KeyedMemory",
+    "LearnedPreconditionerState",
+    "LinearMemory",
+    "M3State",
+    "MatrixView",
+    "Memory",
+    "MomentumScale",
+    "MuonDimensionNumbers",
+    "NewtonSchulz",
+    "by_level",
+    "delta_momentum",
+    "delta_retention",
+    "dot",
+    "generalized_momentum",
+    "l2",
+    "learned_preconditioner",
+    "m3",
+    "matrix_labels",
+    "matrix_views",
+    "muon_step",
+    "orthogonalize",
+    "preconditioned_momentum",
+    "scale_by_delta_momentum",
+    "scale_by_generalized_momentum",
+    "scale_by_m3",
+    "scale_by_preconditioned_momentum",
+    "with_state_dtype",
+]

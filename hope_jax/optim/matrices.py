@@ -1,0 +1,154 @@
+"""Which parameters are matrices, and along which axes: one answer for every optimizer that treats matrices as such.
+
+A *label* per leaf says it: ``"matrix"`` (the first axis by all others), ``"adamw"`` (not a matrix), or optax's
+``MuonDimensionNumbers(reduction_axis, output_axis)`` (a matrix along these axes, every other axis counts copies).
+``matrix_labels`` makes the function ``params -> labels``; ``matrix_views`` turns labels into ``MatrixView`` objects.
+
+>>> m3(1e-3)                                                     # every leaf of two or more axes: [d0, d1 * d2 ...]
+>>> m3(1e-3, matrices=matrix_labels(batch_axes={"blocks": 1}))   # below "blocks" the leading axis counts layers
+>>> m3(1e-3, matrices=lambda params: jax.tree.map(..., params))  # any labels: MuonDimensionNumbers((0, 1), 2), ...
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+from jax.tree_util import tree_map_with_path
+from optax.contrib import MuonDimensionNumbers
+
+from hope_jax.errors import UserError
+from hope_jax.optim.checks import leaf_name
+from hope_jax.types import Array, Float
+
+MATRIX = "matrix"
+ADAMW = "adamw"
+NOT_MATRICES = ("*embed*", "head", "head_*", "*_head")
+
+Labels = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """How one parameter is seen as a stack of matrices. For a Flax kernel rows are inputs, columns outputs.
+
+    Attributes:
+      shape: of the parameter.
+      batch: axes that count matrices.
+      rows: axes that together are a matrix's rows.
+      columns: axes that together are its columns; none for a vector, which is one column.
+    """
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of ``to_matrices``: the batch axes, rows, columns."""
+        sizes = [math.prod(self.shape[axis] for axis in axes) for axes in (self.rows, self.columns)]
+        return (*(self.shape[axis] for axis in self.batch), *sizes)
+
+    def to_matrices(self, leaf: Array) -> Float[Array, "*batch rows columns"]:
+        """The parameter (or its gradient) as matrices; batch axes keep their places among themselves."""
+        return leaf.transpose(self._order).reshape(self.matrix_shape)
+
+    def from_matrices(self, matrices: Array) -> Array:
+        """What ``to_matrices`` was given."""
+        axes = matrices.reshape(tuple(self.shape[axis] for axis in self._order))
+        return axes.transpose(sorted(range(len(self.shape)), key=self._order.__getitem__))
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return (*self.batch, *self.rows, *self.columns)
+
+
+def matrix_labels(batch_axes: Mapping[str, int] | None = None, exclude: Sequence[str] = NOT_MATRICES) -> Labels:
+    """The usual rule: leaves of two or more axes are matrices, but embeddings and heads are not (SPEC 5.1).
+
+    Args:
+      batch_axes: name on a leaf's path -> leading axes that count copies below it, added up along the path:
+        ``{"blocks": 1, "initial_*": 1}`` for heads of layers. What remains decides whether the leaf is a matrix, so a
+        vector stacked over layers is none. Names are shell patterns; a pattern may match nothing, because
+        ``optax.partition`` and ``by_level`` show every optimizer only its own part of the tree.
+      exclude: patterns of names on the path of leaves that are no matrices, in lower case (case is ignored).
+
+    Returns:
+      ``params -> labels``.
+
+    Raises:
+      UserError: a negative number of axes; from the function, a leaf with fewer axes than it has batch axes.
+    """
+    counts = dict(batch_axes or {})
+    if min(counts.values(), default=0) < 0:
+        raise UserError(f"batch_axes is {counts}; expected 0 or more leading axes for each name")
+
+    def label(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = [_name(entry).lower() for entry in path]
+        batch = sum(n for pattern, n in counts.items() for name in names if fnmatchcase(name, pattern.lower()))
+        if batch > leaf.ndim:
+            raise UserError(f"{leaf_name(path)} has shape {leaf.shape}; batch_axes takes {batch} leading axes of it")
+        if leaf.ndim - batch < 2 or any(fnmatchcase(name, pattern) for name in names for pattern in exclude):
+            return ADAMW
+        return MuonDimensionNumbers(batch, tuple(range(batch + 1, leaf.ndim))) if batch else MATRIX
+
+    return lambda params: tree_map_with_path(label, params)
+
+
+def matrix_views(params: Any, labels: Labels) -> Any:
+    """For every leaf its ``MatrixView``, or None where the label is not that of a matrix.
+
+    The result goes second into ``jax.tree.map``: ``jax.tree.map(lambda leaf, view: ..., params, views)``.
+
+    Raises:
+      UserError: naming the leaf, a label that is none, or dimension numbers that do not fit the leaf.
+    """
+    return tree_map_with_path(_view, params, _checked(labels(params), params))
+
+
+def matrix_or_column_views(params: Any, labels: Labels) -> Any:
+    """As ``matrix_views``, but a leaf that is no matrix is a single column, [size, 1]."""
+    column = lambda leaf: MatrixView(leaf.shape, (), tuple(range(leaf.ndim)), ())  # noqa: E731
+    return jax.tree.map(lambda leaf, view: view or column(leaf), params, matrix_views(params, labels))
+
+
+def partition_labels(labels: Labels) -> Labels:
+    """The same labels as ``optax.partition`` wants them: "matrix" or "adamw"."""
+    return lambda params: jax.tree.map(lambda _, view: MATRIX if view else ADAMW, params, matrix_views(params, labels))
+
+
+def _name(entry: Any) -> str:
+    """The name of one step of a path: a dictionary's key, an attribute or an index."""
+    return str(next(getattr(entry, kind) for kind in ("key", "name", "idx") if hasattr(entry, kind)))
+
+
+def _checked(labels: Any, params: Any) -> Any:
+    try:
+        jax.tree.structure(params).flatten_up_to(labels)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"labels are not shaped like the parameters; return one label per leaf ({error})") from None
+    return labels
+
+
+def _view(path: tuple[Any, ...], leaf: Any, label: Any) -> MatrixView | None:
+    if isinstance(label, str) and label == ADAMW:
+        return None
+    if isinstance(label, str) and label == MATRIX:
+        label = MuonDimensionNumbers(0, tuple(range(1, leaf.ndim)))
+    if not isinstance(label, MuonDimensionNumbers):
+        raise UserError(f"{leaf_name(path)} is labelled {label!r}; expected 'matrix', 'adamw' or MuonDimensionNumbers")
+    rows, columns = _axes(label.reduction_axis), _axes(label.output_axis)
+    used = [axis % leaf.ndim for axis in (*rows, *columns) if -leaf.ndim <= axis < leaf.ndim]
+    if leaf.ndim < 2 or not rows or not columns or len(set(used)) != len(rows) + len(columns):
+        raise UserError(
+            f"{leaf_name(path)} of shape {leaf.shape} is labelled {label}; expected distinct axes of a matrix"
+        )
+    batch = tuple(axis for axis in range(leaf.ndim) if axis not in used)
+    return MatrixView(leaf.shape, batch, tuple(used[: len(rows)]), tuple(used[len(rows) :]))
+
+
+def _axes(axes: Sequence[int] | int) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)

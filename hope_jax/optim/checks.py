@@ -1,4 +1,4 @@
-"""Mistakes in hyper-parameters and parameters, refused at construction or in ``init`` with the name of what is wrong."""
+"""Mistakes in hyper-parameters and parameters are refused at construction or in ``init``, by name."""
 
 import math
 from typing import Any

@@ -17,11 +17,12 @@ from typing import Any
 
 import jax
 from jax.tree_util import tree_map_with_path
+from jaxtyping import Inexact
 from optax.contrib import MuonDimensionNumbers
 
 from hope_jax.errors import UserError
 from hope_jax.optim.checks import leaf_name
-from hope_jax.types import Array, Float
+from hope_jax.types import Array
 
 MATRIX = "matrix"
 ADAMW = "adamw"
@@ -52,7 +53,7 @@ class MatrixView:
         sizes = [math.prod(self.shape[axis] for axis in axes) for axes in (self.rows, self.columns)]
         return (*(self.shape[axis] for axis in self.batch), *sizes)
 
-    def to_matrices(self, leaf: Array) -> Float[Array, "*batch rows columns"]:
+    def to_matrices(self, leaf: Array) -> Inexact[Array, "*batch rows columns"]:
         """The parameter (or its gradient) as matrices; batch axes keep their places among themselves."""
         return leaf.transpose(self._order).reshape(self.matrix_shape)
 

@@ -1,0 +1,191 @@
+"""Momentum is an associative memory of gradients (Eq. 33, 48-52): objective x memory x retention, and nothing else.
+
+At every step the memory m is asked to make of the gradient G what the objective wants, by one step of gradient descent,
+after the retention has let some of the past go; the parameters then move by what the memory says of G:
+
+    m <- retention(m, G) - rate grad_m objective(m(G), value)          gradient taken at the old m
+    W <- W + learning_rate output(m(G))
+
+The value is -P, the preconditioner, for the key G; the famous optimizers are settings:
+
+    momentum (Eq. 33)         objective=dot, memory=LinearMemory(), retention=0.9: all defaults
+    EMA of gradients          objective=l2, rate=1 - decay, retention=1
+    preconditioned (Eq. 47)   precondition=optax.scale_by_rms() or any other, see ``preconditioned.py``
+    delta momentum (Eq. 49)   objective=l2, memory=KeyedMemory(); or a retention of ``delta_momentum.py``
+    Muon (Eq. 42)             output=muon_step
+    deep momentum (Eq. 50)    a memory that is an MLP
+
+``Memory`` is the protocol of a new one. ``recipe.py`` has the rest of an optimizer: weight decay, learning rate.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hope_jax.errors import UserError
+from hope_jax.optim.checks import check
+from hope_jax.optim.matrices import Labels, MatrixView, matrix_labels, matrix_or_column_views
+from hope_jax.optim.precision import with_state_dtype
+from hope_jax.optim.recipe import recipe
+from hope_jax.types import Array, Scalar
+
+Objective = Callable[[Array, Array], Scalar]
+Retention = Callable[[Any, Array, MatrixView], Any]
+
+
+def dot(prediction: Array, value: Array) -> Scalar:
+    """Similarity, -<prediction, value>: Hebbian, the objective of plain momentum."""
+    return -jnp.sum((prediction * value.conj()).real)
+
+
+def l2(prediction: Array, value: Array) -> Scalar:
+    """Regression, 1/2 ||prediction - value||^2: the delta rule. What is written already is not written again."""
+    return 0.5 * jnp.sum(jnp.square(jnp.abs(prediction - value)))
+
+
+class Memory(Protocol):
+    """A memory of one parameter's gradients. Arrays come in the parameter's shape; ``view`` makes them matrices.
+
+    ``init(leaf, view)`` gives the state: a pytree of floating-point arrays, all of them learned, from the parameter, of
+    which only shape and dtype matter. ``loss`` is the inner loss of mapping the key ``gradient`` to ``target``, the
+    preconditioned gradient (less its sign: the memory is to answer -target), as the objective measures it. ``read`` is
+    the memory's answer to the gradient, in the parameter's shape: a direction of descent.
+    """
+
+    def init(self, leaf: Array, view: MatrixView) -> Any: ...
+    def loss(self, state: Any, gradient: Array, target: Array, objective: Objective, view: MatrixView) -> Scalar: ...
+    def read(self, state: Any, gradient: Array, view: MatrixView) -> Array: ...
+
+
+@dataclass(frozen=True)
+class LinearMemory:
+    """One cell shaped like the parameter, asked for -target whatever the key: m(G) = m. With ``dot`` this is Eq. 33."""
+
+    def init(self, leaf: Array, view: MatrixView) -> Array:
+        """Nothing remembered."""
+        return jnp.zeros_like(leaf)
+
+    def loss(self, state: Array, gradient: Array, target: Array, objective: Objective, view: MatrixView) -> Scalar:
+        """The objective of (m, -target)."""
+        return objective(state, -target)
+
+    def read(self, state: Array, gradient: Array, view: MatrixView) -> Array:
+        """m."""
+        return state
+
+
+@dataclass(frozen=True)
+class KeyedMemory(LinearMemory):
+    """The gradient's own columns are the keys: m maps G to ``m^T G``, [columns, columns], and is asked for -I (Eq. 48).
+
+    With ``l2`` a write is ``m <- m - rate (G G^T m + G)``: delta momentum, one rate for erase and write; with ``dot`` it
+    is Eq. 33 again, since ``<m^T G, I> = <m, G>``. The value is the identity, so no preconditioner applies.
+    Costs ``4 rows columns^2`` FLOPs and two transient matrices of [columns, columns].
+    """
+
+    def loss(self, state: Array, gradient: Array, target: Array, objective: Objective, view: MatrixView) -> Scalar:
+        """The objective of (m^T G, -I)."""
+        prediction = view.to_matrices(state).mT.conj() @ view.to_matrices(gradient)
+        return objective(prediction, -jnp.broadcast_to(jnp.eye(prediction.shape[-1]), prediction.shape))
+
+
+class GeneralizedMomentumState(NamedTuple):
+    """The memory of every parameter, and the preconditioner's own state."""
+
+    memory: Any
+    precondition: Any
+
+
+def scale_by_generalized_momentum(
+    objective: Objective = dot,
+    memory: Memory | None = None,
+    retention: Any = 0.9,
+    rate: Any = 1.0,
+    precondition: optax.GradientTransformation | None = None,
+    output: Callable[[Array], Array] | None = None,
+    matrices: Labels | None = None,
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The module's update rule, less the learning rate: ``-output(m(G))`` after the write.
+
+    State: the memory's (one value per parameter for the linear ones, 4 bytes at float32) and the preconditioner's.
+    FLOPs: a few per parameter for ``LinearMemory``; a memory's gradient is taken by automatic differentiation.
+
+    Args:
+      objective: ``(prediction, value) -> scalar``, such as ``dot`` or ``l2``.
+      memory: what is written and read; None: ``LinearMemory()``.
+      retention: share of the state kept at each step, 0 to 1, or ``(state, gradient, view) -> state``. States are
+        deviations from what a memory starts as, so keeping nothing means starting again.
+      rate: step of the inner gradient descent, 0 or more.
+      precondition: P, any optax transformation of the gradients (Eq. 47); None: the identity.
+      output: the nonlinearity sigma of Eq. 52 on [..., rows, columns], such as ``muon_step``; None: the identity.
+      matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two or more axes is a matrix, embeddings
+        too. A leaf that is none is one column, [size, 1].
+      state_dtype: see ``precision.with_state_dtype``.
+
+    Raises:
+      UserError: retention or rate out of range; a preconditioner given to a memory of fixed values; from ``init``,
+        leaves that are no floating-point arrays.
+    """
+    memory = LinearMemory() if memory is None else memory
+    check("retention", retention, 0, 1, open_high=False)
+    check("rate", rate, 0)
+    if isinstance(memory, KeyedMemory) and precondition is not None:
+        raise UserError("KeyedMemory's values are the identity; use precondition with delta_momentum")
+    transform = optax.with_extra_args_support(precondition or optax.identity())
+    labels = matrix_labels(exclude=()) if matrices is None else matrices
+    retain = retention if callable(retention) else decay(retention)
+
+    def init(params: Any) -> GeneralizedMomentumState:
+        views = matrix_or_column_views(params, labels)
+        return GeneralizedMomentumState(jax.tree.map(memory.init, params, views), transform.init(params))
+
+    def write(state: Any, gradient: Array, target: Array, view: MatrixView) -> Any:
+        slope = jax.grad(memory.loss)(state, gradient, target, objective, view)
+        return jax.tree.map(lambda kept, d: kept - rate * d.conj(), retain(state, gradient, view), slope)
+
+    def answer(gradient: Array, state: Any, view: MatrixView) -> Array:
+        found = -memory.read(state, gradient, view)
+        return found if output is None else view.from_matrices(output(view.to_matrices(found)))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, GeneralizedMomentumState]:
+        views = matrix_or_column_views(updates, labels)
+        targets, inner = transform.update(updates, state.precondition, params, **extra)
+        writing = lambda g, t, m, view: write(m, g, t, view)  # noqa: E731
+        written = jax.tree.map(writing, updates, targets, state.memory, views)
+        return jax.tree.map(answer, updates, written, views), GeneralizedMomentumState(written, inner)
+
+    return with_state_dtype(
+        optax.GradientTransformationExtraArgs(init, update), state_dtype, "scale_by_generalized_momentum"
+    )
+
+
+def decay(share: Any) -> Retention:
+    """Keep this share of everything: alpha of Eq. 33."""
+    return lambda state, gradient, view: jax.tree.map(lambda m: share * m, state)
+
+
+def generalized_momentum(
+    learning_rate: optax.ScalarOrSchedule,
+    objective: Objective = dot,
+    memory: Memory | None = None,
+    retention: Any = 0.9,
+    rate: Any = 1.0,
+    precondition: optax.GradientTransformation | None = None,
+    output: Callable[[Array], Array] | None = None,
+    matrices: Labels | None = None,
+    state_dtype: Any = None,
+    *,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """``scale_by_generalized_momentum`` with decoupled weight decay and a learning rate: see there and ``recipe``."""
+    scale = scale_by_generalized_momentum(
+        objective, memory, retention, rate, precondition, output, matrices, state_dtype
+    )
+    return recipe(scale, learning_rate, weight_decay, mask, fallback, matrices, state_dtype)

@@ -1,94 +1,16 @@
-"""The optimizers x what every one of them owes: a new optimizer is one row of ``ROWS``.
+"""The optimizers x what every one of them owes: a new optimizer is one row of ``optimizer_rows.ROWS``.
 
-Rows for now are settings of ``optim.by_level``; when its levels move and by which gradient is in ``test_by_level.py``.
+Further properties, of an optimizer inside optax's wrappers, are in ``test_optimizer_wrappers.py``; when the levels of
+``by_level`` move and by which gradient is in ``test_by_level.py``.
 """
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from hope_jax.optim import by_level
-
-LEVELS = {"static": 1, "level_0": 2, "level_1": 4}
-ALL_AT_ONCE = dict.fromkeys(LEVELS, 1)
-
-
-@dataclass(frozen=True)
-class Row:
-    """An optimizer and what the table needs to know of it.
-
-    Attributes:
-      make: the optimizer at a learning rate, a number or a traced array.
-      limit: the same where it should be a known optimizer, and that optimizer.
-      rate: a learning rate that reaches the minimum of a small quadratic in ``steps`` updates, to ``tolerance``.
-      extra: arguments of ``update`` beyond optax's own that it reads.
-    """
-
-    make: Callable[[Any], optax.GradientTransformation]
-    limit: tuple[optax.GradientTransformation, optax.GradientTransformation]
-    rate: float
-    steps: int = 400
-    tolerance: float = 1e-3
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-def levels(every: Mapping[str, int], optimizer: Callable[[Any], optax.GradientTransformation]) -> Callable:
-    """``by_level`` with the same optimizer on every level, as a function of the learning rate."""
-    return lambda rate: by_level(lambda n: optimizer(rate), every)
-
-
-def adamw(rate: Any) -> optax.GradientTransformation:
-    """AdamW that also decays, which sets it apart from Adam."""
-    return optax.adamw(rate, weight_decay=1e-3)
-
-
-def momentum(rate: Any) -> optax.GradientTransformation:
-    """Gradient descent with momentum."""
-    return optax.sgd(rate, momentum=0.9)
-
-
-def limit(optimizer: Callable[[Any], optax.GradientTransformation]):
-    """All levels at once are no levels."""
-    return levels(ALL_AT_ONCE, optimizer)(1e-2), optimizer(1e-2)
-
-
-ROWS = {
-    "adamw, all at once": Row(levels(ALL_AT_ONCE, adamw), limit(adamw), rate=3e-2, tolerance=1e-2),
-    "adamw, levels": Row(levels(LEVELS, adamw), limit(adamw), rate=3e-2, steps=1200, tolerance=1e-2),
-    "momentum, levels": Row(levels(LEVELS, momentum), limit(momentum), rate=3e-2, steps=1200),
-}
-table = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-
-
-def parameters(dtype: Any = jnp.float32):
-    """A tree like a model's, one leaf per level; the first axis can be cut into eight."""
-    shapes = {"embedding": (16, 3), "ffn": {"level_0": {"kernel": (8, 2)}, "level_1": {"kernel": (8,)}}}
-    draw = np.random.default_rng(0)
-    return jax.tree.map(lambda s: jnp.asarray(draw.normal(size=s), dtype), shapes, is_leaf=lambda s: type(s) is tuple)
-
-
-def gradient(step: int, like: Any):
-    """Gradient number ``step``, of the shapes, dtypes and placement of ``like``."""
-    draw = np.random.default_rng(step + 1)
-    return jax.tree.map(lambda p: jnp.zeros_like(p) + draw.normal(size=p.shape).astype(p.dtype), like)
-
-
-def run(tx: optax.GradientTransformation, params: Any, steps: int = 8, **extra: Any):
-    """Parameters and state after so many compiled updates, and the compiled update."""
-    tx = optax.with_extra_args_support(tx)
-    state, update = tx.init(params), jax.jit(tx.update)
-    for step in range(steps):
-        updates, state = update(gradient(step, params), state, params, **extra)
-        params = optax.apply_updates(params, updates)
-    return params, state, update
+from optimizer_rows import descend, gradient, parameters, run, table
 
 
 @table
@@ -132,20 +54,39 @@ def test_its_degenerate_limit_is_a_known_optimizer(row):
 
 
 @table
+def test_bfloat16_parameters_have_a_float32_state(row):
+    state = row.make(1e-2).init(parameters(jnp.bfloat16))
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert kinds == {jnp.float32 if row.wide_state else jnp.bfloat16}
+
+
+@table
 def test_it_finds_the_minimum_of_a_quadratic(row):
     target = jax.tree.map(lambda p: 0.5 * jnp.ones_like(p), parameters())
-    tx = row.make(row.rate)
+    slope = lambda params: jax.tree.map(jnp.subtract, params, target)  # noqa: E731
+    found = descend(row, row.make(row.rate), parameters(), slope, row.steps)
+    chex.assert_trees_all_close(found, target, atol=row.tolerance)
 
-    @jax.jit
-    def descend(params):
-        def step(carry, _):
-            params, state = carry
-            updates, state = tx.update(jax.tree.map(jnp.subtract, params, target), state, params, **row.extra)
-            return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(step, (params, tx.init(params)), length=row.steps)[0][0]
+@table
+def test_it_finds_the_map_between_two_sets_of_vectors(row):
+    draw = np.random.default_rng(3)
+    inputs, wanted = draw.normal(size=(64, 4)), draw.normal(size=(4, 6))
+    loss = lambda p: 0.5 * jnp.mean(jnp.sum((inputs @ (p["level_0"]["kernel"] - wanted)) ** 2, -1))  # noqa: E731
+    start = {"level_0": {"kernel": jnp.zeros((4, 6))}, "level_1": {"unused": jnp.zeros(2)}}
+    found = descend(row, row.make(row.rate), start, jax.grad(loss), row.steps)
+    assert loss(found) < max(1e-3, row.tolerance**2 * 100) < 1e-2 * loss(start)
 
-    chex.assert_trees_all_close(descend(parameters()), target, atol=row.tolerance)
+
+@table
+def test_it_goes_down_the_valley_of_rosenbrock(row):
+    def loss(params):
+        x, y = params["level_0"]["kernel"].T
+        return jnp.sum((1 - x) ** 2 + 100 * (y - x**2) ** 2)
+
+    rate, steps = row.valley
+    start = {"level_0": {"kernel": jnp.array([[-1.2, 1.0], [0.0, 1.2]])}, "level_1": {"unused": jnp.zeros(2)}}
+    assert loss(descend(row, row.make(rate), start, jax.grad(loss), steps)) < 0.1 < loss(start)
 
 
 @table

@@ -20,7 +20,7 @@ The value is -P, the preconditioner, for the key G; the famous optimizers are se
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ def l2(prediction: Array, value: Array) -> Scalar:
     return 0.5 * jnp.sum(jnp.square(jnp.abs(prediction - value)))
 
 
+@runtime_checkable
 class Memory(Protocol):
     """A memory of one parameter's gradients. Arrays come in the parameter's shape; ``view`` makes them matrices.
 
@@ -80,10 +81,10 @@ class LinearMemory:
 
 @dataclass(frozen=True)
 class KeyedMemory(LinearMemory):
-    """The gradient's own columns are the keys: m maps G to ``m^T G``, [columns, columns], and is asked for -I (Eq. 48).
+    """The gradient's columns are the keys: m maps G to ``m^T G``, [columns, columns], and is asked for -I (Eq. 48).
 
-    With ``l2`` a write is ``m <- m - rate (G G^T m + G)``: delta momentum, one rate for erase and write; with ``dot`` it
-    is Eq. 33 again, since ``<m^T G, I> = <m, G>``. The value is the identity, so no preconditioner applies.
+    With ``l2`` a write is ``m <- m - rate (G G^T m + G)``: delta momentum, one rate for erase and write; with ``dot``
+    it is Eq. 33 again, since ``<m^T G, I> = <m, G>``. The value is the identity, so no preconditioner applies.
     Costs ``4 rows columns^2`` FLOPs and two transient matrices of [columns, columns].
     """
 
@@ -101,7 +102,7 @@ class GeneralizedMomentumState(NamedTuple):
 
 
 def scale_by_generalized_momentum(
-    objective: Objective = dot,
+    objective: Objective | None = None,
     memory: Memory | None = None,
     retention: Any = 0.9,
     rate: Any = 1.0,
@@ -116,7 +117,7 @@ def scale_by_generalized_momentum(
     FLOPs: a few per parameter for ``LinearMemory``; a memory's gradient is taken by automatic differentiation.
 
     Args:
-      objective: ``(prediction, value) -> scalar``, such as ``dot`` or ``l2``.
+      objective: ``(prediction, value) -> scalar``, such as ``l2``; None: ``dot``.
       memory: what is written and read; None: ``LinearMemory()``.
       retention: share of the state kept at each step, 0 to 1, or ``(state, gradient, view) -> state``. States are
         deviations from what a memory starts as, so keeping nothing means starting again.
@@ -136,32 +137,53 @@ def scale_by_generalized_momentum(
     check("rate", rate, 0)
     if isinstance(memory, KeyedMemory) and precondition is not None:
         raise UserError("KeyedMemory's values are the identity; use precondition with delta_momentum")
-    transform = optax.with_extra_args_support(precondition or optax.identity())
-    labels = matrix_labels(exclude=()) if matrices is None else matrices
-    retain = retention if callable(retention) else decay(retention)
-
-    def init(params: Any) -> GeneralizedMomentumState:
-        views = matrix_or_column_views(params, labels)
-        return GeneralizedMomentumState(jax.tree.map(memory.init, params, views), transform.init(params))
-
-    def write(state: Any, gradient: Array, target: Array, view: MatrixView) -> Any:
-        slope = jax.grad(memory.loss)(state, gradient, target, objective, view)
-        return jax.tree.map(lambda kept, d: kept - rate * d.conj(), retain(state, gradient, view), slope)
-
-    def answer(gradient: Array, state: Any, view: MatrixView) -> Array:
-        found = -memory.read(state, gradient, view)
-        return found if output is None else view.from_matrices(output(view.to_matrices(found)))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, GeneralizedMomentumState]:
-        views = matrix_or_column_views(updates, labels)
-        targets, inner = transform.update(updates, state.precondition, params, **extra)
-        writing = lambda g, t, m, view: write(m, g, t, view)  # noqa: E731
-        written = jax.tree.map(writing, updates, targets, state.memory, views)
-        return jax.tree.map(answer, updates, written, views), GeneralizedMomentumState(written, inner)
-
-    return with_state_dtype(
-        optax.GradientTransformationExtraArgs(init, update), state_dtype, "scale_by_generalized_momentum"
+    engine = _Engine(
+        objective=dot if objective is None else objective,
+        memory=memory,
+        retain=retention if callable(retention) else decay(retention),
+        rate=rate,
+        precondition=optax.with_extra_args_support(precondition or optax.identity()),
+        output=output,
+        labels=matrix_labels(exclude=()) if matrices is None else matrices,
     )
+    transformation = optax.GradientTransformationExtraArgs(engine.init, engine.update)
+    return with_state_dtype(transformation, state_dtype, "scale_by_generalized_momentum")
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """``scale_by_generalized_momentum`` at work: its arguments, all given."""
+
+    objective: Any
+    memory: Any
+    retain: Any
+    rate: Any
+    precondition: Any
+    output: Any
+    labels: Any
+
+    def init(self, params: Any) -> GeneralizedMomentumState:
+        """Empty memories."""
+        memories = jax.tree.map(self.memory.init, params, matrix_or_column_views(params, self.labels))
+        return GeneralizedMomentumState(memories, self.precondition.init(params))
+
+    def update(
+        self, updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, GeneralizedMomentumState]:
+        """Write every gradient, then read."""
+        views = matrix_or_column_views(updates, self.labels)
+        targets, inner = self.precondition.update(updates, state.precondition, params, **extra)
+        written = jax.tree.map(self._write, updates, targets, state.memory, views)
+        return jax.tree.map(self._answer, updates, written, views), GeneralizedMomentumState(written, inner)
+
+    def _write(self, gradient: Array, target: Array, state: Any, view: MatrixView) -> Any:
+        slope = jax.grad(self.memory.loss)(state, gradient, target, self.objective, view)
+        kept = self.retain(state, gradient, view)
+        return jax.tree.map(lambda m, d: m - self.rate * d.conj(), kept, slope)
+
+    def _answer(self, gradient: Array, state: Any, view: MatrixView) -> Array:
+        found = -self.memory.read(state, gradient, view)
+        return found if self.output is None else view.from_matrices(self.output(view.to_matrices(found)))
 
 
 def decay(share: Any) -> Retention:
@@ -171,7 +193,7 @@ def decay(share: Any) -> Retention:
 
 def generalized_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    objective: Objective = dot,
+    objective: Objective | None = None,
     memory: Memory | None = None,
     retention: Any = 0.9,
     rate: Any = 1.0,

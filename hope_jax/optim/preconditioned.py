@@ -1,0 +1,111 @@
+"""Preconditioned momentum (Eq. 47, 51) and a preconditioner that is itself learned (Eq. 38-41): SPEC 5.1."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hope_jax.optim.checks import check
+from hope_jax.optim.generalized import scale_by_generalized_momentum
+from hope_jax.optim.precision import with_state_dtype
+from hope_jax.optim.recipe import recipe
+from hope_jax.types import Array
+
+
+def scale_by_preconditioned_momentum(
+    decay: Any = 0.9,
+    precondition: optax.GradientTransformation | None = None,
+    feature_map: Callable[[Array], Array] | None = None,
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum of preconditioned gradients (Eq. 47; with a feature map phi Eq. 51); the update is -m.
+
+    ::
+
+        m <- decay m - P phi(G)
+
+    ``scale_by_generalized_momentum`` with the value -P. Without P and phi it is ``optax.trace(decay)``.
+
+    State: one value per parameter, 4 bytes at float32, and that of P. FLOPs: 3 per parameter, and those of P and phi.
+
+    Args:
+      decay: alpha, 0 to 1.
+      precondition: P, any optax transformation: ``optax.scale_by_rms()``, ``learned_preconditioner()``, ...
+      feature_map: phi, of one leaf's gradient to one of the same shape, such as ``jnp.sign``.
+      state_dtype: see ``precision.with_state_dtype``.
+
+    Raises:
+      UserError: decay out of range; from ``init``, leaves that are no floating-point arrays.
+    """
+    links = [] if feature_map is None else [optax.stateless_with_tree_map(lambda g, _: feature_map(g))]
+    links += [] if precondition is None else [precondition]
+    check("decay", decay, 0, 1, open_high=False)
+    return scale_by_generalized_momentum(
+        retention=decay, precondition=optax.chain(*links) if links else None, state_dtype=state_dtype
+    )
+
+
+def preconditioned_momentum(
+    learning_rate: optax.ScalarOrSchedule,
+    decay: Any = 0.9,
+    precondition: optax.GradientTransformation | None = None,
+    feature_map: Callable[[Array], Array] | None = None,
+    state_dtype: Any = None,
+    *,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """``scale_by_preconditioned_momentum`` with weight decay and a learning rate: see there and ``recipe``."""
+    scale = scale_by_preconditioned_momentum(decay, precondition, feature_map, state_dtype)
+    return recipe(scale, learning_rate, weight_decay, mask, state_dtype=state_dtype)
+
+
+class LearnedPreconditionerState(NamedTuple):
+    """P of every parameter, one value per element, and the number of updates."""
+
+    count: Array
+    preconditioner: Any
+
+
+def learned_preconditioner(rate: Any = 0.01, eps: Any = 1e-8) -> optax.GradientTransformationExtraArgs:
+    """A diagonal P, learned online as a memory that maps the gradient's sign to the gradient (Eq. 38-41).
+
+    ::
+
+        P <- P - rate grad_P L(P),    L(P) = 1/2 ||P * sign(g) - g||^2,    P_0 = 0
+        update: P^-1 g,  P corrected for its start at 0: divided by 1 - (1 - rate)^t
+
+    The key of Eq. 38-41 is left open; with the sign (g/|g| where complex) the minimiser is the size of the gradient, so
+    P^-1 g is scale-free as Adam's step is, with the mean of |g| where Adam has the root of the mean of g^2.
+
+    State: one real value per parameter, 4 bytes at float32. FLOPs: about 6 per parameter.
+
+    Args:
+      rate: zeta, step of the inner gradient descent, 0 to 1; 1 forgets all but the present gradient.
+      eps: added to P, 0 or more.
+
+    Raises:
+      UserError: rate or eps out of range; from ``init``, leaves that are no floating-point arrays.
+    """
+    check("rate", rate, 0, 1, open_high=False)
+    check("eps", eps, 0)
+
+    def init(params: Any) -> LearnedPreconditionerState:
+        return LearnedPreconditionerState(
+            jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros(p.shape, p.real.dtype), params)
+        )
+
+    def descend(p: Array, g: Array) -> Array:
+        key = jnp.sign(g)
+        return p - rate * ((p * key - g) * key.conj()).real
+
+    def update(updates: Any, state: LearnedPreconditionerState, params: Any = None) -> tuple[Any, Any]:
+        count = optax.safe_increment(state.count)
+        learned = jax.tree.map(lambda g, p: descend(p, g), updates, state.preconditioner)
+        known = 1 - (1 - rate) ** count
+        scaled = jax.tree.map(lambda g, p: g / (p / known + eps), updates, learned)
+        return scaled, LearnedPreconditionerState(count, learned)
+
+    return with_state_dtype(optax.GradientTransformation(init, update), name="learned_preconditioner")

@@ -1,0 +1,176 @@
+"""The optimizers of the table: one row each, and the tree, gradients and loop that every property uses."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hope_jax import optim
+from hope_jax.optim import MomentumScale, by_level
+
+LEVELS = {"static": 1, "level_0": 2, "level_1": 4}
+ALL_AT_ONCE = dict.fromkeys(LEVELS, 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An optimizer and what the table needs to know of it.
+
+    Attributes:
+      make: the optimizer at a learning rate, a number, a traced array or a schedule.
+      limit: the same where it should be a known optimizer, and that optimizer.
+      rate: a learning rate that reaches the minimum of a small quadratic in ``steps`` updates, to ``tolerance``.
+      valley: learning rate and updates that bring a Rosenbrock function from 24 below 0.1.
+      extra: arguments of ``update`` beyond optax's own that it reads.
+      wide_state: bfloat16 parameters have float32 state.
+    """
+
+    make: Callable[[Any], optax.GradientTransformation]
+    limit: tuple[optax.GradientTransformation, optax.GradientTransformation]
+    rate: Any
+    steps: int = 400
+    tolerance: float = 1e-3
+    valley: tuple[Any, int] = (1e-3, 2000)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    wide_state: bool = True
+
+
+def levels(every: Mapping[str, int], optimizer: Callable[[Any], optax.GradientTransformation]) -> Callable:
+    """``by_level`` with the same optimizer on every level, as a function of the learning rate."""
+    return lambda rate: by_level(lambda n: optimizer(rate), every)
+
+
+def adamw(rate: Any) -> optax.GradientTransformation:
+    """AdamW that also decays, which sets it apart from Adam."""
+    return optax.adamw(rate, weight_decay=1e-3)
+
+
+def momentum(rate: Any) -> optax.GradientTransformation:
+    """Gradient descent with momentum."""
+    return optax.sgd(rate, momentum=0.9)
+
+
+def limit(optimizer: Callable[[Any], optax.GradientTransformation]):
+    """All levels at once are no levels."""
+    return levels(ALL_AT_ONCE, optimizer)(1e-2), optimizer(1e-2)
+
+
+def matrix_or_not(params: Any) -> Any:
+    """Labels of the table's tree and of the other problems: kernels with two axes are matrices."""
+    kernel = lambda path, p: "matrix" if p.ndim == 2 and path[-1].key == "kernel" else "adamw"  # noqa: E731
+    return jax.tree_util.tree_map_with_path(kernel, params)
+
+
+def known_muon(scale: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """optax's Muon without Nesterov and at another step size, and its AdamW."""
+    ours = optax.chain(
+        optax.contrib.scale_by_muon(beta=0.9, nesterov=False),
+        optax.stateless_with_tree_map(lambda u, _: scale(u)),
+        optax.scale(-1e-2),
+    )
+    return optax.partition({"matrix": ours, "adamw": optax.adamw(1e-2, weight_decay=0.0)}, matrix_or_not)
+
+
+def to_rms(u):
+    """0.2 root mean square, as M3 steps."""
+    return 0.2 * u / jnp.sqrt(jnp.mean(u * u))
+
+
+def muon(rate: Any) -> optax.GradientTransformation:
+    """Muon as a setting of generalized momentum."""
+    rest = optax.adamw(rate, weight_decay=0.0)
+    return optim.generalized_momentum(rate, output=optim.muon_step, fallback=rest)
+
+
+def m3(rate: Any, slow: float = 1.0, second: str = "normalized") -> optax.GradientTransformation:
+    """M3 with a short slow period."""
+    return optim.m3(rate, (MomentumScale(1, 0.9), MomentumScale(3, 0.9, slow)), second_moment=second)
+
+
+def three_scales(rate: Any) -> optax.GradientTransformation:
+    """M3 with three momenta, weight decay and no second moment."""
+    scales = (MomentumScale(1, 0.9), MomentumScale(2, 0.8, 0.5), MomentumScale(5, 0.5, 0.3))
+    return optim.m3(rate, scales, second_moment="none", weight_decay=1e-4)
+
+
+def delta(form: str, erase: float = 0.1) -> Callable:
+    """Delta momentum of one form."""
+    return lambda rate: optim.delta_momentum(rate, 0.9, erase, form)
+
+
+def keyed(rate: Any, objective: Any = optim.l2) -> optax.GradientTransformation:
+    """Generalized momentum whose keys are the gradients."""
+    return optim.generalized_momentum(rate, objective, optim.KeyedMemory(), retention=0.9, rate=0.1)
+
+
+def preconditioned(rate: Any, inner: float = 0.1) -> optax.GradientTransformation:
+    """Momentum with a learned preconditioner."""
+    return optim.preconditioned_momentum(rate, 0.9, optim.learned_preconditioner(inner, eps=1e-5))
+
+
+FADING = optax.linear_schedule(5e-2, 0.0, 400)  # steps of one size need to fade
+SIGNS = optax.chain(optax.stateless_with_tree_map(lambda g, _: jnp.sign(g)), momentum(1e-2))
+ROWS = {
+    "adamw, all at once": Row(
+        levels(ALL_AT_ONCE, adamw), limit(adamw), 3e-2, tolerance=1e-2, valley=(2e-2, 2000), wide_state=False
+    ),
+    "adamw, levels": Row(levels(LEVELS, adamw), limit(adamw), 3e-2, 1200, 1e-2, valley=(2e-2, 2000), wide_state=False),
+    "momentum, levels": Row(levels(LEVELS, momentum), limit(momentum), 3e-2, 1200, wide_state=False),
+    "m3": Row(m3, (m3(1e-2, slow=0.0, second="none"), known_muon(to_rms)), FADING, tolerance=2e-2),
+    "m3, three scales": Row(three_scales, (m3(1e-2, 0.0, "none"), known_muon(to_rms)), FADING, tolerance=2e-2),
+    "m3, levels": Row(levels(LEVELS, m3), limit(m3), FADING, tolerance=2e-2),
+    "muon": Row(muon, (muon(1e-2), known_muon(lambda u: 0.2 * max(u.shape) ** 0.5 * u)), FADING, tolerance=2e-2),
+    "generalized": Row(optim.generalized_momentum, (optim.generalized_momentum(1e-2), momentum(1e-2)), 3e-2),
+    "generalized, keyed": Row(
+        keyed, (keyed(1e-2, optim.dot), optax.chain(optax.scale(0.1), momentum(1e-2))), 3e-1, valley=(1e-2, 2000)
+    ),
+    "preconditioned": Row(preconditioned, (preconditioned(1e-2, 1.0), SIGNS), FADING, tolerance=2e-2),
+    "delta": Row(delta("gram"), (delta("gram", 0.0)(1e-2), momentum(1e-2)), 3e-2),
+    "delta, scalar": Row(delta("scalar"), (delta("scalar", 0.0)(1e-2), momentum(1e-2)), 3e-2),
+    "delta, levels": Row(levels(LEVELS, delta("gram")), limit(delta("gram")), 3e-2, 1200),
+}
+table = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+
+
+def parameters(dtype: Any = jnp.float32):
+    """A tree like a model's, one leaf per level; the first axis can be cut into eight."""
+    shapes = {"embedding": (16, 3), "ffn": {"level_0": {"kernel": (8, 2)}, "level_1": {"kernel": (8,)}}}
+    draw = np.random.default_rng(0)
+    return jax.tree.map(lambda s: jnp.asarray(draw.normal(size=s), dtype), shapes, is_leaf=lambda s: type(s) is tuple)
+
+
+def gradient(step: int, like: Any):
+    """Gradient number ``step``, of the shapes, dtypes and placement of ``like``."""
+    draw = np.random.default_rng(step + 1)
+    return jax.tree.map(lambda p: jnp.zeros_like(p) + draw.normal(size=p.shape).astype(p.dtype), like)
+
+
+def run(tx: optax.GradientTransformation, params: Any, steps: int = 8, **extra: Any):
+    """Parameters and state after so many compiled updates, and the compiled update."""
+    tx = optax.with_extra_args_support(tx)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(steps):
+        updates, state = update(gradient(step, params), state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    return params, state, update
+
+
+def descend(row: Row, tx: optax.GradientTransformation, params: Any, slope: Callable[[Any], Any], steps: int) -> Any:
+    """Parameters after so many updates along a gradient, in one compiled scan."""
+    tx = optax.with_extra_args_support(tx)
+
+    @jax.jit
+    def go(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(slope(params), state, params, **row.extra)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0][0]
+
+    return go(params)

@@ -1,0 +1,81 @@
+"""The optimizers x optax's wrappers and jax's transformations: each must be at home in all of them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optimizer_rows import gradient, parameters, run, table
+
+
+@table
+def test_gradients_that_are_not_finite_never_reach_the_state_under_apply_if_finite(row):
+    tx, params = optax.apply_if_finite(row.make(1e-2), 100), parameters()
+    state, update = tx.init(params), jax.jit(tx.update)
+    _, state = update(gradient(0, params), state, params, **row.extra)
+    for bad in (jnp.nan, jnp.inf):
+        broken = gradient(1, params)
+        broken["ffn"]["level_0"]["kernel"] = broken["ffn"]["level_0"]["kernel"].at[0, 1].set(bad)
+        updates, after = update(broken, state, params, **row.extra)
+        chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+        chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+
+
+@table
+def test_partition_gives_it_its_own_part_of_the_tree_and_no_more(row):
+    params = parameters()
+    labels = {"embedding": "rest", "ffn": "mine"}
+    divided, *_ = run(optax.partition({"mine": row.make(1e-2), "rest": optax.sgd(0.1)}, labels), params, **row.extra)
+    plain, *_ = run(row.make(1e-2), params, **row.extra)
+    chex.assert_trees_all_close(divided["ffn"], plain["ffn"], rtol=1e-6, atol=1e-7)
+    moved = params["embedding"] - 0.1 * sum(gradient(step, params)["embedding"] for step in range(8))
+    chex.assert_trees_all_close(divided["embedding"], moved, rtol=1e-5, atol=1e-6)
+
+
+@table
+def test_lookahead_moves_the_slow_parameters_halfway_to_where_it_went(row):
+    params = parameters()
+    tx = optax.with_extra_args_support(optax.lookahead(optax.with_extra_args_support(row.make(1e-2)), 4, 0.5))
+    both = optax.LookaheadParams.init_synced(params)
+    state, update = tx.init(both), jax.jit(tx.update)
+    for step in range(4):
+        updates, state = update(gradient(step, params), state, both, **row.extra)
+        both = optax.apply_updates(both, updates)
+    plain, *_ = run(row.make(1e-2), params, 4, **row.extra)
+    half = jax.tree.map(lambda a, b: (a + b) / 2, params, plain)
+    chex.assert_trees_all_close(both.slow, half, rtol=1e-5, atol=1e-6)
+
+
+@table
+def test_many_at_once_by_vmap_are_each_on_its_own_and_a_scan_is_a_loop(row):
+    tx = optax.with_extra_args_support(row.make(1e-2))
+    stacked = lambda *trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)  # noqa: E731
+    first, second = parameters(), jax.tree.map(lambda p: -2 * p, parameters())
+    given = stacked(*(gradient(step, first) for step in range(4)))
+
+    def trained(params, size):
+        def step(carry, g):
+            params, state = carry
+            g = jax.tree.map(lambda x: size * x, g)
+            updates, state = tx.update(g, state, params, **row.extra)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), given)[0][0]
+
+    both = jax.jit(jax.vmap(trained))(stacked(first, second), jnp.array([1.0, 3.0]))
+    loop, *_ = run(tx, first, 4, **row.extra)
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], both), loop, rtol=1e-5, atol=1e-6)
+    alone = jax.jit(trained)(second, 3.0)
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], both), alone, rtol=1e-5, atol=1e-6)
+
+
+@table
+def test_places_without_a_parameter_stay_empty(row):
+    params = parameters()
+    holes = {**params, "nothing": None, "empty": {}}
+    state = row.make(1e-2).init(holes)
+    updates, _ = row.make(1e-2).update(gradient(0, holes), state, holes, **row.extra)
+    expected, _ = row.make(1e-2).update(gradient(0, params), row.make(1e-2).init(params), params, **row.extra)
+    assert updates["nothing"] is None and updates["empty"] == {}
+    chex.assert_trees_all_close({k: updates[k] for k in params}, expected, rtol=1e-6, atol=1e-7)
+    assert np.all(updates["embedding"] != 0)

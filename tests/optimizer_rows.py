@@ -113,6 +113,12 @@ def preconditioned(rate: Any, inner: float = 0.1) -> optax.GradientTransformatio
     return optim.preconditioned_momentum(rate, 0.9, optim.learned_preconditioner(inner, eps=1e-5))
 
 
+def deep(memory: Any = "linear", inner: float | None = None) -> Callable:
+    """Deep momentum: a linear memory, or a small network."""
+    return lambda rate: optim.dmgd(rate, memory, inner_rate=inner)
+
+
+NETWORK = optim.MLPMemory(hidden=8)
 FADING = optax.linear_schedule(5e-2, 0.0, 400)  # steps of one size need to fade
 SIGNS = optax.chain(optax.stateless_with_tree_map(lambda g, _: jnp.sign(g)), momentum(1e-2))
 ROWS = {
@@ -132,6 +138,9 @@ ROWS = {
     "preconditioned": Row(preconditioned, (preconditioned(1e-2, 1.0), SIGNS), FADING, tolerance=2e-2),
     "delta": Row(delta("gram"), (delta("gram", 0.0)(1e-2), momentum(1e-2)), 3e-2),
     "delta, scalar": Row(delta("scalar"), (delta("scalar", 0.0)(1e-2), momentum(1e-2)), 3e-2),
+    "dmgd, linear": Row(deep(), (deep()(1e-2), momentum(1e-2)), 3e-2),
+    "dmgd, mlp": Row(deep(NETWORK), (deep(NETWORK, 0.0)(1e-2), optax.sgd(1e-2)), 3e-2),
+    "dmgd, levels": Row(levels(LEVELS, deep(NETWORK)), limit(deep(NETWORK)), 3e-2, 1200),
     "delta, levels": Row(levels(LEVELS, delta("gram")), limit(delta("gram")), 3e-2, 1200),
 }
 table = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

@@ -28,6 +28,7 @@ class Row:
       valley: learning rate and updates that bring a Rosenbrock function from 24 below 0.1.
       extra: arguments of ``update`` beyond optax's own that it reads.
       wide_state: bfloat16 parameters have float32 state.
+      complex: it is defined for complex parameters.
     """
 
     make: Callable[[Any], optax.GradientTransformation]
@@ -38,11 +39,16 @@ class Row:
     valley: tuple[Any, int] = (1e-3, 2000)
     extra: Mapping[str, Any] = field(default_factory=dict)
     wide_state: bool = True
+    complex: bool = True
 
 
 def levels(every: Mapping[str, int], optimizer: Callable[[Any], optax.GradientTransformation]) -> Callable:
-    """``by_level`` with the same optimizer on every level, as a function of the learning rate."""
-    return lambda rate: by_level(lambda n: optimizer(rate), every)
+    """``by_level`` with the same optimizer on every level, as a function of the learning rate or its schedule."""
+
+    def of(rate: Any, n: int) -> Any:
+        return (lambda count: rate(count * n + n - 1)) if callable(rate) else rate
+
+    return lambda rate: by_level(lambda n: optimizer(of(rate, n)), every)
 
 
 def adamw(rate: Any) -> optax.GradientTransformation:
@@ -66,10 +72,15 @@ def matrix_or_not(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(kernel, params)
 
 
+def all_matrices(params: Any) -> Any:
+    """What optax's Muon wants to be told."""
+    return jax.tree.map(lambda _: optim.MuonDimensionNumbers(), params)
+
+
 def known_muon(scale: Callable[[Any], Any]) -> optax.GradientTransformation:
     """optax's Muon without Nesterov and at another step size, and its AdamW."""
     ours = optax.chain(
-        optax.contrib.scale_by_muon(beta=0.9, nesterov=False),
+        optax.contrib.scale_by_muon(beta=0.9, nesterov=False, weight_dimension_numbers=all_matrices),
         optax.stateless_with_tree_map(lambda u, _: scale(u)),
         optax.scale(-1e-2),
     )
@@ -104,13 +115,13 @@ def delta(form: str, erase: float = 0.1) -> Callable:
 
 
 def keyed(rate: Any, objective: Any = optim.l2) -> optax.GradientTransformation:
-    """Generalized momentum whose keys are the gradients."""
-    return optim.generalized_momentum(rate, objective, optim.KeyedMemory(), retention=0.9, rate=0.1)
+    """Generalized momentum whose keys are the gradients; the small inner rate keeps steep slopes stable."""
+    return optim.generalized_momentum(1e5 * rate, objective, optim.KeyedMemory(), retention=0.9, rate=1e-5)
 
 
 def preconditioned(rate: Any, inner: float = 0.1) -> optax.GradientTransformation:
     """Momentum with a learned preconditioner."""
-    return optim.preconditioned_momentum(rate, 0.9, optim.learned_preconditioner(inner, eps=1e-5))
+    return optim.preconditioned_momentum(rate, 0.9, optim.learned_preconditioner(inner))
 
 
 def deep(memory: Any = "linear", inner: float | None = None) -> Callable:
@@ -119,23 +130,29 @@ def deep(memory: Any = "linear", inner: float | None = None) -> Callable:
 
 
 NETWORK = optim.MLPMemory(hidden=8)
-FADING = optax.linear_schedule(5e-2, 0.0, 400)  # steps of one size need to fade
+FADING = optax.linear_schedule(1e-1, 0.0, 400)  # steps of one size need to fade
+SLOWLY = optax.linear_schedule(1e-1, 0.0, 1200)
+VALLEY = (optax.linear_schedule(1e-1, 0.0, 2000), 2000)
 SIGNS = optax.chain(optax.stateless_with_tree_map(lambda g, _: jnp.sign(g)), momentum(1e-2))
 ROWS = {
     "adamw, all at once": Row(
-        levels(ALL_AT_ONCE, adamw), limit(adamw), 3e-2, tolerance=1e-2, valley=(2e-2, 2000), wide_state=False
+        levels(ALL_AT_ONCE, adamw), limit(adamw), 3e-2, tolerance=1e-2, valley=VALLEY, wide_state=False
     ),
-    "adamw, levels": Row(levels(LEVELS, adamw), limit(adamw), 3e-2, 1200, 1e-2, valley=(2e-2, 2000), wide_state=False),
+    "adamw, levels": Row(levels(LEVELS, adamw), limit(adamw), 3e-2, 1200, 1e-2, valley=VALLEY, wide_state=False),
     "momentum, levels": Row(levels(LEVELS, momentum), limit(momentum), 3e-2, 1200, wide_state=False),
-    "m3": Row(m3, (m3(1e-2, slow=0.0, second="none"), known_muon(to_rms)), FADING, tolerance=2e-2),
-    "m3, three scales": Row(three_scales, (m3(1e-2, 0.0, "none"), known_muon(to_rms)), FADING, tolerance=2e-2),
-    "m3, levels": Row(levels(LEVELS, m3), limit(m3), FADING, tolerance=2e-2),
-    "muon": Row(muon, (muon(1e-2), known_muon(lambda u: 0.2 * max(u.shape) ** 0.5 * u)), FADING, tolerance=2e-2),
-    "generalized": Row(optim.generalized_momentum, (optim.generalized_momentum(1e-2), momentum(1e-2)), 3e-2),
-    "generalized, keyed": Row(
-        keyed, (keyed(1e-2, optim.dot), optax.chain(optax.scale(0.1), momentum(1e-2))), 3e-1, valley=(1e-2, 2000)
+    "m3": Row(m3, (m3(1e-2, slow=0.0, second="none"), known_muon(to_rms)), FADING, tolerance=2e-2, valley=VALLEY),
+    "m3, three scales": Row(
+        three_scales, (m3(1e-2, 0.0, "none"), known_muon(to_rms)), FADING, tolerance=2e-2, valley=VALLEY
     ),
-    "preconditioned": Row(preconditioned, (preconditioned(1e-2, 1.0), SIGNS), FADING, tolerance=2e-2),
+    "m3, levels": Row(levels(LEVELS, m3), limit(m3), SLOWLY, 1200, tolerance=2e-2, valley=VALLEY),
+    "muon": Row(
+        muon, (muon(1e-2), known_muon(lambda u: 0.2 * max(u.shape) ** 0.5 * u)), FADING, tolerance=2e-2, valley=VALLEY
+    ),
+    "generalized": Row(
+        lambda rate: optim.generalized_momentum(rate), (optim.generalized_momentum(1e-2), momentum(1e-2)), 3e-2
+    ),
+    "generalized, keyed": Row(lambda rate: keyed(rate), (keyed(1e-2, optim.dot), momentum(1e-2)), 3e-2),
+    "preconditioned": Row(preconditioned, (preconditioned(1e-2, 1.0), SIGNS), FADING, tolerance=2e-2, valley=VALLEY),
     "delta": Row(delta("gram"), (delta("gram", 0.0)(1e-2), momentum(1e-2)), 3e-2),
     "delta, scalar": Row(delta("scalar"), (delta("scalar", 0.0)(1e-2), momentum(1e-2)), 3e-2),
     "dmgd, linear": Row(deep(), (deep()(1e-2), momentum(1e-2)), 3e-2),

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from optimizer_rows import gradient, parameters, run, table
 
 
@@ -79,3 +80,23 @@ def test_places_without_a_parameter_stay_empty(row):
     assert updates["nothing"] is None and updates["empty"] == {}
     chex.assert_trees_all_close({k: updates[k] for k in params}, expected, rtol=1e-6, atol=1e-7)
     assert np.all(updates["embedding"] != 0)
+
+
+@table
+def test_complex_gradients_turned_row_by_row_and_column_by_column_turn_the_path(row, x64):
+    if not row.complex:
+        pytest.skip("defined for real parameters only")
+    real = parameters(jnp.float64)
+    angles = lambda n, k: np.exp(1j * np.random.default_rng(n + k).uniform(0, 6, n))  # noqa: E731
+    phase = jax.tree.map(
+        lambda p: angles(p.shape[0], 0).reshape(-1, *[1] * (p.ndim - 1)) * angles(p.shape[-1], 1), real
+    )
+    phase["ffn"]["level_1"]["kernel"] = angles(8, 3)
+    turned = lambda tree: jax.tree.map(jnp.multiply, tree, phase)  # noqa: E731
+    tx = optax.with_extra_args_support(row.make(1e-2))
+    params, state, update = turned(real), tx.init(turned(real)), jax.jit(tx.update)
+    for step in range(5):
+        updates, state = update(turned(gradient(step, real)), state, params, **row.extra)
+        params = optax.apply_updates(params, updates)
+    expected, *_ = run(tx, real, 5, **row.extra)
+    chex.assert_trees_all_close(params, turned(expected), rtol=1e-7, atol=1e-9)

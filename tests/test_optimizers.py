@@ -57,7 +57,7 @@ def test_its_degenerate_limit_is_a_known_optimizer(row):
 def test_bfloat16_parameters_have_a_float32_state(row):
     state = row.make(1e-2).init(parameters(jnp.bfloat16))
     kinds = {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    assert kinds == {jnp.float32 if row.wide_state else jnp.bfloat16}
+    assert kinds == {jnp.dtype(jnp.float32 if row.wide_state else jnp.bfloat16)}
 
 
 @table

@@ -156,8 +156,9 @@ ROWS = {
     "delta": Row(delta("gram"), (delta("gram", 0.0)(1e-2), momentum(1e-2)), 3e-2),
     "delta, scalar": Row(delta("scalar"), (delta("scalar", 0.0)(1e-2), momentum(1e-2)), 3e-2),
     "dmgd, linear": Row(deep(), (deep()(1e-2), momentum(1e-2)), 3e-2),
-    "dmgd, mlp": Row(deep(NETWORK), (deep(NETWORK, 0.0)(1e-2), optax.sgd(1e-2)), 3e-2),
-    "dmgd, levels": Row(levels(LEVELS, deep(NETWORK)), limit(deep(NETWORK)), 3e-2, 1200),
+    "dmgd, mlp": Row(
+        deep(NETWORK), (deep(NETWORK, 0.0)(1e-2), optax.sgd(1e-2)), 3e-2, valley=(1e-3, 4000), complex=False
+    ),
     "delta, levels": Row(levels(LEVELS, delta("gram")), limit(delta("gram")), 3e-2, 1200),
 }
 table = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

@@ -106,7 +106,7 @@ def test_with_the_mean_as_target_the_scale_of_the_gradient_passes_through(x64):
 def test_the_network_learns_to_precondition(x64):
     """One coordinate has gradients a hundred times as large; the target has all of one size."""
     draw = np.random.default_rng(5)
-    given = draw.choice([-1.0, 1.0], size=(400, 4, 3)) * np.array([10.0, 0.1, 0.1, 0.1])[:, None]
+    given = draw.choice([-1.0, 1.0], size=(1000, 4, 3)) * np.array([10.0, 0.1, 0.1, 0.1])[:, None]
     found = directions(scale_by_dmgd("mlp", decay=1.0, inner_rate=0.1), given)
 
     def likeness(update, g):
@@ -117,12 +117,11 @@ def test_the_network_learns_to_precondition(x64):
     assert before < 0.52 and after > before + 0.2, (before, after)
 
 
-def test_a_parameter_without_gradient_stays_where_it_is():
-    found = directions(
-        scale_by_dmgd("mlp", target="momentum"), np.array([1.0, 0.0, 0.0, 2.0])[:, None, None] + np.zeros((4, 3, 2))
-    )
+def test_a_parameter_without_gradient_stays_where_it_is(x64):
+    given = np.array([1.0, 0.0, 0.0, 2.0])[:, None, None] + np.zeros((4, 3, 2))
+    found = directions(scale_by_dmgd("mlp", target="momentum"), given)
     np.testing.assert_array_equal(found[1:3], 0)
-    assert np.isfinite(found).all()
+    assert np.isfinite(found).all() and found[3].any()
 
 
 def test_the_state_is_as_large_as_documented():

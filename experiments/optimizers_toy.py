@@ -10,7 +10,7 @@ the first right after it and after the last, at learning rate 0.02 and the middl
 mean loss on all four at the end, for the best of the same 54 settings. All in float64, all settings at once.
 
 Each run appends a JSON line per optimizer and decay to ``optimizers_toy.jsonl`` in ``--results``; the table and the
-picture are made from the file. Expect delta momentum to need at most half of momentum's steps at decay 0.9 (200 and
+picture are made from the file. Half a minute on one core. Expect delta momentum to need at most half of momentum's steps at decay 0.9 (200 and
 74), and its loss on the first task to grow less at 0.99. Momentum at its best learning rates is chaotic: of the nine
 alone 391, 281 and 1010 steps (decay 0.9, 0.95, 0.99) with the rate inside the sum, as Eq. 33 has it, but 453, 333 and
 820 with the rate outside, as optax has it; on paper the two are one.
@@ -178,7 +178,7 @@ def _stream(config: OptimizersToyConfig) -> list[float]:
 
 
 def valley(config: OptimizersToyConfig, name: str, decay: float) -> Row:
-    """Steps to the tolerance at the best setting (None: at none), and how many settings got there."""
+    """Steps to the tolerance and the best setting (None: no setting gets there), and how many settings got there."""
     contestant = CONTESTANTS[name]
     rates, others = _grid(contestant)
     points = descend(
@@ -187,11 +187,12 @@ def valley(config: OptimizersToyConfig, name: str, decay: float) -> Row:
     below = np.asarray(config.surface.value(points) < config.tolerance)
     first = np.where(below.any(1), below.argmax(1) + 1, config.steps + 1)
     best = int(first.argmin())
+    found = bool(below[best].any())
     return {
         **{"problem": "valley", "task": _valley(config), "optimizer": name, "decay": decay},
-        **{"steps": int(first[best]) if below[best].any() else None, "settings": len(first)},
-        **{"solved": int(below.any(1).sum()), "other": contestant.other},
-        **{"learning_rate": float(rates[best]), "value": float(others[best])},
+        **{"steps": int(first[best]) if found else None, "solved": int(below.any(1).sum()), "settings": len(first)},
+        **{"learning_rate": float(rates[best]) if found else None, "other": contestant.other},
+        **{"value": float(others[best]) if found else None},
     }
 
 
@@ -231,7 +232,7 @@ def table(config: OptimizersToyConfig, rows: Sequence[Row]) -> list[str]:
     found = latest(config, rows)
     for (problem, name, decay), row in found.items():
         if problem == "valley":
-            setting = f"{row['learning_rate']:g}, {row['other']} {row['value']:g}"
+            setting = f"{row['learning_rate']:g}, {row['other']} {row['value']:g}" if row["steps"] else "-"
             steps = row["steps"] or f">{config.steps}"
             start = f"{decay:<6g} {name:<13} {steps:>6} {row['solved']:>4}/{row['settings']:<2}  {setting:<26}"
             other = found.get(("tasks", name, decay))

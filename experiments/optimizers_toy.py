@@ -10,10 +10,12 @@ the first right after it and after the last, at learning rate 0.02 and the middl
 mean loss on all four at the end, for the best of the same 54 settings. All in float64, all settings at once.
 
 Each run appends a JSON line per optimizer and decay to ``optimizers_toy.jsonl`` in ``--results``; the table and the
-picture are made from the file. Half a minute on one core. Expect delta momentum to need at most half of momentum's steps at decay 0.9 (200 and
-74), and its loss on the first task to grow less at 0.99. Momentum at its best learning rates is chaotic: of the nine
-alone 391, 281 and 1010 steps (decay 0.9, 0.95, 0.99) with the rate inside the sum, as Eq. 33 has it, but 453, 333 and
-820 with the rate outside, as optax has it; on paper the two are one.
+picture are made from the file. Half a minute on one core.
+
+Expect at decay 0.9: momentum 283 steps, delta momentum 74 (gram, its default) and 200 (scalar); at 0.99 the first
+task's loss grows least with the scalar form, most with momentum. Momentum at its best learning rates is chaotic: of
+the nine without a factor it needs 391, 281 and 1010 steps (decay 0.9, 0.95, 0.99) with the learning rate inside the
+sum, as Eq. 33 has it, but 453, 333 and 820 with the rate outside, as optax has it; but for rounding the two are one.
 """
 
 import itertools

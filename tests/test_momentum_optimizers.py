@@ -195,6 +195,22 @@ def test_weight_decay_is_decoupled_masked_and_needs_the_parameters(alias):
 
 
 @aliases
+def test_every_optimizer_can_be_that_of_a_level(alias):
+    kernels = {name: {"kernel": jnp.asarray(draw(3, 4), jnp.float32)} for name in ("fast", "slow")}
+    tx = optim.by_level(lambda n: alias(0.1 * n, weight_decay=0.1), {"static": 1, "slow": 2})
+    state, update, params, given = tx.init(kernels), jax.jit(tx.update), kernels, draw(4, 3, 4, seed=1)
+    for g in given:
+        g = jnp.asarray(g, jnp.float32)
+        updates, state = update({"fast": {"kernel": g}, "slow": {"kernel": g}}, state, params)
+        params = optax.apply_updates(params, updates)
+    start = kernels["fast"]["kernel"]
+    fast = path(alias(0.1, weight_decay=0.1), start, given.astype(np.float32))[-1]
+    slow = path(alias(0.2, weight_decay=0.1), start, given.reshape(2, 2, 3, 4).mean(1).astype(np.float32))[-1]
+    np.testing.assert_allclose(params["fast"]["kernel"], fast, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(params["slow"]["kernel"], slow, rtol=1e-4, atol=1e-5)
+
+
+@aliases
 def test_state_can_be_stored_in_half_precision(alias):
     params = {"w": jnp.asarray(draw(3, 4), jnp.float32), "b": jnp.ones(3)}
     tx = alias(0.1, state_dtype=jnp.bfloat16)
@@ -225,6 +241,7 @@ def test_wrong_arguments_of_any_optimizer_are_refused(alias, arguments, message)
     [
         (lambda: optim.m3(0.1, ()), "scales is"),
         (lambda: optim.m3(0.1, (MomentumScale(0, 0.9),)), "period is 0"),
+        (lambda: MomentumScale(2.5, 0.9), "period is 2.5"),
         (lambda: MomentumScale(1, 1.5), "decay is 1.5"),
         (lambda: optim.m3(0.1, (MomentumScale(1, 1.0),)), "decay is 1"),
         (lambda: optim.m3(0.1, second_decay=1.0), "decay is 1"),

@@ -111,7 +111,12 @@ def scale_by_generalized_momentum(
     matrices: Labels | None = None,
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The module's update rule, less the learning rate: ``-output(m(G))`` after the write.
+    """Momentum as any associative memory (Eq. 33, 47-52), without the learning rate.
+
+    ::
+
+        m <- retention(m, G) - rate grad_m objective(m(G), -P G)        gradient taken at the old m
+        update = -output(m(G))                                          at the new m
 
     State: the memory's (one value per parameter for the linear ones, 4 bytes at float32) and the preconditioner's.
     FLOPs: a few per parameter for ``LinearMemory``; a memory's gradient is taken by automatic differentiation.

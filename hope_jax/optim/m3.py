@@ -40,6 +40,8 @@ class MomentumScale:
     weight: Any = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.period, int):
+            raise UserError(f"period is {self.period!r}; expected a whole number of optimizer steps")
         Level(self.period)
         check("decay", self.decay, 0, 1, open_high=False)
         check("weight", self.weight, -float("inf"))

@@ -264,8 +264,8 @@ def draw(config: OptimizersToyConfig, rows: Sequence[Row]) -> Path:
 
 def _draw_way(config: OptimizersToyConfig, left: Any, right: Any, name: str, row: Row) -> None:
     make, colour = CONTESTANTS[name].make, f"C{list(CONTESTANTS).index(name)}"
-    setting = (jnp.asarray([row[key]], float) for key in ("learning_rate", "value"))
-    points = descend(config.surface, lambda rate, other: make(rate, other, row["decay"]), *setting, row["steps"])[0]
+    rate, other = (jnp.asarray([row[key]], float) for key in ("learning_rate", "value"))
+    points = descend(config.surface, lambda a, b: make(a, b, row["decay"]), rate, other, row["steps"])[0]
     way = np.concatenate([np.array([START]), np.asarray(points)])
     left.plot(way[:, 0], way[:, 1], ".-", color=colour, linewidth=0.8, markersize=2)
     right.plot(np.asarray(config.surface.value(jnp.asarray(way))), color=colour, label=f"{name}: {row['steps']}")

@@ -53,7 +53,7 @@ def descend(
         def step(carry: Any, _: None) -> tuple[Any, Array]:
             point, state = carry
             updates, state = tx.update(surface.slope(point[:, 0])[:, None], state, point)
-            point = optax.apply_updates(point, updates)
+            point += updates
             return (point, state), point[:, 0]
 
         start = jnp.asarray(START, rates.dtype)[:, None]

@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "recall": "experiments.recall:main",
     "compare": "experiments.compare:main",
     "benchmark": "experiments.benchmark:main",
+    "optimizers_toy": "experiments.optimizers_toy:main",
 }
 """Name -> ``module:function``; the function takes the arguments after the name and returns the exit status."""
 

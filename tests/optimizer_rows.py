@@ -124,6 +124,12 @@ def preconditioned(rate: Any, inner: float = 0.1) -> optax.GradientTransformatio
     return optim.preconditioned_momentum(rate, 0.9, optim.learned_preconditioner(inner))
 
 
+def deep(memory: Any = "linear", inner: float | None = None) -> Callable:
+    """Deep momentum: a linear memory, or a small network."""
+    return lambda rate: optim.dmgd(rate, memory, inner_rate=inner)
+
+
+NETWORK = optim.MLPMemory(hidden=8)
 FADING = optax.linear_schedule(1e-1, 0.0, 400)  # steps of one size need to fade
 SLOWLY = optax.linear_schedule(1e-1, 0.0, 1200)
 VALLEY = (optax.linear_schedule(1e-1, 0.0, 2000), 2000)
@@ -152,6 +158,10 @@ ROWS = {
     "delta": Row(delta("gram"), (delta("gram", 0.0)(1e-2), momentum(1e-2)), 3e-2),
     "delta, scalar": Row(delta("scalar"), (delta("scalar", 0.0)(1e-2), momentum(1e-2)), 3e-2),
     "delta, levels": Row(levels(LEVELS, delta("gram")), limit(delta("gram")), 3e-2, 1200, complex=False),
+    "dmgd, linear": Row(deep(), (deep()(1e-2), momentum(1e-2)), 3e-2),
+    "dmgd, mlp": Row(
+        deep(NETWORK), (deep(NETWORK, 0.0)(1e-2), optax.sgd(1e-2)), 3e-2, valley=(1e-3, 4000), complex=False
+    ),
 }
 table = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 

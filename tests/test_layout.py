@@ -158,7 +158,7 @@ def test_the_help_explains_every_flag_that_can_be_given(name, capsys):
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     module = importlib.import_module(f"experiments.{name}")
-    flags = [flag for flag, _ in experiments._flags(getattr(module, f"{name.capitalize()}Config"))]
+    flags = [flag for flag, _ in experiments._flags(getattr(module, f"{name.title().replace('_', '')}Config"))]
     assert len(flags) > 10
     for flag in flags:
         assert re.search(rf"{flag}[ ,]", shown), flag

@@ -1,7 +1,10 @@
 """Optimizers as optax transformations: ``scale_by_x`` is the mathematics, ``x(learning_rate, ...)`` the optimizer."""
 
 from hope_jax.optim.by_level import by_level
+from hope_jax.optim.delta_dense import delta_dense
 from hope_jax.optim.delta_momentum import delta_momentum, delta_retention, scale_by_delta_momentum
+from hope_jax.optim.dgd import dgd_update, ggd_step
+from hope_jax.optim.dmgd import MLPMemory, dmgd, scale_by_dmgd, signed_powers
 from hope_jax.optim.generalized import (
     GeneralizedMomentumState,
     KeyedMemory,
@@ -29,16 +32,21 @@ __all__ = [
     "LearnedPreconditionerState",
     "LinearMemory",
     "M3State",
+    "MLPMemory",
     "MatrixView",
     "Memory",
     "MomentumScale",
     "MuonDimensionNumbers",
     "NewtonSchulz",
     "by_level",
+    "delta_dense",
     "delta_momentum",
     "delta_retention",
+    "dgd_update",
+    "dmgd",
     "dot",
     "generalized_momentum",
+    "ggd_step",
     "l2",
     "learned_preconditioner",
     "m3",
@@ -48,8 +56,10 @@ __all__ = [
     "orthogonalize",
     "preconditioned_momentum",
     "scale_by_delta_momentum",
+    "scale_by_dmgd",
     "scale_by_generalized_momentum",
     "scale_by_m3",
     "scale_by_preconditioned_momentum",
+    "signed_powers",
     "with_state_dtype",
 ]

@@ -1,0 +1,131 @@
+"""Delta gradient descent: gradient descent whose step minimises the L2 objective, not the dot product (Eq. 56-60).
+
+One linear layer ``y = x K`` with a Flax kernel ``K [in, out]``; the paper's ``W [out, in]`` is ``K^T``. The step
+regresses the output onto the local surprise ``u = -grad_y L``: *minus* the gradient, and not ``y - grad_y L``, so that
+it lets ``K`` decay along its inputs whatever the loss is. SPEC 5.4. As a layer for any optimizer: ``delta_dense.py``.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax.errors import UserError
+from hope_jax.types import Array, Float
+
+Form = Literal["exact", "cheap"]
+
+
+def dgd_update(
+    kernel: Float[Array, "K V"],
+    inputs: Float[Array, "*rows K"],
+    output_gradients: Float[Array, "*rows V"],
+    rate: float | Float[Array, ""],
+    form: Form = "exact",
+) -> Float[Array, "K V"]:
+    """The kernel after one step of delta gradient descent on one batch.
+
+    With the N rows ``X [N, in]``, ``U = -output_gradients [N, out]`` and ``||.||`` the Frobenius norm,
+
+    * ``exact``: ``argmin_K 1/2 ||X K - U||^2 + ||K - K_t||^2 / (2 rate)``
+      = ``K_t + rate X^T (I_N + rate X X^T)^-1 (U - X K_t)``  (Woodbury; solved in min(N, in) unknowns),
+    * ``cheap``: ``K_t + r X^T (U - X K_t)``, ``r = rate / (1 + rate ||X||^2)``: one gradient step of the
+      objective, short enough to contract, for ``||X||^2`` is at least the largest eigenvalue of ``X X^T``.
+
+    Both are Eq. 57 where N = 1. The printed ``r = rate / (1 + rate)`` holds for unit inputs only.
+
+    Args:
+      kernel: [in, out], as Flax keeps it.
+      inputs: the layer's inputs [..., in]; all leading axes are rows.
+      output_gradients: gradients of the *summed* loss at the layer's outputs [..., out]; multiply those of a mean
+        loss by the number of rows.
+      rate: eta >= 0; a number or a scalar array.
+      form: see above. "exact" costs a Cholesky factorisation of size min(N, in), "cheap" two products.
+
+    Returns:
+      The new kernel, in the dtype of ``kernel``; the arithmetic is at least float32.
+
+    Raises:
+      UserError: shapes that do not fit together, a negative rate, an unknown form.
+    """
+    _check(kernel, inputs, output_gradients, rate, form)
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    old, rate = kernel.astype(dtype), jnp.asarray(rate, dtype)
+    rows = inputs.reshape(-1, inputs.shape[-1]).astype(dtype)
+    error = -output_gradients.reshape(-1, output_gradients.shape[-1]).astype(dtype) - rows @ old
+    step = _exact_step if form == "exact" else _cheap_step
+    return (old + rate * step(rows, error, rate)).astype(kernel.dtype)
+
+
+def _exact_step(
+    x: Float[Array, "rows K"], error: Float[Array, "rows V"], rate: Float[Array, ""]
+) -> Float[Array, "K V"]:
+    """(I + rate X^T X)^-1 X^T error, in the smaller of the two spaces."""
+    if x.shape[0] < x.shape[1]:
+        return x.T @ _solve(x @ x.T, error, rate)
+    return _solve(x.T @ x, x.T @ error, rate)
+
+
+def _solve(gram: Array, right: Array, rate: Array) -> Array:
+    matrix = jnp.eye(gram.shape[0], dtype=gram.dtype) + rate * gram
+    return jax.scipy.linalg.solve(matrix, right, assume_a="pos")
+
+
+def _cheap_step(
+    x: Float[Array, "rows K"], error: Float[Array, "rows V"], rate: Float[Array, ""]
+) -> Float[Array, "K V"]:
+    return x.T @ error / (1 + rate * jnp.sum(jnp.square(x)))
+
+
+def _check(kernel: Array, inputs: Array, output_gradients: Array, rate: Any, form: str) -> None:
+    if form not in get_args(Form):
+        raise UserError(f"form is {form!r}; expected one of {get_args(Form)}")
+    if not isinstance(rate, jax.Array) and not rate >= 0:
+        raise UserError(f"rate is {rate}; expected 0 or more")
+    if kernel.ndim != 2:
+        raise UserError(f"kernel has shape {kernel.shape}; expected [in, out] of one linear layer")
+    expected = (*inputs.shape[:-1], kernel.shape[1])
+    if inputs.shape[-1:] != kernel.shape[:1]:
+        raise UserError(f"inputs have shape {inputs.shape}; expected [..., {kernel.shape[0]}] for this kernel")
+    if output_gradients.shape != expected:
+        raise UserError(f"output_gradients have shape {output_gradients.shape}; expected {expected}")
+
+
+def ggd_step(
+    weights: Any,
+    x: Any,
+    surprise: Callable[[Any, Any], Any],
+    loss: Callable[[Any, Any, Any], Array],
+    retention: Callable[[Any, Any], Array],
+    rate: float,
+    steps: int,
+) -> Any:
+    """Generalized gradient descent (Eq. 59-60): ``argmin_W loss(W; x, u) + retention(W, W_t)``.
+
+    The target ``u = surprise(W_t, x)`` is frozen at the old weights, which makes the step self-referential: the model
+    writes its own target. The minimum is sought by ``steps`` gradient steps of length ``rate`` from ``W_t``. With
+    ``retention = ||W - W_t||^2 / (2 eta)`` a ``loss`` of ``-<W x, u>`` is gradient descent (Eq. 58) and
+    ``1/2 ||W x - u||^2`` is delta gradient descent; more steps come closer to its closed form, ``dgd_update``.
+
+    Args:
+      weights: any pytree of arrays.
+      x: the data, handed to ``surprise`` and ``loss`` as it is.
+      surprise: ``(weights, x) -> u``, usually minus the gradient of the task's loss at the output.
+      loss: ``(weights, x, u) -> scalar``.
+      retention: ``(weights, old weights) -> scalar``.
+      rate: inner learning rate, above 0.
+      steps: inner steps, 1 or more.
+
+    Raises:
+      UserError: ``rate`` or ``steps`` out of range.
+    """
+    if not rate > 0 or steps < 1:
+        raise UserError(f"rate is {rate} and steps is {steps}; expected a rate above 0 and at least 1 step")
+    u = surprise(weights, x)
+
+    def descend(current: Any, _: None) -> tuple[Any, None]:
+        slope = jax.grad(lambda w: loss(w, x, u) + retention(w, weights))(current)
+        return jax.tree.map(lambda w, g: w - rate * g, current, slope), None
+
+    return jax.lax.scan(descend, weights, None, length=steps)[0]

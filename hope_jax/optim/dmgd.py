@@ -1,0 +1,215 @@
+"""Deep momentum gradient descent: the momentum is a network that learns from the gradients (Eq. 50-52; SPEC 5.3).
+
+``generalized.py`` has the machinery, m <- decay m - inner_rate grad_m L2(m; G) and W <- W + learning_rate sigma(m(G)).
+Here are the network, ``MLPMemory``, what it is asked for (``TARGETS``), and higher-order features of the gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hope_jax.errors import UserError, closest
+from hope_jax.optim.checks import check
+from hope_jax.optim.generalized import LinearMemory, Memory, Objective, dot, l2, scale_by_generalized_momentum
+from hope_jax.optim.matrices import Labels, MatrixView
+from hope_jax.optim.precision import with_state_dtype
+from hope_jax.optim.recipe import recipe
+from hope_jax.types import Array, Float, Scalar
+
+TARGETS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "precond": lambda: optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False),
+    "momentum": lambda: optax.ema(0.9, debias=False),
+    "self": optax.identity,
+}
+"""What a memory is to make of the gradient, up to its sign: ``G / (sqrt(V) + eps)``, an average of G, or G."""
+
+
+class MLPState(NamedTuple):
+    """How far an ``MLPMemory`` has moved from its start: W1 [*batch, in, hidden], W2 [*batch, hidden, in]."""
+
+    outer: Array
+    inner: Array
+
+
+@dataclass(frozen=True)
+class MLPMemory:
+    """A residual two-layer network per matrix, from gradients to steps: ``m(u) = -(u + W1 gelu(W2 u))``.
+
+    In the orientation W [out, in] (a Flax kernel's transpose) with n = out rows, ``s = ||G|| / sqrt(n)``: the keys are
+    the rows of ``U = G / s``, of mean squared norm 1; the values are minus the rows of the target T, rescaled to the
+    norm of U; ``L2 = 1/n sum_i objective(m(u_i), -t_i)``; the answer to G is ``s m(U)``. W1 starts at 0, so before the
+    first write this is gradient descent; W2 starts normal(0, 1). A vector is one row.
+
+    State: ``8 hidden / out`` bytes a parameter at float32 (a vector: ``8 hidden``, prefer a fallback for it). FLOPs:
+    about ``16 hidden`` a parameter and step. Real parameters only.
+
+    Attributes:
+      hidden: features of the hidden layer, 1 or more.
+      seed: of the start of W2, which is drawn anew at each step instead of kept; parameters of one shape share it.
+    """
+
+    hidden: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("hidden", 1), ("seed", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
+                raise UserError(f"{name} is {getattr(self, name)!r}; expected a whole number of {low} or more")
+
+    def init(self, leaf: Array, view: MatrixView) -> MLPState:
+        """At the start. Raises UserError for a complex parameter."""
+        if jnp.iscomplexobj(leaf):
+            raise UserError(f"MLPMemory got a parameter of type {leaf.dtype}; expected real ones. Use memory='linear'")
+        *batch, inputs, _ = view.matrix_shape
+        outer = jnp.zeros((*batch, inputs, self.hidden), leaf.dtype)
+        return MLPState(outer, outer.mT)
+
+    def loss(self, state: MLPState, gradient: Array, target: Array, objective: Objective, view: MatrixView) -> Scalar:
+        """The objective's mean over the rows of each matrix; matrices are added up, each has its own network."""
+        keys, norm = _unit_rows(gradient, view)
+        values = -_unit_rows(target, view)[0]
+        # A gradient of zeros asks for nothing, whatever the target remembers.
+        return objective(self._answer(state, keys), jnp.where(norm > 0, values, 0)) / keys.shape[-2]
+
+    def read(self, state: MLPState, gradient: Array, view: MatrixView) -> Array:
+        """The network's answer at the gradient's own scale."""
+        keys, scale = _unit_rows(gradient, view)
+        return view.from_matrices((scale * self._answer(state, keys)).mT)
+
+    def _answer(self, state: MLPState, keys: Float[Array, "*batch n b"]) -> Float[Array, "*batch n b"]:
+        inner = jax.random.normal(jax.random.key(self.seed), state.inner.shape, keys.dtype) + state.inner
+        return -(keys + jax.nn.gelu(keys @ inner.mT) @ state.outer.mT)
+
+
+def _unit_rows(leaf: Array, view: MatrixView) -> tuple[Float[Array, "*batch n b"], Float[Array, "*batch 1 1"]]:
+    """Rows [out, in] divided by the root of their mean squared norm, and that root; rows of zeros stay zero."""
+    rows = view.to_matrices(leaf).mT
+    scale = jnp.sqrt(jnp.sum(jnp.square(rows), axis=(-2, -1), keepdims=True) / rows.shape[-2])
+    return rows / jnp.where(scale > 0, scale, 1), scale
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A memory by name, and the settings that go with it."""
+
+    objective: Objective
+    memory: Memory
+    decay: float
+    inner_rate: float
+    target: str
+
+
+KINDS = {
+    "linear": _Kind(dot, LinearMemory(), decay=0.9, inner_rate=1.0, target="self"),
+    "mlp": _Kind(l2, MLPMemory(), decay=0.99, inner_rate=0.1, target="precond"),
+}
+
+
+def signed_powers(coefficients: Sequence[float]) -> optax.GradientTransformation:
+    """Higher-order features of the gradient, ``phi(G) = sum_k c_k r sign(G) |G / r|^k`` (Eq. 51), entry by entry.
+
+    With r the root mean square of a leaf, phi(c G) = c phi(G) for c >= 0; the sign keeps every power an ascent
+    direction. ``(1.0,)`` is the identity; ``(0.0, 1.0)`` stresses the large entries, as squaring does.
+
+    Args:
+      coefficients: c_1, c_2, ...
+
+    Raises:
+      UserError: no coefficients, or one that is negative: it would turn the gradient around.
+    """
+    if not coefficients or not all(c >= 0 for c in coefficients):
+        raise UserError(f"coefficients is {coefficients}; expected one or more numbers of 0 or more")
+
+    def phi(leaf: Array) -> Array:
+        rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(leaf))))
+        size = jnp.abs(leaf) / jnp.where(rms > 0, rms, 1)
+        return leaf * sum(c * size**k for k, c in enumerate(coefficients))
+
+    return optax.stateless(lambda updates, _: jax.tree.map(phi, updates))
+
+
+def scale_by_dmgd(
+    memory: str | Memory = "mlp",
+    decay: Any = None,
+    inner_rate: Any = None,
+    target: str | optax.GradientTransformation | None = None,
+    features: optax.GradientTransformation | None = None,
+    output: Callable[[Array], Array] | None = None,
+    matrices: Labels | None = None,
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """``m <- decay m - inner_rate grad_m L2(m; G)``, update ``-sigma(m(G))`` with the new m (Eq. 50, 52).
+
+    ``memory="linear"`` is momentum, ``B <- decay B + G``, exactly (Eq. 33), and Muon with ``output=orthogonalize``.
+    ``memory="mlp"`` is ``MLPMemory()``, whose loss is the squared distance of its answer to ``target``; what decays is
+    its distance from the start, and the gradient is taken before the decay.
+
+    State: the memory's, and the target's (4 bytes a parameter for "precond" and "momentum", at float32). FLOPs: see the
+    memory; those of ``orthogonalize`` on top.
+
+    Args:
+      memory: "linear", "mlp", or a memory such as ``MLPMemory(hidden=64, seed=1)``; one of your own has the settings of
+        "mlp".
+      decay: alpha in [0, 1]. None: 0.9 for "linear", 0.99 for "mlp".
+      inner_rate: 0 or more. None: 1 for "linear", 0.1 for "mlp", where 0 is gradient descent for ever.
+      target: "precond", "momentum" or "self" (see ``TARGETS``), or any optax transformation that makes one of the
+        gradient. None: "self" for "linear", "precond" for "mlp", whose loss with "self" is 0 from the start: gradient
+        descent for ever.
+      features: phi of Eq. 51, a transformation applied to the gradient first, such as ``signed_powers``. None: G.
+      output: sigma on [..., rows, columns], such as ``orthogonalize`` or ``muon_step``. None: the identity.
+      matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two or more axes is a matrix, embeddings
+        too. A leaf that is none is one row of the paper's W.
+      state_dtype: see ``precision.with_state_dtype``.
+
+    Raises:
+      UserError: an argument out of range or a name unknown; from ``init``, leaves that are no floating-point arrays.
+    """
+    kind = _kind(memory)
+    decay, inner_rate = kind.decay if decay is None else decay, kind.inner_rate if inner_rate is None else inner_rate
+    check("decay", decay, 0, 1, open_high=False)
+    check("inner_rate", inner_rate, 0)
+    precondition = _target(kind.target if target is None else target)
+    scale = scale_by_generalized_momentum(
+        kind.objective, kind.memory, decay, inner_rate, precondition, output, matrices, state_dtype
+    )
+    return with_state_dtype(optax.chain(features, scale) if features else scale, state_dtype, "scale_by_dmgd")
+
+
+def _kind(memory: str | Memory) -> _Kind:
+    if not isinstance(memory, str):
+        return _Kind(l2, memory, KINDS["mlp"].decay, KINDS["mlp"].inner_rate, KINDS["mlp"].target)
+    if memory not in KINDS:
+        raise UserError(f"memory is {memory!r}; {closest(memory, KINDS)}")
+    return KINDS[memory]
+
+
+def _target(target: str | optax.GradientTransformation) -> optax.GradientTransformation:
+    if not isinstance(target, str):
+        return target
+    if target not in TARGETS:
+        raise UserError(f"target is {target!r}; {closest(target, TARGETS)}")
+    return TARGETS[target]()
+
+
+def dmgd(
+    learning_rate: optax.ScalarOrSchedule,
+    memory: str | Memory = "mlp",
+    decay: Any = None,
+    inner_rate: Any = None,
+    target: str | optax.GradientTransformation | None = None,
+    features: optax.GradientTransformation | None = None,
+    output: Callable[[Array], Array] | None = None,
+    matrices: Labels | None = None,
+    state_dtype: Any = None,
+    *,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """``scale_by_dmgd`` with decoupled weight decay and a learning rate: see there and ``recipe``."""
+    scale = scale_by_dmgd(memory, decay, inner_rate, target, features, output, matrices, state_dtype)
+    return recipe(scale, learning_rate, weight_decay, mask, fallback, matrices, state_dtype)

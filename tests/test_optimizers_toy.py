@@ -1,0 +1,105 @@
+"""The toy problems of the optimizers: their mathematics, the numbers of the specification, the command."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_cli import mistake
+from test_experiments import lines
+
+from experiments import optimizers_toy as toy
+from experiments.__main__ import main
+from experiments.toy_problems import MEAN_SQUARE, Stream, Surface, learn, stream
+
+VALLEY = Surface(k=10.0, amplitude=0.5, frequency=5.0)
+
+
+def test_the_slope_of_the_valley_is_its_gradient(x64):
+    points = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2)) * 3)
+    found = jax.vmap(VALLEY.slope)(points)
+    np.testing.assert_allclose(found, jax.vmap(jax.grad(VALLEY.value))(points), rtol=1e-11)
+    assert VALLEY.value(jnp.zeros(2)) == 0 and jnp.all(VALLEY.value(points) > 0)
+
+
+def test_delta_momentum_needs_at_most_half_the_steps_of_momentum(x64):
+    """The table of SPEC 5.7: 391, 200 and 74 steps at decay 0.9, over the learning rates and erases listed there."""
+    config = toy.OptimizersToyConfig(steps=500)
+    momentum, scalar, gram = (toy.valley(config, n, 0.9) for n in ("momentum", "delta_scalar", "delta_gram"))
+    assert (scalar["steps"], gram["steps"]) == (200, 74)
+    assert gram["steps"] <= momentum["steps"] / 2
+
+
+def test_the_tasks_are_orthogonal_and_solvable(x64):
+    tasks = stream(seeds=2, tasks=3, steps=5, size=4)
+    for u, x, y, c in zip(tasks.directions, tasks.x, tasks.y, tasks.answers, strict=True):
+        np.testing.assert_allclose(u @ u.T, np.eye(3), atol=1e-12)
+        lengths = jnp.abs(jnp.einsum("tsn,tn->ts", x, u))
+        assert lengths.min() > 0.5 and lengths.max() < 1.5
+        np.testing.assert_allclose(x @ (c @ u), y, atol=1e-12)
+    assert not np.allclose(tasks.x[0], tasks.x[1]), "every seed has its own"
+
+
+def by_hand(tasks: Stream, rate: float, decay: float):
+    """Losses after each task of momentum on the first stream, example by example."""
+    w, m, losses = np.zeros(tasks.x.shape[-1]), np.zeros(tasks.x.shape[-1]), []
+    for xs, ys in zip(np.asarray(tasks.x[0]), np.asarray(tasks.y[0]), strict=True):
+        for x, y in zip(xs, ys, strict=True):
+            m = decay * m + (w @ x - y) * x
+            w = w - rate * m
+        losses.append(MEAN_SQUARE / 2 * (tasks.directions[0] @ w - tasks.answers[0]) ** 2)
+    return np.array(losses)
+
+
+def test_learning_in_sequence_is_momentum_example_by_example(x64):
+    tasks = stream(seeds=2, tasks=3, steps=9, size=5)
+    make = lambda rate, factor: toy.CONTESTANTS["momentum"].make(rate, factor, 0.9)  # noqa: E731
+    found = learn(tasks, make, jnp.array([0.1, 0.02]), jnp.array([1.0, 3.0]))
+    assert found.shape == (2, 2, 3, 3)
+    np.testing.assert_allclose(found[0, 0], by_hand(tasks, 0.1, 0.9), rtol=1e-9)
+    np.testing.assert_allclose(found[1, 0], by_hand(tasks, 0.06, 0.9), rtol=1e-9)
+
+
+def test_everybody_has_as_many_settings_and_the_fixed_one_is_among_them():
+    assert {len(toy.RATES) * len(c.values) for c in toy.CONTESTANTS.values()} == {54}
+    assert toy.STREAM_RATE in toy.RATES and all(c.usual in c.values for c in toy.CONTESTANTS.values())
+
+
+TINY = "optimizers_toy --optimizers momentum delta_gram dmgd_mlp m3 --decays 0.9 --steps 120 --seeds 1 --task-steps 3"
+
+
+def test_the_command_leaves_a_line_per_optimizer_and_problem_a_table_and_a_picture(tmp_path, capsys):
+    results = tmp_path / "r"
+    assert main([*TINY.split(), "--results", str(results)]) == 0
+    rows, printed = lines(results / "optimizers_toy.jsonl"), capsys.readouterr().out
+    assert [(row["problem"], row["optimizer"]) for row in rows] == [
+        (problem, name) for name in ("momentum", "delta_gram", "dmgd_mlp", "m3") for problem in ("valley", "tasks")
+    ]
+    gram = next(line.split() for line in printed.splitlines() if "delta_gram" in line)
+    assert gram[:4] == ["0.9", "delta_gram", "74", f"{rows[2]['solved']}/54"]
+    assert (results / "optimizers_toy.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_is_made_from_the_file_the_latest_row_counts_and_other_tasks_do_not():
+    config = toy.OptimizersToyConfig()
+    row = {"problem": "valley", "task": [10.0, 0.5, 5.0, 1e-4, 2000], "optimizer": "sgd", "decay": 0.9, "solved": 3}
+    row |= {"settings": 54, "other": "factor", "learning_rate": 0.01, "value": 0.3}
+    rows = [row | {"steps": 7}, row | {"steps": 11}, row | {"steps": 1, "task": [1.0, 0.5, 5.0, 1e-4, 2000]}]
+    (line,) = [line.split() for line in toy.table(config, rows) if "sgd" in line]
+    assert line == ["0.9", "sgd", "11", "3/54", "0.01,", "factor", "0.3"]
+    assert any(">2000" in line for line in toy.table(config, [row | {"steps": None}]))
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--optimizers", "delta_grm"], "No optimizer is called 'delta_grm'; did you mean 'delta_gram'"),
+        (["--decays", "1.0"], "--decays must be 0 or more and below 1, got (1.0,)"),
+        (["--size", "3"], "--size must be at least --tasks, got 3 for 4"),
+        (["--task-steps", "0"], "--task-steps must be at least 1, got 0"),
+        (["--tolerance", "0"], "--tolerance must be above 0, got 0"),
+        (["--stpes", "3"], "There is no flag --stpes;"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_sentence(flags, expected, capfd):
+    assert expected in mistake(capfd, ["optimizers_toy", *flags])

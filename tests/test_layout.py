@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import experiments
 from experiments.__main__ import main
+from hope_jax import optim
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, MODELS, Size
 
@@ -120,14 +122,27 @@ def test_documents_name_no_machine_paths(path):
     assert not found
 
 
-def test_the_code_of_the_readme_runs_and_going_on_equals_one_go(monkeypatch):
-    monkeypatch.setitem(MODELS, "hope-tiny", ARCHITECTURES["hope"](Size(16, 1, 2, 256, 32, (Level(32),))))
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def readme(section: str) -> dict:
+    """The names of the section's code after it ran."""
+    (block,) = re.findall(rf"^## {section}.*?```python\n(.*?)```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
     names = {}
     exec(compile(block, str(README), "exec"), names)
+    return names
+
+
+def test_the_session_of_the_readme_runs_and_going_on_equals_one_go(monkeypatch):
+    monkeypatch.setitem(MODELS, "hope-tiny", ARCHITECTURES["hope"](Size(16, 1, 2, 256, 32, (Level(32),))))
+    names = readme("A session")
     whole, _ = names["model"].apply({"params": names["params"]}, names["whole"])
     np.testing.assert_allclose(names["logits"], whole[:, -names["logits"].shape[1] :], atol=1e-4)
     assert names["written"].shape == (1, 8)
+
+
+def test_the_swapped_optimizer_of_the_readme_learns_and_is_m3():
+    names = readme("Swap the optimizer")
+    assert names["losses"][-1] < 0.2 * names["losses"][0]
+    parts = jax.tree.leaves(names["state"], is_leaf=lambda part: isinstance(part, optim.M3State))
+    assert any(isinstance(part, optim.M3State) for part in parts)
 
 
 def test_the_readme_names_only_functions_and_tests_that_exist():

@@ -13,7 +13,8 @@ import pytest
 from hope_jax import MODELS, LanguageModel
 from hope_jax import train as training
 from hope_jax.errors import UserError
-from hope_jax.train.optimizer import decays
+from hope_jax.optim import MatrixView, matrix_views
+from hope_jax.train.optimizer import MATRICES, decays
 from hope_jax.train.step import mean_gradient
 
 BYTES = np.arange(256) % 3 + 1
@@ -95,8 +96,9 @@ def test_evaluation_in_parts_is_the_mean_over_all_tokens_not_over_batches(small)
         assert value == pytest.approx(float(whole[name].value), rel=1e-5)
 
 
-def test_a_second_step_reuses_the_compiled_program_and_the_loss_falls(small):
-    config = training.OptimizerConfig(learning_rate=3e-3, warmup=0)
+@pytest.mark.parametrize("method", ["adamw", "m3"])
+def test_a_second_step_reuses_the_compiled_program_and_the_loss_falls(small, method):
+    config = training.OptimizerConfig(learning_rate=3e-3, warmup=0, method=method)
     tx = training.optimizer(config, 20, small.config.update_every(4096))
     step = training.train_step(training.next_token_loss(small.model, BYTES), tx, training.schedule(config, 20))
     params = jax.tree.map(jnp.copy, small.params)  # the step donates its state
@@ -119,10 +121,12 @@ def test_bfloat16_flag_keeps_parameters_and_loss_in_float32(small):
     assert float(loss) == pytest.approx(float(exact), rel=0.02)
 
 
-def test_hope_after_three_steps_a_save_a_restore_and_three_more_is_bit_for_bit_hope_after_six(tmp_path):
+@pytest.mark.parametrize("method", ["adamw", "m3"])
+def test_hope_after_three_steps_a_save_a_restore_and_three_more_is_bit_for_bit_hope_after_six(tmp_path, method):
     model, draw = narrow("hope-tiny"), np.random.default_rng(0)
-    tx = training.optimizer(training.OptimizerConfig(warmup=2), 6, {"static": 1, "level_0": 2, "level_1": 3})
-    rate = training.schedule(training.OptimizerConfig(warmup=2), 6)
+    config = training.OptimizerConfig(warmup=2, method=method)
+    tx = training.optimizer(config, 6, {"static": 1, "level_0": 2, "level_1": 3})
+    rate = training.schedule(config, 6)
     step = training.train_step(training.next_token_loss(model, BYTES), tx, rate)
     like = training.abstract_state(model, tx)
     params = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0, 0.02, leaf.shape), leaf.dtype), like.params)
@@ -148,6 +152,19 @@ def test_learning_rate_warms_up_linearly_peaks_and_ends_at_the_final_fraction():
     rate = training.schedule(training.OptimizerConfig(learning_rate=1.0, warmup=10, final_fraction=0.1), 110)
     assert [float(rate(n)) for n in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert [float(rate(n)) for n in (60, 110, 500)] == pytest.approx([0.55, 0.1, 0.1])
+
+
+def test_m3_sees_every_layer_and_head_as_a_matrix_of_its_own_and_no_others():
+    params = training.abstract_state(LanguageModel(MODELS["hope-tiny"]), optax.sgd(1.0)).params
+    mixer = matrix_views(params, MATRICES)["blocks"]["mixer"]
+    seen = {name: view.matrix_shape for name, view in mixer.items() if isinstance(view, MatrixView)}
+    heads, size = MODELS["hope-tiny"].mixer.heads, 32
+    memory, several = (2, heads, size, size), (2, heads, 2, size, size)
+    assert seen == {
+        **{f"initial_memory_{i}": memory for i in (0, 1)}, **{f"initial_projections_{i}": several for i in (0, 1)},
+        "initial_gates_0": several, "initial_gates_1": (2, heads, 2, 1, size),
+    }  # fmt: skip
+    assert mixer["project_q"]["kernel"].matrix_shape == (2, 192, 192) and mixer["conv_k"]["kernel"] is None
 
 
 @pytest.mark.parametrize("field, value", [("learning_rate", 0.0), ("b2", 1.0), ("clip", -1.0), ("final_fraction", 2.0)])

@@ -1,4 +1,4 @@
-"""AdamW with warmup and cosine decay, one copy per update level, behind one global-norm clip.
+"""AdamW or M3 with warmup and cosine decay, one copy per update level, behind one global-norm clip.
 
 The levels are ``optim.by_level``: parameters of a slow level are stepped every n-th batch with the mean gradient
 (SPEC.md section 3), and their schedule is stretched by n so that every level steps with the learning rate of the batch
@@ -8,23 +8,32 @@ at which it steps. Read ``state.py`` next: it holds the optimizer's state.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import tree_map_with_path
 
+from hope_jax import optim
 from hope_jax.errors import UserError
-from hope_jax.optim import by_level
 from hope_jax.types import Scalar
 
 Schedule = Callable[[Any], Scalar]
+Method = Literal["adamw", "m3"]
+
+MATRICES = optim.matrix_labels(
+    batch_axes={"blocks": 1, "initial_*": 1, "initial_projections_*": 1, "initial_gates_*": 1},
+    exclude=("embedding", "conv*", "gate_*", "scale_*", "momentum_kernel"),
+)
+"""Blocks are stacked over layers, initial memories over heads, those of projections and gates over memories too."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its learning-rate schedule and the gradient clip."""
+    """The optimizer, its learning-rate schedule and the gradient clip."""
 
+    method: Method = "adamw"
+    """m3 orthogonalises the momenta of all matrices, at two time scales (Eq. 75); the rest is AdamW's as well."""
     learning_rate: float = 2e-3
     """Peak learning rate, reached after the warmup; greater than 0."""
     warmup: int = 20
@@ -34,7 +43,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled decay of weight matrices; norms, biases, gates and initial memories are never decayed. 0 or more."""
     b1: float = 0.9
-    """Decay of the first moment, from 0 up to but not including 1."""
+    """Decay of the first moment (of m3's fast one), from 0 up to but not including 1."""
     b2: float = 0.95
     """Decay of the second moment, from 0 up to but not including 1."""
     clip: float = 1.0
@@ -42,6 +51,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         legal = {
+            "method": self.method in get_args(Method),
             "learning_rate": 0 < self.learning_rate < math.inf,
             "warmup": self.warmup >= 0,
             "final_fraction": 0 <= self.final_fraction <= 1,
@@ -87,12 +97,16 @@ def optimizer(config: OptimizerConfig, steps: int, every: Mapping[str, int]) -> 
     peak = schedule(config, steps)
 
     def level(period: int) -> optax.GradientTransformation:
-        return optax.adamw(
-            lambda count: peak(count * period + period - 1),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(decays, params),
-        )
+        return _method(config, lambda count: peak(count * period + period - 1))
 
-    return optax.chain(optax.clip_by_global_norm(config.clip), by_level(level, dict(every)))
+    return optax.chain(optax.clip_by_global_norm(config.clip), optim.by_level(level, dict(every)))
+
+
+def _method(config: OptimizerConfig, rate: Schedule) -> optax.GradientTransformation:
+    """The optimizer of one level."""
+    decay = {"weight_decay": config.weight_decay, "mask": lambda params: tree_map_with_path(decays, params)}
+    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, **decay)
+    if config.method == "adamw":
+        return adamw
+    scales = (optim.MomentumScale(1, config.b1), optim.MomentumScale(100, 0.9))
+    return optim.m3(rate, scales, config.b2, matrices=MATRICES, fallback=adamw, **decay)

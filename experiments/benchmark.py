@@ -117,12 +117,18 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(BenchmarkConfig, arguments, "benchmark")
     path = open_results(config.results, "benchmark.jsonl")
-    machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
     for part in config.chosen:
         for row in PARTS[part](config):
-            append(path, {"part": part, **row, **machine})
+            append(path, {"part": part, **row, **machine()})
             print(json.dumps({"part": part, **row}), flush=True)
     return 0
+
+
+def machine() -> Row:
+    """What measures: the device, the cores this process may use (``taskset`` counts), and how memory comes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    about = {"device": jax.devices()[0].device_kind, "cores": cores, "jax": jax.__version__}
+    return about | {"large_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")}
 
 
 def best_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -193,11 +199,10 @@ class Trainer:
 
 def train(config: BenchmarkConfig) -> Iterator[Row]:
     """The training step of the architectures, and the last one's tokens/s as the measure of the others."""
-    make = lambda name: Trainer(config.architecture(name), config.batch, config.length, config.segment)  # noqa: E731
-    trainers = {name: make(name) for name in config.models}
+    of = (config.batch, config.length, config.segment)
+    trainers = {name: Trainer(config.architecture(name), *of) for name in config.models}
     square = jax.random.normal(jax.random.key(0), (1024, 1024))
-    product = jax.jit(jnp.matmul)
-    calls: dict[str, Callable[[], Any]] = {"peak": lambda: product(square, square)}
+    calls: dict[str, Callable[[], Any]] = {"peak": functools.partial(jax.jit(jnp.matmul), square, square)}
     for name, trainer in trainers.items():
         calls |= {name: trainer, f"{name} forward": trainer.forward}
     seconds = best_seconds(calls, config.repeats)
@@ -224,8 +229,8 @@ def chunked(config: BenchmarkConfig) -> Iterator[Row]:
 def _recurrence(time: int, impl: Literal["chunked", "sequential"]) -> Callable[[], Any]:
     """Gradient of ``gated_delta`` over random tokens with unit keys, for 16 heads of 32 features."""
     heads, size = 16, 32
-    draws, of_rate, of_retention, of_decay, of_memory = jax.random.split(jax.random.key(0), 5)
-    vectors = jax.random.normal(draws, (3, heads, time, size))
+    of_vectors, of_rate, of_retention, of_decay, of_memory = jax.random.split(jax.random.key(0), 5)
+    vectors = jax.random.normal(of_vectors, (3, heads, time, size))
     streams = tuple(vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True))
     rate, forgotten, decay = (jax.random.uniform(key, (heads, time)) for key in (of_rate, of_retention, of_decay))
     gates = {"erase": rate, "retention": 1 - 1e-3 * forgotten, "momentum_decay": 0.1 * decay}
@@ -261,23 +266,18 @@ def length(config: BenchmarkConfig) -> Iterator[Row]:
 
 def decode(config: BenchmarkConfig) -> Iterator[Row]:
     """Time per token written by ``generate`` after few and after many tokens read."""
-    written = 64
-    early, late = config.positions
+    written, (early, late) = 64, config.positions
     architecture = model_named(config.model)
     model = LanguageModel(architecture)
     tokens = jax.random.randint(jax.random.key(1), (1, early), 0, architecture.vocab_size)
     params = jax.jit(lambda key: model.init(key, tokens[:, :1])["params"])(jax.random.key(0))
     read = jax.jit(lambda params, tokens, state: model.apply({"params": params}, tokens, state)[1])
-    settings: dict[str, Any] = {"steps": written, "temperature": 0.0, "key": jax.random.key(2)}
     states = [read(params, tokens, model.init_state(params, batch=1, capacity=late + written + 1))]
-    states.append(states[0])
-    for _ in range(late // early - 1):
-        states[1] = read(params, tokens, states[1])
+    states.append(functools.reduce(lambda state, _: read(params, tokens, state), range(late // early - 1), states[0]))
 
-    def write(state: Any) -> Callable[[], Any]:
-        return lambda: generate.sample(model, params, state, tokens[:, :1], **settings)[0]
-
-    calls = {str(at): write(state) for at, state in zip(config.positions, states, strict=True)}
+    settings: dict[str, Any] = {"steps": written, "temperature": 0.0, "key": jax.random.key(2)}
+    write = lambda state: generate.sample(model, params, state, tokens[:, :1], **settings)[0]  # noqa: E731
+    calls = {str(at): functools.partial(write, state) for at, state in zip(config.positions, states, strict=True)}
     seconds = best_seconds(calls, config.repeats)
     for at, value in seconds.items():
         row = {"model": config.model, "position": int(at), "ms_per_token": round(1e3 * value / written, 3)}

@@ -174,7 +174,7 @@ def test_the_help_explains_every_flag_that_can_be_given(name, capsys):
     shown = capsys.readouterr().out
     module = importlib.import_module(f"experiments.{name}")
     flags = [flag for flag, _ in experiments._flags(getattr(module, f"{name.title().replace('_', '')}Config"))]
-    assert len(flags) > 10
+    assert len(flags) == len(set(flags)) >= 5
     for flag in flags:
         assert re.search(rf"{flag}[ ,]", shown), flag
 

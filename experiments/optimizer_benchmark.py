@@ -1,0 +1,149 @@
+"""What an optimizer's step costs: time against Muon's, state, compile time, on the parameters of a named model.
+
+    python -m experiments optimizer_benchmark                       # all optimizers on hope-30m
+    python -m experiments optimizer_benchmark --model hope-140m --optimizers muon m3
+
+A step is update and application, of random gradients in the shapes of the model. M3 starts a block every 100 steps and
+orthogonalises its slow momentum then; both kinds of step are timed, and the mean over a block counts. Times are the
+best of ``--repeats`` interleaved repetitions; ratios compare within one run. Each run appends JSON lines to
+``optimizer_benchmark.jsonl``. Two minutes on two cores. Expect M3 within 1.3 times Muon.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+from experiments import parse
+from experiments.benchmark import best_seconds, machine
+from experiments.recall import progress_interval
+from experiments.results import Row, append, open_results
+from hope_jax import LanguageModel, model_named, optim
+from hope_jax import train as training
+from hope_jax.errors import UserError, closest
+from hope_jax.optim.matrices import ADAMW, MATRIX
+from hope_jax.train.optimizer import MATRICES
+
+BLOCK = 100
+"""Steps of M3 between two blocks of its slow momentum."""
+
+
+def _muon_axes(params: Any) -> Any:
+    """The matrices of ``MATRICES`` in optax's words: None for what is none."""
+    dimension = {ADAMW: None, MATRIX: optim.MuonDimensionNumbers()}
+    is_label = lambda label: isinstance(label, str | optim.MuonDimensionNumbers)  # noqa: E731
+    return jax.tree.map(lambda label: dimension.get(label, label), MATRICES(params), is_leaf=is_label)
+
+
+def _m3(rate: float) -> optax.GradientTransformation:
+    scales = (optim.MomentumScale(1, 0.9), optim.MomentumScale(BLOCK, 0.9))
+    return optim.m3(rate, scales, matrices=MATRICES)
+
+
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "sgd_momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "adamw": optax.adamw,
+    "muon": lambda rate: optax.contrib.muon(rate, muon_weight_dimension_numbers=_muon_axes),
+    "m3": _m3,
+    "delta_momentum": lambda rate: optim.delta_momentum(rate, matrices=MATRICES),
+    "dmgd_mlp": lambda rate: optim.dmgd(rate, memory="mlp", matrices=MATRICES),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerBenchmarkConfig:
+    """Measure the steps of optimizers."""
+
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    """Which to measure."""
+    against: str = "muon"
+    """Ratios are of this one's time; it is measured too."""
+    model: str = "hope-30m"
+    """Name of the model whose parameters are stepped."""
+    repeats: int = 5
+    """Repetitions; the best counts."""
+    results: Path = Path("experiments/results")
+    """Folder of optimizer_benchmark.jsonl."""
+
+    def __post_init__(self):
+        for name in (*self.optimizers, self.against):
+            if name not in OPTIMIZERS:
+                raise UserError(f"No optimizer is called {name!r}; {closest(name, OPTIMIZERS)}")
+        if self.repeats < 1:
+            raise UserError(f"--repeats must be at least 1, got {self.repeats}.")
+        model_named(self.model)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    config = parse(OptimizerBenchmarkConfig, arguments, "optimizer_benchmark")
+    path = open_results(config.results, "optimizer_benchmark.jsonl")
+    for row in measure(config):
+        append(path, {**row, **machine()})
+        print(json.dumps(row), flush=True)
+    return 0
+
+
+class Stepper:
+    """One optimizer's compiled step, with a state at the start of a block and one inside it."""
+
+    def __init__(self, name: str, params: Any):
+        tx = OPTIMIZERS[name](1e-3)
+
+        def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.params, self.start = params, jax.jit(tx.init)(params)
+        lowered, since = jax.jit(step).lower(params, self.start, params), time.perf_counter()
+        self._step = lowered.compile()
+        self.compile_seconds = time.perf_counter() - since
+        self.inside = self(self.start)[1]
+
+    def __call__(self, state: Any) -> tuple[Any, Any]:
+        """Parameters and state after a step from ``state``; the parameters serve as gradients."""
+        return self._step(self.params, state, self.params)
+
+    def row(self, seconds_start: float, seconds: float, parameters: int) -> Row:
+        """What is known about steps that take so long."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.start))
+        mean = (seconds_start + (BLOCK - 1) * seconds) / BLOCK
+        times = {"step_ms": 1e3 * mean, "inside_ms": 1e3 * seconds, "start_ms": 1e3 * seconds_start}
+        return {
+            **{name: round(value, 2) for name, value in times.items()},
+            **{"state_bytes_per_parameter": round(size / parameters, 2)},
+            **{"compile_seconds": round(self.compile_seconds, 1)},
+        }
+
+
+def measure(config: OptimizerBenchmarkConfig) -> list[Row]:
+    """All optimizers, with the ratio of mean step times to that of ``config.against``."""
+    names = list(dict.fromkeys((*config.optimizers, config.against)))
+    params = random_parameters(config.model)
+    count = training.count_parameters(params)
+    bar = tqdm(names, desc="compiling", dynamic_ncols=True, mininterval=progress_interval())
+    steppers = {name: Stepper(name, params) for name in bar}
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, one in steppers.items():
+        calls |= {f"{name} start": lambda one=one: one(one.start), name: lambda one=one: one(one.inside)}
+    seconds = best_seconds(calls, config.repeats)
+    rows = {name: one.row(seconds[f"{name} start"], seconds[name], count) for name, one in steppers.items()}
+    base = rows[config.against]["step_ms"]
+    about = {"model": config.model, "parameters": count, "against": config.against}
+    return [{"optimizer": name, **about, **row, "ratio": round(row["step_ms"] / base, 3)} for name, row in rows.items()]
+
+
+def random_parameters(model: str) -> Any:
+    """Normal numbers in the shapes of the model's parameters."""
+    shapes = training.abstract_state(LanguageModel(model_named(model)), optax.sgd(1.0)).params
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    drawn = [jax.random.normal(key, leaf.shape, jnp.float32) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)

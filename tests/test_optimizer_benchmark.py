@@ -1,0 +1,67 @@
+"""The optimizer benchmark: both kinds of a block's steps, the mean over a block, and who is a matrix."""
+
+import json
+
+import jax
+import pytest
+
+from experiments import optimizer_benchmark as benchmark
+from experiments.__main__ import main
+from hope_jax import MODELS, optim
+from hope_jax.levels import Level
+from hope_jax.models import ARCHITECTURES, Size
+from hope_jax.train.optimizer import MATRICES
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    """A model that compiles in no time."""
+    monkeypatch.setitem(MODELS, "hope-nano", ARCHITECTURES["hope"](Size(16, 1, 2, 32, 32, (Level(32),))))
+
+
+def test_it_prints_and_leaves_a_line_per_optimizer(tmp_path, capsys):
+    flags = f"--model hope-nano --optimizers adamw m3 --against adamw --repeats 1 --results {tmp_path}"
+    assert main(["optimizer_benchmark", *flags.split()]) == 0
+    left = [json.loads(line) for line in (tmp_path / "optimizer_benchmark.jsonl").read_text().splitlines()]
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(row.items() >= line.items() for row, line in zip(left, printed, strict=True))
+    adamw, m3 = left
+    assert (adamw["optimizer"], adamw["ratio"], m3["optimizer"]) == ("adamw", 1.0, "m3")
+    assert m3["ratio"] == pytest.approx(m3["step_ms"] / adamw["step_ms"], rel=0.05)
+    assert adamw["state_bytes_per_parameter"] == pytest.approx(8, rel=0.01)
+
+
+def test_the_two_states_of_m3_are_at_the_start_of_a_block_and_inside_it():
+    stepper = benchmark.Stepper("m3", benchmark.random_parameters("hope-nano"))
+
+    def m3_state(state):
+        is_m3 = lambda part: isinstance(part, optim.M3State)  # noqa: E731
+        return next(part for part in jax.tree.leaves(state, is_leaf=is_m3) if is_m3(part))
+
+    assert [int(m3_state(one).count) % benchmark.BLOCK for one in (stepper.start, stepper.inside)] == [0, 1]
+    row = stepper.row(3.0, 1.0, 1)
+    assert row["step_ms"] == pytest.approx(1e3 * (3.0 + 99 * 1.0) / 100)
+
+
+def test_muon_and_m3_have_the_same_matrices():
+    params = benchmark.random_parameters("hope-nano")
+    theirs = jax.tree.leaves(benchmark._muon_axes(params), is_leaf=lambda one: not isinstance(one, dict))
+    ours = jax.tree.leaves(optim.matrix_views(params, MATRICES), is_leaf=lambda one: not isinstance(one, dict))
+    assert [axes is None for axes in theirs] == [view is None for view in ours]
+    for axes, view in zip(theirs, ours, strict=True):
+        assert axes is None or view is None or (len(view.rows), len(view.columns)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--optimizers", "m4"], "No optimizer is called 'm4'; did you mean 'm3'"),
+        (["--model", "hope-31m"], "hope-30m"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_sentence(flags, expected, capsys):
+    assert main(["optimizer_benchmark", *flags]) == 2
+    said = capsys.readouterr().err.strip()
+    assert expected in said and "\n" not in said

@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "compare": "experiments.compare:main",
     "benchmark": "experiments.benchmark:main",
     "optimizers_toy": "experiments.optimizers_toy:main",
+    "vit_optimizers": "experiments.vit_optimizers:main",
     "optimizer_benchmark": "experiments.optimizer_benchmark:main",
 }
 """Name -> ``module:function``; the function takes the arguments after the name and returns the exit status."""

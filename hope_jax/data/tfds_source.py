@@ -35,22 +35,39 @@ def from_tfds(name: str) -> Corpus:
         UserError: unknown name, not on disk and no network, prepared in a format that cannot be read at random,
             or without text.
     """
-    builder = _from_folder(name) or _from_name(name)
+    builder = open_tfds(name)
     split = _choose_split(name, builder)
     feature = _text_feature(name, builder)
+    source = records(name, builder, split)
+    return Corpus(
+        names=[f"{split}/{i}" for i in range(len(source))],
+        read=lambda document: _to_bytes(source[document][feature]),
+        digest=_digest(builder, split, feature),
+        size=None,
+    )
+
+
+def open_tfds(name: str) -> Any:
+    """The builder of a TFDS dataset that is on disk, prepared now if need be.
+
+    Args:
+        name: ``name``, ``name/config``, ``name:version``, or the folder of a prepared dataset.
+
+    Raises:
+        UserError: unknown name, or not on disk and not to be had.
+    """
+    return _from_folder(name) or _from_name(name)
+
+
+def records(name: str, builder: Any, split: str) -> Any:
+    """The examples of one split, to be indexed. Raises UserError for formats that only TensorFlow reads."""
     try:
-        records = builder.as_data_source(split=split)
+        return builder.as_data_source(split=split)
     except (NotImplementedError, ValueError) as error:
         raise UserError(
             f"dataset {name!r} is stored as {builder.info.file_format} in {builder.data_dir}, which cannot be read "
             "without TensorFlow: prepare it with file_format='array_record'"
         ) from error
-    return Corpus(
-        names=[f"{split}/{i}" for i in range(len(records))],
-        read=lambda document: _to_bytes(records[document][feature]),
-        digest=_digest(builder, split, feature),
-        size=None,
-    )
 
 
 def _from_folder(name: str) -> Any:

@@ -1,0 +1,49 @@
+"""A small Vision Transformer (pre-norm, learned positions, mean over patches) of stock parts, to try optimizers on."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from hope_jax.types import Array, Float
+
+
+def patches(images: Float[Array, "B height width C"], size: int) -> Float[Array, "B N P"]:
+    """Squares of ``size`` x ``size`` pixels as vectors, row by row; ``size`` must divide height and width."""
+    batch, height, width, channels = images.shape
+    cut = images.reshape(batch, height // size, size, width // size, size, channels)
+    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+
+
+class EncoderBlock(nn.Module):
+    """Attention over the patches, then an MLP; both residual, with a norm before."""
+
+    width: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
+        hidden = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
+        return x + nn.Dense(self.width)(hidden)
+
+
+class ViT(nn.Module):
+    """Images [B,height,width,C] to logits [B,classes]; ``from_patches`` has the patches already, [B,N,P]."""
+
+    classes: int
+    patch: int
+    width: int
+    layers: int
+    heads: int
+
+    def __call__(self, images: Float[Array, "B height width C"]) -> Float[Array, "B classes"]:
+        return self.from_patches(patches(images, self.patch))
+
+    @nn.compact
+    def from_patches(self, x: Float[Array, "B N P"]) -> Float[Array, "B classes"]:
+        """The logits; the order of the patches is known from ``position`` alone."""
+        x = nn.Dense(self.width, name="embed")(x)
+        x = x + self.param("position_embedding", nn.initializers.normal(0.02), (x.shape[1], self.width))[None]
+        for i in range(self.layers):
+            x = EncoderBlock(self.width, self.heads, name=f"block_{i}")(x)
+        x = jnp.mean(nn.LayerNorm(name="norm")(x), axis=1)
+        return nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name="head")(x)

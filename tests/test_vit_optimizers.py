@@ -1,0 +1,191 @@
+"""The ViT and the race of optimizers on it: images from files, patches, tuning, what is on file is not run again."""
+
+import gzip
+import io
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core.utils import file_utils
+
+from experiments import vit_optimizers
+from experiments.__main__ import main
+from experiments.images import digits, from_tfds, mnist
+from experiments.vit import ViT, patches
+from hope_jax.errors import UserError
+from hope_jax.optim import matrix_labels
+
+TINY = ["--width", "8", "--layers", "1", "--heads", "2", "--patch", "4"]
+SHORT = ["--steps", "4", "--evaluate-every", "2", "--warmup", "1", "--batch", "8"]
+
+
+def write_idx(path, array):
+    """An idx file of bytes, packed if it is called so."""
+    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    data = head + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Sixty and twelve images of 4 x 4 pixels in MNIST's form, the training images packed."""
+    draw, home = np.random.default_rng(0), tmp_path / "small"
+    home.mkdir()
+    for part, count, end in (("train", 60, ".gz"), ("t10k", 12, "")):
+        write_idx(home / f"{part}-images-idx3-ubyte{end}", draw.integers(0, 256, (count, 4, 4)))
+        write_idx(home / f"{part}-labels-idx1-ubyte", np.arange(count) % 3)
+    return home
+
+
+def test_idx_files_come_back_standardised_and_split(folder):
+    raw = np.random.default_rng(0).integers(0, 256, (60, 4, 4))
+    found = mnist(folder)
+    assert (len(found.train.labels), len(found.validation.labels), len(found.test.labels)) == (50, 10, 12)
+    both = np.concatenate([found.train.images, found.validation.images])
+    np.testing.assert_allclose(np.sort(both, axis=None), np.sort((raw - raw.mean()) / raw.std(), axis=None), rtol=1e-5)
+    assert found.classes == 3 and found.test.labels.tolist() == [i % 3 for i in range(12)]
+
+
+@pytest.mark.parametrize("end", [b"", b"12"], ids=["cut off", "too long"])
+def test_a_broken_idx_file_is_named(folder, end):
+    path = folder / "t10k-labels-idx1-ubyte"
+    path.write_bytes((path.read_bytes()[:-1] if not end else path.read_bytes()) + end)
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte is no idx file of bytes, or it is cut off"):
+        mnist(folder)
+
+
+def test_the_digits_are_all_there_and_no_image_is_in_two_parts():
+    found = digits()
+    parts = (found.train, found.validation, found.test)
+    assert [len(part.labels) for part in parts] == [1199, 239, 359] and found.classes == 10
+    distinct = [{image.tobytes() for image in part.images} for part in parts]
+    assert not (distinct[0] & distinct[2] or distinct[1] & distinct[2] or distinct[0] & distinct[1])
+
+
+class TinyShapes(tfds.core.GeneratorBasedBuilder):
+    """Twelve coloured images that TFDS knows by name, every other one larger."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(num_classes=2),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(12):
+            side, file = 4 + 4 * (i % 2), io.BytesIO()
+            Image.fromarray(np.full((side, side, 3), 20 * i, np.uint8)).save(file, "PNG")
+            yield i, {"image": io.BytesIO(file.getvalue()), "label": i % 2}
+
+
+def test_a_tfds_set_is_read_and_resized_and_several_sizes_need_one(tmp_path):
+    tfds.core.add_data_dir(tmp_path)
+    try:
+        TinyShapes(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+        with pytest.raises(UserError, match="images of 2 sizes; give one for all with --size"):
+            from_tfds("tiny_shapes")
+        found = from_tfds("tiny_shapes", size=8)
+    finally:
+        file_utils.clear_registered_data_dirs()
+    assert found.test.images.shape == (12, 8, 8, 3)
+    values = np.sort(found.test.images[:, 0, 0, 0])  # TFDS shuffles; the grey of image i is 20 i
+    np.testing.assert_allclose(np.diff(values), np.diff(values)[0], rtol=1e-4)
+
+
+def test_patches_are_squares_in_reading_order():
+    images = jnp.arange(2 * 4 * 6, dtype=float).reshape(2, 4, 6, 1)
+    cut = patches(images, 2)
+    assert cut.shape == (2, 6, 4)
+    for n, (row, column) in enumerate(np.ndindex(2, 3)):
+        expected = images[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(2, 4)
+        np.testing.assert_array_equal(cut[:, n], expected)
+
+
+def test_patches_that_move_with_their_positions_change_nothing_and_without_them_do():
+    model = ViT(classes=3, patch=2, width=8, layers=2, heads=2)
+    x = jax.random.normal(jax.random.key(0), (5, 6, 4))
+    params = model.init(jax.random.key(1), x, method=ViT.from_patches)["params"]
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(2), (8, 3))
+    order = jnp.array([3, 0, 5, 1, 4, 2])
+    read = lambda params, x: model.apply({"params": params}, x, method=ViT.from_patches)  # noqa: E731
+    moved = params | {"position_embedding": params["position_embedding"][order]}
+    np.testing.assert_allclose(read(moved, x[:, order]), read(params, x), atol=1e-5)
+    assert jnp.abs(read(params, x[:, order]) - read(params, x)).max() > 1e-3
+
+
+def test_embeddings_and_head_of_the_vit_are_no_matrices():
+    model = ViT(classes=3, patch=2, width=8, layers=1, heads=2)
+    labels = matrix_labels()(model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"])
+    assert {labels["embed"]["kernel"], labels["position_embedding"], labels["head"]["kernel"]} == {"adamw"}
+    assert labels["block_0"]["Dense_0"]["kernel"] == "matrix"
+
+
+def race(folder, *more):
+    """The command on the small images; what is on file afterwards."""
+    flags = [*TINY, *SHORT, "--mnist", str(folder), "--results", str(folder / "results"), *more]
+    assert main(["vit_optimizers", *flags]) == 0
+    return [json.loads(line) for line in (folder / "results" / "vit_optimizers.jsonl").read_text().splitlines()]
+
+
+def test_a_race_tunes_alike_reports_its_seeds_and_does_not_repeat_itself(folder, capsys):
+    rows = race(folder, "--optimizers", "sgd_momentum", "adamw", "--seeds", "0")
+    for name in ("sgd_momentum", "adamw"):
+        mine = [row for row in rows if row["optimizer"] == name]
+        assert [row["phase"] for row in mine] == ["sweep"] * 5 + ["final"]
+        assert mine[-1]["learning_rate"] == vit_optimizers.best(mine[:5])["learning_rate"]
+        assert mine[0]["test_accuracy"] is None and not mine[0]["curve"]["test_loss"]
+        assert len(mine[-1]["curve"]["test_loss"]) == 2 and 0 <= mine[-1]["test_accuracy"] <= 1
+    assert (folder / "results" / "vit-optimizers-small.png").stat().st_size > 1000
+    assert "adamw" in capsys.readouterr().out
+    more = race(folder, "--optimizers", "sgd_momentum", "--seeds", "0", "7")
+    assert more[: len(rows)] == rows
+    assert [(row["phase"], row["seed"]) for row in more[len(rows) :]] == [("final", 7)]
+
+
+def test_runs_side_by_side_are_the_runs_alone(folder):
+    config = vit_optimizers.VitOptimizersConfig(
+        patch=4, width=8, layers=1, heads=2, steps=4, evaluate_every=2, warmup=1, batch=8
+    )
+    make, images = vit_optimizers.CONTESTANTS["m3"].make, mnist(folder)
+    both = vit_optimizers.train(config, images, make, jnp.array([1e-2, 3e-2]), jnp.array([0, 1]))
+    alone = vit_optimizers.train(config, images, make, jnp.array([3e-2]), jnp.array([1]))
+    np.testing.assert_allclose(both["train_loss"][1], alone["train_loss"][0], rtol=1e-4)
+    assert abs(float(both["train_loss"][0, -1] - both["train_loss"][1, -1])) > 1e-4
+
+
+def test_a_run_that_diverged_is_never_the_best():
+    good = {"validation_accuracy": 0.5, "validation_loss": 1.0}
+    bad = {"validation_accuracy": 0.5, "validation_loss": vit_optimizers._plain(np.array([math.nan]))[0]}
+    assert vit_optimizers.best([bad, good, bad]) is good
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--optimizers", "adamv"], "No optimizer is called 'adamv'; did you mean 'adamw'"),
+        (["--mnist", "nowhere"], "There is no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in nowhere"),
+        (["--tfds", "mnists"], "TFDS has no dataset 'mnists'"),
+        (["--patch", "3"], "--patch must divide the images, got 3 for 8 x 8 pixels"),
+        (["--steps", "10"], "--steps 10 must be a multiple of --evaluate-every"),
+        (["--size", "8"], "--size, at least 1, goes with --tfds"),
+        (["--heads", "3"], "--heads must divide --width, got 3 for 64"),
+        (["--batch", "5000"], "--batch is 5000; digits has 1199 training images"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_sentence(flags, expected, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["vit_optimizers", *flags]) == 2
+    said = capsys.readouterr().err.strip()
+    assert expected in said and "\n" not in said

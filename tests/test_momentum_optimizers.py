@@ -233,6 +233,8 @@ def test_state_can_be_stored_in_half_precision(alias):
     [
         (dict(learning_rate=-0.1), "learning_rate is -0.1"),
         (dict(learning_rate=float("nan")), "learning_rate is nan"),
+        (dict(learning_rate=0.1, weight_decay="0.1"), "weight_decay is '0.1'; expected a number"),
+        (dict(learning_rate=0.1, weight_decay=None), "weight_decay is None; expected a number"),
         (dict(weight_decay=-1.0), "weight_decay is -1"),
         (dict(state_dtype=jnp.int32), "state_dtype is"),
     ],

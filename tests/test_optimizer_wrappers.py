@@ -6,7 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax.training.train_state import TrainState
 from optimizer_rows import gradient, parameters, run, table
+
+from hope_jax import optim
 
 
 @table
@@ -100,3 +104,31 @@ def test_complex_gradients_turned_row_by_row_and_column_by_column_turn_the_path(
         params = optax.apply_updates(params, updates)
     expected, *_ = run(tx, real, 5, **row.extra)
     chex.assert_trees_all_close(params, turned(expected), rtol=1e-7, atol=1e-9)
+
+
+class TwoLayers(nn.Module):
+    """A Flax model of which every layer carries the delta term."""
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = nn.tanh(optim.delta_dense(16, strength=0.01, name="hidden")(x))
+        return optim.delta_dense(2, strength=0.01, name="out")(hidden)
+
+
+@pytest.mark.parametrize("make", [optim.m3, optim.delta_momentum, optim.dmgd], ids=lambda make: make.__name__)
+def test_a_flax_train_state_takes_them_as_it_takes_adamw(make):
+    x = jax.random.normal(jax.random.key(0), (64, 8))
+    y, model = jnp.sin(x[:, :2]), TwoLayers()
+    state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(1), x)["params"], tx=make(1e-2))
+
+    @jax.jit
+    def step(state):
+        loss = lambda params: jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)  # noqa: E731
+        value, gradients = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=gradients), value
+
+    losses = []
+    for _ in range(100):
+        state, value = step(state)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0] and int(state.step) == 100

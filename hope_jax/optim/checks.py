@@ -33,6 +33,8 @@ def check(name: str, value: Any, low: float, high: float = math.inf, *, open_hig
     """
     if callable(value) or isinstance(value, Tracer):
         return
+    if value is None or isinstance(value, str | bytes | bool) or jnp.ndim(value) != 0:
+        raise UserError(f"{name} is {value!r}; expected a number")
     number = float(value)
     if not (low <= number < high or (number == high and not open_high)):
         end = "below" if open_high else "up to"

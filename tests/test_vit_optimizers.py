@@ -118,7 +118,10 @@ def test_patches_that_move_with_their_positions_change_nothing_and_without_them_
     params = model.init(jax.random.key(1), x, method=ViT.from_patches)["params"]
     params["head"]["kernel"] = jax.random.normal(jax.random.key(2), (8, 3))
     order = jnp.array([3, 0, 5, 1, 4, 2])
-    read = lambda params, x: model.apply({"params": params}, x, method=ViT.from_patches)  # noqa: E731
+
+    def read(params, x) -> jax.Array:
+        return jnp.asarray(model.apply({"params": params}, x, method=ViT.from_patches))
+
     moved = params | {"position_embedding": params["position_embedding"][order]}
     np.testing.assert_allclose(read(moved, x[:, order]), read(params, x), atol=1e-5)
     assert jnp.abs(read(params, x[:, order]) - read(params, x)).max() > 1e-3

@@ -33,10 +33,11 @@ import tyro
 from jax.extend.core import jaxprs_in_params
 
 from experiments import parse
+from experiments.checks import at_least_one, known
 from experiments.results import Row, append, open_results
 from hope_jax import LanguageModel, ModelConfig, generate, model_named
 from hope_jax import train as training
-from hope_jax.errors import UserError, closest
+from hope_jax.errors import UserError
 from hope_jax.memory import gated_delta, products
 from hope_jax.models import ARCHITECTURES, SIZES, Size
 from hope_jax.train.optimizer import OptimizerConfig
@@ -82,11 +83,9 @@ class BenchmarkConfig:
     """Folder of benchmark.jsonl."""
 
     def __post_init__(self):
-        for name in ("width", "layers", "heads", "length", "batch", "tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        if self.size is not None and self.size not in SIZES:
-            raise UserError(f"No size is called {self.size!r}; {closest(self.size, SIZES)}")
+        at_least_one(self, "width", "layers", "heads", "length", "batch", "tokens", "repeats")
+        if self.size is not None:
+            known("size", self.size, SIZES)
         if self.positions[0] < 1 or self.positions[1] % self.positions[0]:
             raise UserError(f"--positions must be a number and a multiple of it, got {self.positions}.")
         if not 1 <= self.lengths[0] < self.lengths[1]:
@@ -106,8 +105,7 @@ class BenchmarkConfig:
 
     def architecture(self, name: str) -> ModelConfig:
         """The model of parts ``train`` and ``chunked`` with that name."""
-        if name not in ARCHITECTURES:
-            raise UserError(f"No architecture is called {name!r}; {closest(name, ARCHITECTURES)}")
+        known("architecture", name, ARCHITECTURES)
         if self.size is not None:
             return dataclasses.replace(ARCHITECTURES[name](SIZES[self.size]), context=self.length)
         return ARCHITECTURES[name](Size(self.width, self.layers, self.heads, 256, self.length, SIZES["tiny"].levels))

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments import parse
+from experiments.checks import at_least_one
 from experiments.recall import keep_programs, progress_interval, without_writes
 from experiments.results import Row, append, open_results
 from hope_jax import LanguageModel, ModelConfig, model_named
@@ -75,9 +76,7 @@ class CompareConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
-        for name in ("steps", "batch", "length", "eval_every", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        at_least_one(self, "steps", "batch", "length", "eval_every", "eval_batches")
         if Path(self.name).name != self.name:
             raise UserError(f"--name {self.name!r} becomes part of a file name; give a plain word.")
         if not (self.rows and self.seeds):

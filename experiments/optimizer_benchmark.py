@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from experiments import parse
 from experiments.benchmark import best_seconds, machine
+from experiments.checks import at_least_one, known
 from experiments.recall import progress_interval
 from experiments.results import Row, append, open_results
 from hope_jax import LanguageModel, model_named, optim
 from hope_jax import train as training
-from hope_jax.errors import UserError, closest
 from hope_jax.optim.matrices import ADAMW, MATRIX
 from hope_jax.train.optimizer import MATRICES
 
@@ -74,10 +74,8 @@ class OptimizerBenchmarkConfig:
 
     def __post_init__(self):
         for name in (*self.optimizers, self.against):
-            if name not in OPTIMIZERS:
-                raise UserError(f"No optimizer is called {name!r}; {closest(name, OPTIMIZERS)}")
-        if self.repeats < 1:
-            raise UserError(f"--repeats must be at least 1, got {self.repeats}.")
+            known("optimizer", name, OPTIMIZERS)
+        at_least_one(self, "repeats")
         model_named(self.model)
 
 

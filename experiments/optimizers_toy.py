@@ -32,11 +32,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments import parse
+from experiments.checks import at_least_one, known
 from experiments.recall import append, open_results, progress_interval
 from experiments.toy_problems import START, Surface, descend, learn, stream
 from hope_jax import optim
 from hope_jax import train as training
-from hope_jax.errors import UserError, closest
+from hope_jax.errors import UserError
 
 Row = dict[str, Any]
 NEEDED = ("problem", "task", "optimizer", "decay", "learning_rate", "other")
@@ -123,15 +124,12 @@ class OptimizersToyConfig:
 
     def __post_init__(self):
         for name in self.optimizers:
-            if name not in CONTESTANTS:
-                raise UserError(f"No optimizer is called {name!r}; {closest(name, CONTESTANTS)}")
+            known("optimizer", name, CONTESTANTS)
         if not (self.optimizers and self.decays):
             raise UserError("Give at least one of each: --optimizers, --decays.")
         if not all(0 <= decay < 1 for decay in self.decays):
             raise UserError(f"--decays must be 0 or more and below 1, got {self.decays}.")
-        for name in ("steps", "seeds", "tasks", "task_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        at_least_one(self, "steps", "seeds", "tasks", "task_steps")
         if self.size < self.tasks:
             raise UserError(f"--size must be at least --tasks, got {self.size} for {self.tasks}: tasks are orthogonal.")
         if not self.tolerance > 0:

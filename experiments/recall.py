@@ -30,11 +30,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments import parse
+from experiments.checks import at_least_one, known
 from experiments.results import Row, append, open_results
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
 from hope_jax.data.synthetic import IGNORE, mqar
-from hope_jax.errors import UserError, closest
+from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, Size
 from hope_jax.train.optimizer import OptimizerConfig
@@ -91,9 +92,7 @@ class RecallConfig:
     def __post_init__(self):
         if not (self.rows and self.seeds and self.learning_rates):
             raise UserError("Give at least one of each: --rows, --seeds, --learning-rates.")
-        for name in ("steps", "batch", "eval_every", "eval_batches", "width", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        at_least_one(self, "steps", "batch", "eval_every", "eval_batches", "width", "layers", "heads")
         for row in self.rows:
             self.model(row)
         for rate in self.learning_rates:
@@ -103,8 +102,7 @@ class RecallConfig:
 
     def model(self, row: str) -> ModelConfig:
         """The architecture of that name in the size of this task. Raises UserError if there is none."""
-        if row not in ARCHITECTURES:
-            raise UserError(f"No architecture is called {row!r}; {closest(row, ARCHITECTURES)}")
+        known("architecture", row, ARCHITECTURES)
         # One level that learns at every batch, as everybody's feed-forward part does: the mixers are compared here.
         size = Size(self.width, self.layers, self.heads, self.vocab, self.length, (Level(1),))
         config = ARCHITECTURES[row](size)

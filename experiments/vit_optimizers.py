@@ -28,13 +28,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments import parse
+from experiments.checks import at_least_one, known
 from experiments.images import ImageSet, Split, digits, from_tfds, mnist
 from experiments.recall import progress_interval
 from experiments.results import Row, append, open_results
 from experiments.vit import ViT
 from hope_jax import optim
 from hope_jax import train as training
-from hope_jax.errors import UserError, closest
+from hope_jax.errors import UserError
 
 NEEDED = ("phase", "optimizer", "learning_rate", "seed", "task", "curve", "validation_accuracy", "test_accuracy")
 FACTORS = (0.1, 1 / 3, 1.0, 3.0, 10.0)
@@ -98,13 +99,10 @@ class VitOptimizersConfig:
 
     def __post_init__(self):
         for name in self.optimizers:
-            if name not in CONTESTANTS:
-                raise UserError(f"No optimizer is called {name!r}; {closest(name, CONTESTANTS)}")
+            known("optimizer", name, CONTESTANTS)
         if not (self.optimizers and self.seeds):
             raise UserError("Give at least one of each: --optimizers, --seeds.")
-        for name in ("patch", "width", "layers", "heads", "steps", "batch", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        at_least_one(self, "patch", "width", "layers", "heads", "steps", "batch", "evaluate_every")
         if self.steps % self.evaluate_every or not 0 <= self.warmup < self.steps:
             raise UserError(f"--steps {self.steps} must be a multiple of --evaluate-every and more than --warmup.")
         if self.width % self.heads:

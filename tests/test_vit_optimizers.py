@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def test_patches_are_squares_in_reading_order():
 def test_patches_that_move_with_their_positions_change_nothing_and_without_them_do():
     model = ViT(classes=3, patch=2, width=8, layers=2, heads=2)
     x = jax.random.normal(jax.random.key(0), (5, 6, 4))
-    params = model.init(jax.random.key(1), x, method=ViT.from_patches)["params"]
+    params: Any = model.init(jax.random.key(1), x, method=ViT.from_patches)["params"]
     params["head"]["kernel"] = jax.random.normal(jax.random.key(2), (8, 3))
     order = jnp.array([3, 0, 5, 1, 4, 2])
 

@@ -10,7 +10,7 @@ the test images are looked at only there. Runs append JSON lines to ``vit_optimi
 on file with the same settings is not run again, so a stopped experiment goes on. Table and curves come from the file.
 AdaMuon is ``m3`` with the fast momentum alone: orthogonalised, then divided by a second moment.
 
-Seven minutes on one core with the digits. Expect 92 to 96% of the test images right, most with the orthogonalised momenta.
+Seven minutes on one core with the digits. Expect 92 to 96% right, most with orthogonalised momenta.
 """
 
 import math

@@ -123,6 +123,7 @@ def test_the_target_of_generalized_descent_is_taken_at_the_old_weights(x64):
 MISTAKES = {
     "form is 'fast'": lambda k, x, dy: dgd_update(k, x, dy, 0.1, form="fast"),
     "rate is -1": lambda k, x, dy: dgd_update(k, x, dy, -1.0),
+    "rate is inf; expected 0 or more": lambda k, x, dy: dgd_update(k, x, dy, float("inf")),
     "rate is nan": lambda k, x, dy: dgd_update(k, x, dy, float("nan")),
     "kernel has shape (3,)": lambda k, x, dy: dgd_update(k[0], x, dy, 0.1),
     "inputs have shape (8, 2)": lambda k, x, dy: dgd_update(k, x[:, :2], dy, 0.1),

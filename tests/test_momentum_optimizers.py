@@ -259,6 +259,7 @@ def test_wrong_arguments_of_any_optimizer_are_refused(alias, arguments, message)
         (lambda: optim.m3(0.1, update_rms=-1.0), "update_rms is -1"),
         (lambda: optim.m3(0.1, eps=-1.0), "eps is -1"),
         (lambda: optim.delta_momentum(0.1, decay=1.1), "decay is 1.1"),
+        (lambda: optim.learned_preconditioner(0.0), "rate is 0; expected above 0 and up to 1"),
         (lambda: optim.delta_momentum(0.1, erase=-1.0), "erase is -1"),
         (lambda: optim.delta_momentum(0.1, form="grams"), "form is 'grams'"),
         (lambda: optim.preconditioned_momentum(0.1, -0.1), "decay is -0.1"),

@@ -26,8 +26,10 @@ def check_leaves(params: Any, name: str) -> None:
             )
 
 
-def check(name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = True) -> None:
-    """Raise UserError unless ``low <= value < high`` (``<=`` without ``open_high``).
+def check(
+    name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = True
+) -> None:
+    """Raise UserError unless ``value`` is a number from ``low`` to ``high``; an open end is not included.
 
     A traced value (``optax.inject_hyperparams`` inside ``jit``) or a schedule is not known yet and passes.
     """
@@ -36,6 +38,6 @@ def check(name: str, value: Any, low: float, high: float = math.inf, *, open_hig
     if value is None or isinstance(value, str | bytes | bool) or jnp.ndim(value) != 0:
         raise UserError(f"{name} is {value!r}; expected a number")
     number = float(value)
-    if not (low <= number < high or (number == high and not open_high)):
-        end = "below" if open_high else "up to"
-        raise UserError(f"{name} is {number:g}; expected {low:g} or more and {end} {high:g}")
+    if not (low < number < high or (number == low and not open_low) or (number == high and not open_high)):
+        start, end = f"above {low:g}" if open_low else f"{low:g} or more", "below" if open_high else "up to"
+        raise UserError(f"{name} is {number:g}; expected {start} and {end} {high:g}")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.errors import UserError
+from hope_jax.optim.checks import check
 from hope_jax.types import Array, Float
 
 Form = Literal["exact", "cheap"]
@@ -81,8 +82,8 @@ def _cheap_step(
 def _check(kernel: Array, inputs: Array, output_gradients: Array, rate: Any, form: str) -> None:
     if form not in get_args(Form):
         raise UserError(f"form is {form!r}; expected one of {get_args(Form)}")
-    if not isinstance(rate, jax.Array) and not rate >= 0:
-        raise UserError(f"rate is {rate}; expected 0 or more")
+    if not isinstance(rate, jax.Array):
+        check("rate", rate, 0)
     if kernel.ndim != 2:
         raise UserError(f"kernel has shape {kernel.shape}; expected [in, out] of one linear layer")
     expected = (*inputs.shape[:-1], kernel.shape[1])

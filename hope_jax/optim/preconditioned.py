@@ -83,13 +83,13 @@ def learned_preconditioner(rate: Any = 0.01, eps: Any = 1e-8) -> optax.GradientT
     State: one real value per parameter, 4 bytes at float32. FLOPs: about 6 per parameter.
 
     Args:
-      rate: zeta, step of the inner gradient descent, 0 to 1; 1 forgets all but the present gradient.
+      rate: zeta, step of the inner gradient descent, above 0 and up to 1, which forgets all but the present gradient.
       eps: added to P, 0 or more.
 
     Raises:
       UserError: rate or eps out of range; from ``init``, leaves that are no floating-point arrays.
     """
-    check("rate", rate, 0, 1, open_high=False)
+    check("rate", rate, 0, 1, open_low=True, open_high=False)
     check("eps", eps, 0)
 
     def init(params: Any) -> LearnedPreconditionerState:

@@ -70,8 +70,10 @@ class Record:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+        finally:  # a full disk refuses the last rows here too
+            self._board.close()
 
     def add(self, step: int, tokens: int, split: str, means: Mapping[str, float]) -> None:
         """One row, on disk when this returns."""

@@ -1,8 +1,12 @@
 """A small Vision Transformer (pre-norm, learned positions, mean over patches) of stock parts, to try optimizers on."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.tree_util import tree_map_with_path
 
+from hope_jax.optim import MuonDimensionNumbers
 from hope_jax.types import Array, Float
 
 
@@ -21,7 +25,7 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
+        x = x + nn.MultiHeadDotProductAttention(self.heads, use_bias=False)(nn.LayerNorm()(x))
         hidden = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
         return x + nn.Dense(self.width)(hidden)
 
@@ -47,3 +51,16 @@ class ViT(nn.Module):
             x = EncoderBlock(self.width, self.heads, name=f"block_{i}")(x)
         x = jnp.mean(nn.LayerNorm(name="norm")(x), axis=1)
         return nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name="head")(x)
+
+
+def matrices(params: Any) -> Any:
+    """Which parameters of a ``ViT`` are matrices and along which axes, the same for every optimizer that asks."""
+
+    def label(path: tuple[Any, ...], leaf: Array) -> Any:
+        names = [entry.key for entry in path]
+        if leaf.ndim < 2 or {"embed", "position_embedding", "head"} & set(names):
+            return "adamw"
+        inputs = tuple(range(leaf.ndim - 1)) if "out" in names else 0  # attention: [D, H, K], but out [H, K, D]
+        return MuonDimensionNumbers(inputs, leaf.ndim - 1 if "out" in names else tuple(range(1, leaf.ndim)))
+
+    return tree_map_with_path(label, params)

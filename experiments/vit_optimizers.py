@@ -8,7 +8,8 @@ Every optimizer gets as many rates: its usual one times 1/10, 1/3, 1, 3 and 10, 
 seed by the validation images (a fixed part of the training images). Then it trains with ``--seeds`` at its best rate;
 the test images are looked at only there. Runs append JSON lines to ``vit_optimizers.jsonl`` in ``--results``; what is
 on file with the same settings is not run again, so a stopped experiment goes on. Table and curves come from the file.
-AdaMuon is ``m3`` with the fast momentum alone: orthogonalised, then divided by a second moment.
+AdaMuon is ``m3`` with the fast momentum alone: orthogonalised, then divided by a second moment. All who orthogonalise
+do so with the same parameters, seen as the same matrices, and with steps of the same size.
 
 Seven minutes on one core with the digits. Expect 92 to 96% right, most with orthogonalised momenta.
 """
@@ -32,7 +33,7 @@ from experiments.checks import at_least_one, known
 from experiments.images import ImageSet, Split, digits, from_tfds, mnist
 from experiments.recall import progress_interval
 from experiments.results import Row, append, open_results
-from experiments.vit import ViT
+from experiments.vit import ViT, matrices
 from hope_jax import optim
 from hope_jax import train as training
 from hope_jax.errors import UserError
@@ -40,7 +41,7 @@ from hope_jax.errors import UserError
 NEEDED = ("phase", "optimizer", "learning_rate", "seed", "task", "curve", "validation_accuracy", "test_accuracy")
 FACTORS = (0.1, 1 / 3, 1.0, 3.0, 10.0)
 TUNING_SEED = 1000
-FAST = optim.MomentumScale(1, 0.95)
+FAST, SLOW = optim.MomentumScale(1, 0.95), optim.MomentumScale(20, 0.9)
 EVALUATED = 1024
 """Most training images at which the training loss is measured."""
 
@@ -53,14 +54,26 @@ class Contestant:
     rate: float
 
 
+def _muon(rate: Any) -> optax.GradientTransformation:
+    """optax's, on the matrices of M3, with the size of M3's steps and its decay."""
+    numbers = lambda params: jax.tree.map(lambda _, n: None if n == "adamw" else n, params, matrices(params))  # noqa: E731
+    return optax.contrib.muon(
+        rate,
+        weight_decay=1e-4,
+        adam_weight_decay=1e-4,
+        muon_weight_dimension_numbers=numbers,
+        consistent_rms=0.2,
+    )
+
+
 CONTESTANTS = {
     "adamw": Contestant(lambda rate: optax.adamw(rate, weight_decay=1e-4), 3e-3),
-    "muon": Contestant(lambda rate: optax.contrib.muon(rate, weight_decay=1e-4), 2e-2),
-    "adamuon": Contestant(lambda rate: optim.m3(rate, (FAST,), weight_decay=1e-4), 1e-2),
-    "m3": Contestant(lambda rate: optim.m3(rate, (FAST, optim.MomentumScale(20, 0.9)), weight_decay=1e-4), 1e-2),
+    "muon": Contestant(_muon, 1e-2),
+    "adamuon": Contestant(lambda rate: optim.m3(rate, (FAST,), matrices=matrices, weight_decay=1e-4), 1e-2),
+    "m3": Contestant(lambda rate: optim.m3(rate, (FAST, SLOW), matrices=matrices, weight_decay=1e-4), 1e-2),
     "sgd_momentum": Contestant(lambda rate: optax.sgd(rate, momentum=0.9), 1e-1),
-    "delta_momentum": Contestant(lambda rate: optim.delta_momentum(rate), 1e-1),
-    "dmgd": Contestant(lambda rate: optim.dmgd(rate, memory="mlp"), 3e-1),
+    "delta_momentum": Contestant(lambda rate: optim.delta_momentum(rate, matrices=matrices), 1e-1),
+    "dmgd": Contestant(lambda rate: optim.dmgd(rate, memory="mlp", matrices=matrices), 3e-1),
 }
 
 
@@ -247,7 +260,7 @@ def table(config: VitOptimizersConfig, rows: Sequence[Row]) -> list[str]:
 
 
 def _spread(values: Sequence[float], percent: bool) -> str:
-    mean, deviation = statistics.mean(values), statistics.pstdev(values)
+    mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
     return f"{mean:.2%} +- {deviation:.2%}" if percent else f"{mean:.4f} +- {deviation:.4f}"
 
 
@@ -260,7 +273,7 @@ def draw(config: VitOptimizersConfig, images: ImageSet, rows: Sequence[Row]) -> 
         losses = np.array([row["curve"]["train_loss"] for row in runs])
         errors = 1 - np.array([row["curve"]["test_accuracy"] for row in runs])
         for ax, values in zip(axes, (losses, errors), strict=True):
-            mean, deviation = values.mean(0), values.std(0)
+            mean, deviation = values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
             ax.plot(steps, mean, color=f"C{i}", label=name, linewidth=1.2)
             ax.fill_between(steps, np.maximum(mean - deviation, 1e-6), mean + deviation, color=f"C{i}", alpha=0.15)
     axes[0].set(xlabel="steps", ylabel="training loss", yscale="log", title=images.name)

@@ -27,6 +27,7 @@ class Row:
       rate: a learning rate that reaches the minimum of a small quadratic in ``steps`` updates, to ``tolerance``.
       valley: learning rate and updates that bring a Rosenbrock function from 24 below 0.1.
       extra: arguments of ``update`` beyond optax's own that it reads.
+      plans: ``init`` can be given shapes in the place of arrays (optax's own need ``jax.eval_shape``).
       wide_state: bfloat16 parameters have float32 state.
       complex: it is defined for complex parameters (optax.MultiSteps, hence a level with n > 1, is not).
     """
@@ -38,6 +39,7 @@ class Row:
     tolerance: float = 1e-3
     valley: tuple[Any, int] = (1e-3, 2000)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    plans: bool = True
     wide_state: bool = True
     complex: bool = True
 
@@ -103,10 +105,10 @@ def m3(rate: Any, slow: float = 1.0, second: str = "normalized") -> optax.Gradie
     return optim.m3(rate, (MomentumScale(1, 0.9), MomentumScale(3, 0.9, slow)), second_moment=second)
 
 
-def three_scales(rate: Any) -> optax.GradientTransformation:
-    """M3 with three momenta, weight decay and no second moment."""
-    scales = (MomentumScale(1, 0.9), MomentumScale(2, 0.8, 0.5), MomentumScale(5, 0.5, 0.3))
-    return optim.m3(rate, scales, second_moment="none", weight_decay=1e-4)
+def three_scales(rate: Any, slow: float = 1.0) -> optax.GradientTransformation:
+    """M3 with three momenta, weight decay (with the slow ones) and no second moment."""
+    scales = (MomentumScale(1, 0.9), MomentumScale(2, 0.8, 0.5 * slow), MomentumScale(5, 0.5, 0.3 * slow))
+    return optim.m3(rate, scales, second_moment="none", weight_decay=1e-4 * slow)
 
 
 def delta(form: str, erase: float = 0.1) -> Callable:
@@ -144,7 +146,7 @@ ROWS = {
     "momentum, levels": Row(levels(LEVELS, momentum), limit(momentum), 3e-2, 1200, wide_state=False, complex=False),
     "m3": Row(m3, (m3(1e-2, slow=0.0, second="none"), known_muon(to_rms)), FADING, tolerance=2e-2, valley=VALLEY),
     "m3, three scales": Row(
-        three_scales, (m3(1e-2, 0.0, "none"), known_muon(to_rms)), FADING, tolerance=2e-2, valley=VALLEY
+        three_scales, (three_scales(1e-2, 0.0), known_muon(to_rms)), FADING, tolerance=2e-2, valley=VALLEY
     ),
     "m3, levels": Row(levels(LEVELS, m3), limit(m3), SLOWLY, 1200, tolerance=2e-2, valley=VALLEY, complex=False),
     "muon": Row(

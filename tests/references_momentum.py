@@ -39,7 +39,7 @@ def rms(x):
     return np.sqrt(np.mean(x**2))
 
 
-def m3_average(start, gradients, rate, fast, slows, b2, eps=1e-8, decay=0.0):
+def m3_average(start, gradients, rate, fast, slows, b2, eps=1.0, decay=0.0):
     """The training default of SPEC 5.5, with its buffer kept apart."""
     theta, m1, v, path = start, 0 * start, 0 * start, []
     slow = [dict(m=0 * start, o=0 * start, block=[]) for _ in slows]
@@ -70,9 +70,9 @@ def delta_momentum(m, g, form, alpha, e):
 
 
 def learned_preconditioner(gradients, zeta, eps=1e-8):
-    """Eq. 38-41, elementwise, keys sign(g): preconditioned gradients."""
+    """Eq. 38-41, elementwise, keys sign(g), from the first |g| on: preconditioned gradients."""
     p, out = 0 * gradients[0], []
-    for t, g in enumerate(gradients, 1):
-        p = p - zeta * (p * np.sign(g) - g) * np.sign(g)
-        out.append(g / (p / (1 - (1 - zeta) ** t) + eps))
+    for g in gradients:
+        p = np.where(p == 0, np.abs(g), p - zeta * (p * np.sign(g) - g) * np.sign(g))
+        out.append(g / (p + eps))
     return out

@@ -92,6 +92,8 @@ MISTAKES = {
     "decay is 1.5": lambda g: associative.adam_memory(g, decay=1.5),
     "gradients have shape (0, 3, 2)": lambda g: associative.adagrad_memory(g[:0]),
     "gradients have shape (3, 2); expected [T, rows, cols]": lambda g: associative.matrix_memory(g[0]),
+    "gradients have dtype complex64": lambda g: associative.momentum_memory(g.astype(jnp.complex64)),
+    "gradients have dtype int32": lambda g: associative.matrix_memory(g.astype(jnp.int32)),
     "ridge is -2": lambda g: associative.matrix_memory(g, ridge=-2.0),
 }
 

@@ -1,13 +1,8 @@
-"""Delta gradient descent against its definition, and the dense layer that carries it in its gradient."""
+"""Delta gradient descent against its definition, and mistakes in it and in the layer of ``test_delta_dense.py``."""
 
-import doctest
-from typing import Any
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from hope_jax import optim
@@ -15,7 +10,7 @@ from hope_jax.errors import UserError
 from hope_jax.optim import dgd_update, ggd_step
 from hope_jax.optim.delta_dense import DeltaDot
 
-FORMS = ["exact", "cheap"]
+FORMS = ["exact", "cheap", "spectral"]
 ROWS_IN_OUT = [(1, 4, 3), (3, 8, 2), (8, 3, 5), (4, 4, 4)]
 
 
@@ -55,15 +50,18 @@ def test_one_row_is_the_printed_equation_in_the_flax_orientation(form, x64):
     np.testing.assert_allclose(dgd_update(kernel, x[0], dy[0], 0.7, form=form), expected, rtol=1e-11, atol=1e-11)
 
 
-def test_the_cheap_form_is_one_gradient_step_and_never_raises_the_objective(x64):
-    kernel, x, dy = problem(8, 3, 5)
+@pytest.mark.parametrize("shape", ROWS_IN_OUT, ids=str)
+@pytest.mark.parametrize("form", ["cheap", "spectral"])
+def test_the_short_forms_are_one_gradient_step_and_never_raise_the_objective(form, shape, x64):
+    kernel, x, dy = problem(*shape)
     for rate in (1e-2, 1.0, 1e4):
-        step = rate / (1 + rate * np.sum(x * x))
+        size = np.sum(x * x) if form == "cheap" else np.linalg.norm(x, 2) ** 2
+        step = rate / (1 + rate * size)
 
         def objective(k, rate=rate):
             return jnp.sum((x @ k + dy) ** 2) / 2 + jnp.sum((k - kernel) ** 2) / (2 * rate)
 
-        moved = dgd_update(kernel, x, dy, rate, form="cheap")
+        moved = dgd_update(kernel, x, dy, rate, form=form)
         np.testing.assert_allclose(moved, kernel - step * jax.grad(objective)(kernel), rtol=1e-10, atol=1e-10)
         assert objective(moved) < objective(kernel)
 
@@ -125,10 +123,17 @@ MISTAKES = {
     "rate is -1": lambda k, x, dy: dgd_update(k, x, dy, -1.0),
     "rate is inf; expected 0 or more": lambda k, x, dy: dgd_update(k, x, dy, float("inf")),
     "rate is nan": lambda k, x, dy: dgd_update(k, x, dy, float("nan")),
+    "rate is -0.5": lambda k, x, dy: dgd_update(k, x, dy, jnp.float32(-0.5)),
+    "kernel has dtype int32; expected a real": lambda k, x, dy: dgd_update(k.astype(jnp.int32), x, dy, 0.1),
+    "inputs has dtype complex64": lambda k, x, dy: dgd_update(k, x.astype(jnp.complex64), dy, 0.1),
     "kernel has shape (3,)": lambda k, x, dy: dgd_update(k[0], x, dy, 0.1),
     "inputs have shape (8, 2)": lambda k, x, dy: dgd_update(k, x[:, :2], dy, 0.1),
     "output_gradients have shape (8, 4); expected (8, 3)": lambda k, x, dy: dgd_update(k, x, jnp.ones((8, 4)), 0.1),
     "steps is 0": lambda k, x, dy: ggd_step(k, x, None, None, None, rate=0.1, steps=0),
+    "steps is 2.5": lambda k, x, dy: ggd_step(k, x, None, None, None, rate=0.1, steps=2.5),
+    "rate is inf; expected above 0 and finite": lambda k, x, dy: ggd_step(k, x, None, None, None, float("inf"), 3),
+    "strength is '1'; expected a number": lambda *_: optim.delta_dense(3, strength="1"),
+    "rows is 2.5": lambda *_: optim.delta_dense(3, rows=2.5),
     "strength is -1": lambda *_: optim.delta_dense(3, strength=-1.0),
     "strength is inf": lambda *_: optim.delta_dense(3, strength=float("inf")),
     "rows is 0": lambda *_: optim.delta_dense(3, rows=0),
@@ -145,142 +150,3 @@ def test_a_mistake_is_one_sentence(expected, untyped):
     with pytest.raises(UserError) as error:
         MISTAKES[expected](kernel, x, dy)
     assert expected in str(error.value)
-
-
-# ---------------------------------------------------------------- the layer
-
-
-def losses(layer, x, target):
-    """The mean loss of a layer over its rows, of its parameters and its input."""
-    return lambda params, x=x: jnp.mean(jnp.sum((jnp.sin(layer.apply(params, x)) - target) ** 2, axis=-1))
-
-
-def layers(dtype=jnp.float64, **fields):
-    """A delta layer, the same as a Dense, their parameters, inputs [2, 5, 4] and targets [2, 5, 3]."""
-    draw = np.random.default_rng(0)
-    x, target = (jnp.asarray(draw.normal(size=(2, 5, n)), dtype) for n in (4, 3))
-    delta, dense = optim.delta_dense(3, **fields, param_dtype=dtype), nn.Dense(3, param_dtype=dtype)
-    params = dense.init(jax.random.key(0), x)
-    return delta, dense, params, x, target
-
-
-def test_the_gradient_is_that_of_the_loss_with_the_delta_term_added(x64):
-    delta, dense, params, x, target = layers(strength=0.6)
-
-    def longer(params, x):
-        read = jax.lax.stop_gradient(x) @ params["params"]["kernel"]
-        return losses(dense, x, target)(params, x) + 0.6 / (2 * 10) * jnp.sum(read**2)
-
-    found = jax.jit(jax.value_and_grad(losses(delta, x, target), argnums=(0, 1)))(params, x)
-    plain = jax.value_and_grad(losses(dense, x, target), argnums=(0, 1))(params, x)
-    expected = jax.grad(longer)(params, x)
-    assert found[0] == pytest.approx(float(plain[0]), rel=1e-14)
-    np.testing.assert_allclose(found[1][1], plain[1][1], rtol=1e-13, atol=1e-15)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), found[1][0], expected)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_strength_0_is_dense_to_the_bit(dtype):
-    delta, dense, params, x, target = layers(jnp.float32, strength=0.0)
-    delta, dense = (module.clone(dtype=dtype) for module in (delta, dense))
-    assert jax.tree.structure(delta.init(jax.random.key(0), x)) == jax.tree.structure(params)
-    found, expected = (
-        jax.jit(jax.value_and_grad(losses(layer, x, target), argnums=(0, 1)))(params, x) for layer in (delta, dense)
-    )
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-def test_sgd_on_the_layer_is_the_cheap_step(x64):
-    """lr/N is the coefficient rate / (1 + rate ||X||^2) at rate = c / (1 - c ||X||^2)."""
-    delta, _, params, x, target = layers(strength=1.0, use_bias=False)
-    kernel, rows = jnp.asarray(params["params"]["kernel"]), x.reshape(10, 4)
-    lr = 0.05
-    grads = jax.grad(losses(delta, x, target))(params)
-    moved: Any = optax.apply_updates(params, optax.sgd(lr).update(grads, optax.sgd(lr).init(params))[0])
-
-    def of_sum(y):
-        return jnp.sum((jnp.sin(y) - target) ** 2)
-
-    dy = jax.grad(of_sum)(x @ kernel)
-    rate = (lr / 10) / (1 - (lr / 10) * float(jnp.sum(rows**2)))
-    expected = dgd_update(kernel, x, dy, rate, form="cheap")
-    np.testing.assert_allclose(moved["params"]["kernel"], expected, rtol=1e-11, atol=1e-13)
-
-
-def test_rows_tells_the_layer_what_it_cannot_see_under_vmap(x64):
-    """One row at a time the layer sees N = 1 while the loss averages five."""
-    delta, _, params, x, target = layers(strength=0.6)
-    five = optim.delta_dense(3, strength=0.6, rows=5, param_dtype=jnp.float64)
-
-    def mean(layer):
-        return lambda params: jnp.mean(jax.vmap(lambda x, t: losses(layer, x, t)(params))(x[0], target[0]))
-
-    expected = jax.grad(losses(delta, x[0], target[0]))(params)
-    found, unaware = jax.grad(mean(five))(params), jax.grad(mean(delta))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), found, expected)
-    assert jnp.abs(unaware["params"]["kernel"] - expected["params"]["kernel"]).max() > 0.1
-
-
-class Stack(nn.Module):
-    """The layer three times, as a model would have it: scanned over depth and rematerialised."""
-
-    scanned: bool
-
-    @nn.compact
-    def __call__(self, x):
-        def body(layer, x, _):
-            return jnp.tanh(layer(x)), None
-
-        def make(**name):
-            return optim.delta_dense(4, strength=0.5, param_dtype=jnp.float64, **name)
-
-        if not self.scanned:
-            for i in range(3):
-                x, _ = body(make(name=f"layer_{i}"), x, None)
-            return x
-        over = nn.scan(nn.remat(body), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        return over(make(name="layers"), x, None)[0]
-
-
-def test_scan_and_remat_leave_the_delta_term_alone(x64):
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)))
-    scanned, loop = Stack(True), Stack(False)
-    params = scanned.init(jax.random.key(0), x)["params"]
-    apart = {f"layer_{i}": jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(3)}
-
-    def loss(model):
-        return lambda params: jnp.mean(model.apply({"params": params}, x) ** 2)
-
-    found, expected = jax.jit(jax.grad(loss(scanned)))(params), jax.grad(loss(loop))(apart)
-    for i in range(3):
-        one = jax.tree.map(lambda p, i=i: p[i], found["layers"])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), one, expected[f"layer_{i}"])
-
-
-def test_other_linen_layers_take_the_same_product(x64):
-    """DenseGeneral contracts several axes; the rows are those that are left."""
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 2, 3)))
-    delta, plain = (
-        nn.DenseGeneral(4, axis=(-2, -1), use_bias=False, param_dtype=jnp.float64, dot_general=dot)
-        for dot in (DeltaDot(0.6), jax.lax.dot_general)
-    )
-    params = plain.init(jax.random.key(0), x)
-
-    def longer(p):
-        return jnp.mean(jnp.sin(plain.apply(p, x))) + 0.6 / (2 * 5) * jnp.sum(
-            (jax.lax.stop_gradient(x).reshape(5, 6) @ p["params"]["kernel"].reshape(6, 4)) ** 2
-        )
-
-    found, expected = jax.grad(lambda p: jnp.mean(jnp.sin(delta.apply(p, x))))(params), jax.grad(longer)(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
-
-
-def test_two_layers_of_the_same_settings_are_equal_so_that_nothing_compiles_twice():
-    assert optim.delta_dense(3, strength=0.5) == optim.delta_dense(3, strength=0.5)
-    assert hash(optim.delta_dense(3)) == hash(optim.delta_dense(3)) != hash(optim.delta_dense(3, rows=2))
-
-
-def test_the_example_of_the_docstring_runs():
-    examples = doctest.DocTestFinder().find(optim.delta_dense, globs={})
-    results = doctest.DocTestRunner().run(examples[0])
-    assert (results.failed, results.attempted) == (0, 9)

@@ -158,9 +158,9 @@ MISTAKES = {
     "learning_rate is -1": lambda: optim.dmgd(-1.0),
     "hidden is 0": lambda: MLPMemory(hidden=0),
     "seed is 0.5": lambda: MLPMemory(seed=0.5),
-    "coefficients is (1.0, -1.0)": lambda: optim.signed_powers((1.0, -1.0)),
+    "coefficients[1] is -1": lambda: optim.signed_powers((1.0, -1.0)),
     "coefficients is ()": lambda: optim.signed_powers(()),
-    "scale_by_dmgd got parameter ['ids'] of type int32": lambda: scale_by_dmgd().init({"ids": jnp.arange(3)}),
+    "The optimizer got parameter ['ids'] of type int32": lambda: scale_by_dmgd().init({"ids": jnp.arange(3)}),
     "MLPMemory got a parameter of type complex64": lambda: scale_by_dmgd().init(jnp.zeros((2, 2), jnp.complex64)),
 }
 

@@ -66,6 +66,28 @@ def test_the_iteration_can_be_in_half_precision():
     np.testing.assert_allclose(half, full, atol=0.1)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e3, 1e20, 1e36])
+def test_the_largest_and_the_smallest_numbers_neither_overflow_nor_vanish(size):
+    x = draw(64, 48)
+    found = orthogonalize(jnp.asarray(size * x, jnp.float32))
+    expected = newton_schulz(size * x)
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_half_precision_matrices_do_not_overflow():
+    x = jnp.asarray(100 * draw(512, 512), jnp.float16)
+    sizes = jnp.linalg.svd(orthogonalize(x).astype(jnp.float32), compute_uv=False)
+    assert jnp.mean((sizes > 0.4) & (sizes < 1.4)) > 0.95
+
+
+def test_its_derivative_is_that_of_the_iteration(x64):
+    x, direction = draw(3, 5), draw(3, 5, seed=1)
+    slope = jax.jvp(orthogonalize, (jnp.array(x),), (jnp.array(direction),))[1]
+    h = 1e-6
+    expected = (newton_schulz(x + h * direction) - newton_schulz(x - h * direction)) / (2 * h)
+    np.testing.assert_allclose(slope, expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -74,6 +96,8 @@ def test_the_iteration_can_be_in_half_precision():
         (dict(steps=2.5), "steps is 2.5"),
         (dict(method="sextic"), "method is 'sextic'"),
         (dict(dtype=jnp.int8), "dtype is"),
+        (dict(dtype="bf16"), "dtype is 'bf16'; expected a floating type"),
+        (dict(x=jnp.ones((2, 3), int)), "x has dtype int32"),
     ],
     ids=str,
 )
@@ -133,6 +157,14 @@ def test_stacked_layers_are_stepped_as_each_alone():
     assert not np.allclose(together, step(kernels, slopes), atol=1e-3)  # as one matrix of 3 x 24 it would be another
 
 
+def test_axes_decide_and_more_than_two_need_declaring():
+    leaf = lambda *shape: jnp.ones(shape)  # noqa: E731
+    found = matrix_labels({"Blocks*": 1})({"kernel": leaf(2, 3), "conv": leaf(3, 3, 4, 5), "blocks_0": leaf(7, 2, 3)})
+    assert found == {"kernel": "matrix", "conv": "adamw", "blocks_0": MuonDimensionNumbers(1, 2)}
+    with pytest.raises(UserError, match=r"\['conv'\] of shape \(3, 3, 4, 5\), which is no matrix; declare its axes"):
+        optim.scale_by_m3().init({"conv": leaf(3, 3, 4, 5)})
+
+
 def test_names_decide_which_leaves_are_no_matrices():
     names = ("kernel", "Embed_0", "token_embedding", "head", "lm_head", "multi_headed", "scale")
     labels = matrix_labels()({name: {"w": jnp.ones((2, 3))} for name in names})
@@ -166,6 +198,23 @@ def test_labels_that_do_not_fit_are_refused_by_name(labels, message):
             tx.init({"a": {"w": jnp.ones((2, 3, 4))}})
 
 
-def test_negative_batch_axes_are_refused():
-    with pytest.raises(UserError, match="batch_axes is"):
-        matrix_labels({"blocks": -1})
+def test_capitals_in_patterns_are_no_matter():
+    params = {"MyHead": {"w": jnp.ones((2, 3))}, "body": {"w": jnp.ones((2, 3))}}
+    assert matrix_labels(exclude=("MyHead",))(params) == {"MyHead": {"w": "adamw"}, "body": {"w": "matrix"}}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: matrix_labels({"blocks": -1}), r"batch_axes\['blocks'\] is -1"),
+        (lambda: matrix_labels({"blocks": 1.5}), r"batch_axes\['blocks'\] is 1.5"),
+        (
+            lambda: matrix_labels(exclude="embed"),
+            "exclude is 'embed'; expected several patterns",
+        ),
+        (lambda: optim.m3(0.1, matrices={"w": "matrix"}), "matrices is {'w': 'matrix'}; expected a function"),
+    ],
+)
+def test_wrong_rules_are_refused(make, message, untyped):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -17,9 +18,9 @@ from tensorflow_datasets.core.utils import file_utils
 from experiments import vit_optimizers
 from experiments.__main__ import main
 from experiments.images import digits, from_tfds, mnist
-from experiments.vit import ViT, patches
+from experiments.vit import ViT, matrices, patches
 from hope_jax.errors import UserError
-from hope_jax.optim import matrix_labels
+from hope_jax.optim import MatrixView, matrix_views
 
 TINY = ["--width", "8", "--layers", "1", "--heads", "2", "--patch", "4"]
 SHORT = ["--steps", "4", "--evaluate-every", "2", "--warmup", "1", "--batch", "8"]
@@ -130,9 +131,34 @@ def test_patches_that_move_with_their_positions_change_nothing_and_without_them_
 
 def test_embeddings_and_head_of_the_vit_are_no_matrices():
     model = ViT(classes=3, patch=2, width=8, layers=1, heads=2)
-    labels = matrix_labels()(model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"])
-    assert {labels["embed"]["kernel"], labels["position_embedding"], labels["head"]["kernel"]} == {"adamw"}
-    assert labels["block_0"]["Dense_0"]["kernel"] == "matrix"
+    params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"]
+    views = matrix_views(params, matrices)
+    block = views["block_0"]
+    attention = block["MultiHeadDotProductAttention_0"]
+    assert block["Dense_0"]["kernel"].matrix_shape == (8, 32)
+    assert {attention[name]["kernel"].matrix_shape for name in ("query", "key", "value", "out")} == {(8, 8)}
+    assert attention["out"]["kernel"].rows == (0, 1), "heads and their features are the inputs of out"
+    assert len([view for view in jax.tree.leaves(views, is_leaf=lambda v: isinstance(v, MatrixView)) if view]) == 6
+    assert {views["embed"]["kernel"], views["position_embedding"], views["head"]["kernel"]} == {None}
+
+
+def test_muon_orthogonalises_what_m3_does_and_with_steps_of_one_size():
+    model = ViT(classes=3, patch=2, width=8, layers=1, heads=2)
+    params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"]
+    draw = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape), p.dtype), params)
+    steps = []
+    nadamw = optax.adamw(1.0, weight_decay=1e-4, nesterov=True)
+    for tx in (*(vit_optimizers.CONTESTANTS[name].make(1.0) for name in ("muon", "adamuon")), nadamw):
+        steps.append(tx.update(gradients, tx.init(params), params)[0])
+
+    def compare(view, muon, adamuon, nadamw):
+        if view is None:  # optax's Muon has Nesterov's form everywhere
+            return np.testing.assert_allclose(muon, nadamw, rtol=1e-5, atol=1e-6)
+        sizes = [float(jnp.sqrt(jnp.mean(step**2))) for step in (muon, adamuon)]
+        np.testing.assert_allclose(sizes, 0.2, rtol=0.2)
+
+    jax.tree.map(compare, matrix_views(params, matrices), *steps, is_leaf=lambda v: v is None)
 
 
 def race(folder, *more):

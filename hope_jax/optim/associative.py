@@ -21,6 +21,7 @@ with ``g = -gradient``, as the paper writes, ``W + rate m``. SPEC 5.6, which als
 import jax.numpy as jnp
 
 from hope_jax.errors import UserError
+from hope_jax.optim.checks import check
 from hope_jax.types import Array, Float
 
 
@@ -41,18 +42,17 @@ def least_squares_memory(
     Raises:
       UserError: ``ridge`` or ``decay`` out of range, or no gradients.
     """
-    if not ridge >= 0:
-        raise UserError(f"ridge is {ridge}; expected 0 or more")
+    check("ridge", ridge, 0)
     first, second = (weighted_sum(moment, decay) for moment in (gradients, jnp.square(gradients)))
     return value * first / (second + ridge)
 
 
 def weighted_sum(terms: Float[Array, "T *weights"], decay: float) -> Float[Array, "*weights"]:
-    """``sum_i decay^(T-i) terms_i``. Raises UserError for a decay outside (0, 1] or no terms."""
-    if not 0 < decay <= 1:
-        raise UserError(f"decay is {decay}; expected a number above 0 and at most 1")
+    """``sum_i decay^(T-i) terms_i``. Raises UserError for a decay outside (0, 1], no terms, or complex ones."""
+    check("decay", decay, 0, 1, open_low=True, open_high=False)
     if terms.ndim == 0 or terms.shape[0] == 0:
         raise UserError(f"gradients have shape {terms.shape}; expected [T, ...] with at least one gradient")
+    _check_real(terms)
     age = jnp.arange(terms.shape[0] - 1, -1, -1, dtype=terms.dtype)
     return jnp.tensordot(jnp.asarray(decay, terms.dtype) ** age, terms, axes=1)
 
@@ -84,8 +84,7 @@ def matrix_memory(gradients: Float[Array, "T rows cols"], ridge: float = 0.0) ->
         rank (T cols >= rows, gradients in general position) or the result is not finite.
     """
     gram = _gram(gradients)
-    if not ridge >= 0:
-        raise UserError(f"ridge is {ridge}; expected 0 or more")
+    check("ridge", ridge, 0)
     return jnp.linalg.solve(gram + ridge * jnp.eye(gram.shape[0], dtype=gram.dtype), gradients.sum(0))
 
 
@@ -101,4 +100,10 @@ def matrix_adagrad(gradients: Float[Array, "T rows cols"]) -> Float[Array, "rows
 def _gram(gradients: Array) -> Array:
     if gradients.ndim != 3 or gradients.shape[0] == 0:
         raise UserError(f"gradients have shape {gradients.shape}; expected [T, rows, cols] with at least one matrix")
+    _check_real(gradients)
     return jnp.einsum("tmn,tkn->mk", gradients, gradients)
+
+
+def _check_real(gradients: Array) -> None:
+    if not jnp.issubdtype(gradients.dtype, jnp.floating):
+        raise UserError(f"gradients have dtype {gradients.dtype}; expected a real floating type")

@@ -1,43 +1,93 @@
 """Mistakes in hyper-parameters and parameters are refused at construction or in ``init``, by name."""
 
 import math
+from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from hope_jax.errors import UserError
 
 
-def leaf_name(path: tuple[Any, ...]) -> str:
+def leaf_name(path: tuple[Any, ...], kind: str = "parameter") -> str:
     """A leaf's path in words for a message."""
-    return f"parameter {keystr(path)}" if path else "the only parameter"
+    return f"{kind} {keystr(path)}" if path else f"the only {kind}"
 
 
-def check_leaves(params: Any, name: str) -> None:
+def check_leaves(tree: Any, kind: str) -> None:
     """Raise UserError for a leaf that is no floating-point array."""
-    for path, leaf in tree_leaves_with_path(params):
+    for path, leaf in tree_leaves_with_path(tree):
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             what = getattr(leaf, "dtype", type(leaf).__name__)
             raise UserError(
-                f"{name} got {leaf_name(path)} of type {what}; expected "
+                f"The optimizer got {leaf_name(path, kind)} of type {what}; expected "
                 "floating-point arrays. Keep others out with optax.masked or optax.partition"
             )
 
 
 def check(
-    name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = True
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = True,
+    schedule: bool = False,
 ) -> None:
-    """Raise UserError unless ``value`` is a number from ``low`` to ``high``; an open end is not included.
+    """Raise UserError unless ``value`` is a finite number from ``low`` to ``high``; an open end is not included.
 
-    A traced value (``optax.inject_hyperparams`` inside ``jit``) or a schedule is not known yet and passes.
+    A traced value (``optax.inject_hyperparams`` inside ``jit``) is not known yet and passes; a function does where a
+    ``schedule`` may be given.
     """
-    if callable(value) or isinstance(value, Tracer):
+    if isinstance(value, Tracer) or (schedule and callable(value)):
         return
-    if value is None or isinstance(value, str | bytes | bool) or jnp.ndim(value) != 0:
-        raise UserError(f"{name} is {value!r}; expected a number")
-    number = float(value)
-    if not (low < number < high or (number == low and not open_low) or (number == high and not open_high)):
-        start, end = f"above {low:g}" if open_low else f"{low:g} or more", "below" if open_high else "up to"
-        raise UserError(f"{name} is {number:g}; expected {start} and {end} {high:g}")
+    number = _number(value)
+    if number is None:
+        raise UserError(f"{name} is {value!r}; expected a number{' or a schedule' if schedule else ''}")
+    inside = low < number < high or (number == low and not open_low) or (number == high and not open_high)
+    if not (inside and math.isfinite(number)):
+        start = "any number" if low == -math.inf else f"above {low:g}" if open_low else f"{low:g} or more"
+        end = "finite" if high == math.inf else f"{'below' if open_high else 'up to'} {high:g}"
+        raise UserError(f"{name} is {number:g}; expected {start} and {end}")
+
+
+def _number(value: Any) -> float | None:
+    """A real scalar as Python's, None for anything else."""
+    if isinstance(value, str | bytes) or callable(value):
+        return None
+    kind = np.asarray(value)
+    real = jnp.issubdtype(kind.dtype, jnp.floating) or jnp.issubdtype(kind.dtype, jnp.integer)
+    return float(kind) if real and kind.ndim == 0 else None
+
+
+def check_whole(name: str, value: Any, low: int, what: str) -> None:
+    """Raise UserError unless ``value`` is a whole number of ``low`` or more; ``what`` says of what."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < low:
+        raise UserError(f"{name} is {value!r}; expected a whole number of {what}, {low} or more")
+
+
+def check_function(name: str, value: Any, signature: str) -> None:
+    """Raise UserError unless ``value`` is None or can be called."""
+    if value is not None and (not callable(value) or isinstance(value, type)):
+        raise UserError(f"{name} is {value!r}; expected a function {signature}")
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raise UserError unless ``value`` is None or an optax transformation."""
+    if value is not None and not isinstance(value, optax.GradientTransformation):
+        raise UserError(f"{name} is {value!r}; expected an optax transformation such as optax.scale_by_rms()")
+
+
+def check_dtype(name: str, value: Any) -> None:
+    """Raise UserError unless ``value`` is None or a floating type."""
+    try:
+        floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise UserError(f"{name} is {value!r}; expected a floating type such as jnp.bfloat16, or None")

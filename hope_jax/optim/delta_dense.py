@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 
 from hope_jax.errors import UserError
+from hope_jax.optim.checks import check, check_whole
 from hope_jax.types import Array
 
 
@@ -21,7 +22,8 @@ class DeltaDot:
     """``jax.lax.dot_general`` whose right factor, the kernel, has the delta term in its gradient.
 
     For ``y = x K``, with X and Y the N rows of x and y:
-    ``dK = X^T (dY + strength / N * Y)`` and dX as ever. The gradient is that of the loss plus
+    ``dK = X^T (dY + strength / N * Y)``, for complex arrays with jax's conjugate of Y, and dX as ever. The gradient is
+    that of the loss plus
     ``strength / (2 N) ||stop_gradient(X) K||^2``, without the loss being any larger. No product is added; the outputs
     y are kept for the way back. Fits the ``dot_general`` field of linen's layers. No forward-mode derivative.
 
@@ -34,10 +36,10 @@ class DeltaDot:
     rows: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise UserError(f"strength is {self.strength}; expected a finite number of 0 or more")
-        if self.rows is not None and self.rows < 1:
-            raise UserError(f"rows is {self.rows}; expected 1 or more, or None for all leading axes")
+        check("strength", self.strength, 0)
+        if self.rows is not None:
+            check_whole("rows", self.rows, 1, "rows (None: all leading axes)")
+        object.__setattr__(self, "strength", float(self.strength))  # a module's field must be hashable
 
     def __call__(self, x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
         """The product; arguments as those of ``jax.lax.dot_general``. Raises UserError for batched kernels."""
@@ -56,7 +58,7 @@ class DeltaDot:
         def backward(kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
             x, kernel, y = kept
             (dx,) = jax.vjp(lambda x: dot(x, kernel), x)[1](dy)
-            (dk,) = jax.vjp(lambda kernel: dot(x, kernel), kernel)[1](dy + scale * y)
+            (dk,) = jax.vjp(lambda kernel: dot(x, kernel), kernel)[1](dy + scale * y.conj())
             return dx, dk
 
         delta = jax.custom_vjp(dot)

@@ -16,6 +16,7 @@ from hope_jax.errors import UserError
 from hope_jax.optim.checks import check
 from hope_jax.optim.generalized import Retention, scale_by_generalized_momentum
 from hope_jax.optim.matrices import Labels, MatrixView
+from hope_jax.optim.precision import check_decay
 from hope_jax.optim.recipe import recipe
 from hope_jax.types import Array
 
@@ -93,13 +94,14 @@ def scale_by_delta_momentum(
       erase: e, 0 or more: strength of the erase in units of the squared gradient.
       form: as above.
       precondition: P, any optax transformation of the gradients that are written; those that erase stay as they are.
-      matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two or more axes is a matrix, embeddings
-        too. A leaf that is none is one column, so ``G G^T m = <G, m> G``.
+      matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two axes is a matrix, embeddings too.
+        A leaf that is none is one column, so ``G G^T m = <G, m> G``.
       state_dtype: see ``precision.with_state_dtype``.
 
     Raises:
       UserError: decay, erase or form out of range; from ``init``, leaves that are no floating-point arrays.
     """
+    check_decay("decay", decay, state_dtype)
     return scale_by_generalized_momentum(
         retention=delta_retention(decay, erase, form),
         precondition=precondition,
@@ -123,4 +125,4 @@ def delta_momentum(
 ) -> optax.GradientTransformationExtraArgs:
     """``scale_by_delta_momentum`` with decoupled weight decay and a learning rate: see there and ``recipe``."""
     scale = scale_by_delta_momentum(decay, erase, form, precondition, matrices, state_dtype)
-    return recipe(scale, learning_rate, weight_decay, mask, fallback, matrices, state_dtype)
+    return recipe(scale, learning_rate, weight_decay, mask, fallback, matrices)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.errors import UserError
-from hope_jax.optim.checks import check
+from hope_jax.optim.checks import check, check_whole
 from hope_jax.types import Array, Float
 
-Form = Literal["exact", "cheap"]
+Form = Literal["exact", "cheap", "spectral"]
 
 
 def dgd_update(
@@ -32,9 +32,10 @@ def dgd_update(
     * ``exact``: ``argmin_K 1/2 ||X K - U||^2 + ||K - K_t||^2 / (2 rate)``
       = ``K_t + rate X^T (I_N + rate X X^T)^-1 (U - X K_t)``  (Woodbury; solved in min(N, in) unknowns),
     * ``cheap``: ``K_t + r X^T (U - X K_t)``, ``r = rate / (1 + rate ||X||^2)``: one gradient step of the
-      objective, short enough to contract, for ``||X||^2`` is at least the largest eigenvalue of ``X X^T``.
+      objective, short enough to contract, for ``||X||^2`` is at least the largest eigenvalue of ``X X^T``,
+    * ``spectral``: the same with that eigenvalue itself, the longest step that is sure to contract.
 
-    Both are Eq. 57 where N = 1. The printed ``r = rate / (1 + rate)`` holds for unit inputs only.
+    All are Eq. 57 where N = 1. The printed ``r = rate / (1 + rate)`` holds for unit inputs only.
 
     Args:
       kernel: [in, out], as Flax keeps it.
@@ -42,21 +43,27 @@ def dgd_update(
       output_gradients: gradients of the *summed* loss at the layer's outputs [..., out]; multiply those of a mean
         loss by the number of rows.
       rate: eta >= 0; a number or a scalar array.
-      form: see above. "exact" costs a Cholesky factorisation of size min(N, in), "cheap" two products.
+      form: see above. "exact" costs a Cholesky factorisation of size min(N, in), "spectral" eigenvalues of that size,
+        "cheap" two products.
 
     Returns:
       The new kernel, in the dtype of ``kernel``; the arithmetic is at least float32.
 
     Raises:
-      UserError: shapes that do not fit together, a negative rate, an unknown form.
+      UserError: shapes that do not fit together, arrays that are not real and floating, a negative rate, an unknown
+        form.
     """
     _check(kernel, inputs, output_gradients, rate, form)
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
     old, rate = kernel.astype(dtype), jnp.asarray(rate, dtype)
     rows = inputs.reshape(-1, inputs.shape[-1]).astype(dtype)
     error = -output_gradients.reshape(-1, output_gradients.shape[-1]).astype(dtype) - rows @ old
-    step = _exact_step if form == "exact" else _cheap_step
-    return (old + rate * step(rows, error, rate)).astype(kernel.dtype)
+    if form == "exact":
+        step = _exact_step(rows, error, rate)
+    else:
+        size = jnp.sum(jnp.square(rows)) if form == "cheap" else _largest_eigenvalue(rows)
+        step = rows.T @ error / (1 + rate * size)
+    return (old + rate * step).astype(kernel.dtype)
 
 
 def _exact_step(
@@ -73,17 +80,18 @@ def _solve(gram: Array, right: Array, rate: Array) -> Array:
     return jax.scipy.linalg.solve(matrix, right, assume_a="pos")
 
 
-def _cheap_step(
-    x: Float[Array, "rows K"], error: Float[Array, "rows V"], rate: Float[Array, ""]
-) -> Float[Array, "K V"]:
-    return x.T @ error / (1 + rate * jnp.sum(jnp.square(x)))
+def _largest_eigenvalue(x: Float[Array, "rows K"]) -> Float[Array, ""]:
+    gram = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
+    return jnp.linalg.eigvalsh(gram)[-1]
 
 
 def _check(kernel: Array, inputs: Array, output_gradients: Array, rate: Any, form: str) -> None:
     if form not in get_args(Form):
         raise UserError(f"form is {form!r}; expected one of {get_args(Form)}")
-    if not isinstance(rate, jax.Array):
-        check("rate", rate, 0)
+    check("rate", rate, 0)
+    for name, array in (("kernel", kernel), ("inputs", inputs), ("output_gradients", output_gradients)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(f"{name} has dtype {array.dtype}; expected a real floating type")
     if kernel.ndim != 2:
         raise UserError(f"kernel has shape {kernel.shape}; expected [in, out] of one linear layer")
     expected = (*inputs.shape[:-1], kernel.shape[1])
@@ -121,8 +129,8 @@ def ggd_step(
     Raises:
       UserError: ``rate`` or ``steps`` out of range.
     """
-    if not rate > 0 or steps < 1:
-        raise UserError(f"rate is {rate} and steps is {steps}; expected a rate above 0 and at least 1 step")
+    check("rate", rate, 0, open_low=True)
+    check_whole("steps", steps, 1, "inner steps")
     u = surprise(weights, x)
 
     def descend(current: Any, _: None) -> tuple[Any, None]:

@@ -5,7 +5,7 @@ Here are the network, ``MLPMemory``, what it is asked for (``TARGETS``), and hig
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from hope_jax.errors import UserError, closest
-from hope_jax.optim.checks import check
+from hope_jax.optim.checks import check, check_transformation, check_whole
 from hope_jax.optim.generalized import LinearMemory, Memory, Objective, dot, l2, scale_by_generalized_momentum
 from hope_jax.optim.matrices import Labels, MatrixView
-from hope_jax.optim.precision import with_state_dtype
+from hope_jax.optim.precision import check_decay, with_state_dtype
 from hope_jax.optim.recipe import recipe
 from hope_jax.types import Array, Float, Scalar
 
@@ -56,16 +56,15 @@ class MLPMemory:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("hidden", 1), ("seed", 0)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)!r}; expected a whole number of {low} or more")
+        check_whole("hidden", self.hidden, 1, "features")
+        check_whole("seed", self.seed, 0, "a seed")
 
     def init(self, leaf: Array, view: MatrixView) -> MLPState:
         """At the start. Raises UserError for a complex parameter."""
         if jnp.iscomplexobj(leaf):
             raise UserError(f"MLPMemory got a parameter of type {leaf.dtype}; expected real ones. Use memory='linear'")
-        *batch, inputs, _ = view.matrix_shape
-        outer = jnp.zeros((*batch, inputs, self.hidden), leaf.dtype)
+        column = view.to_matrices(jnp.zeros_like(leaf))[..., :1]  # of the parameter, hence on its devices
+        outer = jnp.repeat(column, self.hidden, axis=-1)
         return MLPState(outer, outer.mT)
 
     def loss(self, state: MLPState, gradient: Array, target: Array, objective: Objective, view: MatrixView) -> Scalar:
@@ -121,8 +120,10 @@ def signed_powers(coefficients: Sequence[float]) -> optax.GradientTransformation
     Raises:
       UserError: no coefficients, or one that is negative: it would turn the gradient around.
     """
-    if not coefficients or not all(c >= 0 for c in coefficients):
+    if not coefficients:
         raise UserError(f"coefficients is {coefficients}; expected one or more numbers of 0 or more")
+    for k, c in enumerate(coefficients):
+        check(f"coefficients[{k}]", c, 0)
 
     def phi(leaf: Array) -> Array:
         rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(leaf))))
@@ -152,8 +153,8 @@ def scale_by_dmgd(
     memory; those of ``orthogonalize`` on top.
 
     Args:
-      memory: "linear", "mlp", or a memory such as ``MLPMemory(hidden=64, seed=1)``; one of your own has the settings of
-        "mlp".
+      memory: "linear" (``LinearMemory()``), "mlp", or a memory such as ``MLPMemory(hidden=64, seed=1)``; one of your
+        own has the settings of "mlp".
       decay: alpha in [0, 1]. None: 0.9 for "linear", 0.99 for "mlp".
       inner_rate: 0 or more. None: 1 for "linear", 0.1 for "mlp", where 0 is gradient descent for ever.
       target: "precond", "momentum" or "self" (see ``TARGETS``), or any optax transformation that makes one of the
@@ -161,8 +162,8 @@ def scale_by_dmgd(
         descent for ever.
       features: phi of Eq. 51, a transformation applied to the gradient first, such as ``signed_powers``. None: G.
       output: sigma on [..., rows, columns], such as ``orthogonalize`` or ``muon_step``. None: the identity.
-      matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two or more axes is a matrix, embeddings
-        too. A leaf that is none is one row of the paper's W.
+      matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two axes is a matrix, embeddings too.
+        A leaf that is none is one row of the paper's W.
       state_dtype: see ``precision.with_state_dtype``.
 
     Raises:
@@ -171,17 +172,20 @@ def scale_by_dmgd(
     kind = _kind(memory)
     decay, inner_rate = kind.decay if decay is None else decay, kind.inner_rate if inner_rate is None else inner_rate
     check("decay", decay, 0, 1, open_high=False)
+    check_decay("decay", decay, state_dtype)
     check("inner_rate", inner_rate, 0)
+    check_transformation("features", features)
     precondition = _target(kind.target if target is None else target)
     scale = scale_by_generalized_momentum(
         kind.objective, kind.memory, decay, inner_rate, precondition, output, matrices, state_dtype
     )
-    return with_state_dtype(optax.chain(features, scale) if features else scale, state_dtype, "scale_by_dmgd")
+    return scale if features is None else with_state_dtype(optax.chain(features, scale))
 
 
 def _kind(memory: str | Memory) -> _Kind:
     if not isinstance(memory, str):
-        return _Kind(l2, memory, KINDS["mlp"].decay, KINDS["mlp"].inner_rate, KINDS["mlp"].target)
+        kind = KINDS["linear" if type(memory) is LinearMemory else "mlp"]
+        return replace(kind, memory=memory)
     if memory not in KINDS:
         raise UserError(f"memory is {memory!r}; {closest(memory, KINDS)}")
     return KINDS[memory]
@@ -189,6 +193,7 @@ def _kind(memory: str | Memory) -> _Kind:
 
 def _target(target: str | optax.GradientTransformation) -> optax.GradientTransformation:
     if not isinstance(target, str):
+        check_transformation("target", target)
         return target
     if target not in TARGETS:
         raise UserError(f"target is {target!r}; {closest(target, TARGETS)}")
@@ -212,4 +217,4 @@ def dmgd(
 ) -> optax.GradientTransformationExtraArgs:
     """``scale_by_dmgd`` with decoupled weight decay and a learning rate: see there and ``recipe``."""
     scale = scale_by_dmgd(memory, decay, inner_rate, target, features, output, matrices, state_dtype)
-    return recipe(scale, learning_rate, weight_decay, mask, fallback, matrices, state_dtype)
+    return recipe(scale, learning_rate, weight_decay, mask, fallback, matrices)

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import optax
 
 from hope_jax.errors import UserError
-from hope_jax.optim.checks import check
-from hope_jax.optim.matrices import Labels, MatrixView, matrix_labels, matrix_or_column_views
-from hope_jax.optim.precision import with_state_dtype
+from hope_jax.optim.checks import check, check_function, check_transformation
+from hope_jax.optim.matrices import Labels, MatrixView, labels_or_default, matrix_or_column_views
+from hope_jax.optim.precision import check_decay, with_state_dtype
 from hope_jax.optim.recipe import recipe
 from hope_jax.types import Array, Scalar
 
@@ -129,19 +129,26 @@ def scale_by_generalized_momentum(
       rate: step of the inner gradient descent, 0 or more.
       precondition: P, any optax transformation of the gradients (Eq. 47); None: the identity.
       output: the nonlinearity sigma of Eq. 52 on [..., rows, columns], such as ``muon_step``; None: the identity.
-      matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two or more axes is a matrix, embeddings
-        too. A leaf that is none is one column, [size, 1].
-      state_dtype: see ``precision.with_state_dtype``.
+      matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two axes is a matrix, embeddings too.
+        A leaf that is none is one column, [size, 1].
+      state_dtype: see ``precision.with_state_dtype``; of the memory. A preconditioner's state is its own affair.
 
     Raises:
-      UserError: retention or rate out of range; a preconditioner given to a memory of fixed values; from ``init``,
-        leaves that are no floating-point arrays.
+      UserError: retention or rate out of range, or an argument of another kind; a preconditioner given to a memory of
+        fixed values; from ``init``, leaves that are no floating-point arrays.
     """
     memory = LinearMemory() if memory is None else memory
-    check("retention", retention, 0, 1, open_high=False)
+    if isinstance(memory, type) or not isinstance(memory, Memory):
+        raise UserError(f"memory is {memory!r}; expected an instance with init, loss and read, such as LinearMemory()")
+    if not callable(retention):
+        check("retention", retention, 0, 1, open_high=False)
+        check_decay("retention", retention, state_dtype)
     check("rate", rate, 0)
+    check_function("objective", objective, "(prediction, value) -> scalar, such as l2")
+    check_function("output", output, "of [..., rows, columns], such as muon_step")
+    check_transformation("precondition", precondition)
     if isinstance(memory, KeyedMemory) and precondition is not None:
-        raise UserError("KeyedMemory's values are the identity; use precondition with delta_momentum")
+        raise UserError("KeyedMemory's values are the identity, so it takes no preconditioner; see delta_momentum")
     engine = _Engine(
         objective=dot if objective is None else objective,
         memory=memory,
@@ -149,10 +156,11 @@ def scale_by_generalized_momentum(
         rate=rate,
         precondition=optax.with_extra_args_support(precondition or optax.identity()),
         output=output,
-        labels=matrix_labels(exclude=()) if matrices is None else matrices,
+        labels=labels_or_default(matrices, exclude=()),
     )
     transformation = optax.GradientTransformationExtraArgs(engine.init, engine.update)
-    return with_state_dtype(transformation, state_dtype, "scale_by_generalized_momentum")
+    stored = lambda state, cast: state._replace(memory=cast(state.memory))  # noqa: E731
+    return with_state_dtype(transformation, state_dtype, stored)
 
 
 @dataclass(frozen=True)
@@ -215,4 +223,4 @@ def generalized_momentum(
     scale = scale_by_generalized_momentum(
         objective, memory, retention, rate, precondition, output, matrices, state_dtype
     )
-    return recipe(scale, learning_rate, weight_decay, mask, fallback, matrices, state_dtype)
+    return recipe(scale, learning_rate, weight_decay, mask, fallback, matrices)

@@ -4,6 +4,7 @@ A *scale* is (period, decay, weight). The fast one, period 1, is Muon's momentum
 gradients at a time and is orthogonalised once per f steps; its direction is constant inside such a block.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -13,11 +14,11 @@ import optax
 from jax import lax
 
 from hope_jax.errors import UserError
-from hope_jax.levels import Level, due
-from hope_jax.optim.checks import check, leaf_name
-from hope_jax.optim.matrices import Labels, MatrixView, matrix_labels, matrix_views
+from hope_jax.levels import due
+from hope_jax.optim.checks import check, check_whole, leaf_name
+from hope_jax.optim.matrices import Labels, MatrixView, labels_or_default, matrix_views
 from hope_jax.optim.newton_schulz import NewtonSchulz
-from hope_jax.optim.precision import with_state_dtype
+from hope_jax.optim.precision import Cast, check_decay, with_state_dtype
 from hope_jax.optim.recipe import recipe
 from hope_jax.types import Array
 
@@ -40,9 +41,7 @@ class MomentumScale:
     weight: Any = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.period, int):
-            raise UserError(f"period is {self.period!r}; expected a whole number of optimizer steps")
-        Level(self.period)
+        check_whole("period", self.period, 1, "optimizer steps")
         check("decay", self.decay, 0, 1, open_high=False)
         check("weight", self.weight, -float("inf"))
 
@@ -79,14 +78,17 @@ class _Rules:
     newton_schulz: NewtonSchulz
 
     def __post_init__(self) -> None:
+        if not isinstance(self.newton_schulz, NewtonSchulz):
+            raise UserError(f"newton_schulz is {self.newton_schulz!r}; expected NewtonSchulz(steps, method, dtype)")
         for name, allowed in (("accumulate", Accumulate), ("second_moment", SecondMoment)):
             if getattr(self, name) not in get_args(allowed):
                 raise UserError(f"{name} is {getattr(self, name)!r}; expected one of {get_args(allowed)}")
         if not self.scales or not all(isinstance(scale, MomentumScale) for scale in self.scales):
             raise UserError(f"scales is {self.scales!r}; expected one or more MomentumScale(period, decay, weight)")
-        for decay in (self.second_decay, *(scale.decay for scale in self.scales)):
-            check("a decay", decay, 0, 1, open_high=self.accumulate == "ema")
-        check("eps", self.eps, 0)
+        decays = {f"decay of scale {i + 1}": scale.decay for i, scale in enumerate(self.scales)}
+        for name, decay in {**decays, "second_decay": self.second_decay}.items():
+            check(name, decay, 0, 1, open_high=self.accumulate == "ema")
+        check("eps", self.eps, 0, open_low=True)
         if self.update_rms is not None:
             check("update_rms", self.update_rms, 0)
 
@@ -141,7 +143,7 @@ def scale_by_m3(
     accumulate: Accumulate = "ema",
     second_moment: SecondMoment = "normalized",
     update_rms: Any = "default",
-    eps: Any = 1e-8,
+    eps: Any = None,
     newton_schulz: NewtonSchulz | None = None,
     matrices: Labels | None = None,
     state_dtype: Any = None,
@@ -159,8 +161,13 @@ def scale_by_m3(
     the step inverse to the gradient's size, hence the other default. ``second_moment="none"`` leaves R out: with the
     fast scale alone that is Muon, up to the size of the step.
 
+    R has root mean square 1, so ``eps = 1`` at most halves the step of a typical entry and lets one that never had a
+    gradient (a pair of ReLU units that are never active together) move no more than all others. With a tiny eps those
+    entries take the whole step: NS fills them, and U is divided by nearly nothing there.
+
     State per parameter at float32: 4 bytes for a fast scale, 8 for a slow one (buf is kept inside M2), 4 for V: 16 in
-    all by default; Adam has 8. FLOPs per step: those of ``orthogonalize`` per fast scale, 1/f of that per slow one.
+    all by default; Adam has 8. FLOPs per step: those of ``orthogonalize`` per fast scale, 1/f of that per slow one;
+    under ``vmap`` of the whole optimizer slow ones are computed at every step, as a ``lax.cond`` is there a select.
 
     Args:
       scales: any number of ``MomentumScale``.
@@ -169,28 +176,47 @@ def scale_by_m3(
       second_moment: "normalized", "none" or "literal".
       update_rms: root mean square of the entries of each matrix's update; None: as it comes. Default: 0.2, about that
         of Adam, so that its learning rates serve; None with the literal second moment.
-      eps: added to the divisor.
+      eps: added to the divisor, above 0. None: 1 for "normalized", 1e-8 for "literal".
       newton_schulz: steps, method and precision; None: five quintic steps.
       matrices: ``params -> labels``, see ``matrices.py``; None: ``matrix_labels()``.
-      state_dtype: see ``precision.with_state_dtype``.
+      state_dtype: see ``precision.with_state_dtype``; of the fast momenta and the directions. V and the slow momenta
+        take up shares of about 0.001, which half precision would round away, so they stay as computed.
 
     Raises:
       UserError: an argument out of range; from ``init``, leaves that are no floating-point arrays or no matrices.
     """
+    if isinstance(scales, MomentumScale):
+        scales = (scales,)
     if isinstance(update_rms, str) and update_rms == "default":
         update_rms = None if second_moment == "literal" else 0.2
-    ns = newton_schulz or NewtonSchulz()
+    if eps is None:
+        eps = 1e-8 if second_moment == "literal" else 1.0
+    ns = NewtonSchulz() if newton_schulz is None else newton_schulz
     rules = _Rules(tuple(scales), second_decay, accumulate, second_moment, update_rms, eps, ns)
-    labels = matrix_labels() if matrices is None else matrices
+    labels = labels_or_default(matrices)
     update = lambda updates, state, params=None: _step(rules, updates, state, matrix_views(updates, labels))  # noqa: E731
     transformation = optax.GradientTransformation(lambda params: _start(rules, params, labels), update)
-    return with_state_dtype(transformation, state_dtype, "scale_by_m3")
+    return with_state_dtype(transformation, state_dtype, _stored(rules, state_dtype))
+
+
+def _stored(rules: _Rules, dtype: Any) -> Callable[[M3State, Cast], M3State]:
+    """Which parts of the state may be narrow."""
+    for scale in rules.scales:
+        if scale.period == 1:
+            check_decay("decay of the fast scale", scale.decay, dtype)
+
+    def stored(state: M3State, cast: Cast) -> M3State:
+        pairs = zip(rules.scales, state.momenta, strict=True)
+        momenta = tuple(cast(m) if scale.period == 1 else m for scale, m in pairs)
+        return state._replace(momenta=momenta, directions=cast(state.directions))
+
+    return stored
 
 
 def _start(rules: _Rules, params: Any, labels: Labels) -> M3State:
     def require(path: tuple[Any, ...], leaf: Any, view: MatrixView | None) -> None:
         if view is None:
-            advice = "use m3, which gives such leaves to AdamW, or optax.partition"
+            advice = "declare its axes (matrices=), use m3, which gives such leaves to AdamW, or optax.partition"
             raise UserError(f"scale_by_m3 got {leaf_name(path)} of shape {leaf.shape}, which is no matrix; {advice}")
 
     jax.tree_util.tree_map_with_path(require, params, matrix_views(params, labels))
@@ -242,7 +268,7 @@ def m3(
     accumulate: Accumulate = "ema",
     second_moment: SecondMoment = "normalized",
     update_rms: Any = "default",
-    eps: Any = 1e-8,
+    eps: Any = None,
     newton_schulz: NewtonSchulz | None = None,
     matrices: Labels | None = None,
     state_dtype: Any = None,
@@ -254,10 +280,13 @@ def m3(
     """``scale_by_m3`` for matrices and AdamW for everything else, with one learning rate and decoupled weight decay.
 
     ``fallback`` is a whole optimizer to take the place of that AdamW, which has optax's defaults and the same learning
-    rate, decay and mask. For the rest see ``scale_by_m3`` and ``recipe``.
+    rate, decay and mask (its first moment has the state_dtype). For the rest see ``scale_by_m3`` and ``recipe``.
     """
     scale = scale_by_m3(
         scales, second_decay, accumulate, second_moment, update_rms, eps, newton_schulz, matrices, state_dtype
     )
-    rest = fallback or recipe(optax.scale_by_adam(), learning_rate, weight_decay, mask)
-    return recipe(scale, learning_rate, weight_decay, mask, rest, matrices, state_dtype)
+    if fallback is None:
+        narrow = lambda state, cast: state._replace(mu=cast(state.mu))  # noqa: E731
+        adam = with_state_dtype(optax.scale_by_adam(), state_dtype, narrow)
+        fallback = recipe(adam, learning_rate, weight_decay, mask)
+    return recipe(scale, learning_rate, weight_decay, mask, fallback, matrices)

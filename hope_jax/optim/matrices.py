@@ -4,7 +4,7 @@ A *label* per leaf says it: ``"matrix"`` (the first axis by all others), ``"adam
 ``MuonDimensionNumbers(reduction_axis, output_axis)`` (a matrix along these axes, every other axis counts copies).
 ``matrix_labels`` makes the function ``params -> labels``; ``matrix_views`` turns labels into ``MatrixView`` objects.
 
->>> m3(1e-3)                                                     # every leaf of two or more axes: [d0, d1 * d2 ...]
+>>> m3(1e-3)                                                     # every leaf of two axes
 >>> m3(1e-3, matrices=matrix_labels(batch_axes={"blocks": 1}))   # below "blocks" the leading axis counts layers
 >>> m3(1e-3, matrices=lambda params: jax.tree.map(..., params))  # any labels: MuonDimensionNumbers((0, 1), 2), ...
 """
@@ -21,7 +21,7 @@ from jaxtyping import Inexact
 from optax.contrib import MuonDimensionNumbers
 
 from hope_jax.errors import UserError
-from hope_jax.optim.checks import leaf_name
+from hope_jax.optim.checks import check_function, check_whole, leaf_name
 from hope_jax.types import Array
 
 MATRIX = "matrix"
@@ -68,35 +68,49 @@ class MatrixView:
 
 
 def matrix_labels(batch_axes: Mapping[str, int] | None = None, exclude: Sequence[str] = NOT_MATRICES) -> Labels:
-    """The usual rule: leaves of two or more axes are matrices, but embeddings and heads are not (SPEC 5.1).
+    """The usual rule: leaves of two axes are matrices, but embeddings and heads are not (SPEC 5.1).
+
+    Nobody can tell along which axes a kernel of more axes is a matrix (a convolution's [3, 3, in, out] is one of
+    [9 in, out], the output of attention [heads, k, out] one of [heads k, out], its queries [in, heads, k] one of
+    [in, heads k]), so such leaves are none until their axes are declared.
 
     Args:
       batch_axes: name on a leaf's path -> leading axes that count copies below it, added up along the path:
         ``{"blocks": 1, "initial_*": 1}`` for heads of layers. What remains decides whether the leaf is a matrix, so a
-        vector stacked over layers is none. Names are shell patterns; a pattern may match nothing, because
+        vector stacked over layers is none. Names are shell patterns, case ignored; a pattern may match nothing, because
         ``optax.partition`` and ``by_level`` show every optimizer only its own part of the tree.
-      exclude: patterns of names on the path of leaves that are no matrices, in lower case (case is ignored).
+      exclude: patterns of names on the path of leaves that are no matrices, case ignored.
 
     Returns:
       ``params -> labels``.
 
     Raises:
-      UserError: a negative number of axes; from the function, a leaf with fewer axes than it has batch axes.
+      UserError: no whole number of axes; one pattern in the place of several; from the function, a leaf with fewer
+        axes than it has batch axes.
     """
-    counts = dict(batch_axes or {})
-    if min(counts.values(), default=0) < 0:
-        raise UserError(f"batch_axes is {counts}; expected 0 or more leading axes for each name")
+    counts = {pattern.lower(): axes for pattern, axes in (batch_axes or {}).items()}
+    for pattern, axes in counts.items():
+        check_whole(f"batch_axes[{pattern!r}]", axes, 0, "leading axes")
+    if isinstance(exclude, str):
+        raise UserError(f"exclude is {exclude!r}; expected several patterns, such as ({exclude!r},)")
+    excluded = [pattern.lower() for pattern in exclude]
 
     def label(path: tuple[Any, ...], leaf: Any) -> Any:
         names = [_name(entry).lower() for entry in path]
-        batch = sum(n for pattern, n in counts.items() for name in names if fnmatchcase(name, pattern.lower()))
+        batch = sum(n for pattern, n in counts.items() for name in names if fnmatchcase(name, pattern))
         if batch > leaf.ndim:
             raise UserError(f"{leaf_name(path)} has shape {leaf.shape}; batch_axes takes {batch} leading axes of it")
-        if leaf.ndim - batch < 2 or any(fnmatchcase(name, pattern) for name in names for pattern in exclude):
+        if leaf.ndim - batch != 2 or any(fnmatchcase(name, pattern) for name in names for pattern in excluded):
             return ADAMW
-        return MuonDimensionNumbers(batch, tuple(range(batch + 1, leaf.ndim))) if batch else MATRIX
+        return MuonDimensionNumbers(batch, batch + 1) if batch else MATRIX
 
     return lambda params: tree_map_with_path(label, params)
+
+
+def labels_or_default(matrices: Labels | None, exclude: Sequence[str] = NOT_MATRICES) -> Labels:
+    """An optimizer's argument ``matrices``: None is the usual rule. Raises UserError for what is no function."""
+    check_function("matrices", matrices, "params -> labels, such as matrix_labels()")
+    return matrix_labels(exclude=exclude) if matrices is None else matrices
 
 
 def matrix_views(params: Any, labels: Labels) -> Any:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Inexact
 
 from hope_jax.errors import UserError
+from hope_jax.optim.checks import check_dtype, check_whole
 from hope_jax.types import Array
 
 Method = Literal["quintic", "cubic"]
@@ -35,26 +37,35 @@ class NewtonSchulz:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise UserError(f"method is {self.method!r}; expected one of {get_args(Method)}")
-        if self.steps is not None and not (isinstance(self.steps, int) and self.steps >= 1):
-            raise UserError(f"steps is {self.steps!r}; expected a whole number of iterations, 1 or more, or None")
-        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
-            raise UserError(f"dtype is {self.dtype}; expected a floating type such as jnp.bfloat16, or None")
+        if self.steps is not None:
+            check_whole("steps", self.steps, 1, "iterations")
+        check_dtype("dtype", self.dtype)
 
     def orthogonalize(self, x: Array) -> Array:
         """See ``orthogonalize``."""
         if x.ndim < 2:
             raise UserError(f"x has shape {x.shape}; expected [..., rows, columns]. A vector has no orthogonal factor")
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise UserError(f"x has dtype {x.dtype}; expected a real or complex floating type")
         if x.shape[-2] > x.shape[-1]:
             return self.orthogonalize(x.mT).mT
-        norm = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True))
-        y = x / (norm + 1e-7).astype(x.dtype)
-        if self.dtype is not None and not jnp.iscomplexobj(x):
-            y = y.astype(self.dtype)
+        own = self.dtype is None or jnp.iscomplexobj(x)
+        y = _normalized(x).astype(x.dtype if own else self.dtype)
         a, b, c = COEFFICIENTS[self.method]
         for _ in range(self.steps or STEPS[self.method]):
             gram = y @ y.mT.conj()
             y = a * y + (b * gram + c * gram @ gram if c else b * gram) @ y
         return y.astype(x.dtype)
+
+
+def _normalized(x: Array) -> Array:
+    """``x / (||x||_F + 1e-7)`` in at least float32, whatever the size of the entries: the largest is divided out."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0))  # it cancels
+    largest = jnp.where(largest > 0, largest, 1.0)
+    y = x / largest
+    norm = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(y)), axis=(-2, -1), keepdims=True))
+    return y / (norm + 1e-7 / largest)
 
 
 def orthogonalize(
@@ -70,7 +81,7 @@ def orthogonalize(
       steps, method, dtype: as of ``NewtonSchulz``; a complex x is iterated in its own type.
 
     Raises:
-      UserError: fewer than two axes, or settings out of range.
+      UserError: fewer than two axes, whole numbers, or settings out of range.
     """
     return NewtonSchulz(steps, method, dtype).orthogonalize(x)
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.optim.checks import check
+from hope_jax.optim.checks import check, check_function, check_transformation
 from hope_jax.optim.generalized import scale_by_generalized_momentum
-from hope_jax.optim.precision import with_state_dtype
+from hope_jax.optim.precision import check_decay, with_state_dtype
 from hope_jax.optim.recipe import recipe
 from hope_jax.types import Array
 
@@ -39,9 +39,12 @@ def scale_by_preconditioned_momentum(
     Raises:
       UserError: decay out of range; from ``init``, leaves that are no floating-point arrays.
     """
+    check("decay", decay, 0, 1, open_high=False)
+    check_decay("decay", decay, state_dtype)
+    check_function("feature_map", feature_map, "of one leaf's gradient, such as jnp.sign")
+    check_transformation("precondition", precondition)
     links = [] if feature_map is None else [optax.stateless_with_tree_map(lambda g, _: feature_map(jnp.asarray(g)))]
     links += [] if precondition is None else [precondition]
-    check("decay", decay, 0, 1, open_high=False)
     return scale_by_generalized_momentum(
         retention=decay, precondition=optax.chain(*links) if links else None, state_dtype=state_dtype
     )
@@ -59,13 +62,12 @@ def preconditioned_momentum(
 ) -> optax.GradientTransformationExtraArgs:
     """``scale_by_preconditioned_momentum`` with weight decay and a learning rate: see there and ``recipe``."""
     scale = scale_by_preconditioned_momentum(decay, precondition, feature_map, state_dtype)
-    return recipe(scale, learning_rate, weight_decay, mask, state_dtype=state_dtype)
+    return recipe(scale, learning_rate, weight_decay, mask)
 
 
 class LearnedPreconditionerState(NamedTuple):
-    """P of every parameter, one value per element, and the number of updates."""
+    """P of every parameter, one value per element; 0 where there was no gradient yet."""
 
-    count: Array
     preconditioner: Any
 
 
@@ -74,38 +76,34 @@ def learned_preconditioner(rate: Any = 0.01, eps: Any = 1e-8) -> optax.GradientT
 
     ::
 
-        P <- P - rate grad_P L(P),    L(P) = 1/2 ||P * sign(g) - g||^2,    P_0 = 0
-        update: P^-1 g,  P corrected for its start at 0: divided by 1 - (1 - rate)^t
+        P <- P - rate grad_P L(P),    L(P) = 1/2 ||P * sign(g) - g||^2,    starting from the first |g| that is not 0
+        update: g / (P + eps)
 
     The key of Eq. 38-41 is left open; with the sign (g/|g| where complex) the minimiser is the size of the gradient, so
-    P^-1 g is scale-free as Adam's step is, with the mean of |g| where Adam has the root of the mean of g^2.
+    P^-1 g is scale-free as Adam's step is, with the mean of |g| where Adam has the root of the mean of g^2. A gradient
+    of 0 has no sign and teaches nothing: P is the mean size of the gradients that there were, however rare.
 
     State: one real value per parameter, 4 bytes at float32. FLOPs: about 6 per parameter.
 
     Args:
       rate: zeta, step of the inner gradient descent, above 0 and up to 1, which forgets all but the present gradient.
-      eps: added to P, 0 or more.
+      eps: added to P, above 0.
 
     Raises:
       UserError: rate or eps out of range; from ``init``, leaves that are no floating-point arrays.
     """
     check("rate", rate, 0, 1, open_low=True, open_high=False)
-    check("eps", eps, 0)
+    check("eps", eps, 0, open_low=True)
 
     def init(params: Any) -> LearnedPreconditionerState:
-        return LearnedPreconditionerState(
-            jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros(p.shape, p.real.dtype), params)
-        )
+        return LearnedPreconditionerState(jax.tree.map(lambda p: jnp.zeros_like(p).real, params))
 
     def descend(p: Array, g: Array) -> Array:
         key = jnp.sign(g)
-        return p - rate * ((p * key - g) * key.conj()).real
+        return jnp.where(p == 0, jnp.abs(g), p - rate * ((p * key - g) * key.conj()).real)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        count = jnp.asarray(optax.safe_increment(state.count))
         learned = jax.tree.map(lambda g, p: descend(p, g), updates, state.preconditioner)
-        known = 1 - (1 - rate) ** count
-        scaled = jax.tree.map(lambda g, p: g / (p / known + eps), updates, learned)
-        return scaled, LearnedPreconditionerState(count, learned)
+        return jax.tree.map(lambda g, p: g / (p + eps), updates, learned), LearnedPreconditionerState(learned)
 
-    return with_state_dtype(optax.GradientTransformation(init, update), name="learned_preconditioner")
+    return with_state_dtype(optax.GradientTransformation(init, update))

@@ -137,24 +137,13 @@ def scale_by_generalized_momentum(
       UserError: retention or rate out of range, or an argument of another kind; a preconditioner given to a memory of
         fixed values; from ``init``, leaves that are no floating-point arrays.
     """
-    memory = LinearMemory() if memory is None else memory
-    if isinstance(memory, type) or not isinstance(memory, Memory):
-        raise UserError(f"memory is {memory!r}; expected an instance with init, loss and read, such as LinearMemory()")
-    if not callable(retention):
-        check("retention", retention, 0, 1, open_high=False)
-        check_decay("retention", retention, state_dtype)
-    check("rate", rate, 0)
-    check_function("objective", objective, "(prediction, value) -> scalar, such as l2")
-    check_function("output", output, "of [..., rows, columns], such as muon_step")
-    check_transformation("precondition", precondition)
-    if isinstance(memory, KeyedMemory) and precondition is not None:
-        raise UserError("KeyedMemory's values are the identity, so it takes no preconditioner; see delta_momentum")
+    check_decay("retention", retention, state_dtype)
     engine = _Engine(
         objective=dot if objective is None else objective,
-        memory=memory,
-        retain=retention if callable(retention) else decay(retention),
+        memory=LinearMemory() if memory is None else memory,
+        retention=retention,
         rate=rate,
-        precondition=optax.with_extra_args_support(precondition or optax.identity()),
+        precondition=precondition,
         output=output,
         labels=labels_or_default(matrices, exclude=()),
     )
@@ -165,33 +154,51 @@ def scale_by_generalized_momentum(
 
 @dataclass(frozen=True)
 class _Engine:
-    """``scale_by_generalized_momentum`` at work: its arguments, all given."""
+    """``scale_by_generalized_momentum`` at work: its arguments, all given but those that mean nothing as None."""
 
     objective: Any
     memory: Any
-    retain: Any
+    retention: Any
     rate: Any
     precondition: Any
     output: Any
     labels: Any
 
+    def __post_init__(self) -> None:
+        if isinstance(self.memory, type) or not isinstance(self.memory, Memory):
+            raise UserError(f"memory is {self.memory!r}; expected an object with init, loss and read: LinearMemory()")
+        if not callable(self.retention):
+            check("retention", self.retention, 0, 1, open_high=False)
+        check("rate", self.rate, 0)
+        check_function("objective", self.objective, "(prediction, value) -> scalar, such as l2")
+        check_function("output", self.output, "of [..., rows, columns], such as muon_step")
+        check_transformation("precondition", self.precondition)
+        if isinstance(self.memory, KeyedMemory) and self.precondition is not None:
+            raise UserError("KeyedMemory's values are the identity, so it takes no preconditioner; see delta_momentum")
+
+    @property
+    def prepare(self) -> optax.GradientTransformationExtraArgs:
+        """P, the identity if there is none."""
+        return optax.with_extra_args_support(self.precondition or optax.identity())
+
     def init(self, params: Any) -> GeneralizedMomentumState:
         """Empty memories."""
         memories = jax.tree.map(self.memory.init, params, matrix_or_column_views(params, self.labels))
-        return GeneralizedMomentumState(memories, self.precondition.init(params))
+        return GeneralizedMomentumState(memories, self.prepare.init(params))
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, GeneralizedMomentumState]:
         """Write every gradient, then read."""
         views = matrix_or_column_views(updates, self.labels)
-        targets, inner = self.precondition.update(updates, state.precondition, params, **extra)
+        targets, inner = self.prepare.update(updates, state.precondition, params, **extra)
         written = jax.tree.map(self._write, updates, targets, state.memory, views)
         return jax.tree.map(self._answer, updates, written, views), GeneralizedMomentumState(written, inner)
 
     def _write(self, gradient: Array, target: Array, state: Any, view: MatrixView) -> Any:
         slope = jax.grad(self.memory.loss)(state, gradient, target, self.objective, view)
-        kept = self.retain(state, gradient, view)
+        retain = self.retention if callable(self.retention) else decay(self.retention)
+        kept = retain(state, gradient, view)
         return jax.tree.map(lambda m, d: m - self.rate * d.conj(), kept, slope)
 
     def _answer(self, gradient: Array, state: Any, view: MatrixView) -> Array:

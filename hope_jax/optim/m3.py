@@ -69,7 +69,7 @@ class M3State(NamedTuple):
 class _Rules:
     """What one step does, whatever the tree: the arguments of ``scale_by_m3``."""
 
-    scales: tuple[MomentumScale, ...]
+    scales: Any
     second_decay: Any
     accumulate: Accumulate
     second_moment: SecondMoment
@@ -83,8 +83,9 @@ class _Rules:
         for name, allowed in (("accumulate", Accumulate), ("second_moment", SecondMoment)):
             if getattr(self, name) not in get_args(allowed):
                 raise UserError(f"{name} is {getattr(self, name)!r}; expected one of {get_args(allowed)}")
-        if not self.scales or not all(isinstance(scale, MomentumScale) for scale in self.scales):
-            raise UserError(f"scales is {self.scales!r}; expected one or more MomentumScale(period, decay, weight)")
+        several = isinstance(self.scales, tuple | list) and len(self.scales) > 0
+        if not (several and all(isinstance(scale, MomentumScale) for scale in self.scales)):
+            raise UserError(f"scales is {self.scales!r}; expected a tuple of MomentumScale(period, decay, weight)")
         decays = {f"decay of scale {i + 1}": scale.decay for i, scale in enumerate(self.scales)}
         for name, decay in {**decays, "second_decay": self.second_decay}.items():
             check(name, decay, 0, 1, open_high=self.accumulate == "ema")
@@ -185,14 +186,12 @@ def scale_by_m3(
     Raises:
       UserError: an argument out of range; from ``init``, leaves that are no floating-point arrays or no matrices.
     """
-    if isinstance(scales, MomentumScale):
-        scales = (scales,)
     if isinstance(update_rms, str) and update_rms == "default":
         update_rms = None if second_moment == "literal" else 0.2
     if eps is None:
         eps = 1e-8 if second_moment == "literal" else 1.0
     ns = NewtonSchulz() if newton_schulz is None else newton_schulz
-    rules = _Rules(tuple(scales), second_decay, accumulate, second_moment, update_rms, eps, ns)
+    rules = _Rules(scales, second_decay, accumulate, second_moment, update_rms, eps, ns)
     labels = labels_or_default(matrices)
     update = lambda updates, state, params=None: _step(rules, updates, state, matrix_views(updates, labels))  # noqa: E731
     transformation = optax.GradientTransformation(lambda params: _start(rules, params, labels), update)

@@ -3,10 +3,12 @@
 A level is a set of parameters that share one update period, counted in tokens (or optimizer steps).
 ``due`` says whether a level updates now; ``scan_levels`` runs a function over a sequence cut on the grid
 of the fastest level, so that any cut of the sequence into calls sees the same updates.
-Read next: ``memory/rule.py`` and ``nn/self_modifying.py``, whose anchors are refreshed by it.
+Read next: ``memory/rule.py`` and ``nn/self_modifying.py``, whose anchors are refreshed by it, and ``writes.py``, where
+levels learn by it.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,13 @@ class Level:
 def due(step: Int[Array, ""] | np.ndarray | int, period: int) -> Bool[Array, ""]:
     """True at multiples of the period, step 0 included."""
     return jnp.asarray(step) % period == 0
+
+
+def check_multiples(periods: Sequence[int]) -> None:
+    """Raise UserError unless every period is a multiple of the faster one before it."""
+    for faster, slower in itertools.pairwise(periods):
+        if slower % faster:
+            raise UserError(f"periods {tuple(periods)} do not nest; make {slower} a multiple of {faster}")
 
 
 def check_periods(periods: tuple[int, ...]) -> None:
@@ -72,23 +81,51 @@ def scan_levels(
         return segment(state, tokens, None, tuple(due(position, p) for p in periods))
     known = isinstance(position, np.ndarray)
     if known and position % fastest == 0 and length % fastest == 0:
-        return _scan_aligned(segment, state, tokens, int(position), periods)
+        return scan_periods(segment, state, tokens, position=int(position), periods=periods)
     return _scan_anywhere(segment, state, tokens, jnp.asarray(position), periods)
 
 
-def _scan_aligned(segment: Segment, state: Any, tokens: Any, position: int, periods: tuple[int, ...]):
-    """Whole periods from a known position: nothing is padded."""
+def scan_periods(
+    segment: Segment, state: Any, tokens: Any, *, position: Int[Array, ""] | int, periods: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """``scan_levels`` over whole periods of the fastest level from a multiple of it: nothing is padded.
+
+    The loops are nested, a slower level's around a faster one's, and each is rematerialised: the backward pass keeps
+    the states at the ends of the slow loops and, of one at a time, those inside it.
+    """
     fastest = min(periods)
     chunks = jax.tree.map(lambda x: x.reshape(-1, fastest, *x.shape[1:]), tokens)
     starts = position + fastest * jnp.arange(jax.tree.leaves(chunks)[0].shape[0])
 
-    @jax.checkpoint
     def step(state, one):
         start, chunk = one
         return segment(state, chunk, None, tuple(p == fastest or due(start, p) for p in periods))
 
-    state, outputs = lax.scan(step, state, (starts, chunks))
+    slower = sorted({p // fastest for p in periods if p > fastest}, reverse=True)
+    state, outputs = _nested_scan(step, state, (starts, chunks), slower)
     return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+
+def _nested_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, each: Any, groups: list[int]):
+    """``lax.scan`` in loops of ``groups`` steps, the largest outside; what does not fill a loop comes after it."""
+    count = jax.tree.leaves(each)[0].shape[0]
+    while groups and count <= groups[0]:
+        groups = groups[1:]
+    if not groups:
+        return lax.scan(jax.checkpoint(step), state, each)
+    size, whole = groups[0], count - count % groups[0]
+
+    @jax.checkpoint
+    def loop(state, some):
+        return _nested_scan(step, state, some, groups[1:])
+
+    first = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), each)
+    state, outputs = lax.scan(loop, state, first)
+    outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    if whole == count:
+        return state, outputs
+    state, others = _nested_scan(step, state, jax.tree.map(lambda x: x[whole:], each), groups[1:])
+    return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, others)
 
 
 def _scan_anywhere(segment: Segment, state: Any, tokens: Any, position: Array, periods: tuple[int, ...]):

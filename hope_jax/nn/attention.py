@@ -57,6 +57,12 @@ def room_left(state: Any) -> int | None:
     return min((c.keys.shape[-2] - int(jnp.max(c.position)) for c in caches), default=None)
 
 
+def slots_of(state: Any) -> int | None:
+    """Tokens that the full caches inside ``state`` hold at most; None: there are none."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, FullCache))
+    return next((node.keys.shape[-2] for node in nodes if isinstance(node, FullCache)), None)
+
+
 def _softmax_block(
     q: Float[Array, "B H t K"], k: Float[Array, "B H s K"], v: Float[Array, "B H s K"], visible: Bool[Array, "t s"]
 ) -> Float[Array, "B H t K"]:

@@ -1,12 +1,14 @@
 """The continuum memory system (Eq. 70-74): the feed-forward part of a block as a chain of MLPs, fastest level first.
 
 Each MLP is one *level*, rewritten once per ``period`` tokens. A level whose period is longer than the context is an
-ordinary parameter ("outer" mode): ``optim.by_level`` accumulates its gradient and steps it once per period. With one
-level the system is a plain Transformer feed-forward layer, which is the "without CMS" row of the ablation.
+ordinary parameter ("outer" mode): ``optim.by_level`` accumulates its gradient and steps it once per period. The fastest
+``in_context`` levels are written while a sequence is read ("in-context" mode): their matrices are the parameters plus
+what the state says (``fast.py``), which ``writes.py`` writes. With one level the system is a plain Transformer
+feed-forward layer, which is the "without CMS" row of the ablation.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,12 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
-from hope_jax.levels import Level
+from hope_jax.levels import Level, check_multiples
+from hope_jax.nn.fast import Fast, FastState, Writes, added, bases, blank
 from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
 from hope_jax.types import Array, Stream
 
-Wiring = Literal["sequential", "independent"]
+Wiring = Literal["sequential", "nested", "independent"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,19 @@ class CMSConfig:
     Attributes:
       levels: update periods, fastest first.
       hidden: inner features of each level's MLP.
-      wiring: "sequential" (Eq. 73): x = x + MLP_l(RMSNorm(x)) level after level; "independent" (Eq. 74):
+      wiring: "sequential" (Eq. 73): x = x + MLP_l(RMSNorm(x)) level after level; "nested" (Eq. 72): the same, and in
+        context a level is set back to its start when the next slower one is written; "independent" (Eq. 74):
         x + sum_l s_l MLP_l(RMSNorm(x)) with learned s_l.
+      in_context: levels, from the fastest, that are written in context in training; each period must be a multiple of
+        the faster one. The others are outer levels.
+      writes: how levels are written in context.
     """
 
     levels: tuple[Level, ...]
     hidden: int
     wiring: Wiring = "sequential"
+    in_context: int = 0
+    writes: Writes = Writes()
 
     def __post_init__(self) -> None:
         periods = [level.period for level in self.levels]
@@ -44,6 +53,11 @@ class CMSConfig:
             raise UserError(f"wiring is {self.wiring!r}; expected one of {get_args(Wiring)}")
         if self.hidden < 1:
             raise UserError(f"CMS hidden is {self.hidden}; expected at least 1 feature")
+        if not 0 <= self.in_context <= len(periods):
+            raise UserError(f"in_context is {self.in_context}; expected 0 to {len(periods)}, the number of levels")
+        if len(self.writes.bptt) not in (0, self.in_context):
+            raise UserError(f"bptt is {self.writes.bptt}; expected one for each of {self.in_context} in-context levels")
+        check_multiples(periods[: self.in_context])
 
     def build(self, width: int, dtype: DTypeLike) -> "ContinuumMemory":
         """The module for a model of ``width`` features."""
@@ -51,15 +65,31 @@ class CMSConfig:
 
     def update_every(self, tokens_per_batch: int) -> dict[str, int]:
         """Batches between two updates of each level's parameters, by the name of the level (SPEC 3.1, outer mode)."""
-        steps = (max(1, round(level.period / tokens_per_batch)) for level in self.levels)
-        return {f"level_{i}": n for i, n in enumerate(steps)}
+        outer = [1 if i < self.in_context else level.period / tokens_per_batch for i, level in enumerate(self.levels)]
+        return {f"level_{i}": max(1, round(steps)) for i, steps in enumerate(outer)}
 
+    @property
+    def trained(self) -> int:
+        """See ``fast.LevelsConfig``."""
+        return self.in_context
 
-class CMSState(NamedTuple):
-    """Fast deviations of the levels that learn in context, and their pending gradients; empty in outer mode."""
+    @property
+    def nested(self) -> bool:
+        """See ``fast.LevelsConfig``."""
+        return self.wiring == "nested"
 
-    deltas: tuple[Array, ...]
-    gradients: tuple[Array, ...]
+    def periods(self, layers: int) -> tuple[tuple[int, ...], ...]:
+        """See ``fast.LevelsConfig``."""
+        return tuple((level.period,) * layers for level in self.levels)
+
+    def blank(self, batch: int, width: int, dtype: DTypeLike) -> tuple[dict[str, Array], ...]:
+        """See ``fast.LevelsConfig``."""
+        shapes = {"up": (width, self.hidden), "down": (self.hidden, width)}
+        return tuple(blank(shapes, batch, self.writes.rank, dtype) for _ in self.levels)
+
+    def kernels(self, params: Any) -> tuple[dict[str, Any], ...]:
+        """See ``fast.LevelsConfig``."""
+        return tuple(params[f"level_{i}"] for i in range(len(self.levels)))
 
 
 class LevelMLP(nn.Module):
@@ -68,15 +98,19 @@ class LevelMLP(nn.Module):
     hidden: int
     width: int
     dtype: DTypeLike
+    rank: int | None = None
 
     def setup(self) -> None:
         self.norm = RMSNorm(self.dtype)
         self.up = dense(self.hidden, self.dtype)
         self.down = dense(self.width, self.dtype)
+        self.bases = bases(self, {"up": self.width, "down": self.hidden}, self.rank, self.dtype)
 
     @light
-    def __call__(self, x: Stream) -> Stream:
-        return self.down(jax.nn.gelu(self.up(self.norm(x))))
+    def __call__(self, x: Stream, fast: Fast | None = None) -> Stream:
+        u = self.norm(x)
+        hidden = jax.nn.gelu(self.up(u) + added(u, fast, "up", self.bases["up"]))
+        return self.down(hidden) + added(hidden, fast, "down", self.bases["down"])
 
 
 class ContinuumMemory(nn.Module):
@@ -89,21 +123,26 @@ class ContinuumMemory(nn.Module):
     def setup(self) -> None:
         count = len(self.config.levels)
         levels = range(count)
-        self.levels = [LevelMLP(self.config.hidden, self.width, self.dtype, name=f"level_{i}") for i in levels]
+        rank = self.config.writes.rank
+        self.levels = [LevelMLP(self.config.hidden, self.width, self.dtype, rank, name=f"level_{i}") for i in levels]
+        if self.config.in_context:
+            start = nn.initializers.constant(self.config.writes.rate)
+            self.rate = self.param("rate", start, (self.config.in_context,), param_dtype(self.dtype))
         if self.config.wiring == "independent":
             start = nn.initializers.constant(1 / count)
             self.mixture = self.param("mixture", start, (count,), param_dtype(self.dtype))
 
     @nn.nowrap
-    def init_state(self, batch: int, capacity: int) -> CMSState:
-        """No level learns in context in outer mode, so there is nothing to hold."""
+    def init_state(self, batch: int, capacity: int) -> FastState:
+        """The static model: whoever learns in context adds the fast weights (``hope_jax/writes.py``)."""
         del batch, capacity
-        return CMSState((), ())
+        return FastState()
 
-    def __call__(self, x: Stream, state: CMSState) -> tuple[Stream, CMSState]:
+    def __call__(self, x: Stream, state: FastState) -> tuple[Stream, FastState]:
+        pairs = list(zip(self.levels, state.fast or (None,) * len(self.levels), strict=True))
         if self.config.wiring == "independent":
-            added = [s * level(x) for s, level in zip(self.mixture.astype(x.dtype), self.levels, strict=True)]
-            return x + sum(added), state
-        for level in self.levels:
-            x = x + level(x)
+            parts = [s * level(x, fast) for s, (level, fast) in zip(self.mixture.astype(x.dtype), pairs, strict=True)]
+            return x + sum(parts), state
+        for level, fast in pairs:
+            x = x + level(x, fast)
         return x, state

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from hope_jax.errors import UserError
 from hope_jax.memory.products import by_rows
 from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.fast import ContextState, InterruptedState
 from hope_jax.nn.layers import RMSNorm, param_dtype
 from hope_jax.types import Array, Logits, Stream, Tokens
 
@@ -24,6 +25,9 @@ class BlockState(NamedTuple):
 
     mixer: Any
     feed_forward: Any
+
+
+State = BlockState | ContextState | InterruptedState
 
 
 class Block(nn.Module):
@@ -91,15 +95,19 @@ class LanguageModel(nn.Module):
 
         return jax.vmap(one_layer)(params["blocks"])
 
-    def __call__(self, tokens: Tokens, state: BlockState | None = None) -> tuple[Logits, BlockState]:
+    def __call__(self, tokens: Tokens, state: State | None = None) -> tuple[Logits, State]:
         """Logits in at least float32. Without a state the sequence is fresh (and the caches hold just T tokens).
+
+        A state of ``context.py`` is read with the weights it has learned; reading writes nothing.
 
         Raises:
           UserError: tokens that are not integers, an empty batch or sequence, or ids outside the vocabulary
             (ids that are only known at run time give NaN logits instead).
         """
         x = self._embed(tokens)
-        x, state = self.blocks(x, state)
+        learns = isinstance(state, ContextState | InterruptedState)
+        x, blocks = self.blocks(x, state.blocks if learns else state)
+        state = state.read_on(blocks) if learns else blocks
         table = self.embedding.astype(self.config.dtype)
         wide = param_dtype(self.config.dtype)
         score = lambda rows: jnp.einsum("rd,vd->rv", rows, table, preferred_element_type=wide)  # noqa: E731

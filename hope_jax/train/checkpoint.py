@@ -7,20 +7,16 @@ compared with their digests before orbax reads them, and arrays after. Read ``lo
 """
 
 import contextlib
-import hashlib
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
+from hope_jax.train.digests import describe, digest_file, digest_files, kind, leaves, read_sealed, write_sealed
 from hope_jax.train.state import TrainState, count_bytes
 
 FOLDER = "checkpoints"
@@ -60,11 +56,7 @@ def read_manifest(run: Path, step: int) -> Manifest:
     """
     path = run / FOLDER / str(step) / MANIFEST
     try:
-        stored = json.loads(path.read_text())
-        body = stored["body"]
-        if stored["digest"] != _digest(_canonical(body)):
-            raise ValueError("digest")
-        return Manifest(**body)
+        return Manifest(**read_sealed(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(run, step, f"{MANIFEST} was altered") from error
 
@@ -83,7 +75,7 @@ def restore(run: Path, step: int, like: TrainState) -> TrainState:
         state = ocp.load(str(folder), like)
     except Exception as error:  # Orbax reports unreadable files by many classes; each means the same here.
         raise _damaged(run, step, f"orbax cannot read it ({error})") from error
-    for path, entry in _describe(state).items():
+    for path, entry in describe(state).items():
         if entry != manifest.arrays[path]:
             raise _damaged(run, step, f"{path} differs from its digest")
     return state
@@ -143,8 +135,8 @@ class Saver:
         try:
             self._orbax.save(step, state, force=True)
             folder = self._run / FOLDER / str(step)
-            manifest = Manifest(step, self._config, dict(data), _describe(state), _digest_files(folder))
-            _write_manifest(folder, manifest)
+            manifest = Manifest(step, self._config, dict(data), describe(state), digest_files(folder, MANIFEST))
+            write_sealed(folder / MANIFEST, vars(manifest))
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"Step {step} could not be saved in {self._run} ({error}); saved steps: {saved_steps(self._run)}. "
@@ -172,26 +164,16 @@ def check_room(run: Path, state: TrainState, keep: int) -> None:
         )
 
 
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    body = vars(manifest)
-    part = folder / (MANIFEST + ".part")
-    with part.open("w") as file:
-        json.dump({"digest": _digest(_canonical(body)), "body": body}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, folder / MANIFEST)
-
-
 def _check_files(manifest: Manifest, folder: Path, run: Path) -> None:
     for name, digest in manifest.files.items():
         path = folder / name
-        if not path.is_file() or _digest_file(path) != digest:
+        if not path.is_file() or digest_file(path) != digest:
             what = "differs from its digest" if path.is_file() else "is missing"
             raise _damaged(run, manifest.step, f"{name} {what}")
 
 
 def _check_structure(manifest: Manifest, like: TrainState, run: Path) -> None:
-    expected = {path: _kind(leaf) for path, leaf in _leaves(like)}
+    expected = {path: kind(leaf) for path, leaf in leaves(like)}
     found = {path: entry.rsplit(" ", 1)[0] for path, entry in manifest.arrays.items()}
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):
@@ -199,35 +181,3 @@ def _check_structure(manifest: Manifest, like: TrainState, run: Path) -> None:
                 f"The checkpoint of step {manifest.step} in {run} belongs to another model or optimizer: {path} is "
                 f"{found.get(path, 'absent')} there and {expected.get(path, 'absent')} here; choose another run folder."
             )
-
-
-def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
-
-
-def _kind(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _describe(state: TrainState) -> dict[str, str]:
-    """Path -> dtype, shape and digest of each array; one array at a time on the host."""
-    return {path: f"{_kind(leaf)} {_digest(np.asarray(leaf).tobytes())}" for path, leaf in _leaves(state)}
-
-
-def _digest_files(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))
-    return {str(path.relative_to(folder)): _digest_file(path) for path in files}
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _canonical(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, sort_keys=True).encode()

@@ -1,0 +1,157 @@
+"""Fast weights: what a sequence adds to the matrices of its levels while it is read ("in-context", SPEC 3.1).
+
+A level's matrices are ``theta_0 + Delta``: theta_0 are parameters, Delta belongs to one sequence and starts at 0. The
+feed-forward parts here only *read* Delta, from their state; ``hope_jax/writes.py`` writes it, from the loss of the
+whole model. A state without Delta is the static model, and Delta = 0 equals it to the bit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from hope_jax.errors import UserError
+from hope_jax.types import Array, Float, Int, Stream
+
+Fast = Mapping[str, Float[Array, "*layers B rows columns"]]
+"""Delta of one level: name of a linear map -> a matrix for each sequence (and layer, in a model)."""
+Inner = Literal["sgd", "momentum", "adam", "muon"]
+
+
+class FastState(NamedTuple):
+    """Delta of every level, fastest first; None for a level that is not written in context, () where none is."""
+
+    fast: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Writes:
+    """How levels are written in context.
+
+    Attributes:
+      rate: eta that a level's learned rate starts from, and that of levels without one. Finite; 0 writes nothing.
+      optimizer: the inner optimizer of the mean gradient of a finished chunk: "sgd" is Eq. 71; "momentum" (0.9), "adam"
+        (0.9, 0.99) and "muon" (momentum 0.9, orthogonalised) carry their moments from chunk to chunk.
+      bptt: for each level written in context, fastest first, the number of its last writes that training
+        differentiates: None all of them, 0 none (first order: the rate is then not learned), n the last 1 to n. ():
+        None for all.
+      rank: of Delta; None: any. A low rank keeps ``rank x columns`` numbers per matrix and sequence in the place of
+        ``rows x columns``: ``Delta = basis F``, the basis [rows, rank] a parameter, F fast.
+    """
+
+    rate: float = 1.0
+    optimizer: Inner = "sgd"
+    bptt: tuple[int | None, ...] = ()
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.rate):
+            raise UserError(f"the rate of writes is {self.rate}; expected a finite number")
+        if self.optimizer not in get_args(Inner):
+            raise UserError(f"the optimizer of writes is {self.optimizer!r}; expected one of {get_args(Inner)}")
+        if any(count is not None and count < 0 for count in self.bptt):
+            raise UserError(f"bptt is {self.bptt}; expected 0 or more writes for each level, or None for all")
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"rank is {self.rank}; expected 1 or more, or None")
+
+
+@runtime_checkable
+class LevelsConfig(Protocol):
+    """A feed-forward part with levels that can be written in context. A *tree* is the Delta of one level.
+
+    ``periods(layers)``: for each tree the period of every layer in tokens, 0 for a layer that has no such level.
+    ``trained``: how many trees, from the first, are written in context in training; the others are outer levels.
+    ``nested``: a slower level's write sets the faster ones back to their start.
+    ``blank``: Delta = 0 of ``batch`` sequences in one layer, for every tree. ``kernels``: the parameters behind each.
+    """
+
+    writes: Writes
+
+    @property
+    def trained(self) -> int: ...
+    @property
+    def nested(self) -> bool: ...
+    def periods(self, layers: int) -> tuple[tuple[int, ...], ...]: ...
+    def blank(self, batch: int, width: int, dtype: DTypeLike) -> tuple[dict[str, Array], ...]: ...
+    def kernels(self, params: Any) -> tuple[dict[str, Any], ...]: ...
+
+
+class ContextState(NamedTuple):
+    """A model's state that can learn; ``context.start`` makes one. Reading with it does not write.
+
+    Attributes:
+      blocks: state of the blocks after the last token read; Delta is in it. Leaves [L, B, ...].
+      anchor: states of the mixers at the start of the unfinished chunk.
+      tokens: of the unfinished chunk, [B, 0 to C]; those before have been taken up.
+      position: tokens taken up, a multiple of C, the period of the fastest level; int32.
+      gathered: sum of the gradients since each level's last write, shaped like Delta.
+      optimizer: state of each level's inner optimizer.
+    """
+
+    blocks: Any
+    anchor: Any
+    tokens: Int[Array, "B unfinished"]
+    position: Int[Array, ""]
+    gathered: tuple[Any, ...]
+    optimizer: tuple[Any, ...]
+
+    def read_on(self, blocks: Any) -> "InterruptedState":
+        """The state after more tokens were read but not learned: the chunk before them ends there."""
+        return InterruptedState(self._replace(blocks=blocks))
+
+
+class InterruptedState(NamedTuple):
+    """A ``ContextState`` whose ``blocks`` have read past its ``tokens`` without learning."""
+
+    state: ContextState
+
+    @property
+    def blocks(self) -> Any:
+        """State of the blocks after the last token read."""
+        return self.state.blocks
+
+    def read_on(self, blocks: Any) -> "InterruptedState":
+        """As ``ContextState.read_on``."""
+        return InterruptedState(self.state._replace(blocks=blocks))
+
+
+def bases(module: nn.Module, rows: Mapping[str, int], rank: int | None, dtype: DTypeLike) -> dict[str, Any]:
+    """Parameters ``<name>_basis`` [rows, rank] for Delta of low rank; None for each name otherwise."""
+    if rank is None:
+        return dict.fromkeys(rows)
+    wide, start = jnp.promote_types(dtype, jnp.float32), nn.initializers.lecun_normal()
+    return {name: module.param(f"{name}_basis", start, (size, rank), wide) for name, size in rows.items()}
+
+
+def blank(shapes: Mapping[str, tuple[int, int]], batch: int, rank: int | None, dtype: DTypeLike) -> dict[str, Array]:
+    """Delta = 0 for matrices of these shapes [rows, columns], in at least float32."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return {name: jnp.zeros((batch, rank or rows, columns), wide) for name, (rows, columns) in shapes.items()}
+
+
+def added(x: Stream, fast: Fast | None, name: str, basis: Float[Array, "rows rank"] | None = None) -> Any:
+    """``x Delta`` of each sequence's own Delta, to be added to ``x theta_0``; 0 without Delta."""
+    if fast is None:
+        return 0
+    x = x if basis is None else x @ basis.astype(x.dtype)
+    delta = fast[name].astype(x.dtype)
+    if x.shape[0] == 1:  # an axis of length 1 is slow on CPUs
+        return (x[0] @ delta[0])[None]
+    return jnp.einsum("btr,brc->btc", x, delta)
+
+
+def as_matrix(fast: Array, basis: Float[Array, "rows rank"] | None) -> Array:
+    """Delta [..., rows, columns], of whatever rank it is kept in."""
+    return fast if basis is None else jnp.einsum("...dr,...brc->...bdc", basis, fast)
+
+
+def sizes(fast: Any) -> Any:
+    """Root mean square of the entries of Delta over all its matrices, per layer and sequence: [L, B]."""
+    squares = [jnp.sum(jnp.square(leaf), axis=(-2, -1)) for leaf in jax.tree.leaves(fast)]
+    count = sum(leaf.shape[-2] * leaf.shape[-1] for leaf in jax.tree.leaves(fast))
+    return jnp.sqrt(sum(squares) / count)

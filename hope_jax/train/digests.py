@@ -1,0 +1,70 @@
+"""What is on the disk is what was written: digests of arrays and of files, and JSON that carries its own.
+
+Read ``checkpoint.py`` next.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Path and array of every leaf."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def kind(leaf: Any) -> str:
+    """Dtype and shape."""
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def describe(state: Any) -> dict[str, str]:
+    """Path -> dtype, shape and digest of each array; one array at a time on the host."""
+    return {path: f"{kind(leaf)} {digest(np.asarray(leaf).tobytes())}" for path, leaf in leaves(state)}
+
+
+def digest_files(folder: Path, skip: str) -> dict[str, str]:
+    """Path -> digest of every file below ``folder`` whose name does not start with ``skip``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(skip))
+    return {str(path.relative_to(folder)): digest_file(path) for path in files}
+
+
+def digest_file(path: Path) -> str:
+    """Of the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(data: bytes) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical(body: Mapping[str, Any]) -> bytes:
+    """JSON with sorted keys: equal for equal contents."""
+    return json.dumps(body, sort_keys=True).encode()
+
+
+def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
+    """JSON with its digest, on the disk before it has its name."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        json.dump({"digest": digest(canonical(body)), "body": body}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_sealed(path: Path) -> Any:
+    """What ``write_sealed`` wrote. Raises OSError, ValueError, KeyError or TypeError for anything else."""
+    stored = json.loads(path.read_text())
+    if stored["digest"] != digest(canonical(stored["body"])):
+        raise ValueError("digest")
+    return stored["body"]

@@ -1,0 +1,52 @@
+"""A small Hope whose levels are written in context, and streams for it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hope_jax import context
+from hope_jax.levels import Level
+from hope_jax.nn.cms import CMSConfig
+from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.fast import Writes
+from hope_jax.nn.language_model import LanguageModel
+from hope_jax.nn.self_modifying import SelfModifyingConfig
+
+WIDTH, VOCAB = 8, 11
+
+
+def config(periods=(4, 8), in_context=2, dtype=jnp.float64, **cms):
+    """A small Hope with levels that are written in context."""
+    rate = cms.pop("rate", 0.5)
+    writes = Writes(rate=rate, **{name: cms.pop(name) for name in ("optimizer", "bptt", "rank") if name in cms})
+    part = CMSConfig(tuple(map(Level, periods)), 12, in_context=in_context, writes=writes, **cms)
+    mixer = SelfModifyingConfig(2, conv=2, c_memory=4, c_projections=4)
+    return ModelConfig(mixer, part, WIDTH, 2, VOCAB, 64, dtype)
+
+
+def made(*args: Any, seed: int = 0, **kwargs: Any):
+    """A model, parameters away from their start, and 37 tokens of two sequences."""
+    model = LanguageModel(config(*args, **kwargs))
+    draw = np.random.default_rng(seed)
+    tokens = jnp.asarray(draw.integers(0, VOCAB, (2, 37)))
+    params = model.init(jax.random.key(seed), tokens[:, :1])["params"]
+    params = jax.tree.map(lambda p: p + 0.05 * draw.normal(size=p.shape).astype(p.dtype), params)
+    return model, params, tokens
+
+
+def stream(model, params, tokens, cuts, state=None):
+    """Losses of all tokens but the first, and the state, of a stream read in pieces."""
+    state = context.start(model, params, tokens.shape[0]) if state is None else state
+    losses, at = [], 0
+    for size in cuts:
+        nats, state = context.surprise(model, params, state, tokens[:, at : at + size])
+        losses.append(nats)
+        at += size
+    assert at == tokens.shape[1]
+    return np.concatenate(losses, axis=1), state
+
+
+def close(found, expected, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, expected)

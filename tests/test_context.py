@@ -1,0 +1,214 @@
+"""Streams that a model learns from: any cut, independence, what is kept between calls and in files, mistakes."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contexts import VOCAB, close, config, made, stream
+
+from hope_jax import context
+from hope_jax.errors import UserError
+from hope_jax.models import MODELS
+from hope_jax.nn.language_model import LanguageModel
+from hope_jax.writes import plan_of
+
+# ---------------------------------------------------------------- Hope
+
+
+CUTS = [(37,), (1, 36), (4, 4, 29), (5, 3, 1, 1, 20, 7), (9, 28), (8, 8, 8, 8, 5)]
+
+
+@pytest.mark.parametrize("wiring", ["sequential", "nested", "independent"])
+def test_any_cut_of_a_stream_equals_the_whole(wiring, x64):
+    model, params, tokens = made(wiring=wiring)
+    expected, end = stream(model, params, tokens, CUTS[0])
+    assert expected.shape == (2, 36)
+    for cuts in CUTS[1:]:
+        found, state = stream(model, params, tokens, cuts)
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+        close(state, end, rtol=1e-7, atol=1e-9)
+
+
+def test_rate_0_is_the_static_model_to_the_bit():
+    model, params, tokens = made(dtype=jnp.float32, rate=0.0)
+    params["blocks"]["feed_forward"]["rate"] *= 0
+    static, _ = model.apply({"params": params}, tokens[:, :4])
+    state = context.start(model, params, 2)
+    _, state = context.surprise(model, params, state, tokens[:, :33])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward.fast))
+    fresh = context.start(model, params, 2)
+    again, _ = model.apply({"params": params}, tokens[:, :4], fresh)
+    np.testing.assert_array_equal(again, static)
+
+
+def test_a_level_moves_at_multiples_of_its_period_alone_once_the_next_token_is_there(x64):
+    model, params, tokens = made()
+    state, before, moves = context.start(model, params, 2), None, {0: [], 1: []}
+    for t in range(30):
+        _, state = context.learn(model, params, state, tokens[:, t : t + 1])
+        now = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(f)]) for f in state.blocks.feed_forward.fast]
+        for i in range(2):
+            if before is not None and np.any(now[i] != before[i]):
+                moves[i].append(t)
+        before = now
+    assert moves == {0: [4, 8, 12, 16, 20, 24, 28], 1: [8, 16, 24]}
+
+
+def test_nested_levels_start_anew_when_the_slower_one_is_written(x64):
+    model, params, tokens = made(wiring="nested")
+    for read, moved in ((5, True), (9, False), (13, True)):
+        _, state = stream(model, params, tokens[:, :read], (read,))
+        assert np.any(jax.tree.leaves(state.blocks.feed_forward.fast[0])[0] != 0) == moved
+
+
+def test_sequences_of_a_batch_are_on_their_own(x64):
+    model, params, tokens = made()
+    found, end = stream(model, params, tokens, (20, 17))
+    alone, one = stream(model, params, tokens[1:], (20, 17))
+    np.testing.assert_allclose(found[1:], alone, rtol=1e-9)
+    second = jax.tree.map(lambda leaf: leaf[:, 1:], end.blocks.feed_forward)
+    close(second, one.blocks.feed_forward, rtol=1e-8, atol=1e-11)
+
+
+def test_a_model_whose_levels_are_slower_than_the_context_learns_too():
+    tiny = replace(MODELS["hope-tiny"], layers=1)
+    model = LanguageModel(tiny)
+    tokens = jax.random.randint(jax.random.key(0), (1, 20), 0, 256)
+    params = model.init(jax.random.key(1), tokens[:, :1])["params"]
+    loss, state = context.learn(model, params, model.init_state(params, batch=1), tokens)
+    assert plan_of(model, trained=False).distinct == (2048, 8192) and 4 < loss < 12
+    stored = context.finish(model, params, state)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(stored.blocks.feed_forward.fast))
+
+
+def test_what_was_read_between_is_context_and_ends_the_chunk(x64):
+    model, params, tokens = made()
+    _, state = stream(model, params, tokens[:, :7], (7,))
+    _, read = model.apply({"params": params}, tokens[:, 7:10], state)
+    close(read.blocks.feed_forward, state.blocks.feed_forward, rtol=0)
+    _, after = context.learn(model, params, read, tokens[:, 10:16])
+    # Chunk 4..6 ends with its two labels; its gradient counts, at the weights it was read with.
+    _, ended = context.learn(model, params, read, tokens[:, 10:11])
+    slow = lambda s: jax.tree.leaves(s.blocks.feed_forward.fast[1])[0]  # noqa: E731
+    assert np.any(slow(ended) != slow(state))
+    assert int(ended.position) == 8 and ended.tokens.shape[1] == 1 and int(after.position) == 12
+
+
+def test_finish_counts_every_token_once(x64):
+    model, params, tokens = made(periods=(4, 8))
+    _, state = stream(model, params, tokens[:, :8], (8,))
+    done = context.finish(model, params, state)
+    _, longer = stream(model, params, tokens[:, :9], (9,))
+    # Of the second chunk the label of the last token is missing; all else is written as after the ninth token.
+    small, large = (jax.tree.leaves(s.blocks.feed_forward.fast[1])[0] for s in (done, longer))
+    assert 0.2 < float(jnp.linalg.norm(small) / jnp.linalg.norm(large)) < 2
+    assert done.tokens.shape[1] == 0 and int(done.position) == 8
+    again, _ = context.surprise(model, params, done, tokens[:, 8:12])
+    assert again.shape == (2, 3)
+
+
+def test_merged_parameters_read_as_the_written_ones_did(x64):
+    for rank in (None, 3):
+        model, params, tokens = made(rank=rank)
+        _, state = stream(model, params, tokens[:1, :20], (20,))
+        logits, _ = model.apply({"params": params}, tokens[:1, 20:28], state)
+        before = jax.tree.map(np.array, params)
+        merged, emptied = context.merge(model, params, state)
+        close(params, before, rtol=0)
+        again, _ = model.apply({"params": merged}, tokens[:1, 20:28], emptied)
+        np.testing.assert_allclose(again, logits, rtol=1e-9, atol=1e-10)
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(emptied.blocks.feed_forward.fast))
+
+
+def test_reset_forgets_one_level_or_all(x64):
+    model, params, tokens = made()
+    _, state = stream(model, params, tokens[:, :20], (20,))
+    one, every = context.reset(model, state, level=0), context.reset(model, state)
+    written = lambda s: [bool(np.any(jax.tree.leaves(f)[0])) for f in s.blocks.feed_forward.fast]  # noqa: E731
+    assert (written(state), written(one), written(every)) == ([True, True], [False, True], [False, False])
+    close(every.blocks.mixer, state.blocks.mixer, rtol=0)
+    with pytest.raises(UserError, match="level is 2; the model's levels are 0 to 1"):
+        context.reset(model, state, level=2)
+
+
+# ---------------------------------------------------------------- files and mistakes
+
+
+@pytest.mark.parametrize("read_on", [False, True], ids=["learned", "read on"])
+def test_going_on_from_a_file_equals_never_having_stopped_to_the_bit(tmp_path, read_on):
+    model, params, tokens = made(dtype=jnp.float32)
+    _, state = stream(model, params, tokens[:, :14], (9, 5))
+    if read_on:
+        _, state = model.apply({"params": params}, tokens[:, 14:17], state)
+    context.save(tmp_path / "memory", model, state)
+    loaded = context.load(tmp_path / "memory", model, params)
+    assert type(loaded) is type(state)
+    expected, end = context.surprise(model, params, state, tokens[:, 17:])
+    found, after = context.surprise(model, params, loaded, tokens[:, 17:])
+    np.testing.assert_array_equal(found, expected)
+    jax.tree.map(np.testing.assert_array_equal, after, end)
+    context.save(tmp_path / "memory", model, after)  # replaces it
+    jax.tree.map(np.testing.assert_array_equal, context.load(tmp_path / "memory", model, params), after)
+
+
+def test_a_file_that_is_not_what_was_saved_is_refused(tmp_path):
+    model, params, tokens = made(dtype=jnp.float32)
+    _, state = stream(model, params, tokens[:, :14], (14,))
+    with pytest.raises(UserError, match="there is no saved context in"):
+        context.load(tmp_path / "nothing", model, params)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="is there and is no saved context"):
+        context.save(tmp_path / "mine", model, state)
+    context.save(tmp_path / "memory", model, state)
+    other = LanguageModel(replace(model.config, context=128))
+    with pytest.raises(UserError, match="of another model: context is 64 there and 128 here"):
+        context.load(tmp_path / "memory", other, params)
+    victim = max((p for p in (tmp_path / "memory").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="is damaged"):
+        context.load(tmp_path / "memory", model, params)
+
+
+def test_mistakes_are_plain_and_leave_the_state_as_it_was():
+    model, params, tokens = made(dtype=jnp.float32)
+    _, state = stream(model, params, tokens[:, :14], (14,))
+    before = jax.tree.map(np.array, state)
+    with pytest.raises(UserError, match="of another model, batch size or dtype"):
+        context.learn(model, params, state, tokens[:1])
+    with pytest.raises(UserError, match="expected \\[batch, time\\] with at least one token"):
+        context.learn(model, params, state, tokens[:, :0])
+    with pytest.raises(UserError, match="ids run from 0 to 11"):
+        context.learn(model, params, state, tokens.at[0, 0].set(VOCAB).at[0, 1].set(0))
+    with pytest.raises(UserError, match="not finite, so nothing was learned"):
+        context.learn(model, params | {"embedding": params["embedding"] * jnp.nan}, state, tokens)
+    with pytest.raises(UserError, match="the state is a dict"):
+        context.learn(model, params, {}, tokens)
+    jax.tree.map(np.testing.assert_array_equal, state, before)
+    other = LanguageModel(replace(model.config, width=16, mixer=replace(model.config.mixer, heads=4)))
+    there = other.init(jax.random.key(0), tokens[:, :1])["params"]
+    with pytest.raises(UserError, match="of another model"):
+        context.learn(other, there, state, tokens)
+    plain = LanguageModel(MODELS["transformer_pp-tiny"])
+    with pytest.raises(UserError, match="SwiGLUConfig, which has no levels"):
+        context.start(plain, {}, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: config((4, 6)), "periods \\(4, 6\\) do not nest; make 6 a multiple of 4"),
+        (lambda: config(in_context=3), "in_context is 3; expected 0 to 2"),
+        (lambda: config(rate=float("nan")), "rate of writes is nan"),
+        (lambda: config(optimizer="sdg"), "optimizer of writes is 'sdg'"),
+        (lambda: config(bptt=(1,)), "bptt is \\(1,\\); expected one for each of 2"),
+        (lambda: config(bptt=(1, -1)), "bptt is \\(1, -1\\); expected 0 or more"),
+        (lambda: config(rank=0), "rank is 0"),
+    ],
+)
+def test_wrong_settings_are_refused(make, message, untyped):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,209 @@
+"""Reading with writes against a linear model in numpy; what training differentiates; causality."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contexts import VOCAB, WIDTH, close, made, stream
+
+from hope_jax import context
+from hope_jax.nn.fast import FastState, Writes
+from hope_jax.nn.language_model import BlockState
+from hope_jax.writes import reading_loss
+
+
+@dataclass(frozen=True)
+class Linear:
+    """logits of a token x: E[x] (W0 + D0) (W1 + D1); no layer norm, no state."""
+
+    config: Any
+
+    def init_state(self, params, batch, capacity=None):
+        return BlockState((), FastState())
+
+    def apply(self, variables, tokens, state):
+        p = variables["params"]
+        first, second = state.feed_forward.fast
+        h = p["E"][tokens] @ p["W"][0] + jnp.einsum("bti,bij->btj", p["E"][tokens], first["w"][0])
+        return h @ p["W"][1] + jnp.einsum("bti,bij->btj", h, second["w"][0]), state
+
+
+@dataclass(frozen=True)
+class LinearLevels:
+    """Two levels of one matrix each."""
+
+    writes: Writes
+    nested: bool
+    trained: int = 2
+
+    def periods(self, layers):
+        return ((3,), (6,))
+
+    def blank(self, batch, width, dtype):
+        return tuple({"w": jnp.zeros((batch, width, width), jnp.float64)} for _ in range(2))
+
+    def kernels(self, params):
+        return ()
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    feed_forward: Any
+    layers: int = 1
+    width: int = 5
+    vocab_size: int = 5
+    dtype: Any = jnp.float64
+
+
+def by_hand(p, tokens, eta, nested):
+    """Losses and Delta of one sequence, one chunk of 3 tokens after another."""
+    deltas, gathered, losses = [np.zeros((5, 5)) for _ in range(2)], [np.zeros((5, 5)) for _ in range(2)], []
+    for start in range(0, len(tokens) - 3, 3):
+        slopes = [np.zeros((5, 5)), np.zeros((5, 5))]
+        for x, y in zip(tokens[start : start + 3], tokens[start + 1 : start + 4], strict=True):
+            first, second = p["W"][0] + deltas[0], p["W"][1] + deltas[1]
+            h = p["E"][x] @ first
+            z = np.exp(h @ second - np.max(h @ second))
+            error = z / z.sum() - np.eye(5)[y]
+            losses.append(-np.log(z[y] / z.sum()))
+            slopes[1] += np.outer(h, error) / 3
+            slopes[0] += np.outer(p["E"][x], error @ second.T) / 3
+        for i, period in enumerate((3, 6)):
+            gathered[i] = gathered[i] + slopes[i]
+            if (start + 3) % period == 0:
+                deltas[i] = deltas[i] - eta[i] * gathered[i] * 3 / period
+                gathered[i] = np.zeros((5, 5))
+        if nested and (start + 3) % 6 == 0:
+            deltas[0] = np.zeros((5, 5))
+    return np.array(losses), deltas
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["sequential", "nested"])
+def test_two_levels_of_a_linear_model_are_the_equations_chunk_by_chunk(nested, x64):
+    draw = np.random.default_rng(0)
+    p = {"E": draw.normal(size=(5, 5)), "W": draw.normal(size=(2, 5, 5)) / 2}
+    rates, tokens = np.array([0.7, 0.3]), draw.integers(0, 5, (2, 16))
+    params = jax.tree.map(jnp.asarray, p) | {"blocks": {"feed_forward": {"rate": jnp.asarray(rates)[None]}}}
+    model: Any = Linear(LinearConfig(LinearLevels(Writes(), nested)))
+    state = context.start(model, params, 2)
+    found, state = context.surprise(model, params, state, jnp.asarray(tokens))
+    for row in range(2):
+        losses, deltas = by_hand(p, tokens[row], rates, nested)
+        np.testing.assert_allclose(found[row], losses, rtol=1e-10)
+        for i in range(2):
+            np.testing.assert_allclose(state.blocks.feed_forward.fast[i]["w"][0, row], deltas[i], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(reading_loss(model, params, tokens[:, :15], tokens[:, 1:]), found, rtol=1e-12)
+
+
+def test_training_reads_as_the_stream_does_and_learns_the_rates(x64):
+    model, params, tokens = made()
+    expected, _ = stream(model, params, tokens, (37,))
+    np.testing.assert_allclose(reading_loss(model, params, tokens[:, :36], tokens[:, 1:]), expected, rtol=1e-9)
+    slope = jax.grad(lambda p: reading_loss(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
+    rates = np.abs(slope["blocks"]["feed_forward"]["rate"])
+    assert rates.shape == (2, 2) and np.all(rates > 0)
+
+
+def test_full_gradients_are_those_of_finite_differences(x64):
+    model, params, tokens = made()
+    loss = jax.jit(lambda p: reading_loss(model, p, tokens[:, :24], tokens[:, 1:25]).mean())
+    slope = jax.grad(loss)(params)["blocks"]["feed_forward"]
+    for path in (("rate",), ("level_0", "up", "kernel"), ("level_1", "down", "kernel")):
+
+        def moved(h, path=path):
+            tree = jax.tree.map(lambda x: x, params)
+            *first, last = ("blocks", "feed_forward", *path)
+            place = tree
+            for name in first:
+                place = place[name]
+            place[last] = place[last].at[(0,) * place[last].ndim].add(h)
+            return float(loss(tree))
+
+        found = slope
+        for name in path:
+            found = found[name]
+        expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        np.testing.assert_allclose(found[(0,) * found.ndim], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_no_loss_depends_on_a_later_token_through_the_writes(optimizer, x64):
+    """By gradients: of the loss of label t with respect to the embedding of each position's token."""
+    model, params, tokens = made(optimizer=optimizer, rate=0.1)
+    tokens = jnp.arange(9)[None] % VOCAB  # nine different tokens, each at one place
+
+    def losses(embedding):
+        return reading_loss(model, params | {"embedding": embedding}, tokens[:, :8], tokens[:, 1:9])[0]
+
+    # The head is tied, so every row has a gradient; the input side is that of a row whose head weight is held.
+    def inputs_only(rows, t):
+        moved = params["embedding"].at[tokens[0]].add(rows)
+        changed = losses(moved)
+        return changed[t]
+
+    base = losses(params["embedding"])
+    for t in (3, 4):
+        later = tokens.at[0, t + 2 :].set((tokens[0, t + 2 :] + 1) % VOCAB)
+        other = reading_loss(model, params, later[:, :8], later[:, 1:9])[0]
+        np.testing.assert_array_equal(other[: t + 1], base[: t + 1])
+        assert np.any(other[t + 1 :] != base[t + 1 :])
+    slope = jax.grad(inputs_only)(jnp.zeros((9, WIDTH)), 7)
+    assert np.all(np.abs(slope).max(axis=1) > 0), "every earlier token matters"
+
+
+def gradient(tokens, bptt, params=None, seed=0):
+    model, start, _ = made(bptt=bptt, seed=seed)
+    params = start if params is None else params
+    return jax.grad(lambda p: reading_loss(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
+
+
+def test_the_count_of_differentiated_writes_changes_gradients_and_not_values(x64):
+    model, params, tokens = made()
+    cut = made(bptt=(0, 1))[0]
+    pair = (tokens[:, :32], tokens[:, 1:33])
+    np.testing.assert_array_equal(reading_loss(cut, params, *pair), reading_loss(model, params, *pair))
+    full, first, one, many = (gradient(tokens, (n, n)) for n in (None, 0, 1, 100))
+    close(many, full, rtol=1e-10, atol=1e-13)
+    kernel = lambda tree: tree["blocks"]["feed_forward"]["level_0"]["up"]["kernel"]  # noqa: E731
+    different = [np.abs(kernel(a) - kernel(b)).max() for a, b in ((full, first), (full, one), (first, one))]
+    assert min(different) > 1e-8
+    assert not np.any(first["blocks"]["feed_forward"]["rate"]) and np.any(one["blocks"]["feed_forward"]["rate"])
+
+
+def test_first_order_is_the_gradient_with_the_written_weights_held(x64):
+    """The losses of chunks at the weights they were read with, those weights constants."""
+    model, params, tokens = made(bptt=(0, 0))
+    states, state = [], context.start(model, params, 2)
+    for k in range(8):
+        states.append(state.blocks.feed_forward.fast)
+        _, state = context.learn(model, params, state, tokens[:, 4 * k + (k > 0) : 4 * k + 5])
+
+    def loss(params):
+        blocks, total = model.init_state(params, 2), 0.0
+        for k, fast in enumerate(states):
+            now = BlockState(blocks.mixer, FastState(fast))
+            logits, blocks = model.apply({"params": params}, tokens[:, 4 * k : 4 * k + 4], now)
+            labels = tokens[:, 4 * k + 1 : 4 * k + 5]
+            total -= jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1).sum()
+        return total / 64
+
+    expected = jax.grad(loss)(params)
+    found = jax.grad(lambda p: reading_loss(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
+    close(found, expected, rtol=1e-7, atol=1e-11)
+
+
+WAYS = [dict(optimizer="adam", rate=1e-2), dict(optimizer="momentum"), dict(optimizer="muon", rate=1e-2), dict(rank=2)]
+
+
+@pytest.mark.parametrize("settings", WAYS, ids=str)
+def test_other_ways_to_write_learn_a_repeated_phrase(settings):
+    model, params, _ = made(dtype=jnp.float32, **settings)
+    phrase = jnp.tile(jnp.arange(4), 64)[None]
+    nats, _ = context.surprise(model, params, context.start(model, params, 1), phrase)
+    fixed = jax.tree.map(lambda x: x, params)
+    fixed["blocks"]["feed_forward"]["rate"] *= 0
+    static, _ = context.surprise(model, fixed, context.start(model, params, 1), phrase)
+    assert nats[0, -32:].mean() < 0.8 * static[0, -32:].mean()

@@ -12,17 +12,23 @@ Row = dict[str, Any]
 
 
 def open_results(folder: Path, name: str) -> Path:
-    """The file in ``folder``, made if needed, its last line ended. Raises UserError where nothing can be written."""
+    """The file in ``folder``, made if needed. Raises UserError where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / name).open("ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            _end_last_line(file)
+        (folder / name).open("ab").close()
     except OSError as error:
         raise UserError(
             f"Cannot write {folder / name}: {error.strerror or error}; choose another --results."
         ) from error
     return folder / name
+
+
+def append(path: Path, row: Row) -> None:
+    """One JSON line at the end of a file, after whatever another process is writing or was stopped in writing."""
+    with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _end_last_line(file)
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def _end_last_line(file: BinaryIO) -> None:
@@ -38,10 +44,3 @@ def _end_last_line(file: BinaryIO) -> None:
         print(f"The last line of {file.name} was cut off and has been removed: {last[:80]!r}", file=sys.stderr)
     else:
         file.write(b"\n")
-
-
-def append(path: Path, row: Row) -> None:
-    """One JSON line at the end of a file of ``open_results``, after whatever another process is writing."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(row) + "\n")

@@ -2,7 +2,10 @@
 
 import fcntl
 import json
+import math
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,3 +47,8 @@ def _end_last_line(file: BinaryIO) -> None:
         print(f"The last line of {file.name} was cut off and has been removed: {last[:80]!r}", file=sys.stderr)
     else:
         file.write(b"\n")
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation over seeds, which are a sample (n - 1 below); of a single one it is not known, NaN."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan

@@ -207,6 +207,7 @@ def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any
 
     Returns:
       Its results, leaves [B,H,...]. Batch and heads run as one axis: an axis of length 1 would be slow (``by_rows``).
+      The price on a mesh: sequences may be spread over devices, but where heads are too, XLA gathers them first.
     """
     batch, heads = jax.tree.leaves(own)[0].shape[:2]
     shared = jax.tree.map(lambda x: jnp.tile(x, (batch, *[1] * (x.ndim - 1))), shared)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from experiments import parse
 from experiments.checks import at_least_one
 from experiments.recall import keep_programs, progress_interval, without_writes
-from experiments.results import Row, append, open_results
+from experiments.results import Row, append, deviation, open_results
 from hope_jax import LanguageModel, ModelConfig, model_named
 from hope_jax import train as training
 from hope_jax.data import DataConfig, make_tokenizer, open_text
@@ -180,11 +180,10 @@ def table(rows: Sequence[Row]) -> list[str]:
     ]
     for of_seed in (final[each] for each in sorted(final)):
         row, bits = next(iter(of_seed.values())), [row["bits_per_byte"] for row in of_seed.values()]
-        spread = statistics.stdev(bits) if len(bits) > 1 else math.nan
         line = (
             f"{row['text']:<10} {row['fingerprint'][:8]:<8} {row['row']:<22} {row['size']:<5} {row['length']:>6} "
             f"{row['tokens']:>10,} {row['optimizer.learning_rate']:>8.1e} "
-            f"{statistics.mean(bits):>13.4f} {spread:>6.4f} {len(bits)}"
+            f"{statistics.mean(bits):>13.4f} {deviation(bits):>6.4f} {len(bits)}"
         )
         lines.append(" ".join([line, *_settings(row, names)]))
     return lines

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from experiments import parse
 from experiments.checks import at_least_one, known
-from experiments.results import Row, append, open_results
+from experiments.results import Row, append, deviation, open_results
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
 from hope_jax.data.synthetic import IGNORE, mqar
@@ -219,7 +219,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
             if _named(row) == name:
                 of_rate.setdefault(row["learning_rate"], []).append(row["accuracy"])
         rate, best = max(of_rate.items(), key=lambda item: statistics.mean(item[1]))
-        mean, spread = statistics.mean(best), statistics.pstdev(best)
+        mean, spread = statistics.mean(best), deviation(best)
         lines.append(f"{name:<28} {mean:7.2%} +- {spread:.2%} ({len(best)} seeds, rate {rate:g})")
     return lines
 

@@ -2,7 +2,10 @@
 
 import fcntl
 import json
+import math
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,17 +15,23 @@ Row = dict[str, Any]
 
 
 def open_results(folder: Path, name: str) -> Path:
-    """The file in ``folder``, made if needed, its last line ended. Raises UserError where nothing can be written."""
+    """The file in ``folder``, made if needed. Raises UserError where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / name).open("ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            _end_last_line(file)
+        (folder / name).open("ab").close()
     except OSError as error:
         raise UserError(
             f"Cannot write {folder / name}: {error.strerror or error}; choose another --results."
         ) from error
     return folder / name
+
+
+def append(path: Path, row: Row) -> None:
+    """One JSON line at the end of a file, after whatever another process is writing or was stopped in writing."""
+    with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _end_last_line(file)
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def _end_last_line(file: BinaryIO) -> None:
@@ -40,8 +49,6 @@ def _end_last_line(file: BinaryIO) -> None:
         file.write(b"\n")
 
 
-def append(path: Path, row: Row) -> None:
-    """One JSON line at the end of a file of ``open_results``, after whatever another process is writing."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(row) + "\n")
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation over seeds, which are a sample (n - 1 below); of a single one it is not known, NaN."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan

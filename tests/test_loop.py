@@ -35,7 +35,7 @@ def test_a_record_at_step_zero_forgets_an_earlier_attempt(tmp_path):
         assert record.heldout == {} and training.read_rows(tmp_path / "metrics.jsonl") == []
 
 
-@pytest.mark.parametrize("refused", ["write", "close"])
+@pytest.mark.parametrize("refused", ["write", "flush", "close"])
 def test_a_full_disk_ends_tensorboard_with_one_sentence_and_not_the_rows(tmp_path, monkeypatch, capfd, refused):
     method = getattr(RecordWriter, refused)
 
@@ -60,15 +60,26 @@ def events_of(data: bytes):
         data = data[16 + size :]
 
 
-def test_tensorboard_gets_every_number_and_hides_what_an_earlier_attempt_wrote_from_there_on(tmp_path):
+def test_tensorboard_has_every_number_while_the_run_goes_on(tmp_path):
     with training.Record(tmp_path, 0) as record:
         record.add(1, 10, "train", {"bits_per_byte": 7.0, "loss": 5.0})
         record.add(1, 10, "heldout", {"bits_per_byte": 6.0})
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    events = list(events_of(path.read_bytes()))
+        (path,) = (tmp_path / "tensorboard").iterdir()
+        events = list(events_of(path.read_bytes()))
     values = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
     assert values == [(1, "train/bits_per_byte", 7.0), (1, "train/loss", 5.0), (1, "heldout/bits_per_byte", 6.0)]
-    assert [event.step for event in events if event.session_log.status == event_pb2.SessionLog.START] == [0]
+
+
+def test_tensorboard_hides_what_an_earlier_attempt_wrote_after_the_restored_step(tmp_path):
+    """Files are read in the order of their names; a start hides the earlier events of its step and later ones."""
+    for stands in (0, 3):
+        with training.Record(tmp_path, stands) as record:
+            for step in range(stands + 1, stands + 5):
+                record.add(step, 10 * step, "train", {"bits_per_byte": 7.0})
+    files = [list(events_of(path.read_bytes())) for path in sorted((tmp_path / "tensorboard").iterdir())]
+    assert [[event.step for event in file if event.summary.value] for file in files] == [[1, 2, 3, 4], [4, 5, 6, 7]]
+    start = event_pb2.SessionLog.START
+    assert [[event.step for event in file if event.session_log.status == start] for file in files] == [[0], [4]]
 
 
 ROW = {"step": 1, "tokens": 10, "split": "train", "bits_per_byte": 1.0}

@@ -1,7 +1,5 @@
 """The mixers as layers against numpy: projections, convolutions, unit norms, gates, memory, head norm, output gate."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,16 +47,21 @@ def output(params, u, reads):
 
 
 def drawn(config):
-    """A layer, its parameters moved away from their starts (zeros and ones would hide mistakes), and an input."""
+    """A layer, its parameters moved away from their starts (zeros and ones would hide mistakes), input and output.
+
+    Of two sequences together, each as it is alone, the second; heads differ in every parameter.
+    """
     module = config.build(WIDTH, jnp.float64)
-    u = jax.random.normal(jax.random.key(1), (1, T, WIDTH), jnp.float64)
-    call = functools.partial(module.apply, method=lambda m, u: m(u, m.init_state(1, T))[0])
-    params = module.init(jax.random.key(0), u, method=lambda m, u: m(u, m.init_state(1, T)))["params"]
-    leaves, tree = jax.tree.flatten(params)
+    u = jax.random.normal(jax.random.key(1), (2, T, WIDTH), jnp.float64)
+    run = lambda m, u: m(u, m.init_state(len(u), T))[0]  # noqa: E731
+    leaves, tree = jax.tree.flatten(module.init(jax.random.key(0), u, method=run)["params"])
     keys = jax.random.split(jax.random.key(2), len(leaves))
     moved = [w + 0.3 * jax.random.normal(k, w.shape, w.dtype) for w, k in zip(leaves, keys, strict=True)]
     params = jax.tree.unflatten(tree, moved)
-    return jax.tree.map(np.asarray, params), np.asarray(u[0]), jax.jit(call)({"params": params}, u)[0]
+    call = jax.jit(lambda u: module.apply({"params": params}, u, method=run))
+    together, alone = call(u), jnp.concatenate([call(u[:1]), call(u[1:])])
+    np.testing.assert_allclose(together, alone, rtol=1e-9, atol=1e-12)
+    return jax.tree.map(np.asarray, params), np.asarray(u[1]), together[1]
 
 
 @pytest.mark.parametrize("names", ["kv", "kvq"])

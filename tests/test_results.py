@@ -1,5 +1,8 @@
 """What experiments write down and count."""
 
+import fcntl
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -30,10 +33,15 @@ ENDS = {
 
 
 @pytest.mark.parametrize("found, kept", ENDS.values(), ids=ENDS)
-def test_results_are_whole_lines_whatever_a_kill_left_at_the_end(tmp_path, found, kept):
+@pytest.mark.parametrize("torn", ["before opening", "between opening and appending"])
+def test_results_are_whole_lines_whatever_a_kill_left_at_the_end(tmp_path, found, kept, torn):
+    path = tmp_path / "x.jsonl"
+    if torn != "before opening":
+        open_results(tmp_path, "x.jsonl")
     if found is not None:
-        (tmp_path / "x.jsonl").write_bytes(found if isinstance(found, bytes) else found.encode())
-    path = open_results(tmp_path, "x.jsonl")
+        path.write_bytes(found if isinstance(found, bytes) else found.encode())
+    if torn == "before opening":
+        assert open_results(tmp_path, "x.jsonl") == path
     assert training.read_rows(path, ("step",)) == kept
     append(path, MORE)
     append(path, WHOLE)
@@ -43,10 +51,25 @@ def test_results_are_whole_lines_whatever_a_kill_left_at_the_end(tmp_path, found
 
 def test_a_line_that_is_dropped_is_told(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"step": 1}\n{"step": 2')
-    open_results(tmp_path, "x.jsonl")
+    append(tmp_path / "x.jsonl", MORE)
     assert "x.jsonl was cut off and has been removed: b'{\"step\": 2'" in capsys.readouterr().err
-    open_results(tmp_path, "x.jsonl")
+    append(tmp_path / "x.jsonl", MORE)
     assert capsys.readouterr().err == ""
+
+
+def test_a_line_waits_until_the_one_being_written_is_whole(tmp_path):
+    """Without the lock the appending thread would take the half line for one left by a kill, and remove it."""
+    path = open_results(tmp_path, "x.jsonl")
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write('{"st')
+        file.flush()
+        other = threading.Thread(target=append, args=(path, MORE), daemon=True)
+        other.start()
+        other.join(timeout=0.3)
+        file.write('ep": 1}\n')
+    other.join()
+    assert training.read_rows(path, ("step",)) == [WHOLE, MORE]
 
 
 def test_results_that_cannot_be_written_are_told_in_a_sentence(tmp_path):

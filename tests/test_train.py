@@ -14,6 +14,7 @@ from hope_jax import MODELS, LanguageModel
 from hope_jax import train as training
 from hope_jax.errors import UserError
 from hope_jax.optim import MatrixView, matrix_views
+from hope_jax.optim.matrices import partition_labels
 from hope_jax.train.optimizer import MATRICES, decays
 from hope_jax.train.step import mean_gradient
 
@@ -165,6 +166,17 @@ def test_m3_sees_every_layer_and_head_as_a_matrix_of_its_own_and_no_others():
         "initial_gates_0": several, "initial_gates_1": (2, heads, 2, 1, size),
     }  # fmt: skip
     assert mixer["project_q"]["kernel"].matrix_shape == (2, 192, 192) and mixer["conv_k"]["kernel"] is None
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-tiny")])
+def test_m3_takes_the_kernels_and_initial_memories_of_every_model_but_no_convolutions_gates_scales_or_embedding(name):
+    params = training.abstract_state(LanguageModel(MODELS[name]), optax.sgd(1.0)).params
+    labels = jax.tree_util.tree_leaves_with_path(partition_labels(MATRICES)(params))
+    paths = {tuple(entry.key for entry in path): label for path, label in labels}
+    taken = {path for path, label in paths.items() if label == "matrix"}
+    linear = {p for p in paths if p[-1] == "kernel" and not p[-2].startswith(("conv", "gate_"))}
+    assert taken == linear | {path for path in paths if path[-1].startswith("initial_")}
+    assert len(taken) >= 5 and ("embedding",) in paths.keys() - taken
 
 
 @pytest.mark.parametrize("field, value", [("learning_rate", 0.0), ("b2", 1.0), ("clip", -1.0), ("final_fraction", 2.0)])

@@ -55,8 +55,8 @@ tn.defvjp(lambda a, b: (tn(a, b), (a, b)), lambda ab, g: (nt(ab[1], g), nn(ab[0]
 def by_rows(function: Callable[[Array], Array], x: Float[Array, "*batch D"]) -> Float[Array, "*batch N"]:
     """A function of rows, [R,D] -> [R,N], over all leading axes of ``x`` as one.
 
-    The same arithmetic, but XLA on CPU is slow where an axis of length 1 or a second leading axis is left: sums over
-    rows and over features then take up to 30 times as long, and the gradient of a linear map twice as long.
+    The same arithmetic, but XLA on CPU is slow at sums over rows or features where an axis of length 1 leads, and at
+    the weight gradient of a linear map where there is a second leading axis.
     """
     y = function(x.reshape(-1, x.shape[-1]))
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -42,11 +42,17 @@ def rows_product(x: Array, kernel: Array, dimensions: Any, **settings: Any) -> A
     return by_rows(lambda rows: jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings), x)
 
 
-def dense(features: int, dtype: DTypeLike, name: str | None = None, start: Initializer = _FAN_IN) -> nn.Dense:
-    """A bias-free linear map, kernel ``[in, features]`` drawn with variance 1 / in unless ``start`` says otherwise."""
+def dense(
+    features: int, dtype: DTypeLike, name: str | None = None, start: Initializer = _FAN_IN, bias: float | None = None
+) -> nn.Dense:
+    """A linear map, kernel ``[in, features]`` drawn with variance 1 / in unless ``start`` says otherwise.
+
+    ``bias`` is the number a learned bias starts at; None: there is no bias.
+    """
     wide = param_dtype(dtype)
-    fixed = {"use_bias": False, "dtype": dtype, "param_dtype": wide, "dot_general": rows_product}
-    return nn.Dense(features, kernel_init=start, name=name, **fixed)
+    fixed = {"dtype": dtype, "param_dtype": wide, "dot_general": rows_product, "name": name}
+    offset = nn.initializers.constant(bias or 0.0)
+    return nn.Dense(features, use_bias=bias is not None, kernel_init=start, bias_init=offset, **fixed)
 
 
 def near_identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "D D"]:
@@ -183,7 +189,7 @@ def split_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:
 
 def unit_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:
     """Heads of norm 1: normalised before they are moved, while a head's features lie side by side."""
-    return split_heads(unit(x.reshape(*x.shape[:2], heads, -1)).reshape(x.shape), heads)
+    return jnp.swapaxes(unit(x.reshape(*x.shape[:2], heads, -1)), 1, 2)
 
 
 def merge_heads(x: Float[Array, "B H T K"]) -> Stream:
@@ -201,6 +207,7 @@ def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any
 
     Returns:
       Its results, leaves [B,H,...]. Batch and heads run as one axis: an axis of length 1 would be slow (``by_rows``).
+      The price on a mesh: sequences may be spread over devices, but where heads are too, XLA gathers them first.
     """
     batch, heads = jax.tree.leaves(own)[0].shape[:2]
     shared = jax.tree.map(lambda x: jnp.tile(x, (batch, *[1] * (x.ndim - 1))), shared)

@@ -23,7 +23,6 @@ from hope_jax.nn.layers import (
     light,
     over_heads,
     param_dtype,
-    rows_product,
     short_convs,
     split_heads,
     unit_heads,
@@ -33,7 +32,7 @@ from hope_jax.types import Array, Int, Stream
 
 @dataclass(frozen=True)
 class MemoryMixerConfig:
-    """A mixer around one rule.
+    """A mixer around one rule. A residual memory (Titans) has the output ``AnswerOutput``, others ``HeadOutput``.
 
     Attributes:
       rule: what is written and read, a row of ``memory.RULES`` or your own.
@@ -102,15 +101,7 @@ class MemoryMixer(nn.Module):
         self.learned = tuple(self.param(f"initial_memory_{i}", self._draw, i) for i in range(layers))
 
     def _gate(self, name: str, bias: float) -> nn.Dense:
-        wide, start = param_dtype(self.dtype), nn.initializers.constant(bias)
-        return nn.Dense(
-            self.config.heads,
-            dtype=wide,
-            param_dtype=wide,
-            bias_init=start,
-            dot_general=rows_product,
-            name=f"gate_{name}",
-        )
+        return dense(self.config.heads, param_dtype(self.dtype), f"gate_{name}", bias=bias)
 
     def _draw(self, key: Array, layer: int) -> Array:
         size, heads = self.width // self.config.heads, self.config.heads

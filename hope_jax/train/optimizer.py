@@ -23,7 +23,7 @@ Method = Literal["adamw", "m3"]
 
 MATRICES = optim.matrix_labels(
     batch_axes={"blocks": 1, "initial_*": 1, "initial_projections_*": 1, "initial_gates_*": 1},
-    exclude=("embedding", "conv*", "gate_*", "scale_*", "momentum_kernel"),
+    exclude=("embedding", "conv*", "gate_*", "scale*", "momentum_kernel"),
 )
 """Blocks are stacked over layers, initial memories over heads, those of projections and gates over memories too."""
 

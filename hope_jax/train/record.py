@@ -94,14 +94,14 @@ class Board:
     def __init__(self, folder: Path, start: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, now = folder, time.time()
-        name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"
+        name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}"
         self._writer: RecordWriter | None = RecordWriter(str(folder / name))
         session = SessionLog(status=SessionLog.START)
         version = Event(wall_time=now, file_version="brain.Event:2")
         self._write([version, Event(wall_time=now, step=start, session_log=session)])
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """One event per number."""
+        """One event per number, on disk when this returns: TensorBoard follows a run that goes on."""
         now = time.time()
         self._write([Event(wall_time=now, step=step, summary=scalar(name, x)) for name, x in values.items()])
 
@@ -111,7 +111,7 @@ class Board:
         self._writer = None
 
     def _write(self, events: list[Event]) -> None:
-        self._try(lambda writer: [writer.write(event.SerializeToString()) for event in events])
+        self._try(lambda writer: [*(writer.write(event.SerializeToString()) for event in events), writer.flush()])
 
     def _try(self, action: Callable[[RecordWriter], object]) -> None:
         if (writer := self._writer) is None:

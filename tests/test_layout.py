@@ -30,7 +30,7 @@ RANKS = [
     {"errors", "types", "levels"},
     {"memory", "optim", "data"},
     {"nn"},
-    {"models", "context"},
+    {"models", "context", "pretrained", "pretrained_config"},
     {"train", "generate"},
     {"evals"},
     {"hope_jax"},

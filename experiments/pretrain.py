@@ -182,10 +182,14 @@ def _prepare(config: PretrainConfig) -> Job:
 def _identity(config: PretrainConfig, architecture: Any, fingerprint: str) -> dict[str, Any]:
     """What a run folder belongs to: all that decides what is learned, up to rounding, but for the number of steps.
 
-    The text counts by its content (the fingerprint), not by the path it is found under.
+    The text counts by its content (the fingerprint), not by the path it is found under. A tied head goes without
+    saying: folders from before there was a choice do not name it.
     """
     named = {name: getattr(config, name) for name in ("model", "batch", "length", "dtype", "seed", "optimizer")}
-    return flatten(named, "") | flatten(architecture, "model") | {"text fingerprint": fingerprint}
+    sizes = flatten(architecture, "model")
+    if architecture.tied:
+        del sizes["model.tied"]
+    return flatten(named, "") | sizes | {"text fingerprint": fingerprint}
 
 
 def _resume(job: Job, like: Any, batches: Any) -> Any:

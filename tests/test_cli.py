@@ -279,6 +279,7 @@ def test_a_tokenizer_bfloat16_and_accumulation_train_together(command, bpe, tmp_
     assert main(command(tmp_path / "run", *flags, "--length", "16", "--eval-every", "6")) == 0
     config = training.read_manifest(tmp_path / "run", 6).config["identity"]
     assert config["dtype"] == config["model.dtype"] == "bfloat16" and config["model.vocab_size"] > 256
+    assert "model.tied" not in config, "runs from before untied heads existed could not go on"
     losses = [row["loss"] for row in logged(tmp_path / "run") if row["split"] == "train"]
     assert len(losses) == 6 and losses[-1] < losses[0]
 

@@ -30,7 +30,7 @@ RANKS = [
     {"errors", "types", "levels"},
     {"memory", "optim", "data"},
     {"nn"},
-    {"models", "writes"},
+    {"models", "writes", "pretrained", "pretrained_config"},
     {"train"},
     {"context"},
     {"generate"},

@@ -214,6 +214,7 @@ def test_weight_decay_spares_norms_biases_gates_convolutions_and_initial_memorie
     [
         ("blocks/mixer/out/gate/kernel", True),
         ("embedding", True),
+        ("head", True),
         ("blocks/norm/scale", False),
         ("blocks/mixer/gate_rate/kernel", False),
         ("blocks/mixer/conv_k/kernel", False),

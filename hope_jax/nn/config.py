@@ -1,6 +1,5 @@
 """The configuration of a language model: two parts and a few sizes. ``models.MODELS`` holds the named ones."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +15,9 @@ from hope_jax.nn.cms import CMSConfig
 class PartConfig(Protocol):
     """A mixer or feed-forward part: a frozen dataclass that builds its module."""
 
-    build: Callable[[int, DTypeLike], nn.Module]
+    def build(self, width: int, dtype: DTypeLike) -> nn.Module:
+        """The module for a model of ``width`` features."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ModelConfig:
       vocab_size: token ids; 256 for bytes.
       context: tokens an attention cache holds unless asked otherwise.
       dtype: of activations and matrix products; parameters, norms and memories are at least float32.
+      tied: logits are scored against the embedding; False gives the head a matrix of its own.
     """
 
     mixer: PartConfig
@@ -40,6 +42,7 @@ class ModelConfig:
     vocab_size: int = 256
     context: int = 2048
     dtype: DTypeLike = jnp.float32
+    tied: bool = True
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "vocab_size", "context"):

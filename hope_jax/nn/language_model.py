@@ -1,4 +1,4 @@
-"""Tokens in, logits out: embedding, a scan over equal blocks, a norm and the tied output projection.
+"""Tokens in, logits out: embedding, a scan over equal blocks, a norm and the output projection (tied or not).
 
 A block is ``x = x + mixer(RMSNorm(x))`` followed by the feed-forward part (which holds its own norms and residuals).
 Mixers and feed-forward parts are configs with ``build(width, dtype)``; ``models.py`` combines them.
@@ -76,6 +76,8 @@ class LanguageModel(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.norm = RMSNorm(c.dtype)
+        if not c.tied:
+            self.head = self.param("head", start, (c.width, c.vocab_size), param_dtype(c.dtype))
 
     def init_state(self, params: Any, batch: int, capacity: int | None = None) -> BlockState:
         """State of ``batch`` fresh sequences.
@@ -108,9 +110,9 @@ class LanguageModel(nn.Module):
         learns = isinstance(state, ContextState | InterruptedState)
         x, blocks = self.blocks(x, state.blocks if learns else state)
         state = state.read_on(blocks) if learns else blocks
-        table = self.embedding.astype(self.config.dtype)
-        wide = param_dtype(self.config.dtype)
-        score = lambda rows: jnp.einsum("rd,vd->rv", rows, table, preferred_element_type=wide)  # noqa: E731
+        table, product = (self.embedding, "rd,vd->rv") if self.config.tied else (self.head, "rd,dv->rv")
+        table, wide = table.astype(self.config.dtype), param_dtype(self.config.dtype)
+        score = lambda rows: jnp.einsum(product, rows, table, preferred_element_type=wide)  # noqa: E731
         return by_rows(score, self.norm(x)), state
 
     def _embed(self, tokens: Tokens) -> Stream:

@@ -23,7 +23,7 @@ Method = Literal["adamw", "m3"]
 
 MATRICES = optim.matrix_labels(
     batch_axes={"blocks": 1, "initial_*": 1, "initial_projections_*": 1, "initial_gates_*": 1},
-    exclude=("embedding", "conv*", "gate_*", "scale*", "momentum_kernel"),
+    exclude=("embedding", "head", "conv*", "gate_*", "scale*", "momentum_kernel"),
 )
 """Blocks are stacked over layers, initial memories over heads, those of projections and gates over memories too."""
 
@@ -86,7 +86,7 @@ def decays(path: tuple[Any, ...], value: Any) -> bool:
     """
     names = [str(getattr(entry, "key", entry)) for entry in path]
     special = any(name.startswith(("gate_", "conv")) for name in names)
-    return value.ndim >= 2 and names[-1] in ("kernel", "embedding") and not special
+    return value.ndim >= 2 and names[-1] in ("kernel", "embedding", "head") and not special
 
 
 def optimizer(config: OptimizerConfig, steps: int, every: Mapping[str, int]) -> optax.GradientTransformation:

@@ -1,0 +1,191 @@
+"""Weights from elsewhere: a Llama checkpoint (safetensors, Hugging Face names) as a ``transformer_pp``.
+
+>>> config, params = load_llama("llama-folder", dtype=jnp.bfloat16)
+>>> logits, _ = LanguageModel(config).apply({"params": params}, tokens)
+
+The two architectures compute the same function, with three differences that the weights absorb exactly:
+
+* **The norms' epsilon.** Ours is EPS, theirs is e. Let our residual stream be y = c x with c^2 = EPS / e. Then
+  y / sqrt(mean(y^2) + EPS) = c x / sqrt(c^2 mean(x^2) + c^2 e) = x / sqrt(mean(x^2) + e): every norm gives what theirs
+  gives. y = c x holds if all that is added to the stream is c times theirs: embedding, output and down projections.
+* **The embedding.** Our model multiplies its rows by sqrt(D), so they are stored divided by it. A tied head then has
+  c / sqrt(D) times their table, and the last norm's scale makes up for it: sqrt(D) / c times theirs.
+* **Grouped queries.** A key or value head that serves g query heads is stored g times, one for each. Attention is the
+  same; its cache is g times as large as theirs.
+
+Rotary positions pair feature i with i + K/2 in both.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from hope_jax.errors import UserError
+from hope_jax.nn.attention import AttentionConfig
+from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.layers import EPS, SwiGLUConfig, param_dtype
+from hope_jax.pretrained_config import Llama, read_json, read_llama
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+SPEEDS = "rotary_emb.inv_freq"  # older files hold the rotary speeds, which follow from the base
+
+
+def load_llama(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model in a folder and its parameters, as ``LanguageModel(config).init`` would shape them.
+
+    Tensors are read one at a time into the stacked arrays (float32, or float64 in a float64 model), so the host needs
+    room for the parameters and little more. What is not the plain architecture is refused, not approximated.
+
+    Args:
+      folder: holds ``config.json``, and ``model.safetensors`` or ``model.safetensors.index.json`` with its shards.
+      dtype: of the model's activations and matrix products; the stored tensors may be of any floating type.
+
+    Raises:
+      UserError: a file is missing or unreadable; the configuration is not Llama's, or has scaled rotary positions,
+        biases, heads of another size or another activation; a tensor is missing, left over, of another shape or not
+        of floats.
+    """
+    folder = Path(folder)
+    llama = read_llama(folder / "config.json")
+    config = _model(llama, dtype)
+    with contextlib.ExitStack() as stack:
+        files = _open(folder, stack)
+        parts = _parts(llama)
+        _check(files, parts, llama)
+        wide = np.dtype(param_dtype(dtype))
+        flat = {part.path: jnp.asarray(_leaf(part, files, llama.layers, wide)) for part in parts}
+    return config, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _model(llama: Llama, dtype: DTypeLike) -> ModelConfig:
+    return ModelConfig(
+        mixer=AttentionConfig(llama.heads, rope_base=llama.rope_base),
+        feed_forward=SwiGLUConfig(llama.hidden),
+        width=llama.width,
+        layers=llama.layers,
+        vocab_size=llama.vocab_size,
+        context=llama.context,
+        dtype=dtype,
+        tied=llama.tied,
+    )
+
+
+class _Part(NamedTuple):
+    """One leaf of the parameters: ``factor * arrange(tensor)``, stacked over layers if ``name`` has a place for one."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]  # of the stored tensor
+    arrange: Callable[[np.ndarray], np.ndarray] = np.transpose
+    factor: float = 1.0
+
+    def names(self, layers: int) -> list[str]:
+        """The tensors of the leaf, by layer."""
+        return [self.name.format(i) for i in range(layers)] if "{}" in self.name else [self.name]
+
+
+def _parts(llama: Llama) -> list[_Part]:
+    """Every parameter and where it comes from; a stored matrix is [out, in], ours is [in, out]."""
+    width, hidden, table = llama.width, llama.hidden, (llama.vocab_size, llama.width)
+    stream, root = math.sqrt(EPS / llama.eps), math.sqrt(width)
+    attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
+    shared = (llama.kv_heads * llama.head_size, width)
+
+    def repeated(kernel: np.ndarray) -> np.ndarray:
+        heads = kernel.reshape(llama.kv_heads, llama.head_size, width)
+        return np.repeat(heads, llama.heads // llama.kv_heads, axis=0).reshape(width, width).T
+
+    head = [] if llama.tied else [_Part("head", "lm_head.weight", table)]
+    return [
+        _Part("embedding", "model.embed_tokens.weight", table, np.asarray, stream / root),
+        _Part("blocks/norm/scale", "model.layers.{}.input_layernorm.weight", (width,)),
+        _Part("blocks/mixer/query/kernel", attention + "q_proj.weight", (width, width)),
+        _Part("blocks/mixer/key/kernel", attention + "k_proj.weight", shared, repeated),
+        _Part("blocks/mixer/value/kernel", attention + "v_proj.weight", shared, repeated),
+        _Part("blocks/mixer/out/kernel", attention + "o_proj.weight", (width, width), factor=stream),
+        _Part("blocks/feed_forward/norm/scale", "model.layers.{}.post_attention_layernorm.weight", (width,)),
+        _Part("blocks/feed_forward/gate/kernel", mlp + "gate_proj.weight", (hidden, width)),
+        _Part("blocks/feed_forward/up/kernel", mlp + "up_proj.weight", (hidden, width)),
+        _Part("blocks/feed_forward/down/kernel", mlp + "down_proj.weight", (width, hidden), factor=stream),
+        _Part("norm/scale", "model.norm.weight", (width,), factor=root / stream if llama.tied else 1.0),
+        *head,
+    ]
+
+
+def _leaf(part: _Part, files: dict[str, Any], layers: int, wide: np.dtype) -> np.ndarray:
+    """The parameter, from one tensor at a time."""
+    names, leaf = part.names(layers), np.empty(0)
+    for i, name in enumerate(names):
+        tensor = part.arrange(files[name].get_tensor(name))
+        if i == 0:
+            leaf = np.empty((len(names), *tensor.shape), wide)
+        leaf[i] = tensor
+    leaf *= part.factor
+    return leaf if "{}" in part.name else leaf[0]
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Name of each tensor -> the open file it is in."""
+    if (folder / WEIGHTS).exists():
+        shards = [WEIGHTS]
+    elif (folder / INDEX).exists():
+        places = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+            raise UserError(f"{folder / INDEX} has no weight_map from tensors to files; download it again.")
+        shards = sorted(set(places.values()))
+    else:
+        raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}; other formats are not read, convert them first.")
+    files: dict[str, Any] = {}
+    for shard in shards:
+        opened = _open_one(folder / shard, stack)
+        twice = sorted(files.keys() & set(opened.keys()))
+        if twice:
+            raise UserError(f"{folder} has the tensor {twice[0]} in two files, one of them {shard}; expected it once.")
+        files |= dict.fromkeys(opened.keys(), opened)
+    return files
+
+
+def _open_one(path: Path, stack: contextlib.ExitStack) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path} is missing, and {INDEX} names it; download it too.")
+    try:
+        return stack.enter_context(safe_open(path, framework="numpy"))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}); download it again.") from error
+
+
+def _check(files: dict[str, Any], parts: list[_Part], llama: Llama) -> None:
+    """All tensors are there, of the right shape and of floats, and nothing else is; read from the headers alone."""
+    shapes = {name: part.shape for part in parts for name in part.names(llama.layers)}
+    missing, over = sorted(shapes.keys() - files.keys()), sorted(files.keys() - shapes.keys())
+    if missing:
+        raise UserError(f"The tensor {missing[0]} is missing ({len(missing)} in all); config.json asks for it.")
+    for name, shape in shapes.items():
+        header = files[name].get_slice(name)
+        found, kind = tuple(header.get_shape()), header.get_dtype()
+        if found != shape:
+            raise UserError(f"The tensor {name} has the shape {list(found)}; config.json asks for {list(shape)}.")
+        if kind not in FLOATS:
+            raise UserError(f"The tensor {name} is of type {kind}; expected one of {', '.join(FLOATS)}.")
+    speeds = {name for name in over if name.endswith(SPEEDS) and _speeds_follow(files[name].get_tensor(name), llama)}
+    over = [name for name in over if name not in speeds]
+    if over:
+        tied = " (config.json says that the head is tied)" if "lm_head.weight" in over else ""
+        raise UserError(f"The tensor {over[0]} is left over ({len(over)} in all){tied}; the model would lack it.")
+
+
+def _speeds_follow(stored: np.ndarray, llama: Llama) -> bool:
+    """Whether stored rotary speeds are those of the base, up to the rounding of 16 bits."""
+    half = llama.head_size // 2
+    speeds = llama.rope_base ** (-np.arange(half) / half)
+    return stored.shape == speeds.shape and np.allclose(stored.astype(float), speeds, rtol=2**-8, atol=1e-6)

@@ -1,0 +1,235 @@
+"""Llama checkpoints against a slow numpy Llama on the same tensors, and what is refused."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from llama_folders import CONFIG, draw, write
+from references_llama import llama
+
+from hope_jax import optim
+from hope_jax.errors import UserError
+from hope_jax.nn.attention import AttentionConfig
+from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.language_model import LanguageModel
+from hope_jax.nn.layers import SwiGLUConfig
+from hope_jax.pretrained import INDEX, WEIGHTS, load_llama
+from hope_jax.train.optimizer import MATRICES
+
+UNTIED = {"tie_word_embeddings": False}
+TOKENS = np.random.default_rng(7).integers(0, CONFIG["vocab_size"], (2, 11))
+
+# Changes of CONFIG, type of the stored tensors, shards.
+ROWS = {
+    "tied": ({}, "F32", 1),
+    "tied, our eps, bfloat16": ({"rms_norm_eps": 1e-6}, "BF16", 1),
+    "tied, large eps, float16, sharded": ({"rms_norm_eps": 1e-3}, "F16", 2),
+    "untied": (UNTIED, "F32", 1),
+    "untied, our eps, bfloat16, sharded": (UNTIED | {"rms_norm_eps": 1e-6}, "BF16", 3),
+    "every head has its keys": ({"num_key_value_heads": 4}, "F32", 1),
+    "all heads share their keys": (UNTIED | {"num_key_value_heads": 1}, "F32", 1),
+}
+rows = pytest.mark.parametrize(("changes", "kind", "shards"), ROWS.values(), ids=ROWS)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def read(config, params, tokens, state=None):
+    """Logits and state."""
+    return LanguageModel(config).apply({"params": params}, tokens, state)
+
+
+def expected(tensors, config):
+    """The reference's logits of TOKENS."""
+    return np.stack([llama(tensors, config, row) for row in TOKENS])
+
+
+def distance(ours, theirs):
+    """Largest difference in units of the largest logit."""
+    return np.max(np.abs(np.asarray(ours, np.float64) - theirs)) / np.max(np.abs(theirs))
+
+
+@rows
+def test_the_logits_are_those_of_a_slow_llama(x64, tmp_path, changes, kind, shards):
+    stored = CONFIG | changes
+    tensors = draw(stored, kind)
+    config, params = load_llama(write(tmp_path, stored, tensors, shards), jnp.float64)
+    theirs = expected(tensors, stored)
+    assert distance(read(config, params, TOKENS)[0], theirs) < 1e-12
+    other = expected(tensors, stored | {"rms_norm_eps": 2 * stored["rms_norm_eps"]})
+    assert distance(other, theirs) > 1e-3, "eps must matter, or its absorption is not tested"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "near"), [(jnp.float32, "F32", 1e-5), (jnp.float32, "BF16", 1e-5), (jnp.bfloat16, "BF16", 0.05)]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_models_of_fewer_bits_follow(tmp_path, dtype, kind, near, tied):
+    stored = CONFIG | {"tie_word_embeddings": tied}
+    tensors = draw(stored, kind)
+    config, params = load_llama(write(tmp_path, stored, tensors), dtype)
+    assert distance(read(config, params, TOKENS)[0], expected(tensors, stored)) < near
+
+
+@pytest.mark.parametrize("changes", [{}, UNTIED], ids=["tied", "untied"])
+def test_token_by_token_equals_the_whole(x64, tmp_path, changes):
+    stored = CONFIG | changes
+    config, params = load_llama(write(tmp_path, stored, draw(stored)), jnp.float64)
+    whole, _ = read(config, params, TOKENS)
+    state, logits = LanguageModel(config).init_state(params, batch=2), []
+    for t in range(TOKENS.shape[1]):
+        out, state = read(config, params, TOKENS[:, t : t + 1], state)
+        logits.append(out)
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), whole, rtol=0, atol=1e-12 * np.max(np.abs(whole)))
+    assert state.mixer.cache.keys.shape[3] == CONFIG["max_position_embeddings"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("changes", [{}, UNTIED], ids=["tied", "untied"])
+def test_the_parameters_are_shaped_as_init_shapes_them(x64, tmp_path, dtype, changes):
+    stored = CONFIG | changes
+    config, params = load_llama(write(tmp_path, stored, draw(stored, "F16")), dtype)
+    shaped = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), TOKENS[:, :1])["params"]
+    describe = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert describe(params) == describe(shaped)
+
+
+def test_where_the_rotary_base_may_stand(tmp_path):
+    stored = {name: value for name, value in CONFIG.items() if name != "rope_theta"}
+    tensors, bases = draw(CONFIG), []
+    for changes in (
+        {},
+        {"rope_theta": 500.0, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ):
+        config, _ = load_llama(write(tmp_path, stored | changes, tensors))
+        bases.append(config.mixer.rope_base)
+    assert bases == [10_000.0, 500.0, 500.0]
+
+
+def test_rotary_speeds_of_older_files_may_stand_there_if_they_follow_from_the_base(tmp_path):
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    speeds = (500.0 ** (-np.arange(4) / 4)).astype(np.float32)
+    load_llama(write(tmp_path, CONFIG, draw(CONFIG) | {name: speeds}))
+    with pytest.raises(UserError, match=f"{name} is left over"):
+        load_llama(write(tmp_path, CONFIG, draw(CONFIG) | {name: 1.1 * speeds}))
+
+
+# ---------------------------------------------------------------- refusals
+
+Q0, DOWN1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
+CONFIGS = {
+    "scaled rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling=.*llama3"),
+    "scaled rope, older": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling=.*linear"),
+    "scaled rope, newer": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters=.*yarn"),
+    "rope of another kind": ({"rope_scaling": "dynamic"}, "rope_scaling='dynamic'"),
+    "part of the features": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    "attention bias": ({"attention_bias": True}, "attention_bias=True"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias=True"),
+    "head size": ({"head_dim": 16}, "head_dim=16"),
+    "heads do not divide": ({"num_attention_heads": 5, "num_key_value_heads": 5}, "num_attention_heads=5"),
+    "groups do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+    "odd heads": ({"num_attention_heads": 32, "num_key_value_heads": 32}, "multiple of 64"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    "model type": ({"model_type": "mistral"}, "model_type='mistral'"),
+    "no model type": ({"model_type": None}, "model_type=None"),
+    "architecture": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    "no width": ({"hidden_size": None}, "hidden_size=None"),
+    "layers": ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0"),
+    "layers true": ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+    "no context": ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
+    "eps": ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0"),
+    "eps a word": ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'"),
+    "theta": ({"rope_theta": -1.0}, "rope_theta=-1.0"),
+    "tied a word": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
+    "more layers": ({"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
+    "untied without a head": (UNTIED, r"lm_head\.weight is missing"),
+    "other width inside": ({"intermediate_size": 64}, r"mlp\.\w+_proj\.weight has the shape.*asks for"),
+    "other groups": ({"num_key_value_heads": 4}, r"k_proj\.weight has the shape \[16, 32\].*asks for \[32, 32\]"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), CONFIGS.values(), ids=CONFIGS)
+def test_a_model_that_is_not_the_plain_architecture_is_refused(tmp_path, changes, words):
+    write(tmp_path, CONFIG | changes, draw(CONFIG))
+    with pytest.raises(UserError, match=words):
+        load_llama(tmp_path)
+
+
+def _text(file, text):
+    return lambda folder: (folder / file).write_text(text)
+
+
+def _tensors(change):
+    """Write the tensors again after ``change`` altered them."""
+
+    def alter(folder):
+        tensors = draw(CONFIG)
+        change(tensors)
+        write(folder, CONFIG, tensors)
+
+    return alter
+
+
+def _shards(change):
+    """Write two shards in place of the one file, then ``change(folder)``."""
+
+    def alter(folder):
+        (folder / WEIGHTS).unlink()
+        write(folder, CONFIG, draw(CONFIG), shards=2)
+        change(folder)
+
+    return alter
+
+
+FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+FILES = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
+    "config no JSON": (_text("config.json", "{'a': 1}"), "config.json is not JSON"),
+    "config no text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "is not JSON"),
+    "config a list": (_text("config.json", "[1]"), "holds a JSON list"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"neither {WEIGHTS} nor {INDEX}"),
+    "weights cut": (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8]), "no whole"),
+    "weights empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "no whole safetensors file"),
+    "missing": (_tensors(lambda tensors: tensors.pop(Q0)), f"{Q0} is missing"),
+    "transposed": (_tensors(lambda t: t.update({DOWN1: t[DOWN1].T.copy()})), rf"{DOWN1} has the shape \[48, 32\]"),
+    "integers": (_tensors(lambda t: t.update({Q0: t[Q0].astype(np.int8)})), f"{Q0} is of type I8"),
+    "left over": (_tensors(lambda t: t.update(extra=t[Q0])), "extra is left over"),
+    "bias": (_tensors(lambda t: t.update({Q0[:-6] + "bias": np.zeros(32)})), "q_proj.bias is left over"),
+    "head": (_tensors(lambda t: t.update({"lm_head.weight": t[Q0]})), "lm_head.weight is left over.*tied"),
+    "shard gone": (_shards(lambda folder: (folder / SECOND).unlink()), f"{SECOND} is missing"),
+    "shards alike": (_shards(lambda f: (f / SECOND).write_bytes((f / FIRST).read_bytes())), "in two files"),
+    "index no JSON": (_shards(_text(INDEX, "{")), f"{INDEX} is not JSON"),
+    "no map": (_shards(_text(INDEX, "{}")), f"{INDEX} has no weight_map"),
+    "map of numbers": (_shards(_text(INDEX, json.dumps({"weight_map": {Q0: 1}}))), f"{INDEX} has no weight_map"),
+    "map of one file": (_shards(_text(INDEX, json.dumps({"weight_map": {Q0: FIRST}}))), "is missing"),
+}
+
+
+@pytest.mark.parametrize(("alter", "words"), FILES.values(), ids=FILES)
+def test_files_that_do_not_hold_the_model_are_refused(tmp_path, alter, words):
+    write(tmp_path, CONFIG, draw(CONFIG))
+    alter(tmp_path)
+    with pytest.raises(UserError, match=words):
+        load_llama(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        load_llama(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- a head of its own
+
+
+def test_an_untied_model_scores_with_its_head_alone_and_trains_it_as_an_embedding():
+    config = ModelConfig(AttentionConfig(2), SwiGLUConfig(8), width=8, layers=1, vocab_size=9, tied=False)
+    tokens = jnp.array([[1, 2, 3]])
+    params = jax.jit(LanguageModel(config).init)(jax.random.key(0), tokens)["params"]
+    slopes = jax.jit(jax.grad(lambda params: jnp.sum(read(config, params, tokens)[0][..., 5])))(params)
+    used = lambda table: np.flatnonzero(np.any(np.asarray(table) != 0, axis=1)).tolist()  # noqa: E731
+    assert used(slopes["head"].T) == [5] and used(slopes["embedding"]) == [1, 2, 3]
+    labels = MATRICES(params)
+    assert labels["head"] == labels["embedding"] == optim.matrix_labels()(params)["head"] == "adamw"

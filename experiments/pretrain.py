@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 from experiments import parse
+from experiments.in_context import InContextConfig
 from hope_jax import LanguageModel, generate, model_named
 from hope_jax import train as training
 from hope_jax.data import DataConfig, make_tokenizer, open_text
@@ -72,11 +73,12 @@ class PretrainConfig:
     """Tokens to write after training, continuing held-out text."""
     compile_cache: bool = True
     """Keep compiled programs beside the run folder, so that the next start is quick."""
+    cms: InContextConfig = field(default_factory=InContextConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
-        model_named(self.model)
+        self.cms.apply(model_named(self.model))
         least = dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every"), 1)
         for name, bound in (least | {"keep": 2, "seed": 0, "sample_tokens": 0}).items():
             if getattr(self, name) < bound:
@@ -84,6 +86,7 @@ class PretrainConfig:
         _must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.segment is not None:
             _must_divide("segment", self.segment, "length", self.length)
+        self.cms.check(self.length, self.segment)
 
 
 class Outcome(NamedTuple):
@@ -164,7 +167,7 @@ def _prepare(config: PretrainConfig) -> Job:
     cache = config.run.absolute().parent / ".cache" / "data"
     data = open_text(config.data, tokenizer, length=config.length, cache_dir=cache, progress=True)
     architecture = dataclasses.replace(
-        model_named(config.model), vocab_size=tokenizer.vocab_size, dtype=jnp.dtype(config.dtype)
+        config.cms.apply(model_named(config.model)), vocab_size=tokenizer.vocab_size, dtype=jnp.dtype(config.dtype)
     )
     model = LanguageModel(architecture)
     every = architecture.update_every(config.batch * config.length)
@@ -182,14 +185,14 @@ def _prepare(config: PretrainConfig) -> Job:
 def _identity(config: PretrainConfig, architecture: Any, fingerprint: str) -> dict[str, Any]:
     """What a run folder belongs to: all that decides what is learned, up to rounding, but for the number of steps.
 
-    The text counts by its content (the fingerprint), not by the path it is found under. A tied head goes without
-    saying: folders from before there was a choice do not name it.
+    The text counts by its content (the fingerprint), not by the path it is found under. A tied head and levels
+    that learn nothing in context go without saying: folders from before there was a choice do not name them.
     """
     named = {name: getattr(config, name) for name in ("model", "batch", "length", "dtype", "seed", "optimizer")}
     sizes = flatten(architecture, "model")
     if architecture.tied:
         del sizes["model.tied"]
-    return flatten(named, "") | sizes | {"text fingerprint": fingerprint}
+    return flatten(named, "") | config.cms.identity(sizes) | {"text fingerprint": fingerprint}
 
 
 def _resume(job: Job, like: Any, batches: Any) -> Any:

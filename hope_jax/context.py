@@ -53,6 +53,7 @@ def start(model: Any, params: Any, batch: int, capacity: int | None = None) -> C
     Raises:
       UserError: the model has no levels, or their periods are not multiples of one another.
     """
+    plan_of(model, trained=False)
     return _around(model, model.init_state(params, batch, capacity), batch)
 
 

@@ -9,15 +9,16 @@ titans, deltanet     the mixer of that rule (``memory.RULES``) + SwiGLU; likewis
 ===================  ==============================================================================================
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from hope_jax.errors import UserError, closest
 from hope_jax.levels import Level
 from hope_jax.memory import RULES
 from hope_jax.nn.attention import AttentionConfig
-from hope_jax.nn.cms import CMSConfig
+from hope_jax.nn.cms import CMSConfig, Wiring
 from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.fast import Writes
 from hope_jax.nn.language_model import LanguageModel
 from hope_jax.nn.layers import SwiGLUConfig
 from hope_jax.nn.memory_mixer import MemoryMixerConfig
@@ -119,6 +120,30 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
+def with_in_context(
+    config: ModelConfig, periods: Sequence[int], wiring: Wiring = "sequential", writes: Writes | None = None
+) -> ModelConfig:
+    """A model whose fastest levels are written while it reads (SPEC 3.1), of the same size within rounding.
+
+    Args:
+      config: a model with a continuum memory system.
+      periods: of those levels in tokens, fastest first, each a multiple of the one before. The model's own levels that
+        are slower stay, as outer levels; all levels together keep the hidden features that there were.
+      wiring, writes: as in ``CMSConfig``; None: the defaults.
+
+    Raises:
+      UserError: the model has no such system, or the periods do not fit.
+    """
+    part = config.feed_forward
+    if not isinstance(part, CMSConfig) or not periods:
+        raise UserError("levels in context need periods, and a model with such levels: hope or hope_attention")
+    slower = [level for level in part.levels if level.period > max(periods)]
+    levels = (*map(Level, periods), *slower)
+    hidden = max(1, round(part.hidden * len(part.levels) / len(levels)))
+    cms = CMSConfig(levels, hidden, wiring, len(periods), Writes() if writes is None else writes)
+    return replace(config, feed_forward=cms)
+
+
 def model_named(name: str) -> ModelConfig:
     """The row of that name; UserError with the closest names otherwise."""
     if name not in MODELS:
@@ -126,4 +151,4 @@ def model_named(name: str) -> ModelConfig:
     return MODELS[name]
 
 
-__all__ = ["ARCHITECTURES", "MODELS", "SIZES", "LanguageModel", "ModelConfig", "Size", "model_named"]
+__all__ = ["ARCHITECTURES", "MODELS", "SIZES", "LanguageModel", "ModelConfig", "Size", "model_named", "with_in_context"]

@@ -90,6 +90,12 @@ def plan_of(model: Any, *, trained: bool) -> Plan:
     return Plan(periods[: part.trained] if trained else periods, part.nested, part.writes)
 
 
+def learns_in_context(model: Any) -> bool:
+    """Whether training writes some of the model's levels in context."""
+    part = model.config.feed_forward
+    return isinstance(part, LevelsConfig) and part.trained > 0
+
+
 class Carry(NamedTuple):
     """What a chunk leaves to the next: the mixers' states, Delta, gathered gradients, and the inner optimizers' states.
 

@@ -140,6 +140,14 @@ def test_the_session_of_the_readme_runs_and_going_on_equals_one_go(monkeypatch):
     assert names["written"].shape == (1, 8)
 
 
+def test_the_memory_of_the_readme_finds_the_document_less_surprising_the_second_time():
+    names = readme("A memory that keeps learning")
+    assert names["second"] < 0.9 * names["first"] and names["written"].shape == (1, 8)
+    read = lambda params, state: names["model"].apply({"params": params}, names["document"][:, :16], state)[0]  # noqa: E731
+    fresh = names["model"].init_state(names["params"], batch=1)
+    assert np.abs(read(names["merged"], fresh) - read(names["params"], fresh)).max() > 1e-3
+
+
 def test_the_swapped_optimizer_of_the_readme_learns_and_is_m3():
     names = readme("Swap the optimizer")
     assert names["losses"][-1] < 0.2 * names["losses"][0]

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import VOCAB, WIDTH, close, made, stream
+from contexts import VOCAB, WIDTH, close, config, made, stream
 
+from experiments.__main__ import main
 from hope_jax import context
+from hope_jax.errors import UserError
+from hope_jax.models import MODELS, with_in_context
 from hope_jax.nn.fast import FastState, Writes
-from hope_jax.nn.language_model import BlockState
+from hope_jax.nn.language_model import BlockState, LanguageModel
+from hope_jax.train.step import next_token_loss
 from hope_jax.writes import reading_loss
 
 
@@ -58,6 +62,9 @@ class LinearConfig:
     dtype: Any = jnp.float64
 
 
+read = jax.jit(reading_loss, static_argnums=0)
+
+
 def by_hand(p, tokens, eta, nested):
     """Losses and Delta of one sequence, one chunk of 3 tokens after another."""
     deltas, gathered, losses = [np.zeros((5, 5)) for _ in range(2)], [np.zeros((5, 5)) for _ in range(2)], []
@@ -95,21 +102,21 @@ def test_two_levels_of_a_linear_model_are_the_equations_chunk_by_chunk(nested, x
         np.testing.assert_allclose(found[row], losses, rtol=1e-10)
         for i in range(2):
             np.testing.assert_allclose(state.blocks.feed_forward.fast[i]["w"][0, row], deltas[i], rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(reading_loss(model, params, tokens[:, :15], tokens[:, 1:]), found, rtol=1e-12)
+    np.testing.assert_allclose(read(model, params, tokens[:, :15], tokens[:, 1:]), found, rtol=1e-12)
 
 
 def test_training_reads_as_the_stream_does_and_learns_the_rates(x64):
     model, params, tokens = made()
     expected, _ = stream(model, params, tokens, (37,))
-    np.testing.assert_allclose(reading_loss(model, params, tokens[:, :36], tokens[:, 1:]), expected, rtol=1e-9)
-    slope = jax.grad(lambda p: reading_loss(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
+    np.testing.assert_allclose(read(model, params, tokens[:, :36], tokens[:, 1:]), expected, rtol=1e-9)
+    slope = jax.grad(lambda p: read(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
     rates = np.abs(slope["blocks"]["feed_forward"]["rate"])
-    assert rates.shape == (2, 2) and np.all(rates > 0)
+    assert rates.shape == (1, 2) and np.all(rates > 0)
 
 
 def test_full_gradients_are_those_of_finite_differences(x64):
     model, params, tokens = made()
-    loss = jax.jit(lambda p: reading_loss(model, p, tokens[:, :24], tokens[:, 1:25]).mean())
+    loss = jax.jit(lambda p: read(model, p, tokens[:, :24], tokens[:, 1:25]).mean())
     slope = jax.grad(loss)(params)["blocks"]["feed_forward"]
     for path in (("rate",), ("level_0", "up", "kernel"), ("level_1", "down", "kernel")):
 
@@ -136,7 +143,7 @@ def test_no_loss_depends_on_a_later_token_through_the_writes(optimizer, x64):
     tokens = jnp.arange(9)[None] % VOCAB  # nine different tokens, each at one place
 
     def losses(embedding):
-        return reading_loss(model, params | {"embedding": embedding}, tokens[:, :8], tokens[:, 1:9])[0]
+        return read(model, params | {"embedding": embedding}, tokens[:, :8], tokens[:, 1:9])[0]
 
     # The head is tied, so every row has a gradient; the input side is that of a row whose head weight is held.
     def inputs_only(rows, t):
@@ -147,7 +154,7 @@ def test_no_loss_depends_on_a_later_token_through_the_writes(optimizer, x64):
     base = losses(params["embedding"])
     for t in (3, 4):
         later = tokens.at[0, t + 2 :].set((tokens[0, t + 2 :] + 1) % VOCAB)
-        other = reading_loss(model, params, later[:, :8], later[:, 1:9])[0]
+        other = read(model, params, later[:, :8], later[:, 1:9])[0]
         np.testing.assert_array_equal(other[: t + 1], base[: t + 1])
         assert np.any(other[t + 1 :] != base[t + 1 :])
     slope = jax.grad(inputs_only)(jnp.zeros((9, WIDTH)), 7)
@@ -157,14 +164,14 @@ def test_no_loss_depends_on_a_later_token_through_the_writes(optimizer, x64):
 def gradient(tokens, bptt, params=None, seed=0):
     model, start, _ = made(bptt=bptt, seed=seed)
     params = start if params is None else params
-    return jax.grad(lambda p: reading_loss(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
+    return jax.grad(lambda p: read(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
 
 
 def test_the_count_of_differentiated_writes_changes_gradients_and_not_values(x64):
     model, params, tokens = made()
     cut = made(bptt=(0, 1))[0]
     pair = (tokens[:, :32], tokens[:, 1:33])
-    np.testing.assert_array_equal(reading_loss(cut, params, *pair), reading_loss(model, params, *pair))
+    np.testing.assert_array_equal(read(cut, params, *pair), read(model, params, *pair))
     full, first, one, many = (gradient(tokens, (n, n)) for n in (None, 0, 1, 100))
     close(many, full, rtol=1e-10, atol=1e-13)
     kernel = lambda tree: tree["blocks"]["feed_forward"]["level_0"]["up"]["kernel"]  # noqa: E731
@@ -191,7 +198,7 @@ def test_first_order_is_the_gradient_with_the_written_weights_held(x64):
         return total / 64
 
     expected = jax.grad(loss)(params)
-    found = jax.grad(lambda p: reading_loss(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
+    found = jax.grad(lambda p: read(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
     close(found, expected, rtol=1e-7, atol=1e-11)
 
 
@@ -202,8 +209,50 @@ WAYS = [dict(optimizer="adam", rate=1e-2), dict(optimizer="momentum"), dict(opti
 def test_other_ways_to_write_learn_a_repeated_phrase(settings):
     model, params, _ = made(dtype=jnp.float32, **settings)
     phrase = jnp.tile(jnp.arange(4), 64)[None]
-    nats, _ = context.surprise(model, params, context.start(model, params, 1), phrase)
+    nats, _ = context.surprise(model, params, context.start(model, params, 1, 256), phrase)
     fixed = jax.tree.map(lambda x: x, params)
     fixed["blocks"]["feed_forward"]["rate"] *= 0
-    static, _ = context.surprise(model, fixed, context.start(model, params, 1), phrase)
+    static, _ = context.surprise(model, fixed, context.start(model, params, 1, 256), phrase)
     assert nats[0, -32:].mean() < 0.8 * static[0, -32:].mean()
+
+
+def test_the_training_loss_of_such_a_model_is_that_of_reading_with_writes(x64):
+    model, params, tokens = made()
+    loss = next_token_loss(model, np.ones(VOCAB))
+    found, metrics = loss(params, tokens[:, :33])
+    np.testing.assert_allclose(found, read(model, params, tokens[:, :32], tokens[:, 1:33]).mean(), rtol=1e-6)
+    assert metrics["loss"].count == 64
+    static = next_token_loss(LanguageModel(config(in_context=0)), np.ones(VOCAB))(params, tokens[:, :33])[0]
+    assert abs(found - static) > 1e-3
+    with pytest.raises(UserError, match="leave out segment"):
+        next_token_loss(model, np.ones(VOCAB), segment=8)
+
+
+def test_levels_in_context_take_the_place_of_faster_ones_and_leave_the_size_alone():
+    hope = MODELS["hope-tiny"]
+    before: Any = hope.feed_forward
+    mixed = with_in_context(hope, (64, 256))
+    part: Any = mixed.feed_forward
+    assert [level.period for level in part.levels] == [64, 256, 2048, 8192]
+    assert mixed.update_every(2048) == {"static": 1, "level_0": 1, "level_1": 1, "level_2": 1, "level_3": 4}
+    assert part.hidden * 4 == before.hidden * 2
+    with pytest.raises(UserError, match="need periods, and a model with such levels"):
+        with_in_context(MODELS["titans-tiny"], (64,))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--cms.in-context", "64", "100"], "periods (64, 100) do not nest; make 100 a multiple of 64"),
+        (["--cms.in-context", "60"], "--cms.in-context must divide --length, got 60 for 512"),
+        (["--cms.in-context", "64", "512"], "--cms.in-context 512 is never written in sequences of --length 512"),
+        (["--cms.rank", "3"], "give their periods: --cms.in-context"),
+        (["--cms.in-context", "64", "--segment", "64"], "leave out it or --cms.in-context"),
+        (["--model", "titans-tiny", "--cms.in-context", "64"], "hope or hope_attention"),
+    ],
+    ids=str,
+)
+def test_mistakes_on_the_command_line_are_one_sentence(flags, expected, capsys, tmp_path):
+    assert main(["pretrain", "--run", str(tmp_path / "run"), *flags]) == 2
+    said = capsys.readouterr().err.strip()
+    assert expected in said and "\n" not in said

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError
 from hope_jax.types import Array, Float, Int, Stream
 
-Fast = Mapping[str, Float[Array, "*layers B rows columns"]]
+Fast = Mapping[str, Float[Array, "..."]]
 """Delta of one level: name of a linear map -> a matrix for each sequence (and layer, in a model)."""
 Inner = Literal["sgd", "momentum", "adam", "muon"]
 
@@ -134,7 +134,7 @@ def blank(shapes: Mapping[str, tuple[int, int]], batch: int, rank: int | None, d
     return {name: jnp.zeros((batch, rank or rows, columns), wide) for name, (rows, columns) in shapes.items()}
 
 
-def added(x: Stream, fast: Fast | None, name: str, basis: Float[Array, "rows rank"] | None = None) -> Any:
+def added(x: Stream, fast: Fast | None, name: str, basis: Float[Array, "D rank"] | None = None) -> Any:
     """``x Delta`` of each sequence's own Delta, to be added to ``x theta_0``; 0 without Delta."""
     if fast is None:
         return 0
@@ -145,7 +145,7 @@ def added(x: Stream, fast: Fast | None, name: str, basis: Float[Array, "rows ran
     return jnp.einsum("btr,brc->btc", x, delta)
 
 
-def as_matrix(fast: Array, basis: Float[Array, "rows rank"] | None) -> Array:
+def as_matrix(fast: Array, basis: Float[Array, "*layers rows rank"] | None) -> Array:
     """Delta [..., rows, columns], of whatever rank it is kept in."""
     return fast if basis is None else jnp.einsum("...dr,...brc->...bdc", basis, fast)
 

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hope_jax.errors import UserError
 from hope_jax.train.optimizer import Schedule
 from hope_jax.train.state import TrainState
 from hope_jax.types import Array, Int, Scalar
+from hope_jax.writes import learns_in_context, reading_loss
 
 
 class Mean(NamedTuple):
@@ -41,7 +43,14 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = 
     ``byte_lengths[vocab]`` are the bytes of each token, which make ``bits_per_byte`` comparable between tokenizers.
     ``segment`` runs the model over pieces of that many tokens (it must divide T), carrying the state and keeping only
     the states between pieces for the backward pass: the same numbers with memory for T / segment states.
+
+    A model with levels that learn in context is read with their writes (``writes.py``), in pieces of its own.
+
+    Raises:
+      UserError: such a model with a ``segment``.
     """
+    if segment is not None and learns_in_context(model):
+        raise UserError("a model whose levels learn in context is read chunk by chunk already; leave out segment")
     sizes = np.asarray(byte_lengths, np.float32)
 
     def loss(params: Any, batch: Batch) -> tuple[Scalar, Metrics]:
@@ -53,7 +62,9 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = 
             wide = logits.astype(jnp.float32)
             return state, optax.softmax_cross_entropy_with_integer_labels(wide, wanted).sum()
 
-        if segment is None:  # no state: a fresh sequence, whose chunks the compiler knows to be whole
+        if learns_in_context(model):
+            nats = reading_loss(model, params, inputs, targets).sum()
+        elif segment is None:  # no state: a fresh sequence, whose chunks the compiler knows to be whole
             nats = piece(None, (inputs, targets))[1]
         else:
             state = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1])

@@ -1,0 +1,57 @@
+"""The flags of levels that learn in context, for experiments that train a model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hope_jax import ModelConfig
+from hope_jax.errors import UserError
+from hope_jax.models import with_in_context
+from hope_jax.nn.cms import Wiring
+from hope_jax.nn.fast import Inner, Writes
+
+
+@dataclass(frozen=True)
+class InContextConfig:
+    """Levels of the continuum memory system that are written while the text is read."""
+
+    in_context: tuple[int, ...] = ()
+    """Their periods in tokens, fastest first, such as 64 256; each a multiple of the one before, shorter than --length.
+    The model's slower levels stay outer ones. None: all levels are outer ones."""
+    wiring: Wiring = "sequential"
+    """How levels are connected; nested sets a level back when the next slower one is written."""
+    rate: float = Writes.rate
+    """Inner learning rate that every level starts from; it is learned."""
+    inner: Inner = Writes.optimizer
+    """Optimizer of the writes."""
+    bptt: tuple[int | None, ...] = ()
+    """For each of these levels, how many of its last writes training differentiates: None all, 0 none."""
+    rank: int | None = None
+    """Rank of what is written; None: any."""
+
+    def apply(self, model: ModelConfig) -> ModelConfig:
+        """The model with these levels."""
+        if not self.in_context:
+            return model
+        writes = Writes(self.rate, self.inner, self.bptt, self.rank)
+        return with_in_context(model, self.in_context, self.wiring, writes)
+
+    def check(self, length: int, segment: int | None) -> None:
+        """Raise UserError where these levels and the sequences do not fit."""
+        if not self.in_context:
+            if self != InContextConfig():
+                raise UserError("The flags --cms.* are about levels in context; give their periods: --cms.in-context.")
+            return
+        fastest, slowest = self.in_context[0], self.in_context[-1]
+        if length % fastest:
+            raise UserError(f"--cms.in-context must divide --length, got {fastest} for {length}.")
+        if slowest >= length:
+            raise UserError(f"--cms.in-context {slowest} is never written in sequences of --length {length}.")
+        if segment is not None:
+            raise UserError("--segment is for models that learn nothing in context; leave out it or --cms.in-context.")
+
+    def identity(self, sizes: dict[str, Any]) -> dict[str, Any]:
+        """What of a model's sizes a run folder has to agree with: older ones do not know these levels."""
+        if self.in_context:
+            return sizes
+        later = ("model.feed_forward.in_context", "model.feed_forward.writes")
+        return {name: value for name, value in sizes.items() if not name.startswith(later)}

@@ -228,3 +228,54 @@ def test_a_linear_memory_is_the_linear_one_whichever_way_it_is_asked_for():
 def test_m3_without_its_adamw_says_which_leaf_is_no_matrix():
     with pytest.raises(UserError, match=r"\['norm'\] of shape \(3,\), which is no matrix; declare its axes"):
         optim.scale_by_m3().init({"norm": jnp.ones(3)})
+
+
+STACKED = {
+    "m3": lambda labels: optim.m3(0.1, matrices=labels),
+    "muon": lambda labels: optim.generalized_momentum(0.1, output=optim.muon_step, matrices=labels),
+    "delta": lambda labels: optim.delta_momentum(0.1, erase=0.3, matrices=labels),
+    "delta, scalar": lambda labels: optim.delta_momentum(0.1, erase=0.01, form="scalar", matrices=labels),
+    "keyed": lambda labels: optim.generalized_momentum(0.1, optim.l2, optim.KeyedMemory(), rate=0.1, matrices=labels),
+}
+
+
+@pytest.mark.parametrize("make", STACKED.values(), ids=STACKED)
+def test_stacked_layers_are_stepped_as_each_alone_whatever_the_optimizer(make):
+    kernels, slopes = (jnp.asarray(draw(7, 3, 5, seed=seed), jnp.float32) for seed in (0, 1))
+    tx, params = make(optim.matrix_labels({"blocks": 1})), {"blocks": {"kernel": kernels}}
+    state = tx.init(params)
+    for size in (1.0, -0.5):
+        together, state = tx.update({"blocks": {"kernel": size * slopes}}, state, params)
+    for i in range(7):
+        tx, params = make(None), {"kernel": kernels[i]}
+        state = tx.init(params)
+        for size in (1.0, -0.5):
+            alone, state = tx.update({"kernel": size * slopes[i]}, state, params)
+        np.testing.assert_allclose(together["blocks"]["kernel"][i], alone["kernel"], rtol=1e-4, atol=1e-6)
+
+
+def test_embeddings_are_matrices_for_delta_momentum_and_not_for_m3():
+    params = {"embedding": jnp.asarray(draw(4, 3), jnp.float32)}
+    as_kernel = {"kernel": params["embedding"]}
+    tx = optim.delta_momentum(0.1, erase=0.3)
+    found, expected = (tx.update(p, tx.update(p, tx.init(p), p)[1], p)[0] for p in (params, as_kernel))
+    np.testing.assert_array_equal(*map(jax.tree.leaves, (found, expected)))
+    adam = once(optim.m3(0.1), params, params=params)["embedding"]
+    np.testing.assert_allclose(adam, -0.1 * jnp.sign(params["embedding"]), rtol=1e-4)
+
+
+def test_a_preconditioner_gets_the_parameters_and_extra_arguments():
+    def update(updates, state, params=None, *, factor, **extra):
+        del extra
+        return jax.tree.map(lambda g, p: factor * (g + p), updates, params), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    tx, params = optim.generalized_momentum(1.0, precondition=inner), {"w": jnp.ones((2, 3))}
+    found, _ = tx.update({"w": 2 * jnp.ones((2, 3))}, tx.init(params), params, factor=5.0)
+    np.testing.assert_allclose(jax.tree.leaves(found)[0], -15.0)
+
+
+def test_an_averaged_second_moment_is_corrected_for_its_start_where_the_step_is_divided_by_it():
+    g = jnp.asarray(draw(3, 4), jnp.float32)
+    tx = optim.scale_by_m3((MomentumScale(1, 0.9),), second_moment="literal")
+    np.testing.assert_allclose(once(tx, {"w": g}, params={"w": g})["w"], optim.orthogonalize(g) / jnp.abs(g), rtol=1e-4)

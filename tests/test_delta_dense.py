@@ -12,7 +12,7 @@ import pytest
 
 from hope_jax import optim
 from hope_jax.optim import dgd_update
-from hope_jax.optim.delta_dense import DeltaDot
+from hope_jax.optim.delta_dense import DeltaDot, rows_of
 
 
 def losses(layer, x, target):
@@ -164,3 +164,8 @@ def test_the_example_of_the_docstring_runs():
     examples = doctest.DocTestFinder().find(optim.delta_dense, globs={})
     results = doctest.DocTestRunner().run(examples[0])
     assert (results.failed, results.attempted) == (0, 9)
+
+
+def test_rows_are_counted_over_all_axes_that_are_not_contracted():
+    assert rows_of((2, 3, 4), (2,)) == rows_of((2, 3, 4), (-1,)) == 6
+    assert rows_of((4,), (0,)) == 1 and rows_of((0, 4), (1,)) == 1

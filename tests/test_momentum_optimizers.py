@@ -171,6 +171,15 @@ def test_a_rare_gradient_is_preconditioned_by_its_own_size():
         np.testing.assert_allclose(updates, [1.0, 1.0], rtol=1e-5)
 
 
+def test_half_precision_gradients_are_preconditioned_in_float32():
+    tx, g = optim.learned_preconditioner(0.01), jnp.full((3, 4), 1.5, jnp.bfloat16)
+    updates, state = tx.update(g, tx.init(g))
+    assert (updates.dtype, state.preconditioner.dtype) == (jnp.bfloat16, jnp.float32)
+    for _ in range(3):
+        _, state = tx.update(2 * g, state)
+    np.testing.assert_allclose(state.preconditioner, 3 - 1.5 * 0.99**3, rtol=1e-6)
+
+
 def test_momentum_without_decay_is_gradient_descent_on_the_likeness_to_the_gradients(x64):
     """Eq. 34: its memory m descends <m, G> for the gradients in turn."""
     m, gradients, tx = np.zeros((3, 4)), draw(5, 3, 4), optim.scale_by_generalized_momentum(retention=1.0)

@@ -218,3 +218,11 @@ def test_capitals_in_patterns_are_no_matter():
 def test_wrong_rules_are_refused(make, message, untyped):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_cubic_takes_fifteen_steps_and_complex_matrices_keep_their_type(x64):
+    x = jnp.array(draw(3, 5))
+    np.testing.assert_array_equal(orthogonalize(x, method="cubic"), orthogonalize(x, 15, "cubic"))
+    np.testing.assert_array_equal(orthogonalize(x), orthogonalize(x, 5))
+    z = jnp.array(draw(3, 5) + 1j * draw(3, 5, seed=1))
+    np.testing.assert_array_equal(orthogonalize(z, dtype=jnp.bfloat16), orthogonalize(z))

@@ -54,4 +54,5 @@ class InContextConfig:
         if self.in_context:
             return sizes
         later = ("model.feed_forward.in_context", "model.feed_forward.writes")
-        return {name: value for name, value in sizes.items() if not name.startswith(later)}
+        kept = {name: value for name, value in sizes.items() if not name.startswith(later)}
+        return {name: value for name, value in kept.items() if name != "model.feed_forward.levels" or value}

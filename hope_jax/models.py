@@ -20,9 +20,9 @@ from hope_jax.nn.cms import CMSConfig, Wiring
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.fast import Writes
 from hope_jax.nn.language_model import LanguageModel
-from hope_jax.nn.layers import SwiGLUConfig
 from hope_jax.nn.memory_mixer import MemoryMixerConfig
 from hope_jax.nn.self_modifying import SelfModifyingConfig
+from hope_jax.nn.swiglu import SwiGLUConfig
 
 
 @dataclass(frozen=True)

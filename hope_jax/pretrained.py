@@ -31,7 +31,8 @@ from safetensors import SafetensorError, safe_open
 from hope_jax.errors import UserError
 from hope_jax.nn.attention import AttentionConfig
 from hope_jax.nn.config import ModelConfig
-from hope_jax.nn.layers import EPS, SwiGLUConfig, param_dtype
+from hope_jax.nn.layers import EPS, param_dtype
+from hope_jax.nn.swiglu import SwiGLUConfig
 from hope_jax.pretrained_config import Llama, read_json, read_llama
 
 WEIGHTS = "model.safetensors"

@@ -210,8 +210,8 @@ def _written(plan: Plan, level: int, rate: Float[Array, " L"], at: Any, mine: Mi
     directions, optimizer = jax.vmap(jax.vmap(_inner(plan.writes.optimizer).update))(mean, optimizer)
     count = plan.bptt(level)
     if count is not None and count > 0:
-        cut = (jnp.asarray(at) // period.max()) % count == 0
-        fast = jax.tree.map(lambda x: jnp.where(cut, lax.stop_gradient(x), x), fast)
+        cut = (jnp.asarray(at) // jnp.asarray(period)) % count == 0
+        fast = jax.tree.map(lambda x: jnp.where(cut[:, None, None, None], lax.stop_gradient(x), x), fast)
     moved = jax.tree.map(jnp.subtract, fast, per_layer(rate, directions))
     zero = jax.tree.map(jnp.zeros_like, gathered)
     if count == 0:

@@ -200,7 +200,7 @@ def test_mistakes_are_plain_and_leave_the_state_as_it_was():
     with pytest.raises(UserError, match="of another model"):
         context.learn(other, there, state, tokens)
     plain = LanguageModel(MODELS["transformer_pp-tiny"])
-    with pytest.raises(UserError, match="SwiGLUConfig, which has no levels"):
+    with pytest.raises(UserError, match="the model has no level that can be written in context"):
         context.start(plain, {}, 1)
 
 

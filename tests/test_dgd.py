@@ -42,6 +42,16 @@ def test_the_exact_form_is_the_minimiser_on_both_sides_of_woodbury(shape, rate, 
     np.testing.assert_allclose(dgd_update(kernel, x, dy, rate), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(1024, 64, 8), (48, 64, 8)], ids=str)
+@pytest.mark.parametrize("rate", [1.0, 100.0])
+def test_equal_rows_do_not_break_the_exact_form_in_float32(shape, rate):
+    kernel, x, dy = (np.asarray(a, np.float64) for a in problem(*shape, scale=1.0))
+    x = np.repeat(x[:4], shape[0] // 4, axis=0)
+    expected = minimiser(kernel, x, dy, rate)
+    found = dgd_update(*(jnp.asarray(a, jnp.float32) for a in (kernel, x, dy)), rate)
+    assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_one_row_is_the_printed_equation_in_the_flax_orientation(form, x64):
     kernel, x, dy = problem(1, 4, 3)

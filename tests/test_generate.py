@@ -16,9 +16,9 @@ from hope_jax.memory import RULES
 from hope_jax.nn.attention import AttentionConfig
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.language_model import LanguageModel
-from hope_jax.nn.layers import SwiGLUConfig
 from hope_jax.nn.memory_mixer import MemoryMixerConfig
 from hope_jax.nn.self_modifying import SelfModifyingConfig
+from hope_jax.nn.swiglu import SwiGLUConfig
 
 VOCAB, PROMPT, ROOM = 13, 66, 140
 MIXERS = {

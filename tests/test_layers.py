@@ -7,7 +7,9 @@ import pytest
 
 from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
-from hope_jax.nn.layers import RMSNorm, ShortConv, SwiGLUConfig, apply_rope, taps_at
+from hope_jax.nn.fast import FastState
+from hope_jax.nn.layers import RMSNorm, ShortConv, apply_rope, taps_at
+from hope_jax.nn.swiglu import SwiGLUConfig
 
 
 def test_unit_has_length_one_keeps_zero_and_widens_bfloat16(x64, key):
@@ -87,7 +89,7 @@ def test_swiglu_is_its_formula_with_norm_and_residual_inside(x64, key):
     assert gate.dtype == np.float64
     swish = u @ gate / (1 + np.exp(-u @ gate))
     np.testing.assert_allclose(y, x + (swish * (u @ up)) @ down, atol=1e-12)
-    assert new_state == state == ()
+    assert new_state == state == FastState()
 
 
 def test_swiglu_without_features_is_refused():
@@ -119,6 +121,6 @@ def test_rope_scores_depend_on_the_distance_only(x64, key):
 def test_parameters_stay_float32_in_a_bfloat16_model(key):
     x = jnp.ones((1, 2, 4), jnp.bfloat16)
     layer = SwiGLUConfig(hidden=6).build(4, jnp.bfloat16)
-    params = jax.jit(layer.init)(key, x, ())
+    params = jax.jit(layer.init)(key, x, FastState())
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    assert jax.jit(layer.apply)(params, x, ())[0].dtype == jnp.bfloat16
+    assert jax.jit(layer.apply)(params, x, FastState())[0].dtype == jnp.bfloat16

@@ -30,7 +30,7 @@ RANKS = [
     {"errors", "types", "levels"},
     {"memory", "optim", "data"},
     {"nn"},
-    {"models", "writes", "pretrained", "pretrained_config"},
+    {"models", "writes", "pretrained", "pretrained_config", "stacking"},
     {"train"},
     {"context"},
     {"generate"},

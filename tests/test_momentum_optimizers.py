@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from references_momentum import delta_momentum, learned_preconditioner, m3_average, m3_literal
+from references_momentum import delta_momentum, learned_preconditioner, m3_average, m3_literal, newton_schulz
 
 from hope_jax import optim
 from hope_jax.optim import MomentumScale
@@ -85,7 +85,8 @@ def test_an_entry_without_gradients_moves_no_more_than_the_others_under_m3():
     for g in gradients:
         updates, state = tx.update({"w": jnp.asarray(g)}, state, params)
         sizes = np.abs(jax.tree.leaves(updates)[0])
-        assert 0 < sizes[3, 5] < 2.5 * sizes.max() and np.sqrt(np.mean(sizes**2)) < 0.21
+        others = np.delete(sizes.ravel(), 3 * 16 + 5)
+        assert 0 < sizes[3, 5] < 2.5 * others.max()
         assert np.median(sizes) > 0.05, "nobody takes the whole step"
 
 
@@ -153,7 +154,6 @@ def test_the_learned_preconditioner_is_gradient_descent_on_its_regression(x64):
     loss = lambda p, g: 0.5 * (p * jnp.sign(g) - g) ** 2  # noqa: E731
     tx, g = optim.learned_preconditioner(0.2), gradients[0]
     _, one = tx.update(jnp.array(g), tx.init(jnp.zeros((3, 4))))
-    slope = jax.vmap(jax.vmap(jax.grad(loss)))(jnp.zeros((3, 4)), jnp.array(g))
     np.testing.assert_allclose(one.preconditioner, np.abs(g), rtol=1e-12)
     _, two = tx.update(jnp.array(gradients[1]), one)
     slope = jax.vmap(jax.vmap(jax.grad(loss)))(one.preconditioner, jnp.array(gradients[1]))
@@ -220,3 +220,36 @@ def test_momentum_takes_any_objective_and_any_memory(x64):
         m = 0.9 * m - 0.5 * np.sign(m + g)
         theta = theta + 0.3 * m
         np.testing.assert_allclose(now, theta, rtol=1e-10)
+
+
+def test_size_of_the_step_floor_and_iteration_of_m3_are_what_is_asked_for(x64):
+    start, gradients, scales = draw(3, 5), draw(5, 3, 5, seed=1), (MomentumScale(1, 0.9),)
+    found = path(optim.m3(0.1, scales, 0.99, update_rms=0.5, eps=0.3), start, gradients)
+    expected = m3_average(start, gradients, 0.1 * 2.5, (0.9, 1.0), (), 0.99, eps=0.3)
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
+    ns = optim.NewtonSchulz(3, "cubic")
+    tx, g = optim.scale_by_m3(scales, second_moment="none", update_rms=None, newton_schulz=ns), gradients[0]
+    np.testing.assert_allclose(
+        once(tx, {"w": jnp.array(g)}, params={"w": g})["w"], newton_schulz(g, 3, "cubic"), rtol=1e-9
+    )
+
+
+HUGE = {
+    "m3": lambda: optim.m3(0.1),
+    "delta": lambda: optim.delta_momentum(0.1),
+    "delta that erases nothing": lambda: optim.delta_momentum(0.1, erase=0.0),
+    "delta, scalar, that erases nothing": lambda: optim.delta_momentum(0.1, erase=0.0, form="scalar"),
+    "dmgd, momentum": lambda: optim.dmgd(0.1, target="momentum"),
+    "muon": lambda: optim.generalized_momentum(0.1, output=optim.muon_step),
+}
+
+
+@pytest.mark.parametrize("make", HUGE.values(), ids=HUGE)
+@pytest.mark.parametrize("size", [1e20, 1e30])
+def test_a_huge_but_finite_gradient_leaves_the_state_finite(make, size):
+    tx, params, gradients = make(), {"w": jnp.ones((3, 5))}, draw(4, 3, 5).astype(np.float32)
+    state = tx.init(params)
+    for scale in (1.0, size, 1.0, 1.0):
+        updates, state = tx.update({"w": scale * gradients[0]}, state, params)
+        for leaf in jax.tree.leaves((updates, state)):
+            assert np.all(np.isfinite(leaf))

@@ -15,7 +15,7 @@ from hope_jax.errors import UserError
 from hope_jax.nn.attention import AttentionConfig
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.language_model import LanguageModel
-from hope_jax.nn.layers import SwiGLUConfig
+from hope_jax.nn.swiglu import SwiGLUConfig
 from hope_jax.pretrained import INDEX, WEIGHTS, load_llama
 from hope_jax.train.optimizer import MATRICES
 

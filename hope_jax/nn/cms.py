@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
-from hope_jax.nn.fast import Fast, FastState, Writes, added, bases, blank
+from hope_jax.nn.fast import Fast, FastState, Writes, bases, blank, moved
 from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
 from hope_jax.types import Array, Stream
 
@@ -109,8 +109,8 @@ class LevelMLP(nn.Module):
     @light
     def __call__(self, x: Stream, fast: Fast | None = None) -> Stream:
         u = self.norm(x)
-        hidden = jax.nn.gelu(self.up(u) + added(u, fast, "up", self.bases["up"]))
-        return self.down(hidden) + added(hidden, fast, "down", self.bases["down"])
+        hidden = jax.nn.gelu(moved(self.up(u), u, fast, "up", self.bases["up"]))
+        return moved(self.down(hidden), hidden, fast, "down", self.bases["down"])
 
 
 class ContinuumMemory(nn.Module):

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
-from hope_jax.types import Array, Float, Int, Stream
+from hope_jax.types import Array, Float, Int
 
 Fast = Mapping[str, Float[Array, "..."]]
 """Delta of one level: name of a linear map -> a matrix for each sequence (and layer, in a model)."""
@@ -134,15 +134,15 @@ def blank(shapes: Mapping[str, tuple[int, int]], batch: int, rank: int | None, d
     return {name: jnp.zeros((batch, rank or rows, columns), wide) for name, (rows, columns) in shapes.items()}
 
 
-def added(x: Stream, fast: Fast | None, name: str, basis: Float[Array, "D rank"] | None = None) -> Any:
-    """``x Delta`` of each sequence's own Delta, to be added to ``x theta_0``; 0 without Delta."""
+def moved(y: Array, x: Array, fast: Fast | None, name: str, basis: Array | None = None) -> Array:
+    """``y = x theta_0`` and ``x Delta`` with each sequence's own Delta; y itself where there is none."""
     if fast is None:
-        return 0
+        return y
     x = x if basis is None else x @ basis.astype(x.dtype)
     delta = fast[name].astype(x.dtype)
     if x.shape[0] == 1:  # an axis of length 1 is slow on CPUs
-        return (x[0] @ delta[0])[None]
-    return jnp.einsum("btr,brc->btc", x, delta)
+        return y + (x[0] @ delta[0])[None]
+    return y + jnp.einsum("btr,brc->btc", x, delta)
 
 
 def as_matrix(fast: Array, basis: Float[Array, "*layers rows rank"] | None) -> Array:

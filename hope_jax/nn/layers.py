@@ -7,7 +7,6 @@ norms compute in at least float32. Read ``attention.py`` next: the simplest mixe
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from flax import linen as nn
 from flax.typing import Initializer
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
 from hope_jax.memory.products import by_rows
 from hope_jax.types import Array, Float, Int, PRNGKeyArray, Stream
@@ -141,45 +139,6 @@ def short_convs(width: int, dtype: DTypeLike) -> list[ShortConv]:
     """
     lags = {"q": 0, "k": 1, "v": 0}
     return [ShortConv(width, dtype, taps_at(lag), name=f"conv_{n}") for n, lag in lags.items()]
-
-
-@dataclass(frozen=True)
-class SwiGLUConfig:
-    """A gated feed-forward part. ``hidden``: inner features, at least 1 (about 8/3 of the model width is usual)."""
-
-    hidden: int
-
-    def __post_init__(self):
-        if self.hidden < 1:
-            raise UserError(f"SwiGLU got hidden={self.hidden}; it needs at least 1 inner feature.")
-
-    def build(self, width: int, dtype: DTypeLike) -> "SwiGLU":
-        """The module for a model of ``width`` features."""
-        return SwiGLU(self, width, dtype)
-
-
-class SwiGLU(nn.Module):
-    """``x + W_down(silu(W_gate u) * W_up u)`` with ``u = RMSNorm(x)``: norm and residual are inside. State: ``()``."""
-
-    config: SwiGLUConfig
-    width: int
-    dtype: DTypeLike = jnp.float32
-
-    def setup(self):
-        self.norm = RMSNorm(self.dtype)
-        self.gate = dense(self.config.hidden, self.dtype)
-        self.up = dense(self.config.hidden, self.dtype)
-        self.down = dense(self.width, self.dtype)
-
-    @nn.nowrap
-    def init_state(self, batch: int, capacity: int) -> tuple[()]:
-        """Nothing to remember."""
-        return ()
-
-    @light
-    def __call__(self, x: Stream, state: tuple[()]) -> tuple[Stream, tuple[()]]:
-        u = self.norm(x)
-        return x + self.down(nn.silu(self.gate(u)) * self.up(u)), state
 
 
 def split_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:

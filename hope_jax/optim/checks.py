@@ -46,7 +46,7 @@ def check(
     """
     if isinstance(value, Tracer) or (schedule and callable(value)):
         return
-    number = _number(value)
+    number = real_number(value)
     if number is None:
         raise UserError(f"{name} is {value!r}; expected a number{' or a schedule' if schedule else ''}")
     inside = low < number < high or (number == low and not open_low) or (number == high and not open_high)
@@ -56,7 +56,7 @@ def check(
         raise UserError(f"{name} is {number:g}; expected {start} and {end}")
 
 
-def _number(value: Any) -> float | None:
+def real_number(value: Any) -> float | None:
     """A real scalar as Python's, None for anything else."""
     if isinstance(value, str | bytes) or callable(value):
         return None
@@ -87,7 +87,7 @@ def check_dtype(name: str, value: Any) -> None:
     """Raise UserError unless ``value`` is None or a floating type."""
     try:
         floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
-    except TypeError:
+    except (TypeError, ValueError):
         floating = False
     if not floating:
         raise UserError(f"{name} is {value!r}; expected a floating type such as jnp.bfloat16, or None")

@@ -28,6 +28,14 @@ def _norm2(g: Array) -> Array:
     return jnp.sum(jnp.square(jnp.abs(g)), axis=(-2, -1), keepdims=True)
 
 
+def _in_unit_ball(g: Array, erase: Any) -> Array:
+    """``g sqrt(erase / (1 + erase ||g||^2))``, finite for every finite g: the largest entry is divided out first."""
+    largest = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True, initial=0.0)
+    largest = jnp.where(largest > 0, largest, 1)
+    u, least = g / largest, jnp.finfo(g.dtype).tiny
+    return u * jnp.sqrt(erase / jnp.maximum(jnp.square(1 / largest) + erase * _norm2(u), least))
+
+
 def _erased(m: Array, g: Array) -> Array:
     """``G G^T m`` of [..., rows, columns], by the cheaper order of products."""
     adjoint = g.mT.conj()
@@ -35,11 +43,11 @@ def _erased(m: Array, g: Array) -> Array:
 
 
 def _gram(m: Array, g: Array, decay: Any, erase: Any) -> Array:
-    return decay * m - erase * _erased(m, g / jnp.sqrt(1 + erase * _norm2(g)))
+    return decay * m - _erased(m, _in_unit_ball(g, erase))
 
 
 def _scalar(m: Array, g: Array, decay: Any, erase: Any) -> Array:
-    return jnp.maximum(0.0, decay - erase * _norm2(g)) * m
+    return jnp.maximum(0.0, decay - jnp.where(erase > 0, erase * _norm2(g), 0.0)) * m
 
 
 def _raw(m: Array, g: Array, decay: Any, erase: Any) -> Array:
@@ -87,7 +95,7 @@ def scale_by_delta_momentum(
     with. ``scalar`` forgets alike in all directions. Erasing 0 is ``optax.trace(decay)``.
 
     State: one value per parameter, 4 bytes at float32. FLOPs: ``4 rows columns min(rows, columns)`` per matrix (none of
-    it for ``scalar``), a fifth to a quarter of five Newton-Schulz steps.
+    it for ``scalar``), an eighth to a fifth of five Newton-Schulz steps.
 
     Args:
       decay: alpha, 0 to 1.

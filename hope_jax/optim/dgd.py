@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
 
 from hope_jax.errors import UserError
 from hope_jax.optim.checks import check, check_whole
@@ -33,7 +34,7 @@ def dgd_update(
       = ``K_t + rate X^T (I_N + rate X X^T)^-1 (U - X K_t)``  (Woodbury; solved in min(N, in) unknowns),
     * ``cheap``: ``K_t + r X^T (U - X K_t)``, ``r = rate / (1 + rate ||X||^2)``: one gradient step of the
       objective, short enough to contract, for ``||X||^2`` is at least the largest eigenvalue of ``X X^T``,
-    * ``spectral``: the same with that eigenvalue itself, the longest step that is sure to contract.
+    * ``spectral``: the same with that eigenvalue itself, a longer step that contracts as well.
 
     All are Eq. 57 where N = 1. The printed ``r = rate / (1 + rate)`` holds for unit inputs only.
 
@@ -43,7 +44,7 @@ def dgd_update(
       output_gradients: gradients of the *summed* loss at the layer's outputs [..., out]; multiply those of a mean
         loss by the number of rows.
       rate: eta >= 0; a number or a scalar array.
-      form: see above. "exact" costs a Cholesky factorisation of size min(N, in), "spectral" eigenvalues of that size,
+      form: see above. "exact" costs a QR factorisation with min(N, in) columns, "spectral" eigenvalues of that size,
         "cheap" two products.
 
     Returns:
@@ -59,28 +60,28 @@ def dgd_update(
     rows = inputs.reshape(-1, inputs.shape[-1]).astype(dtype)
     error = -output_gradients.reshape(-1, output_gradients.shape[-1]).astype(dtype) - rows @ old
     if form == "exact":
-        step = _exact_step(rows, error, rate)
-    else:
-        size = jnp.sum(jnp.square(rows)) if form == "cheap" else _largest_eigenvalue(rows)
-        step = rows.T @ error / (1 + rate * size)
-    return (old + rate * step).astype(kernel.dtype)
+        return (old + _exact_step(rows, error, rate)).astype(kernel.dtype)
+    size = jnp.sum(jnp.square(rows)) if form == "cheap" else _largest_eigenvalue(rows)
+    return (old + rate * rows.T @ error / (1 + rate * size)).astype(kernel.dtype)
 
 
 def _exact_step(
     x: Float[Array, "rows K"], error: Float[Array, "rows V"], rate: Float[Array, ""]
 ) -> Float[Array, "K V"]:
-    """(I + rate X^T X)^-1 X^T error, in the smaller of the two spaces."""
-    if x.shape[0] < x.shape[1]:
-        return x.T @ _solve(x @ x.T, error, rate)
-    return _solve(x.T @ x, x.T @ error, rate)
+    """rate (I + rate X^T X)^-1 X^T error, in the smaller of the two spaces.
 
-
-def _solve(gram: Array, right: Array, rate: Array) -> Array:
-    matrix = jnp.eye(gram.shape[0], dtype=gram.dtype) + rate * gram
-    return jax.scipy.linalg.solve(matrix, right, assume_a="pos")
+    By QR of [sqrt(rate) X; I]: the Gram matrix would square the condition, and equal rows make it singular in float32.
+    """
+    root, tall = jnp.sqrt(rate), x if x.shape[0] >= x.shape[1] else x.T
+    q, r = jnp.linalg.qr(jnp.concatenate([root * tall, jnp.eye(tall.shape[1], dtype=x.dtype)]))
+    if tall is x:
+        return solve_triangular(r, q[: x.shape[0]].T @ (root * error))
+    return rate * x.T @ solve_triangular(r, solve_triangular(r, error, trans=1))
 
 
 def _largest_eigenvalue(x: Float[Array, "rows K"]) -> Float[Array, ""]:
+    if 0 in x.shape:
+        return jnp.zeros((), x.dtype)
     gram = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
     return jnp.linalg.eigvalsh(gram)[-1]
 

@@ -14,7 +14,15 @@ import optax
 
 from hope_jax.errors import UserError, closest
 from hope_jax.optim.checks import check, check_transformation, check_whole
-from hope_jax.optim.generalized import LinearMemory, Memory, Objective, dot, l2, scale_by_generalized_momentum
+from hope_jax.optim.generalized import (
+    LinearMemory,
+    Memory,
+    Objective,
+    check_memory,
+    dot,
+    l2,
+    scale_by_generalized_momentum,
+)
 from hope_jax.optim.matrices import Labels, MatrixView
 from hope_jax.optim.precision import check_decay, with_state_dtype
 from hope_jax.optim.recipe import recipe
@@ -69,10 +77,8 @@ class MLPMemory:
 
     def loss(self, state: MLPState, gradient: Array, target: Array, objective: Objective, view: MatrixView) -> Scalar:
         """The objective's mean over the rows of each matrix; matrices are added up, each has its own network."""
-        keys, norm = _unit_rows(gradient, view)
-        values = -_unit_rows(target, view)[0]
-        # A gradient of zeros asks for nothing, whatever the target remembers.
-        return objective(self._answer(state, keys), jnp.where(norm > 0, values, 0)) / keys.shape[-2]
+        keys, values = _unit_rows(gradient, view)[0], -_unit_rows(target, view)[0]
+        return objective(self._answer(state, keys), values) / keys.shape[-2]
 
     def read(self, state: MLPState, gradient: Array, view: MatrixView) -> Array:
         """The network's answer at the gradient's own scale."""
@@ -87,8 +93,10 @@ class MLPMemory:
 def _unit_rows(leaf: Array, view: MatrixView) -> tuple[Float[Array, "*batch n b"], Float[Array, "*batch 1 1"]]:
     """Rows [out, in] divided by the root of their mean squared norm, and that root; rows of zeros stay zero."""
     rows = view.to_matrices(leaf).mT
-    scale = jnp.sqrt(jnp.sum(jnp.square(rows), axis=(-2, -1), keepdims=True) / rows.shape[-2])
-    return rows / jnp.where(scale > 0, scale, 1), scale
+    largest = jnp.max(jnp.abs(rows), axis=(-2, -1), keepdims=True, initial=0.0)  # first, or its square overflows
+    u = rows / jnp.where(largest > 0, largest, 1)
+    size = jnp.sqrt(jnp.sum(jnp.square(u), axis=(-2, -1), keepdims=True) / rows.shape[-2])
+    return u / jnp.where(size > 0, size, 1), largest * size
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def signed_powers(coefficients: Sequence[float]) -> optax.GradientTransformation
     Raises:
       UserError: no coefficients, or one that is negative: it would turn the gradient around.
     """
-    if not coefficients:
+    if not isinstance(coefficients, tuple | list) or not coefficients:
         raise UserError(f"coefficients is {coefficients}; expected one or more numbers of 0 or more")
     for k, c in enumerate(coefficients):
         check(f"coefficients[{k}]", c, 0)
@@ -184,6 +192,7 @@ def scale_by_dmgd(
 
 def _kind(memory: str | Memory) -> _Kind:
     if not isinstance(memory, str):
+        check_memory(memory)
         kind = KINDS["linear" if type(memory) is LinearMemory else "mlp"]
         return replace(kind, memory=memory)
     if memory not in KINDS:

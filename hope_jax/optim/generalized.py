@@ -62,6 +62,12 @@ class Memory(Protocol):
     def read(self, state: Any, gradient: Array, view: MatrixView) -> Array: ...
 
 
+def check_memory(memory: Any) -> None:
+    """Raise UserError for what is no ``Memory``."""
+    if isinstance(memory, type) or not isinstance(memory, Memory):
+        raise UserError(f"memory is {memory!r}; expected an object with init, loss and read, such as LinearMemory()")
+
+
 @dataclass(frozen=True)
 class LinearMemory:
     """One cell shaped like the parameter, asked for -target whatever the key: m(G) = m. With ``dot`` this is Eq. 33."""
@@ -165,8 +171,7 @@ class _Engine:
     labels: Any
 
     def __post_init__(self) -> None:
-        if isinstance(self.memory, type) or not isinstance(self.memory, Memory):
-            raise UserError(f"memory is {self.memory!r}; expected an object with init, loss and read: LinearMemory()")
+        check_memory(self.memory)
         if not callable(self.retention):
             check("retention", self.retention, 0, 1, open_high=False)
         check("rate", self.rate, 0)
@@ -203,7 +208,14 @@ class _Engine:
 
     def _answer(self, gradient: Array, state: Any, view: MatrixView) -> Array:
         found = -self.memory.read(state, gradient, view)
-        return found if self.output is None else view.from_matrices(self.output(view.to_matrices(found)))
+        return found if self.output is None else view.from_matrices(_same_shape(self.output, view.to_matrices(found)))
+
+
+def _same_shape(output: Callable[[Array], Array], x: Array) -> Array:
+    y = output(x)
+    if y.shape != x.shape:
+        raise UserError(f"output makes {y.shape} of matrices {x.shape}; expected the same shape")
+    return y
 
 
 def decay(share: Any) -> Retention:

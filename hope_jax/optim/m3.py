@@ -132,6 +132,12 @@ class _Rules:
         return step if rms is None else rms * view.from_matrices(_over_rms(view.to_matrices(step)))
 
 
+def _square(g: Array) -> Array:
+    """``|g|^2``, of an entry that is finite but huge as large as can be summed: one such gradient must not last."""
+    largest = float(jnp.finfo(g.dtype).max) ** 0.4
+    return jnp.square(jnp.minimum(jnp.abs(g), largest))
+
+
 def _over_rms(x: Array) -> Array:
     """Every matrix of [..., rows, columns] divided by the root mean square of its entries; zero stays zero."""
     mean = jnp.mean(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)
@@ -171,7 +177,7 @@ def scale_by_m3(
     under ``vmap`` of the whole optimizer slow ones are computed at every step, as a ``lax.cond`` is there a select.
 
     Args:
-      scales: any number of ``MomentumScale``.
+      scales: any number of ``MomentumScale``. Without a fast one nothing moves until the first block is over.
       second_decay: b2, 0 to below 1.
       accumulate: "ema" or "sum".
       second_moment: "normalized", "none" or "literal".
@@ -237,7 +243,7 @@ def _step(rules: _Rules, gradients: Any, state: M3State, views: Any) -> tuple[An
         steps = jax.tree.map(lambda d, v: rules.direct(d, None, v), direction, views)
     else:
         b = rules.second_decay
-        second = jax.tree.map(lambda v, g: rules.blend(v, jnp.square(jnp.abs(g)), b), second, gradients)
+        second = jax.tree.map(lambda v, g: rules.blend(v, _square(g), b), second, gradients)
         direct = lambda d, v, view: rules.direct(d, rules.corrected(v, b, count), view)  # noqa: E731
         steps = jax.tree.map(direct, direction, second, views)
     return steps, M3State(count, tuple(m for m, _, _ in moved), tuple(o for _, o, _ in moved), second)

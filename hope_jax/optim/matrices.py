@@ -3,6 +3,7 @@
 A *label* per leaf says it: ``"matrix"`` (the first axis by all others), ``"adamw"`` (not a matrix), or optax's
 ``MuonDimensionNumbers(reduction_axis, output_axis)`` (a matrix along these axes, every other axis counts copies).
 ``matrix_labels`` makes the function ``params -> labels``; ``matrix_views`` turns labels into ``MatrixView`` objects.
+In ``update`` the function gets the gradients, widened to float32: labels may depend on paths and shapes alone.
 
 >>> m3(1e-3)                                                     # every leaf of two axes
 >>> m3(1e-3, matrices=matrix_labels(batch_axes={"blocks": 1}))   # below "blocks" the leading axis counts layers
@@ -166,4 +167,4 @@ def _view(path: tuple[Any, ...], leaf: Any, label: Any) -> MatrixView | None:
 
 
 def _axes(axes: Sequence[int] | int) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
+    return tuple(axes) if isinstance(axes, Sequence) else (int(axes),)

@@ -59,7 +59,7 @@ class NewtonSchulz:
 
 
 def _normalized(x: Array) -> Array:
-    """``x / (||x||_F + 1e-7)`` in at least float32, whatever the size of the entries: the largest is divided out."""
+    """``x / (||x||_F + 1e-7)`` in at least float32, for entries up to 1e37 (in float32): the largest is divided out."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0))  # it cancels
     largest = jnp.where(largest > 0, largest, 1.0)
@@ -88,4 +88,5 @@ def orthogonalize(
 
 def muon_step(x: Inexact[Array, "*batch rows columns"], newton_schulz: NewtonSchulz | None = None) -> Array:
     """``0.2 sqrt(max(rows, columns)) NS(x)``: Muon's step at the size of Adam's (SPEC 5.1)."""
-    return 0.2 * max(x.shape[-2:]) ** 0.5 * (newton_schulz or NewtonSchulz()).orthogonalize(x)
+    direction = (newton_schulz or NewtonSchulz()).orthogonalize(x)
+    return 0.2 * max(x.shape[-2:]) ** 0.5 * direction

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from hope_jax.errors import UserError
-from hope_jax.optim.checks import check_dtype, check_leaves
+from hope_jax.optim.checks import check_dtype, check_leaves, real_number
 
 Cast = Callable[[Any], Any]
 
@@ -55,12 +56,12 @@ def check_decay(name: str, decay: Any, dtype: Any) -> None:
     A share smaller than half the spacing of the numbers is rounded away: 0.004 in bfloat16, hence decays up to 0.996.
     """
     check_dtype("state_dtype", dtype)
-    if dtype is not None and isinstance(decay, int | float) and decay != 1:
-        least = float(jnp.finfo(dtype).eps) / 2
-        if 1 - decay < least:
-            raise UserError(
-                f"{name} is {decay:g}, which {jnp.dtype(dtype)} cannot hold; expected at most {1 - least:g}"
-            )
+    share = None if dtype is None or isinstance(decay, Tracer) else real_number(decay)
+    if share is None or share == 1:
+        return
+    least = float(jnp.finfo(dtype).eps) / 2
+    if 1 - share < least:
+        raise UserError(f"{name} is {share:g}, which {jnp.dtype(dtype)} cannot hold; expected at most {1 - least:g}")
 
 
 def _is_float(leaf: Any) -> bool:
@@ -72,7 +73,7 @@ def _wide(tree: Any) -> Any:
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         if isinstance(x, jax.ShapeDtypeStruct):  # init needs no more of a parameter than its shape and place
             return jnp.zeros(x.shape, dtype, device=x.sharding)
-        return x.astype(dtype)
+        return jnp.asarray(x, dtype)
 
     return jax.tree.map(lambda x: widen(x) if _is_float(x) else x, tree)
 

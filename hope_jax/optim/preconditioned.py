@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hope_jax.errors import UserError
 from hope_jax.optim.checks import check, check_function, check_transformation
 from hope_jax.optim.generalized import scale_by_generalized_momentum
 from hope_jax.optim.precision import check_decay, with_state_dtype
@@ -43,11 +44,18 @@ def scale_by_preconditioned_momentum(
     check_decay("decay", decay, state_dtype)
     check_function("feature_map", feature_map, "of one leaf's gradient, such as jnp.sign")
     check_transformation("precondition", precondition)
-    links = [] if feature_map is None else [optax.stateless_with_tree_map(lambda g, _: feature_map(jnp.asarray(g)))]
+    links = [] if feature_map is None else [optax.stateless_with_tree_map(lambda g, _: _mapped(feature_map, g))]
     links += [] if precondition is None else [precondition]
     return scale_by_generalized_momentum(
         retention=decay, precondition=optax.chain(*links) if links else None, state_dtype=state_dtype
     )
+
+
+def _mapped(feature_map: Callable[[Array], Array], gradient: Any) -> Array:
+    g = jnp.asarray(gradient)
+    if (features := feature_map(g)).shape != g.shape:
+        raise UserError(f"feature_map makes {features.shape} of a gradient {g.shape}; expected the same shape")
+    return features
 
 
 def preconditioned_momentum(

@@ -25,7 +25,7 @@ def recipe(
 
     Under ``optax.inject_hyperparams`` every number can be changed between steps; name functions among the arguments
     in its ``static_args`` (``("output", "objective")``), or it takes them for schedules. An injected ``weight_decay``
-    needs the parameters in ``update`` even where it is 0.
+    needs the parameters in ``update`` even where it is 0. A ``state_dtype`` belongs to the static arguments as well.
 
     Args:
       scale: a ``scale_by_x``, whose state has the precision it chose.

@@ -1,0 +1,100 @@
+"""A gated feed-forward part, the Transformer's, whose matrices can be made levels (ad-hoc stacking, SPEC 3.3)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from hope_jax.errors import UserError
+from hope_jax.levels import Level
+from hope_jax.nn.fast import Fast, FastState, Writes, blank, moved
+from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
+from hope_jax.types import Array, Stream
+
+
+@dataclass(frozen=True)
+class SwiGLUConfig:
+    """A gated feed-forward part.
+
+    Attributes:
+      hidden: inner features, at least 1 (about 8/3 of the model width is usual).
+      levels: the level that each layer's matrices are, None for a layer that is never written. (): no layer is; such a
+        part has no learned rates.
+      writes: how levels are written in context; of any rank.
+    """
+
+    hidden: int
+    levels: tuple[Level | None, ...] = ()
+    writes: Writes = Writes()
+
+    def __post_init__(self):
+        if self.hidden < 1:
+            raise UserError(f"SwiGLU got hidden={self.hidden}; it needs at least 1 inner feature.")
+        if self.writes.rank is not None:
+            raise UserError(f"rank is {self.writes.rank}; SwiGLU layers are written whole, leave it None")
+
+    def build(self, width: int, dtype: DTypeLike) -> "SwiGLU":
+        """The module for a model of ``width`` features."""
+        return SwiGLU(self, width, dtype)
+
+    @property
+    def trained(self) -> int:
+        """See ``fast.LevelsConfig``."""
+        return int(any(self.levels))
+
+    @property
+    def nested(self) -> bool:
+        """See ``fast.LevelsConfig``."""
+        return False
+
+    def periods(self, layers: int) -> tuple[tuple[int, ...], ...]:
+        """See ``fast.LevelsConfig``: one tree, whose layers have periods of their own."""
+        if not self.levels:
+            return ()
+        if len(self.levels) != layers:
+            raise UserError(f"levels are given for {len(self.levels)} layers; the model has {layers}")
+        return (tuple(0 if level is None else level.period for level in self.levels),)
+
+    def blank(self, batch: int, width: int, dtype: DTypeLike) -> tuple[dict[str, Array], ...]:
+        """See ``fast.LevelsConfig``."""
+        shapes = {"gate": (width, self.hidden), "up": (width, self.hidden), "down": (self.hidden, width)}
+        return (blank(shapes, batch, None, dtype),)
+
+    def kernels(self, params: Any) -> tuple[dict[str, Any], ...]:
+        """See ``fast.LevelsConfig``."""
+        return (params,)
+
+
+class SwiGLU(nn.Module):
+    """``x + W_down(silu(W_gate u) * W_up u)`` with ``u = RMSNorm(x)``: norm and residual are inside."""
+
+    config: SwiGLUConfig
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        self.norm = RMSNorm(self.dtype)
+        self.gate = dense(self.config.hidden, self.dtype)
+        self.up = dense(self.config.hidden, self.dtype)
+        self.down = dense(self.width, self.dtype)
+        if self.config.trained:
+            start = nn.initializers.constant(self.config.writes.rate)
+            self.rate = self.param("rate", start, (1,), param_dtype(self.dtype))
+
+    @nn.nowrap
+    def init_state(self, batch: int, capacity: int) -> FastState:
+        """The static model: whoever learns in context adds the fast weights (``hope_jax/writes.py``)."""
+        return FastState()
+
+    @light
+    def __call__(self, x: Stream, state: FastState) -> tuple[Stream, FastState]:
+        u, fast = self.norm(x), _only(state)
+        gate, up = moved(self.gate(u), u, fast, "gate"), moved(self.up(u), u, fast, "up")
+        hidden = nn.silu(gate) * up
+        return x + moved(self.down(hidden), hidden, fast, "down"), state
+
+
+def _only(state: FastState) -> Fast | None:
+    return state.fast[0] if state.fast else None

@@ -6,7 +6,8 @@
 >>> context.save(path, model, state); state = context.load(path, model, params)
 
 The weights of a level move once per period, so the tokens of an unfinished chunk are kept and read again when it is
-complete (at most one period of the fastest level): that way any cut of a stream into calls gives the same result.
+complete (at most one period of the fastest level): that way any cut of a stream into calls gives the same result. Each
+number of unfinished and new tokens is a program of its own: feed pieces of one length, a multiple of that period.
 Where a stream ends inside a chunk, ``finish`` makes every level store what it has gathered.
 """
 
@@ -16,14 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
+from hope_jax.context_checks import check_room, is_finite, require_finite, same_kinds
 from hope_jax.errors import UserError
 from hope_jax.nn.attention import slots_of
 from hope_jax.nn.fast import ContextState, FastState, InterruptedState, as_matrix
 from hope_jax.nn.language_model import BlockState, check_tokens
 from hope_jax.train.array_file import load_arrays, save_arrays
-from hope_jax.train.digests import kind, leaves
 from hope_jax.train.run_folder import flatten
 from hope_jax.types import Array, Bool, Int, Scalar, Tokens
 from hope_jax.writes import (
@@ -38,6 +38,7 @@ from hope_jax.writes import (
     read_chunks,
     reading_state,
     write,
+    write_rest,
 )
 
 State = BlockState | ContextState | InterruptedState
@@ -100,23 +101,27 @@ def surprise(model: Any, params: Any, state: State, tokens: Any) -> tuple[Nats, 
     tokens = jnp.asarray(tokens)
     check_tokens(tokens, model.config.vocab_size)
     state = _checked(model, params, state, tokens.shape[0])
+    check_room(state, tokens)
     nats, finite, after = _learn(model, params, state, tokens.astype(jnp.int32))
-    _require_finite(finite)
+    require_finite(finite)
     return nats, after
 
 
 def finish(model: Any, params: Any, state: State) -> ContextState:
     """End the stream here: every level stores what it has gathered, be its period over or not.
 
-    A token counts as much as in a full period. What follows is read with all that, and starts a chunk of its own.
+    A token counts as much as in a full period; nested levels are not set back, and a level with nothing new is not
+    written. What follows is read with all that, and starts periods of its own.
     """
     after, finite = _finish(model, params, _checked(model, params, state, _batch(state)))
-    _require_finite(finite)
+    require_finite(finite)
     return after
 
 
-def reset(model: Any, state: State, level: int | None = None) -> State:
+def reset(model: Any, state: State, level: int | None = None) -> ContextState | InterruptedState:
     """Forget what a level has stored and gathered, or all levels (None); what the mixers have read stays.
+
+    Of one level, the tokens of the unfinished chunk are learned still when it is over; of all, they are forgotten too.
 
     Raises:
       UserError: there is no such level.
@@ -136,22 +141,31 @@ def reset(model: Any, state: State, level: int | None = None) -> State:
         pick(fresh.optimizer, mine.optimizer),
     )
     blocks = BlockState(state.blocks.mixer, FastState(carry.fast))
+    if level is None:
+        now = _state(model, carry._replace(mixer=state.blocks.mixer), state.tokens[:, :0], jnp.zeros((), jnp.int32))
+        return now
     after = _state(model, carry, state.tokens, state.position)._replace(blocks=blocks)
     return InterruptedState(after) if isinstance(given, InterruptedState) else after
 
 
-def merge(model: Any, params: Any, state: State) -> tuple[Any, State]:
+def merge(model: Any, params: Any, state: State) -> tuple[Any, ContextState]:
     """Make what was learned the model's own: parameters with Delta in them, and the state without it.
 
-    The new parameters read as the old ones did with Delta, up to rounding. Of several streams the mean is taken.
+    The stream is brought to an end first (``finish``); the new parameters read as the old ones did then, up to
+    rounding. Of several streams the mean is taken.
+
+    Raises:
+      UserError: a state of another model.
     """
+    state = finish(model, params, state)
     ours = jax.tree.map(lambda leaf: leaf, params["blocks"]["feed_forward"])  # containers of our own
-    trees = _entered(model, state).blocks.feed_forward.fast
+    trees = state.blocks.feed_forward.fast
     for place, fast in zip(model.config.feed_forward.kernels(ours), trees, strict=True):
         for name, delta in fast.items():
             moved = jnp.mean(as_matrix(delta, place.get(f"{name}_basis")), axis=1)
             place[name] = {**place[name], "kernel": place[name]["kernel"] + moved.astype(place[name]["kernel"].dtype)}
-    return params | {"blocks": params["blocks"] | {"feed_forward": ours}}, reset(model, state)
+    emptied: Any = reset(model, state)
+    return params | {"blocks": params["blocks"] | {"feed_forward": ours}}, emptied
 
 
 def save(path: str | Path, model: Any, state: State) -> None:
@@ -190,49 +204,34 @@ def load(path: str | Path, model: Any, params: Any) -> State:
 
 
 def _batch(state: State) -> int:
+    if not isinstance(state, BlockState | ContextState | InterruptedState):
+        raise UserError(f"the state is a {type(state).__name__}; expected one of model.init_state or context.learn")
     return jax.tree.leaves(state.blocks if isinstance(state, ContextState | InterruptedState) else state)[0].shape[1]
 
 
 def _entered(model: Any, state: State) -> ContextState:
     """The state with a place for Delta, without the mark of an interruption."""
-    if isinstance(state, InterruptedState):
-        return state.state
-    return state if isinstance(state, ContextState) else _around(model, state, _batch(state))
+    batch = _batch(state)
+    if isinstance(state, BlockState):
+        return _around(model, state, batch)
+    inside, plan = state.state if isinstance(state, InterruptedState) else state, plan_of(model, trained=False)
+    expected = jax.eval_shape(lambda: begin(model, plan, inside.blocks, batch))
+    same_kinds((inside.gathered, inside.optimizer), (expected.gathered, expected.optimizer))
+    return inside
 
 
 def _checked(model: Any, params: Any, state: State, batch: int) -> ContextState | InterruptedState:
     """The state, if it is one of this model and of so many sequences."""
-    if not isinstance(state, BlockState | ContextState | InterruptedState):
-        raise UserError(f"the state is a {type(state).__name__}; expected one of model.init_state or context.learn")
+    _batch(state)
     if isinstance(state, BlockState):
         expected = jax.eval_shape(lambda: model.init_state(params, batch, slots_of(state)))
-        _same_kinds(state, expected)
+        same_kinds(state, expected)
         return _around(model, state, batch)
     inside = state.state if isinstance(state, InterruptedState) else state
     expected = jax.eval_shape(lambda: start(model, params, batch, slots_of(inside.blocks)))
     unfinished = jax.ShapeDtypeStruct((batch, inside.tokens.shape[1]), jnp.int32)
-    _same_kinds(inside, expected._replace(tokens=unfinished))
+    same_kinds(inside, expected._replace(tokens=unfinished))
     return state
-
-
-def _same_kinds(state: Any, expected: Any) -> None:
-    found, wanted = ({name: kind(leaf) for name, leaf in leaves(tree)} for tree in (state, expected))
-    for name in sorted(found.keys() | wanted.keys()):
-        there, here = found.get(name, "absent"), wanted.get(name, "absent")
-        if there != here:
-            raise UserError(f"the state is of another model, batch size or dtype: {name} is {there}; expected {here}")
-
-
-def _require_finite(finite: Bool[Array, ""]) -> None:
-    if not isinstance(finite, Tracer) and not finite:
-        raise UserError(
-            "this made losses or weights that are not finite, so nothing was learned: the parameters or the state are "
-            "damaged, or the rate of a level is too high"
-        )
-
-
-def _is_finite(*trees: Any) -> Bool[Array, ""]:
-    return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(trees)))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -242,39 +241,41 @@ def _learn(
     """Losses of ``tokens``, whether all is finite, and the state after them."""
     plan = plan_of(model, trained=False)
     if isinstance(state, InterruptedState):
-        carry = write(plan, rates_of(model, params, plan), _ended(model, params, plan, state), _next(state, plan.chunk))
-        state = _state(model, carry, state.state.tokens[:, :0], _next(state, plan.chunk))
+        state = _resumed(model, params, plan, state.state)
     every, carry = jnp.concatenate([state.tokens, tokens], axis=1), _carry(state)
     whole, nats = (every.shape[1] - 1) // plan.chunk * plan.chunk, []
     if whole:
         known, labels = every[:, :whole], every[:, 1 : whole + 1]
         carry, first = read_chunks(model, params, plan, carry, known, labels, state.position)
         nats.append(first)
-    after, rest = _state(model, carry, every[:, whole:], state.position + whole), every[:, whole:]
+    after, rest = _state(model, carry, every[:, whole:], (state.position + whole) % plan.distinct[-1]), every[:, whole:]
     logits, blocks = model.apply({"params": params}, rest, after.blocks)
     nats.append(cross_entropy(logits[:, :-1], rest[:, 1:]))
     losses = jnp.concatenate(nats, axis=1)[:, max(0, state.tokens.shape[1] - 1) :]
-    return losses, _is_finite(losses, carry.fast, carry.gathered), after._replace(blocks=blocks)
+    return losses, is_finite(losses, logits, carry.fast, carry.gathered), after._replace(blocks=blocks)
 
 
-def _next(state: ContextState | InterruptedState, period: int) -> Int[Array, ""]:
-    position = state.state.position if isinstance(state, InterruptedState) else state.position
-    return (position // period + 1) * period
+def _resumed(model: Any, params: Any, plan: Plan, state: ContextState) -> ContextState:
+    """Ready to learn what comes after an interruption: the chunk before it ends there, if there was any."""
+    if state.tokens.shape[1] <= 1:  # no label was learned yet
+        return _state(model, _carry(state)._replace(mixer=state.blocks.mixer), state.tokens[:, :0], state.position)
+    at = state.position + plan.chunk
+    carry = write(plan, rates_of(model, params, plan), _ended(model, params, plan, state), at)
+    return _state(model, carry, state.tokens[:, :0], at % plan.distinct[-1])
 
 
-def _ended(model: Any, params: Any, plan: Plan, state: ContextState | InterruptedState) -> Carry:
+def _ended(model: Any, params: Any, plan: Plan, state: ContextState) -> Carry:
     """The unfinished chunk gathered as far as it goes; the mixers as they are now."""
-    inside = state.state if isinstance(state, InterruptedState) else state
-    carry = _carry(inside)
-    if inside.tokens.shape[1] > 1:
-        carry, _ = gather(model, params, plan, carry, inside.tokens[:, :-1], inside.tokens[:, 1:])
-    return carry._replace(mixer=inside.blocks.mixer)
+    carry = _carry(state)
+    if state.tokens.shape[1] > 1:
+        carry, _ = gather(model, params, plan, carry, state.tokens[:, :-1], state.tokens[:, 1:])
+    return carry._replace(mixer=state.blocks.mixer)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _finish(model: Any, params: Any, state: ContextState | InterruptedState) -> tuple[ContextState, Bool[Array, ""]]:
     plan, inside = plan_of(model, trained=False), state.state if isinstance(state, InterruptedState) else state
-    at = _next(state, plan.distinct[-1])  # a multiple of every period: all are due
-    carry = write(plan, rates_of(model, params, plan), _ended(model, params, plan, state), at)
-    after = _state(model, carry, inside.tokens[:, :0], at)
-    return after, _is_finite(carry.fast)
+    carry, more = _ended(model, params, plan, inside), inside.tokens.shape[1] > 1
+    carry = write_rest(plan, rates_of(model, params, plan), carry, inside.position, more)
+    after = _state(model, carry, inside.tokens[:, :0], jnp.zeros((), jnp.int32))
+    return after, is_finite(carry.fast)

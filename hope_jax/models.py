@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hope_jax.errors import UserError, closest
-from hope_jax.levels import Level
+from hope_jax.levels import Level, check_multiples
 from hope_jax.memory import RULES
 from hope_jax.nn.attention import AttentionConfig
 from hope_jax.nn.cms import CMSConfig, Wiring
@@ -64,7 +64,7 @@ def _hope_mixer(size: Size) -> float:
 
 
 _TINY_LEVELS = (Level(2_048), Level(8_192))
-_LEVELS = (Level(500_000), Level(1_000_000), Level(16_000_000))
+_LEVELS = (Level(2**19), Level(2**20), Level(2**24))
 
 SIZES: dict[str, Size] = {
     "tiny": Size(192, 2, 6, 256, 2048, _TINY_LEVELS),
@@ -139,6 +139,7 @@ def with_in_context(
         raise UserError("levels in context need periods, and a model with such levels: hope or hope_attention")
     slower = [level for level in part.levels if level.period > max(periods)]
     levels = (*map(Level, periods), *slower)
+    check_multiples([level.period for level in levels])  # of all: after training every level can be written
     hidden = max(1, round(part.hidden * len(part.levels) / len(levels)))
     cms = CMSConfig(levels, hidden, wiring, len(periods), Writes() if writes is None else writes)
     return replace(config, feed_forward=cms)

@@ -26,7 +26,7 @@ from hope_jax.levels import check_multiples, scan_periods
 from hope_jax.nn.fast import FastState, LevelsConfig, Writes
 from hope_jax.nn.language_model import BlockState
 from hope_jax.optim import muon_step
-from hope_jax.types import Array, Float, Int, Tokens
+from hope_jax.types import Array, Bool, Float, Int, Tokens
 
 Nats = Float[Array, "B predicted"]
 
@@ -37,7 +37,7 @@ def _inner(name: str) -> optax.GradientTransformation:
     return {
         "sgd": optax.identity(),
         "momentum": optax.trace(0.9),
-        "adam": optax.scale_by_adam(0.9, 0.99),
+        "adam": optax.scale_by_adam(0.9, 0.99, eps_root=1e-16),
         "muon": optax.chain(optax.trace(0.9), muon),
     }[name]
 
@@ -173,26 +173,44 @@ def cross_entropy(logits: Float[Array, "B T vocab"], labels: Tokens) -> Nats:
 
 def write(plan: Plan, rates: tuple[Array, ...], carry: Carry, at: Int[Array, ""] | int) -> Carry:
     """The writes that are due after token ``at``, a multiple of the chunk, and the nested set-backs."""
+    due = [_ends(periods, at) for periods in plan.periods]
     levels = []
     for i, mine in enumerate(zip(carry.fast, carry.gathered, carry.optimizer, strict=True)):
-        mine = _if_due(plan.periods[i], at, functools.partial(_written, plan, i, rates[i], at), mine)
+        mine = _where(due[i], functools.partial(_written, plan, i, rates[i], at), mine)
         if plan.nested and i + 1 < len(plan.periods):
-            mine = _if_due(plan.periods[i + 1], at, functools.partial(_fresh, plan), mine)
+            mine = _where(due[i + 1], functools.partial(_fresh, plan), mine)
         levels.append(mine)
-    fast, gathered, optimizer = zip(*levels, strict=True)
-    return Carry(carry.mixer, fast, gathered, optimizer)
+    return Carry(carry.mixer, *zip(*levels, strict=True))
+
+
+def write_rest(plan: Plan, rates: tuple[Array, ...], carry: Carry, at: Int[Array, ""], more: bool) -> Carry:
+    """Writes of what is gathered, though no period ends: of levels inside a period at ``at``, of all if there is more.
+
+    Nothing is set back: no slower period has ended.
+    """
+    levels = []
+    for i, mine in enumerate(zip(carry.fast, carry.gathered, carry.optimizer, strict=True)):
+        ends = _ends(plan.periods[i], at)
+        waiting = (jnp.asarray(plan.periods[i][: ends.size]) > 0).reshape(ends.shape) & (more | ~ends)
+        levels.append(_where(waiting, functools.partial(_written, plan, i, rates[i], at), mine))
+    return Carry(carry.mixer, *zip(*levels, strict=True))
 
 
 Mine = tuple[Any, Any, Any]
 
 
-def _if_due(periods: tuple[int, ...], at: Any, change: Any, mine: Mine) -> Mine:
-    """``change(mine)`` in the layers whose period ends at token ``at``, ``mine`` in the others; leaves [L, ...]."""
-    if len(set(periods)) == 1:
-        return lax.cond(jnp.asarray(at) % periods[0] == 0, change, lambda same: same, mine)
-    each = np.array(periods)
-    due = jnp.asarray(each > 0) & (jnp.asarray(at) % jnp.asarray(np.maximum(each, 1)) == 0)
-    pick = lambda new, old: jnp.where(due.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
+def _ends(periods: tuple[int, ...], at: Any) -> Bool[Array, ""] | Bool[Array, " L"]:
+    """Whether a period ends at token ``at``: of all layers alike, or of each."""
+    each = np.array(periods[:1] if len(set(periods)) == 1 else periods)
+    ends = jnp.asarray(each > 0) & (jnp.asarray(at) % jnp.asarray(np.maximum(each, 1)) == 0)
+    return ends[0] if len(each) == 1 else ends
+
+
+def _where(layers: Any, change: Any, mine: Mine) -> Mine:
+    """``change(mine)`` in those layers, ``mine`` in the others; leaves [L, ...]."""
+    if layers.ndim == 0:
+        return lax.cond(layers, change, lambda same: same, mine)
+    pick = lambda new, old: jnp.where(layers.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
     return jax.tree.map(pick, change(mine), mine)
 
 
@@ -207,11 +225,12 @@ def _written(plan: Plan, level: int, rate: Float[Array, " L"], at: Any, mine: Mi
     period = np.maximum(np.array(plan.periods[level]), plan.chunk)
     per_layer = lambda scale, tree: jax.tree.map(lambda x: scale[:, None, None, None].astype(x.dtype) * x, tree)  # noqa: E731
     mean = per_layer(jnp.asarray(plan.chunk / period), gathered)
-    directions, optimizer = jax.vmap(jax.vmap(_inner(plan.writes.optimizer).update))(mean, optimizer)
     count = plan.bptt(level)
     if count is not None and count > 0:
         cut = (jnp.asarray(at) // jnp.asarray(period)) % count == 0
-        fast = jax.tree.map(lambda x: jnp.where(cut[:, None, None, None], lax.stop_gradient(x), x), fast)
+        constant = lambda x: jnp.where(cut.reshape(-1, *[1] * (x.ndim - 1)), lax.stop_gradient(x), x)  # noqa: E731
+        fast, optimizer = jax.tree.map(constant, (fast, optimizer))
+    directions, optimizer = jax.vmap(jax.vmap(_inner(plan.writes.optimizer).update))(mean, optimizer)
     moved = jax.tree.map(jnp.subtract, fast, per_layer(rate, directions))
     zero = jax.tree.map(jnp.zeros_like, gathered)
     if count == 0:

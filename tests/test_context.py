@@ -102,7 +102,7 @@ def test_what_was_read_between_is_context_and_ends_the_chunk(x64):
     _, ended = context.learn(model, params, read, tokens[:, 10:11])
     slow = lambda s: jax.tree.leaves(s.blocks.feed_forward.fast[1])[0]  # noqa: E731
     assert np.any(slow(ended) != slow(state))
-    assert int(ended.position) == 8 and ended.tokens.shape[1] == 1 and int(after.position) == 12
+    assert int(ended.position) == 0 and ended.tokens.shape[1] == 1 and int(after.position) == 4
 
 
 def test_finish_counts_every_token_once(x64):
@@ -113,7 +113,7 @@ def test_finish_counts_every_token_once(x64):
     # Of the second chunk the label of the last token is missing; all else is written as after the ninth token.
     small, large = (jax.tree.leaves(s.blocks.feed_forward.fast[1])[0] for s in (done, longer))
     assert 0.2 < float(jnp.linalg.norm(small) / jnp.linalg.norm(large)) < 2
-    assert done.tokens.shape[1] == 0 and int(done.position) == 8
+    assert done.tokens.shape[1] == 0 and int(done.position) == 0
     again, _ = context.surprise(model, params, done, tokens[:, 8:12])
     assert again.shape == (2, 3)
 
@@ -122,6 +122,7 @@ def test_merged_parameters_read_as_the_written_ones_did(x64):
     for rank in (None, 3):
         model, params, tokens = made(rank=rank)
         _, state = stream(model, params, tokens[:1, :20], (20,))
+        state = context.finish(model, params, state)
         logits, _ = model.apply({"params": params}, tokens[:1, 20:28], state)
         before = jax.tree.map(np.array, params)
         merged, emptied = context.merge(model, params, state)
@@ -131,6 +132,30 @@ def test_merged_parameters_read_as_the_written_ones_did(x64):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(emptied.blocks.feed_forward.fast))
 
 
+def test_of_several_streams_the_mean_is_merged(x64):
+    model, params, tokens = made()
+    _, state = stream(model, params, tokens[:, :20], (20,))
+    merged, _ = context.merge(model, params, state)
+    done = context.finish(model, params, state).blocks.feed_forward.fast[0]["up"]
+    moved = (
+        merged["blocks"]["feed_forward"]["level_0"]["up"]["kernel"]
+        - params["blocks"]["feed_forward"]["level_0"]["up"]["kernel"]
+    )
+    np.testing.assert_allclose(moved, done.mean(axis=1), rtol=1e-9, atol=1e-12)
+    again = context.finish(model, params, context.finish(model, params, state))
+    close(again.blocks.feed_forward, context.finish(model, params, state).blocks.feed_forward, rtol=0)
+
+
+def test_reading_before_learning_is_no_chunk(x64):
+    model, params, tokens = made(optimizer="adam", rate=0.1)
+    ends = []
+    for state in (model.init_state(params, 2), context.start(model, params, 2)):
+        _, read = model.apply({"params": params}, tokens[:, :3], state)
+        ends.append(context.learn(model, params, read, tokens[:, 3:12])[1])
+    close(ends[0].blocks.feed_forward, ends[1].blocks.feed_forward, rtol=1e-9)
+    assert int(ends[0].position) == int(ends[1].position) == 0  # 8 tokens, the slowest period
+
+
 def test_reset_forgets_one_level_or_all(x64):
     model, params, tokens = made()
     _, state = stream(model, params, tokens[:, :20], (20,))
@@ -138,11 +163,25 @@ def test_reset_forgets_one_level_or_all(x64):
     written = lambda s: [bool(np.any(jax.tree.leaves(f)[0])) for f in s.blocks.feed_forward.fast]  # noqa: E731
     assert (written(state), written(one), written(every)) == ([True, True], [False, True], [False, False])
     close(every.blocks.mixer, state.blocks.mixer, rtol=0)
+    assert written(context.finish(model, params, every)) == [False, False], "nothing is gathered any more"
     with pytest.raises(UserError, match="level is 2; the model's levels are 0 to 1"):
         context.reset(model, state, level=2)
 
 
 # ---------------------------------------------------------------- files and mistakes
+
+
+def test_fresh_and_finished_states_can_be_saved_and_nothing_beside_them_is_touched(tmp_path):
+    model, params, tokens = made(dtype=jnp.float32)
+    (tmp_path / "memory.old").mkdir()
+    fresh = context.start(model, params, 2)
+    _, state = stream(model, params, tokens[:, :14], (14,))
+    for one in (fresh, context.finish(model, params, state)):
+        context.save(tmp_path / "memory", model, one)
+        jax.tree.map(np.testing.assert_array_equal, context.load(tmp_path / "memory", model, params), one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory", "memory.old"]
+    (tmp_path / "memory").rename(tmp_path / ".memory.older-context")  # as a save leaves it that stopped in between
+    context.load(tmp_path / "memory", model, params)
 
 
 @pytest.mark.parametrize("read_on", [False, True], ids=["learned", "read on"])
@@ -192,6 +231,8 @@ def test_mistakes_are_plain_and_leave_the_state_as_it_was():
         context.learn(model, params, state, tokens[:, :0])
     with pytest.raises(UserError, match="ids run from 0 to 11"):
         context.learn(model, params, state, tokens.at[0, 0].set(VOCAB).at[0, 1].set(0))
+    with pytest.raises(UserError, match="90 tokens do not fit: the attention cache has room for 50 more"):
+        context.learn(model, params, state, jnp.tile(tokens[:, :30], 3))
     with pytest.raises(UserError, match="not finite, so nothing was learned"):
         context.learn(model, params | {"embedding": params["embedding"] * jnp.nan}, state, tokens)
     jax.tree.map(np.testing.assert_array_equal, state, before)

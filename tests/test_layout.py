@@ -32,7 +32,7 @@ RANKS = [
     {"nn"},
     {"models", "writes", "pretrained", "pretrained_config", "stacking"},
     {"train"},
-    {"context"},
+    {"context", "context_checks"},
     {"generate"},
     {"evals"},
     {"hope_jax"},

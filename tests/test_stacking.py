@@ -59,6 +59,7 @@ def test_merged_layers_read_as_the_written_ones_did(x64):
     stacked, params = stack_levels(config, params, (4, 8))
     model = LanguageModel(stacked)
     _, state = context.learn(model, params, context.start(model, params, 1), tokens[:1, :16])
+    state = context.finish(model, params, state)
     logits, _ = model.apply({"params": params}, tokens[:1, 16:], state)
     merged, emptied = context.merge(model, params, state)
     again, _ = model.apply({"params": merged}, tokens[:1, 16:], emptied)

@@ -65,12 +65,12 @@ class LinearConfig:
 read = jax.jit(reading_loss, static_argnums=0)
 
 
-def by_hand(p, tokens, eta, nested):
+def by_hand(p, tokens, eta, nested, ended=False):
     """Losses and Delta of one sequence, one chunk of 3 tokens after another."""
     deltas, gathered, losses = [np.zeros((5, 5)) for _ in range(2)], [np.zeros((5, 5)) for _ in range(2)], []
-    for start in range(0, len(tokens) - 3, 3):
+    for start in range(0, len(tokens) - (1 if ended else 3), 3):
         slopes = [np.zeros((5, 5)), np.zeros((5, 5))]
-        for x, y in zip(tokens[start : start + 3], tokens[start + 1 : start + 4], strict=True):
+        for x, y in zip(tokens[start : start + 3], tokens[start + 1 : start + 4], strict=False):
             first, second = p["W"][0] + deltas[0], p["W"][1] + deltas[1]
             h = p["E"][x] @ first
             z = np.exp(h @ second - np.max(h @ second))
@@ -80,10 +80,10 @@ def by_hand(p, tokens, eta, nested):
             slopes[0] += np.outer(p["E"][x], error @ second.T) / 3
         for i, period in enumerate((3, 6)):
             gathered[i] = gathered[i] + slopes[i]
-            if (start + 3) % period == 0:
+            if (start + 3) % period == 0 or (ended and start + 3 >= len(tokens)):
                 deltas[i] = deltas[i] - eta[i] * gathered[i] * 3 / period
                 gathered[i] = np.zeros((5, 5))
-        if nested and (start + 3) % 6 == 0:
+        if nested and (start + 3) % 6 == 0 and not ended:
             deltas[0] = np.zeros((5, 5))
     return np.array(losses), deltas
 
@@ -102,6 +102,13 @@ def test_two_levels_of_a_linear_model_are_the_equations_chunk_by_chunk(nested, x
         np.testing.assert_allclose(found[row], losses, rtol=1e-10)
         for i in range(2):
             np.testing.assert_allclose(state.blocks.feed_forward.fast[i]["w"][0, row], deltas[i], rtol=1e-9, atol=1e-12)
+    # What is left inside a period is stored by finish: each token for eta / period, as in a full one.
+    _, tail = context.surprise(model, params, context.start(model, params, 2), jnp.asarray(tokens[:, :6]))
+    done = context.finish(model, params, tail)
+    for row in range(2):
+        _, (fast, slow) = by_hand(p, tokens[row, :6], rates, nested, ended=True)
+        np.testing.assert_allclose(done.blocks.feed_forward.fast[0]["w"][0, row], fast, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(done.blocks.feed_forward.fast[1]["w"][0, row], slow, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(read(model, params, tokens[:, :15], tokens[:, 1:]), found, rtol=1e-12)
 
 
@@ -243,8 +250,9 @@ def test_levels_in_context_take_the_place_of_faster_ones_and_leave_the_size_alon
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--cms.in-context", "64", "100"], "periods (64, 100) do not nest; make 100 a multiple of 64"),
-        (["--cms.in-context", "60"], "--cms.in-context must divide --length, got 60 for 512"),
+        (["--cms.in-context", "64", "100"], "do not nest; make 100 a multiple of 64"),
+        (["--cms.in-context", "60"], "do not nest; make 2048 a multiple of 60"),
+        (["--cms.in-context", "64", "--length", "500"], "--cms.in-context must divide --length, got 64 for 500"),
         (["--cms.in-context", "64", "512"], "--cms.in-context 512 is never written in sequences of --length 512"),
         (["--cms.rank", "3"], "give their periods: --cms.in-context"),
         (["--cms.in-context", "64", "--segment", "64"], "leave out it or --cms.in-context"),

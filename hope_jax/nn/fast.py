@@ -37,9 +37,10 @@ class Writes:
       rate: eta that a level's learned rate starts from, and that of levels without one. Finite; 0 writes nothing.
       optimizer: the inner optimizer of the mean gradient of a finished chunk: "sgd" is Eq. 71; "momentum" (0.9), "adam"
         (0.9, 0.99) and "muon" (momentum 0.9, orthogonalised) carry their moments from chunk to chunk.
-      bptt: for each level written in context, fastest first, the number of its last writes that training
-        differentiates: None all of them, 0 none (first order: the rate is then not learned), n the last 1 to n. ():
-        None for all.
+      bptt: for each level written in context, fastest first, how training differentiates its writes: None through all,
+        0 through none (first order: the rate is then not learned), n: every n-th write starts from a constant, so that
+        the last 1 to n add up with gradients. (The gradients that are written still depend on the weights they were
+        taken at.) (): None for all.
       rank: of Delta; None: any. A low rank keeps ``rank x columns`` numbers per matrix and sequence in the place of
         ``rows x columns``: ``Delta = basis F``, the basis [rows, rank] a parameter, F fast.
     """

@@ -8,12 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
 from hope_jax.train.digests import describe, digest_file, digest_files, kind, leaves, read_sealed, write_sealed
 
 ABOUT = "about.json"
+
+
+def _older(path: Path) -> Path:
+    """Where what is replaced waits until its successor has its name."""
+    return path.with_name(f".{path.name}.older-context")
+
+
+def _filled(tree: Any) -> dict[str, Any]:
+    """The leaves by number, without the empty ones, which orbax does not write."""
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree)) if leaf.size}
 
 
 def save_arrays(path: Path, tree: Any, about: dict[str, Any]) -> None:
@@ -25,16 +37,17 @@ def save_arrays(path: Path, tree: Any, about: dict[str, Any]) -> None:
     path = path.absolute()
     if path.exists() and not (path / ABOUT).is_file():
         raise UserError(f"{path} is there and is no saved context; choose another place")
-    part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
+    part, old = path.with_name(f".{path.name}.unfinished-context"), _older(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stray in (part, old):
-            shutil.rmtree(stray, ignore_errors=True)
-        ocp.save(str(part), tree)
+        shutil.rmtree(part, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        ocp.save(str(part), _filled(tree))
         body = {"about": about, "arrays": describe(tree), "files": digest_files(part, ABOUT)}
         write_sealed(part / ABOUT, body)
         if path.exists():
-            path.rename(old)
+            path.rename(old)  # found by load_arrays, should the next line not be reached
         part.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -48,6 +61,7 @@ def load_arrays(path: Path, like: Callable[[dict[str, Any]], Any]) -> Any:
       UserError: nothing is saved there, it is damaged, or its arrays are not those of ``like``.
     """
     path = path.absolute()
+    path = path if path.exists() or not _older(path).exists() else _older(path)
     try:
         body = read_sealed(path / ABOUT)
     except OSError as error:
@@ -64,7 +78,11 @@ def load_arrays(path: Path, like: Callable[[dict[str, Any]], Any]) -> Any:
         if expected.get(name) != found.get(name):
             there, here = found.get(name, "absent"), expected.get(name, "absent")
             raise UserError(f"the context in {path} is of another model: {name} is {there} there and {here} here")
-    tree = ocp.load(str(path), shapes)
+    loaded = ocp.load(str(path), _filled(shapes))
+    flat, structure = jax.tree.flatten(shapes)
+    tree = structure.unflatten(
+        loaded[str(i)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for i, leaf in enumerate(flat)
+    )
     for name, entry in describe(tree).items():
         if entry != body["arrays"][name]:
             raise UserError(f"the context in {path} is damaged: {name} differs from its digest")

@@ -25,6 +25,13 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_programs_of_other_files():
+    """Compiled programs go when their file is done: each holds memory maps, and a process may have 65,530 of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 inside the test: what is exact on paper must be exact to about 1e-12 here."""

@@ -24,7 +24,8 @@ class InContextConfig:
     inner: Inner = Writes.optimizer
     """Optimizer of the writes."""
     bptt: tuple[int | None, ...] = ()
-    """For each of these levels, how many of its last writes training differentiates: None all, 0 none."""
+    """For each of these levels, how training differentiates its writes: None through all, 0 through none, n: every n-th
+    write starts from a constant."""
     rank: int | None = None
     """Rank of what is written; None: any."""
 

@@ -32,7 +32,7 @@ from experiments import parse
 from experiments.checks import at_least_one, known
 from experiments.images import ImageSet, Split, digits, from_tfds, mnist
 from experiments.recall import progress_interval
-from experiments.results import Row, append, open_results
+from experiments.results import Row, append, deviation, open_results
 from experiments.vit import ViT, matrices
 from hope_jax import optim
 from hope_jax import train as training
@@ -260,8 +260,8 @@ def table(config: VitOptimizersConfig, rows: Sequence[Row]) -> list[str]:
 
 
 def _spread(values: Sequence[float], percent: bool) -> str:
-    mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{mean:.2%} +- {deviation:.2%}" if percent else f"{mean:.4f} +- {deviation:.4f}"
+    mean, spread = statistics.mean(values), deviation(values)
+    return f"{mean:.2%} +- {spread:.2%}" if percent else f"{mean:.4f} +- {spread:.4f}"
 
 
 def draw(config: VitOptimizersConfig, images: ImageSet, rows: Sequence[Row]) -> Path:
@@ -273,9 +273,9 @@ def draw(config: VitOptimizersConfig, images: ImageSet, rows: Sequence[Row]) -> 
         losses = np.array([row["curve"]["train_loss"] for row in runs])
         errors = 1 - np.array([row["curve"]["test_accuracy"] for row in runs])
         for ax, values in zip(axes, (losses, errors), strict=True):
-            mean, deviation = values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
+            mean, spread = values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
             ax.plot(steps, mean, color=f"C{i}", label=name, linewidth=1.2)
-            ax.fill_between(steps, np.maximum(mean - deviation, 1e-6), mean + deviation, color=f"C{i}", alpha=0.15)
+            ax.fill_between(steps, np.maximum(mean - spread, 1e-6), mean + spread, color=f"C{i}", alpha=0.15)
     axes[0].set(xlabel="steps", ylabel="training loss", yscale="log", title=images.name)
     axes[1].set(xlabel="steps", ylabel="test error", yscale="log", title=f"{len(config.seeds)} seeds")
     axes[1].legend(fontsize="small")

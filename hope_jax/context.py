@@ -23,7 +23,8 @@ from hope_jax.errors import UserError
 from hope_jax.nn.attention import slots_of
 from hope_jax.nn.fast import ContextState, FastState, InterruptedState, as_matrix
 from hope_jax.nn.language_model import BlockState, check_tokens
-from hope_jax.train.array_file import load_arrays, save_arrays
+from hope_jax.train.array_file import another_model, load_arrays, save_arrays
+from hope_jax.train.digests import first_difference
 from hope_jax.train.run_folder import flatten
 from hope_jax.types import Array, Bool, Int, Scalar, Tokens
 from hope_jax.writes import (
@@ -126,26 +127,20 @@ def reset(model: Any, state: State, level: int | None = None) -> ContextState | 
     Raises:
       UserError: there is no such level.
     """
-    given, state = state, _entered(model, state)
-    count = len(state.gathered)
+    inside = _entered(model, state)
+    count = len(inside.gathered)
     if level is not None and not 0 <= level < count:
         raise UserError(f"level is {level}; the model's levels are 0 to {count - 1}, fastest first")
-    plan = plan_of(model, trained=False)
-    fresh = begin(model, plan, state.blocks, _batch(state))
-    pick = lambda new, old: tuple(n if level in (None, i) else o for i, (n, o) in enumerate(zip(new, old, strict=True)))  # noqa: E731
-    mine = _carry(state)
-    carry = Carry(
-        mine.mixer,
-        pick(fresh.fast, mine.fast),
-        pick(fresh.gathered, mine.gathered),
-        pick(fresh.optimizer, mine.optimizer),
-    )
-    blocks = BlockState(state.blocks.mixer, FastState(carry.fast))
+    fresh = begin(model, plan_of(model, trained=False), inside.blocks, _batch(state))
     if level is None:
-        now = _state(model, carry._replace(mixer=state.blocks.mixer), state.tokens[:, :0], jnp.zeros((), jnp.int32))
-        return now
-    after = _state(model, carry, state.tokens, state.position)._replace(blocks=blocks)
-    return InterruptedState(after) if isinstance(given, InterruptedState) else after
+        return _state(model, fresh, inside.tokens[:, :0], jnp.zeros((), jnp.int32))
+    swapped = lambda new, old: (*old[:level], new[level], *old[level + 1 :])  # noqa: E731
+    after = inside._replace(
+        blocks=BlockState(inside.blocks.mixer, FastState(swapped(fresh.fast, _carry(inside).fast))),
+        gathered=swapped(fresh.gathered, inside.gathered),
+        optimizer=swapped(fresh.optimizer, inside.optimizer),
+    )
+    return InterruptedState(after) if isinstance(state, InterruptedState) else after
 
 
 def merge(model: Any, params: Any, state: State) -> tuple[Any, ContextState]:
@@ -187,10 +182,8 @@ def load(path: str | Path, model: Any, params: Any) -> State:
 
     def like(about: dict[str, Any]) -> Any:
         now = flatten(model.config, "")
-        for name in sorted(now.keys() | about["config"].keys()):
-            there, here = (config.get(name, "absent") for config in (about["config"], now))
-            if there != here:
-                raise UserError(f"the context in {path} is of another model: {name} is {there} there and {here} here")
+        if different := first_difference(about["config"], now):
+            raise another_model(path, different)
         was_interrupted.append(about["interrupted"])
         shapes = jax.eval_shape(lambda: start(model, params, about["batch"], about["slots"]))
         tokens = jax.ShapeDtypeStruct((about["batch"], about["unfinished"]), jnp.int32)
@@ -209,12 +202,17 @@ def _batch(state: State) -> int:
     return jax.tree.leaves(state.blocks if isinstance(state, ContextState | InterruptedState) else state)[0].shape[1]
 
 
+def _inside(state: ContextState | InterruptedState) -> ContextState:
+    """The state without the mark of an interruption."""
+    return state.state if isinstance(state, InterruptedState) else state
+
+
 def _entered(model: Any, state: State) -> ContextState:
     """The state with a place for Delta, without the mark of an interruption."""
     batch = _batch(state)
     if isinstance(state, BlockState):
         return _around(model, state, batch)
-    inside, plan = state.state if isinstance(state, InterruptedState) else state, plan_of(model, trained=False)
+    inside, plan = _inside(state), plan_of(model, trained=False)
     expected = jax.eval_shape(lambda: begin(model, plan, inside.blocks, batch))
     same_kinds((inside.gathered, inside.optimizer), (expected.gathered, expected.optimizer))
     return inside
@@ -227,7 +225,7 @@ def _checked(model: Any, params: Any, state: State, batch: int) -> ContextState 
         expected = jax.eval_shape(lambda: model.init_state(params, batch, slots_of(state)))
         same_kinds(state, expected)
         return _around(model, state, batch)
-    inside = state.state if isinstance(state, InterruptedState) else state
+    inside = _inside(state)
     expected = jax.eval_shape(lambda: start(model, params, batch, slots_of(inside.blocks)))
     unfinished = jax.ShapeDtypeStruct((batch, inside.tokens.shape[1]), jnp.int32)
     same_kinds(inside, expected._replace(tokens=unfinished))
@@ -274,7 +272,7 @@ def _ended(model: Any, params: Any, plan: Plan, state: ContextState) -> Carry:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _finish(model: Any, params: Any, state: ContextState | InterruptedState) -> tuple[ContextState, Bool[Array, ""]]:
-    plan, inside = plan_of(model, trained=False), state.state if isinstance(state, InterruptedState) else state
+    plan, inside = plan_of(model, trained=False), _inside(state)
     carry, more = _ended(model, params, plan, inside), inside.tokens.shape[1] > 1
     carry = write_rest(plan, rates_of(model, params, plan), carry, inside.position, more)
     after = _state(model, carry, inside.tokens[:, :0], jnp.zeros((), jnp.int32))

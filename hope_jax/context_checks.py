@@ -9,17 +9,15 @@ from jax.core import Tracer
 from hope_jax.errors import UserError
 from hope_jax.nn.attention import room_left
 from hope_jax.nn.fast import ContextState, InterruptedState
-from hope_jax.train.digests import kind, leaves
+from hope_jax.train.digests import first_difference, kinds
 from hope_jax.types import Array, Bool
 
 
 def same_kinds(state: Any, expected: Any) -> None:
     """Raise UserError unless all arrays have the expected dtypes and shapes."""
-    found, wanted = ({name: kind(leaf) for name, leaf in leaves(tree)} for tree in (state, expected))
-    for name in sorted(found.keys() | wanted.keys()):
-        there, here = found.get(name, "absent"), wanted.get(name, "absent")
-        if there != here:
-            raise UserError(f"the state is of another model, batch size or dtype: {name} is {there}; expected {here}")
+    if different := first_difference(kinds(state), kinds(expected)):
+        name, there, here = different
+        raise UserError(f"the state is of another model, batch size or dtype: {name} is {there}; expected {here}")
 
 
 def require_finite(finite: Bool[Array, ""]) -> None:

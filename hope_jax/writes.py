@@ -174,12 +174,10 @@ def cross_entropy(logits: Float[Array, "B T vocab"], labels: Tokens) -> Nats:
 def write(plan: Plan, rates: tuple[Array, ...], carry: Carry, at: Int[Array, ""] | int) -> Carry:
     """The writes that are due after token ``at``, a multiple of the chunk, and the nested set-backs."""
     due = [_ends(periods, at) for periods in plan.periods]
-    levels = []
-    for i, mine in enumerate(zip(carry.fast, carry.gathered, carry.optimizer, strict=True)):
-        mine = _where(due[i], functools.partial(_written, plan, i, rates[i], at), mine)
-        if plan.nested and i + 1 < len(plan.periods):
-            mine = _where(due[i + 1], functools.partial(_fresh, plan), mine)
-        levels.append(mine)
+    levels = _write_where(plan, rates, carry, at, due)
+    if plan.nested:
+        slower = zip(due[1:], levels, strict=False)
+        levels = [*(_where(ends, functools.partial(_fresh, plan), mine) for ends, mine in slower), levels[-1]]
     return Carry(carry.mixer, *zip(*levels, strict=True))
 
 
@@ -188,22 +186,35 @@ def write_rest(plan: Plan, rates: tuple[Array, ...], carry: Carry, at: Int[Array
 
     Nothing is set back: no slower period has ended.
     """
-    levels = []
-    for i, mine in enumerate(zip(carry.fast, carry.gathered, carry.optimizer, strict=True)):
-        ends = _ends(plan.periods[i], at)
-        waiting = (jnp.asarray(plan.periods[i][: ends.size]) > 0).reshape(ends.shape) & (more | ~ends)
-        levels.append(_where(waiting, functools.partial(_written, plan, i, rates[i], at), mine))
-    return Carry(carry.mixer, *zip(*levels, strict=True))
+    waiting = [_has(periods) & (more | ~_ends(periods, at)) for periods in plan.periods]
+    return Carry(carry.mixer, *zip(*_write_where(plan, rates, carry, at, waiting), strict=True))
 
 
 Mine = tuple[Any, Any, Any]
 
 
+def _write_where(plan: Plan, rates: tuple[Array, ...], carry: Carry, at: Any, layers: list[Any]) -> list[Mine]:
+    """Delta, gathered gradients and optimizer of every level, written in those of its layers."""
+    levels = zip(layers, rates, carry.fast, carry.gathered, carry.optimizer, strict=True)
+    return [
+        _where(where, functools.partial(_written, plan, i, rate, at), tuple(mine))
+        for i, (where, rate, *mine) in enumerate(levels)
+    ]
+
+
+def _each(periods: tuple[int, ...]) -> np.ndarray:
+    """Periods of the layers, or the one that all of them have."""
+    return np.array(periods[0] if len(set(periods)) == 1 else periods)
+
+
+def _has(periods: tuple[int, ...]) -> Bool[Array, ""] | Bool[Array, " L"]:
+    """Whether there is a period at all."""
+    return jnp.asarray(_each(periods) > 0)
+
+
 def _ends(periods: tuple[int, ...], at: Any) -> Bool[Array, ""] | Bool[Array, " L"]:
     """Whether a period ends at token ``at``: of all layers alike, or of each."""
-    each = np.array(periods[:1] if len(set(periods)) == 1 else periods)
-    ends = jnp.asarray(each > 0) & (jnp.asarray(at) % jnp.asarray(np.maximum(each, 1)) == 0)
-    return ends[0] if len(each) == 1 else ends
+    return _has(periods) & (jnp.asarray(at) % jnp.asarray(np.maximum(_each(periods), 1)) == 0)
 
 
 def _where(layers: Any, change: Any, mine: Mine) -> Mine:

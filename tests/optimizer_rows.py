@@ -27,7 +27,6 @@ class Row:
       rate: a learning rate that reaches the minimum of a small quadratic in ``steps`` updates, to ``tolerance``.
       valley: learning rate and updates that bring a Rosenbrock function from 24 below 0.1.
       extra: arguments of ``update`` beyond optax's own that it reads.
-      plans: ``init`` can be given shapes in the place of arrays (optax's own need ``jax.eval_shape``).
       wide_state: bfloat16 parameters have float32 state.
       complex: it is defined for complex parameters (optax.MultiSteps, hence a level with n > 1, is not).
     """
@@ -39,7 +38,6 @@ class Row:
     tolerance: float = 1e-3
     valley: tuple[Any, int] = (1e-3, 2000)
     extra: Mapping[str, Any] = field(default_factory=dict)
-    plans: bool = True
     wide_state: bool = True
     complex: bool = True
 

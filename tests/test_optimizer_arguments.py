@@ -216,8 +216,13 @@ def test_parameters_that_cannot_be_optimized_are_named(alias):
 
 
 def test_whole_numbers_and_rates_may_be_numpys(untyped):
-    MomentumScale(np.int64(3), np.float32(0.9))
-    optim.delta_momentum(np.float32(0.1), jnp.float32(0.9))
+    params = {"w": jnp.asarray(draw(3, 4), jnp.float32)}
+    for given, plain in (
+        (optim.m3(0.1, (MomentumScale(np.int64(1), np.float32(0.75)),)), optim.m3(0.1, (MomentumScale(1, 0.75),))),
+        (optim.delta_momentum(np.float32(0.125), jnp.float32(0.75)), optim.delta_momentum(0.125, 0.75)),
+    ):
+        found, expected = (once(tx, params, params=params)["w"] for tx in (given, plain))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_a_linear_memory_is_the_linear_one_whichever_way_it_is_asked_for():

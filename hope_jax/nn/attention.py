@@ -47,20 +47,22 @@ class AttentionState(NamedTuple):
     tails: tuple[Float[Array, "B tail D"], ...]
 
 
+def _full_caches(state: Any) -> list[FullCache]:
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, FullCache))
+    return [node for node in nodes if isinstance(node, FullCache)]
+
+
 def room_left(state: Any) -> int | None:
     """Tokens that every full cache inside ``state`` (any pytree, layers stacked or not) can still take; None: no limit.
 
     Reads the positions, so it waits for the device: call it between programs, not inside one.
     """
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, FullCache))
-    caches = [node for node in nodes if isinstance(node, FullCache)]
-    return min((c.keys.shape[-2] - int(jnp.max(c.position)) for c in caches), default=None)
+    return min((c.keys.shape[-2] - int(jnp.max(c.position)) for c in _full_caches(state)), default=None)
 
 
 def slots_of(state: Any) -> int | None:
     """Tokens that the full caches inside ``state`` hold at most; None: there are none."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, FullCache))
-    return next((node.keys.shape[-2] for node in nodes if isinstance(node, FullCache)), None)
+    return min((cache.keys.shape[-2] for cache in _full_caches(state)), default=None)
 
 
 def _softmax_block(

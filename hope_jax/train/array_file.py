@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
-from hope_jax.train.digests import describe, digest_file, digest_files, kind, leaves, read_sealed, write_sealed
+from hope_jax.train.digests import (
+    describe,
+    digest_file,
+    digest_files,
+    first_difference,
+    kinds,
+    read_sealed,
+    write_sealed,
+)
 
 ABOUT = "about.json"
 
@@ -54,6 +62,12 @@ def save_arrays(path: Path, tree: Any, about: dict[str, Any]) -> None:
         raise UserError(f"{path} could not be written ({error}); what was saved there before is untouched") from error
 
 
+def another_model(path: Path, different: tuple[str, Any, Any]) -> UserError:
+    """What is said of a context whose ``first_difference`` from what is expected is this."""
+    name, there, here = different
+    return UserError(f"the context in {path} is of another model: {name} is {there} there and {here} here")
+
+
 def load_arrays(path: Path, like: Callable[[dict[str, Any]], Any]) -> Any:
     """The tree of a folder, bit for bit as it was saved; ``like(about)`` gives shapes of the same structure.
 
@@ -72,12 +86,9 @@ def load_arrays(path: Path, like: Callable[[dict[str, Any]], Any]) -> Any:
         if not (path / name).is_file() or digest_file(path / name) != digest:
             raise UserError(f"the context in {path} is damaged: {name} is missing or differs from its digest")
     shapes = like(body["about"])
-    expected = {name: kind(leaf) for name, leaf in leaves(shapes)}
     found = {name: entry.rsplit(" ", 1)[0] for name, entry in body["arrays"].items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            there, here = found.get(name, "absent"), expected.get(name, "absent")
-            raise UserError(f"the context in {path} is of another model: {name} is {there} there and {here} here")
+    if different := first_difference(found, kinds(shapes)):
+        raise another_model(path, different)
     loaded = ocp.load(str(path), _filled(shapes))
     flat, structure = jax.tree.flatten(shapes)
     tree = structure.unflatten(

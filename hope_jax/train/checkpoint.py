@@ -16,7 +16,15 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
-from hope_jax.train.digests import describe, digest_file, digest_files, kind, leaves, read_sealed, write_sealed
+from hope_jax.train.digests import (
+    describe,
+    digest_file,
+    digest_files,
+    first_difference,
+    kinds,
+    read_sealed,
+    write_sealed,
+)
 from hope_jax.train.state import TrainState, count_bytes
 
 FOLDER = "checkpoints"
@@ -173,11 +181,10 @@ def _check_files(manifest: Manifest, folder: Path, run: Path) -> None:
 
 
 def _check_structure(manifest: Manifest, like: TrainState, run: Path) -> None:
-    expected = {path: kind(leaf) for path, leaf in leaves(like)}
     found = {path: entry.rsplit(" ", 1)[0] for path, entry in manifest.arrays.items()}
-    for path in sorted(expected.keys() | found.keys()):
-        if expected.get(path) != found.get(path):
-            raise UserError(
-                f"The checkpoint of step {manifest.step} in {run} belongs to another model or optimizer: {path} is "
-                f"{found.get(path, 'absent')} there and {expected.get(path, 'absent')} here; choose another run folder."
-            )
+    if different := first_difference(found, kinds(like)):
+        path, there, here = different
+        raise UserError(
+            f"The checkpoint of step {manifest.step} in {run} belongs to another model or optimizer: {path} is "
+            f"{there} there and {here} here; choose another run folder."
+        )

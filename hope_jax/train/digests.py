@@ -25,6 +25,20 @@ def kind(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
+def kinds(tree: Any) -> dict[str, str]:
+    """Path -> dtype and shape of each array."""
+    return {path: kind(leaf) for path, leaf in leaves(tree)}
+
+
+def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first name, in order, with two values, and the values ("absent" where there is none); None: all agree."""
+    for name in sorted(there.keys() | here.keys()):
+        pair = there.get(name, "absent"), here.get(name, "absent")
+        if pair[0] != pair[1]:
+            return name, *pair
+    return None
+
+
 def describe(state: Any) -> dict[str, str]:
     """Path -> dtype, shape and digest of each array; one array at a time on the host."""
     return {path: f"{kind(leaf)} {digest(np.asarray(leaf).tobytes())}" for path, leaf in leaves(state)}

@@ -14,11 +14,16 @@ from typing import Annotated, Any, TypeVar, get_origin
 
 EXPERIMENTS = {
     "pretrain": "experiments.pretrain:main",
+    "learn": "experiments.learn:main",
+    "ask": "experiments.ask:main",
+    "watch": "experiments.watch:main",
+    "knowledge": "experiments.knowledge:main",
     "recall": "experiments.recall:main",
     "compare": "experiments.compare:main",
     "benchmark": "experiments.benchmark:main",
     "optimizers_toy": "experiments.optimizers_toy:main",
     "vit_optimizers": "experiments.vit_optimizers:main",
+    "context_benchmark": "experiments.context_benchmark:main",
     "optimizer_benchmark": "experiments.optimizer_benchmark:main",
 }
 """Name -> ``module:function``; the function takes the arguments after the name and returns the exit status."""

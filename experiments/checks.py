@@ -10,7 +10,18 @@ def at_least_one(config: Any, *names: str) -> None:
     """Raise UserError for the first of the fields that is below 1."""
     for name in names:
         if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
+            raise UserError(f"{flag(name)} must be at least 1, got {getattr(config, name)}.")
+
+
+def flag(name: str) -> str:
+    """A field's name as the command line spells it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def must_divide(small: str, value: int, large: str, total: int) -> None:
+    """Raise UserError unless field ``small`` is at least 1 and divides field ``large``."""
+    if value < 1 or total % value:
+        raise UserError(f"{flag(small)} must divide {flag(large)}, got {value} for {total}.")
 
 
 def known(what: str, name: str, names: Iterable[str]) -> None:

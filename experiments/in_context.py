@@ -1,5 +1,6 @@
 """The flags of levels that learn in context, for experiments that train a model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,16 @@ class InContextConfig:
             return model
         writes = Writes(self.rate, self.inner, self.bptt, self.rank)
         return with_in_context(model, self.in_context, self.wiring, writes)
+
+    @classmethod
+    def of(cls, identity: Mapping[str, Any]) -> "InContextConfig":
+        """The flags that a run was trained with, from what it is known by (see ``identity``)."""
+        part = "model.feed_forward."
+        if f"{part}in_context" not in identity:
+            return cls()
+        periods = tuple(identity[f"{part}levels.{i}.period"] for i in range(identity[f"{part}in_context"]))
+        rate, inner, bptt, rank = (identity[f"{part}writes.{name}"] for name in ("rate", "optimizer", "bptt", "rank"))
+        return cls(periods, identity[f"{part}wiring"], rate, inner, tuple(bptt), rank)
 
     def check(self, length: int, segment: int | None) -> None:
         """Raise UserError where these levels and the sequences do not fit."""

@@ -28,7 +28,9 @@ import numpy as np
 import optax
 
 from experiments import parse
+from experiments.checks import flag, must_divide
 from experiments.in_context import InContextConfig
+from experiments.runs import keep_tokenizer
 from hope_jax import LanguageModel, generate, model_named
 from hope_jax import train as training
 from hope_jax.data import DataConfig, make_tokenizer, open_text
@@ -82,10 +84,10 @@ class PretrainConfig:
         least = dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every"), 1)
         for name, bound in (least | {"keep": 2, "seed": 0, "sample_tokens": 0}).items():
             if getattr(self, name) < bound:
-                raise UserError(f"--{_flag(name)} must be at least {bound}, got {getattr(self, name)}.")
-        _must_divide("accumulate", self.accumulate, "batch", self.batch)
+                raise UserError(f"{flag(name)} must be at least {bound}, got {getattr(self, name)}.")
+        must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.segment is not None:
-            _must_divide("segment", self.segment, "length", self.length)
+            must_divide("segment", self.segment, "length", self.length)
         self.cms.check(self.length, self.segment)
 
 
@@ -97,15 +99,6 @@ class Outcome(NamedTuple):
     before: float | None
     after: float | None
     files: list[Path]
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _must_divide(small: str, value: int, large: str, total: int) -> None:
-    if value < 1 or total % value:
-        raise UserError(f"--{_flag(small)} must divide --{large}, got {value} for {total}.")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -157,6 +150,7 @@ def pretrain(config: PretrainConfig, stop: Any) -> Outcome:
         training.check_room(folder, like, config.keep)
         batches = job.data.train_batches(batch=config.batch, seed=config.seed)
         state = _resume(job, like, batches)
+        keep_tokenizer(folder, config.data)
         print(_header(job, like))
         state, heldout = _train(job, state, batches, stop)
         return _finish(job, state, heldout)

@@ -11,36 +11,24 @@ number of unfinished and new tokens is a program of its own: feed pieces of one 
 Where a stream ends inside a chunk, ``finish`` makes every level store what it has gathered.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hope_jax.context_checks import check_room, is_finite, require_finite, same_kinds
+from hope_jax import streams
+from hope_jax.context_checks import check_room, require_finite, same_kinds
 from hope_jax.errors import UserError
 from hope_jax.nn.attention import slots_of
 from hope_jax.nn.fast import ContextState, FastState, InterruptedState, as_matrix
 from hope_jax.nn.language_model import BlockState, check_tokens
+from hope_jax.streams import carry_of, inside_of, state_of
 from hope_jax.train.array_file import another_model, load_arrays, save_arrays
 from hope_jax.train.digests import first_difference
 from hope_jax.train.run_folder import flatten
-from hope_jax.types import Array, Bool, Int, Scalar, Tokens
-from hope_jax.writes import (
-    Carry,
-    Nats,
-    Plan,
-    begin,
-    cross_entropy,
-    gather,
-    plan_of,
-    rates_of,
-    read_chunks,
-    reading_state,
-    write,
-    write_rest,
-)
+from hope_jax.types import Array, Float, Scalar
+from hope_jax.writes import Nats, begin, plan_of
 
 State = BlockState | ContextState | InterruptedState
 
@@ -56,22 +44,7 @@ def start(model: Any, params: Any, batch: int, capacity: int | None = None) -> C
       UserError: the model has no levels, or their periods are not multiples of one another.
     """
     plan_of(model, trained=False)
-    return _around(model, model.init_state(params, batch, capacity), batch)
-
-
-def _around(model: Any, blocks: BlockState, batch: int) -> ContextState:
-    """The state of streams that learned nothing yet and go on from ``blocks``."""
-    carry = begin(model, plan_of(model, trained=False), blocks, batch)
-    return _state(model, carry, jnp.zeros((batch, 0), jnp.int32), jnp.zeros((), jnp.int32))
-
-
-def _state(model: Any, carry: Carry, tokens: Tokens, position: Int[Array, ""]) -> ContextState:
-    blocks = reading_state(model, carry)
-    return ContextState(blocks, carry.mixer, tokens, position, carry.gathered, carry.optimizer)
-
-
-def _carry(state: ContextState) -> Carry:
-    return Carry(state.anchor, state.blocks.feed_forward.fast, state.gathered, state.optimizer)
+    return streams.around(model, model.init_state(params, batch, capacity), batch)
 
 
 def learn(model: Any, params: Any, state: State, tokens: Any) -> tuple[Scalar, ContextState]:
@@ -97,15 +70,26 @@ def learn(model: Any, params: Any, state: State, tokens: Any) -> tuple[Scalar, C
 def surprise(model: Any, params: Any, state: State, tokens: Any) -> tuple[Nats, ContextState]:
     """``learn``, with the loss of every token in nats, [B, T]; [B, T-1] where nothing that was learned is before them.
 
-    The first token of a stream, and the first after an interruption or ``finish``, is not predicted.
+    The first token of a stream, and the first after an interruption, ``finish`` or ``clear``, is not predicted.
     """
+    nats, _, after = _learned(model, params, state, tokens)
+    return nats, after
+
+
+def expect(model: Any, params: Any, state: State, tokens: Any) -> tuple[Float[Array, "B vocab"], ContextState]:
+    """``learn``, with the logits of the token to come in the place of the loss."""
+    _, logits, after = _learned(model, params, state, tokens)
+    return logits, after
+
+
+def _learned(model: Any, params: Any, state: State, tokens: Any) -> tuple[Nats, Float[Array, "B vocab"], ContextState]:
     tokens = jnp.asarray(tokens)
     check_tokens(tokens, model.config.vocab_size)
     state = _checked(model, params, state, tokens.shape[0])
     check_room(state, tokens)
-    nats, finite, after = _learn(model, params, state, tokens.astype(jnp.int32))
+    nats, logits, finite, after = streams.learn(model, params, state, tokens.astype(jnp.int32))
     require_finite(finite)
-    return nats, after
+    return nats, logits, after
 
 
 def finish(model: Any, params: Any, state: State) -> ContextState:
@@ -114,7 +98,18 @@ def finish(model: Any, params: Any, state: State) -> ContextState:
     A token counts as much as in a full period; nested levels are not set back, and a level with nothing new is not
     written. What follows is read with all that, and starts periods of its own.
     """
-    after, finite = _finish(model, params, _checked(model, params, state, _batch(state)))
+    after, finite = streams.finish(model, params, _checked(model, params, state, _batch(state)))
+    require_finite(finite)
+    return after
+
+
+def clear(model: Any, params: Any, state: State, capacity: int | None = None) -> ContextState:
+    """Forget the context and keep what is stored: fresh mixers, levels as they are.
+
+    For the next document of a stream, or to see what of the last one is in the levels. The unfinished chunk ends here,
+    as at an interruption: its tokens count in the periods that go on. ``capacity`` is as in ``model.init_state``.
+    """
+    after, finite = streams.clear(model, params, _checked(model, params, state, _batch(state)), capacity)
     require_finite(finite)
     return after
 
@@ -133,10 +128,10 @@ def reset(model: Any, state: State, level: int | None = None) -> ContextState | 
         raise UserError(f"level is {level}; the model's levels are 0 to {count - 1}, fastest first")
     fresh = begin(model, plan_of(model, trained=False), inside.blocks, _batch(state))
     if level is None:
-        return _state(model, fresh, inside.tokens[:, :0], jnp.zeros((), jnp.int32))
+        return state_of(model, fresh, inside.tokens[:, :0], jnp.zeros((), jnp.int32))
     swapped = lambda new, old: (*old[:level], new[level], *old[level + 1 :])  # noqa: E731
     after = inside._replace(
-        blocks=BlockState(inside.blocks.mixer, FastState(swapped(fresh.fast, _carry(inside).fast))),
+        blocks=BlockState(inside.blocks.mixer, FastState(swapped(fresh.fast, carry_of(inside).fast))),
         gathered=swapped(fresh.gathered, inside.gathered),
         optimizer=swapped(fresh.optimizer, inside.optimizer),
     )
@@ -202,17 +197,12 @@ def _batch(state: State) -> int:
     return jax.tree.leaves(state.blocks if isinstance(state, ContextState | InterruptedState) else state)[0].shape[1]
 
 
-def _inside(state: ContextState | InterruptedState) -> ContextState:
-    """The state without the mark of an interruption."""
-    return state.state if isinstance(state, InterruptedState) else state
-
-
 def _entered(model: Any, state: State) -> ContextState:
     """The state with a place for Delta, without the mark of an interruption."""
     batch = _batch(state)
     if isinstance(state, BlockState):
-        return _around(model, state, batch)
-    inside, plan = _inside(state), plan_of(model, trained=False)
+        return streams.around(model, state, batch)
+    inside, plan = inside_of(state), plan_of(model, trained=False)
     expected = jax.eval_shape(lambda: begin(model, plan, inside.blocks, batch))
     same_kinds((inside.gathered, inside.optimizer), (expected.gathered, expected.optimizer))
     return inside
@@ -224,56 +214,9 @@ def _checked(model: Any, params: Any, state: State, batch: int) -> ContextState 
     if isinstance(state, BlockState):
         expected = jax.eval_shape(lambda: model.init_state(params, batch, slots_of(state)))
         same_kinds(state, expected)
-        return _around(model, state, batch)
-    inside = _inside(state)
+        return streams.around(model, state, batch)
+    inside = inside_of(state)
     expected = jax.eval_shape(lambda: start(model, params, batch, slots_of(inside.blocks)))
     unfinished = jax.ShapeDtypeStruct((batch, inside.tokens.shape[1]), jnp.int32)
     same_kinds(inside, expected._replace(tokens=unfinished))
     return state
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _learn(
-    model: Any, params: Any, state: ContextState | InterruptedState, tokens: Tokens
-) -> tuple[Nats, Bool[Array, ""], ContextState]:
-    """Losses of ``tokens``, whether all is finite, and the state after them."""
-    plan = plan_of(model, trained=False)
-    if isinstance(state, InterruptedState):
-        state = _resumed(model, params, plan, state.state)
-    every, carry = jnp.concatenate([state.tokens, tokens], axis=1), _carry(state)
-    whole, nats = (every.shape[1] - 1) // plan.chunk * plan.chunk, []
-    if whole:
-        known, labels = every[:, :whole], every[:, 1 : whole + 1]
-        carry, first = read_chunks(model, params, plan, carry, known, labels, state.position)
-        nats.append(first)
-    after, rest = _state(model, carry, every[:, whole:], (state.position + whole) % plan.distinct[-1]), every[:, whole:]
-    logits, blocks = model.apply({"params": params}, rest, after.blocks)
-    nats.append(cross_entropy(logits[:, :-1], rest[:, 1:]))
-    losses = jnp.concatenate(nats, axis=1)[:, max(0, state.tokens.shape[1] - 1) :]
-    return losses, is_finite(losses, logits, carry.fast, carry.gathered), after._replace(blocks=blocks)
-
-
-def _resumed(model: Any, params: Any, plan: Plan, state: ContextState) -> ContextState:
-    """Ready to learn what comes after an interruption: the chunk before it ends there, if there was any."""
-    if state.tokens.shape[1] <= 1:  # no label was learned yet
-        return _state(model, _carry(state)._replace(mixer=state.blocks.mixer), state.tokens[:, :0], state.position)
-    at = state.position + plan.chunk
-    carry = write(plan, rates_of(model, params, plan), _ended(model, params, plan, state), at)
-    return _state(model, carry, state.tokens[:, :0], at % plan.distinct[-1])
-
-
-def _ended(model: Any, params: Any, plan: Plan, state: ContextState) -> Carry:
-    """The unfinished chunk gathered as far as it goes; the mixers as they are now."""
-    carry = _carry(state)
-    if state.tokens.shape[1] > 1:
-        carry, _ = gather(model, params, plan, carry, state.tokens[:, :-1], state.tokens[:, 1:])
-    return carry._replace(mixer=state.blocks.mixer)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _finish(model: Any, params: Any, state: ContextState | InterruptedState) -> tuple[ContextState, Bool[Array, ""]]:
-    plan, inside = plan_of(model, trained=False), _inside(state)
-    carry, more = _ended(model, params, plan, inside), inside.tokens.shape[1] > 1
-    carry = write_rest(plan, rates_of(model, params, plan), carry, inside.position, more)
-    after = _state(model, carry, inside.tokens[:, :0], jnp.zeros((), jnp.int32))
-    return after, is_finite(carry.fast)

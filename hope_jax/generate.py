@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hope_jax import context
 from hope_jax.errors import UserError
 from hope_jax.nn.attention import room_left
 from hope_jax.nn.language_model import check_tokens
 from hope_jax.types import Array, Bool, Float, Int, PRNGKeyArray, Scalar, Tokens
+from hope_jax.writes import plan_of
 
 READS = (512, 64, 8, 1)  # lengths of the pieces a prompt is read in
 PIECE = 32  # most tokens written between two looks at them
@@ -50,6 +52,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     key: PRNGKeyArray,
+    learn: bool = False,
     on_token: Callable[[np.ndarray], Any] | None = None,
 ) -> tuple[Int[Array, "B steps"], Any]:
     """Continue ``prompt`` by ``steps`` tokens.
@@ -62,6 +65,8 @@ def sample(
       top_k: draw among the ``top_k`` likeliest tokens only, 1 to vocabulary size.
       top_p: draw among the likeliest tokens that together hold this probability (of those ``top_k`` leaves), in (0, 1].
       key: random key. Equal keys give equal text; a longer call starts like a shorter one.
+      learn: store what is read in the levels of the model, prompt and written tokens alike, as ``context.learn`` does:
+        later tokens are chosen with the weights that the earlier ones wrote. Without it nothing is written.
       on_token: called with the tokens ``[B]`` of each step, in order, a few steps at a time as they are written.
 
     Returns:
@@ -71,9 +76,9 @@ def sample(
       UserError: a prompt no model can read, a setting out of range, more tokens than the attention caches have room
         for, or a model whose logits are not finite.
     """
-    settings = {"steps": steps, "temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key}
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key, "learn": learn}
     written, end = [], state
-    for piece, end in stream(model, params, state, prompt, **settings):  # noqa: B007, the last state is returned
+    for piece, end in stream(model, params, state, prompt, steps=steps, **settings):  # noqa: B007, the last state is returned
         written.append(piece)
         if on_token is not None:
             for tokens in piece.T:
@@ -92,6 +97,7 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     key: PRNGKeyArray,
+    learn: bool = False,
 ) -> Iterator[tuple[Int[np.ndarray, "B n"], Any]]:
     """As ``sample``, but yields pairs (the next few tokens, the state that belongs to them): stop after any of them.
 
@@ -101,7 +107,8 @@ def stream(
     check_tokens(prompt, vocab)
     how = _choice(vocab, temperature, top_k, top_p)
     _check_room(state, prompt.shape[1], steps)
-    return _pieces(model, params, state, prompt.astype(jnp.int32), steps, how, key)
+    pieces = _learning_pieces if learn else _pieces
+    return pieces(model, params, state, prompt.astype(jnp.int32), steps, how, key)
 
 
 def _choice(vocab: int, temperature: float, top_k: int | None, top_p: float | None) -> Choice:
@@ -136,13 +143,36 @@ def _pieces(
         while prompt.shape[1] - at >= size:
             logits, state = _read(model, params, prompt[:, at : at + size], state)
             at += size
-    last, finite = _first(logits, key, how)
+    last, finite = _next(logits, key, 0, how)
     yield _checked(last[:, None], finite, 0), state
     for start in range(1, steps, PIECE):
         count = min(PIECE, steps - start)
         tokens, finite, state = _write(model, params, state, last, key, start, count, how)
         last = tokens[:, count - 1]
         yield _checked(tokens[:, :count], finite, start), state
+
+
+def _learning_pieces(
+    model: Any, params: Any, state: Any, prompt: Tokens, steps: int, how: Choice, key: PRNGKeyArray
+) -> Iterator[tuple[Int[np.ndarray, "B n"], Any]]:
+    """As ``_pieces``, and levels are written whenever a chunk is over: inside it the weights stand still."""
+    logits, state = context.expect(model, params, state, prompt)
+    last, finite = _next(logits, key, 0, how)
+    yield _checked(last[:, None], finite, 0), state
+    start, chunk = 1, plan_of(model, trained=False).chunk
+    while start < steps:
+        count = min(PIECE, steps - start, chunk - state.tokens.shape[1])
+        if count:
+            tokens, finite, blocks = _write(model, params, state.blocks, last, key, start, count, how)
+            tokens = tokens[:, :count]
+            state = state.within_chunk(jnp.concatenate([last[:, None], tokens[:, :-1]], axis=1), blocks)
+        else:  # the last token completes the chunk before it, and is itself read with what that chunk taught
+            logits, state = context.expect(model, params, state, last[:, None])
+            chosen, finite = _next(logits, key, start, how)
+            tokens, count = chosen[:, None], 1
+        last = tokens[:, -1]
+        yield _checked(tokens, finite, start), state
+        start += count
 
 
 def _checked(tokens: Array, finite: Bool[Array, ""], start: int) -> Int[np.ndarray, "B n"]:
@@ -163,8 +193,11 @@ def _read(model: Any, params: Any, tokens: Tokens, state: Any) -> tuple[Float[Ar
 
 
 @jax.jit
-def _first(logits: Float[Array, "B vocab"], key: PRNGKeyArray, how: Choice) -> tuple[Int[Array, " B"], Array]:
-    return _choose(logits, jax.random.fold_in(key, 0), how), jnp.isfinite(logits).all()
+def _next(
+    logits: Float[Array, "B vocab"], key: PRNGKeyArray, index: Any, how: Choice
+) -> tuple[Int[Array, " B"], Bool[Array, ""]]:
+    """Written token number ``index``, and whether the logits are finite."""
+    return _choose(logits, jax.random.fold_in(key, index), how), jnp.isfinite(logits).all()
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -1,5 +1,6 @@
 """A small model whose levels are written in context, and streams for it."""
 
+import functools
 from typing import Any
 
 import jax
@@ -34,9 +35,21 @@ def made(*args: Any, seed: int = 0, **kwargs: Any):
     model = LanguageModel(config(*args, **kwargs))
     draw = np.random.default_rng(seed)
     tokens = jnp.asarray(draw.integers(0, VOCAB, (2, 37)))
-    params = model.init(jax.random.key(seed), tokens[:, :1])["params"]
+    params = started(model, jax.random.key(seed), tokens[:, :1])
     params = jax.tree.map(lambda p: p + 0.05 * draw.normal(size=p.shape).astype(p.dtype), params)
     return model, params, tokens
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def started(model, key, tokens):
+    """Parameters: one program, where a call that is not compiled needs one for every operation in it."""
+    return model.init(key, tokens)["params"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(model, params, tokens, state):
+    """Logits and state after ``tokens``, nothing written."""
+    return model.apply({"params": params}, tokens, state)
 
 
 def stream(model, params, tokens, cuts, state=None):

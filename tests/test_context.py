@@ -7,27 +7,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import HOPE, VOCAB, close, config, made, stream
+from contexts import HOPE, VOCAB, close, config, made, read, started, stream
 
 from hope_jax import context, generate
 from hope_jax.errors import UserError
 from hope_jax.models import MODELS
 from hope_jax.nn.language_model import LanguageModel
+from hope_jax.nn.swiglu import SwiGLUConfig
 from hope_jax.writes import plan_of
 
 # ---------------------------------------------------------------- Hope
 
 
-CUTS = [(21,), (1, 20), (5, 3, 1, 5, 7), (8, 13)]
+# How many tokens go with how many unfinished ones is a program of its own; tests that can do with the same share it.
+CUTS = [(21,), (5, 3, 1, 5, 7), (1, 7, 13)]
 
 
 @pytest.mark.parametrize("wiring", ["sequential", "nested", "independent"])
 def test_any_cut_of_a_stream_equals_the_whole(wiring, x64):
     model, params, tokens = made(wiring=wiring)
-    tokens = tokens[:, :21]
-    expected, end = stream(model, params, tokens, CUTS[0])
-    assert expected.shape == (2, 20)
-    for cuts in CUTS[1:] if wiring == "sequential" else CUTS[2:3]:
+    whole, *others = CUTS if wiring == "sequential" else [(18,), (6, 4, 4, 4)]
+    tokens = tokens[:, : whole[0]]
+    expected, end = stream(model, params, tokens, whole)
+    assert expected.shape == (2, whole[0] - 1)
+    for cuts in others:
         found, state = stream(model, params, tokens, cuts)
         np.testing.assert_allclose(found, expected, rtol=1e-9)
         close(state, end, rtol=1e-7, atol=1e-9)
@@ -36,20 +39,21 @@ def test_any_cut_of_a_stream_equals_the_whole(wiring, x64):
 def test_rate_0_is_the_static_model_to_the_bit():
     model, params, tokens = made(dtype=jnp.float32, rate=0.0)
     params["blocks"]["feed_forward"]["rate"] *= 0
-    read = jax.jit(lambda tokens, state: model.apply({"params": params}, tokens, state))
-    static, plain = read(tokens[:, :16], model.init_state(params, 2))
+    static, plain = read(model, params, tokens[:, :16], model.init_state(params, 2))
     _, state = context.surprise(model, params, context.start(model, params, 2), tokens[:, :33])
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward.fast))
-    again, learned = read(tokens[:, :16], context.start(model, params, 2))
+    again, learned = read(model, params, tokens[:, :16], context.start(model, params, 2))
     np.testing.assert_array_equal(again, static)
-    np.testing.assert_array_equal(read(tokens[:, 16:20], learned)[0], read(tokens[:, 16:20], plain)[0])
+    found, expected = (read(model, params, tokens[:, 16:32], state)[0] for state in (learned, plain))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_hope_learns_as_any_other_model(x64):
     model, params, tokens = made(mixer=HOPE, layers=1)
-    expected, _ = stream(model, params, tokens[:, :13], (13,))
-    found, _ = stream(model, params, tokens[:, :13], (6, 7))
+    expected, end = stream(model, params, tokens[:, :9], (5, 4))
+    found, state = stream(model, params, tokens[:, :9], (1, 4, 4))
     np.testing.assert_allclose(found, expected, rtol=1e-9)
+    close(state, end, rtol=1e-7, atol=1e-9)
 
 
 def test_a_level_moves_at_multiples_of_its_period_alone_once_the_next_token_is_there(x64):
@@ -67,15 +71,15 @@ def test_a_level_moves_at_multiples_of_its_period_alone_once_the_next_token_is_t
 
 def test_nested_levels_start_anew_when_the_slower_one_is_written(x64):
     model, params, tokens = made(wiring="nested")
-    for read, moved in ((5, True), (9, False), (13, True)):
-        _, state = stream(model, params, tokens[:, :read], (read,))
+    for cuts, moved in (((6,), True), ((6, 4), False), ((6, 4, 4), True)):
+        _, state = stream(model, params, tokens[:, : sum(cuts)], cuts)
         assert np.any(jax.tree.leaves(state.blocks.feed_forward.fast[0])[0] != 0) == moved
 
 
 def test_sequences_of_a_batch_are_on_their_own(x64):
     model, params, tokens = made()
-    found, end = stream(model, params, tokens, (20, 17))
-    alone, one = stream(model, params, tokens[1:], (20, 17))
+    found, end = stream(model, params, tokens[:, :21], CUTS[2])
+    alone, one = stream(model, params, tokens[1:, :21], CUTS[2])
     np.testing.assert_allclose(found[1:], alone, rtol=1e-9)
     second = jax.tree.map(lambda leaf: leaf[:, 1:], end.blocks.feed_forward)
     close(second, one.blocks.feed_forward, rtol=1e-8, atol=1e-11)
@@ -85,7 +89,7 @@ def test_a_model_whose_levels_are_slower_than_the_context_learns_too():
     tiny = replace(MODELS["hope_attention-tiny"], layers=1)
     model = LanguageModel(tiny)
     tokens = jax.random.randint(jax.random.key(0), (1, 20), 0, 256)
-    params = model.init(jax.random.key(1), tokens[:, :1])["params"]
+    params = started(model, jax.random.key(1), tokens[:, :1])
     loss, state = context.learn(model, params, model.init_state(params, batch=1), tokens)
     assert plan_of(model, trained=False).distinct == (2048, 8192) and 4 < loss < 12
     stored = context.finish(model, params, state)
@@ -94,47 +98,47 @@ def test_a_model_whose_levels_are_slower_than_the_context_learns_too():
 
 def test_what_was_read_between_is_context_and_ends_the_chunk(x64):
     model, params, tokens = made()
-    _, state = stream(model, params, tokens[:, :7], (7,))
-    _, read = model.apply({"params": params}, tokens[:, 7:10], state)
-    close(read.blocks.feed_forward, state.blocks.feed_forward, rtol=0)
-    _, after = context.learn(model, params, read, tokens[:, 10:16])
-    # Chunk 4..6 ends with its two labels; its gradient counts, at the weights it was read with.
-    _, ended = context.learn(model, params, read, tokens[:, 10:11])
+    _, state = stream(model, params, tokens[:, :8], (1, 7))
+    _, later = read(model, params, tokens[:, 8:11], state)
+    close(later.blocks.feed_forward, state.blocks.feed_forward, rtol=0)
+    _, after = context.learn(model, params, later, tokens[:, 11:17])
+    # Chunk 4..7 ends with its three labels; its gradient counts, at the weights it was read with.
+    _, ended = context.learn(model, params, later, tokens[:, 11:12])
     slow = lambda s: jax.tree.leaves(s.blocks.feed_forward.fast[1])[0]  # noqa: E731
     assert np.any(slow(ended) != slow(state))
     assert int(ended.position) == 0 and ended.tokens.shape[1] == 1 and int(after.position) == 4
 
 
 def test_finish_counts_every_token_once(x64):
-    model, params, tokens = made(periods=(4, 8))
-    _, state = stream(model, params, tokens[:, :8], (8,))
+    model, params, tokens = made()
+    _, state = stream(model, params, tokens[:, :8], (1, 7))
     done = context.finish(model, params, state)
-    _, longer = stream(model, params, tokens[:, :9], (9,))
+    _, longer = context.learn(model, params, state, tokens[:, 8:9])
     # Of the second chunk the label of the last token is missing; all else is written as after the ninth token.
     small, large = (jax.tree.leaves(s.blocks.feed_forward.fast[1])[0] for s in (done, longer))
     assert 0.2 < float(jnp.linalg.norm(small) / jnp.linalg.norm(large)) < 2
     assert done.tokens.shape[1] == 0 and int(done.position) == 0
-    again, _ = context.surprise(model, params, done, tokens[:, 8:12])
-    assert again.shape == (2, 3)
+    again, _ = context.surprise(model, params, done, tokens[:, 8:13])
+    assert again.shape == (2, 4)
 
 
 def test_merged_parameters_read_as_the_written_ones_did(x64):
     for rank in (None, 3):
         model, params, tokens = made(rank=rank)
-        _, state = stream(model, params, tokens[:1, :20], (20,))
+        _, state = stream(model, params, tokens[:1, :8], (1, 7))
         state = context.finish(model, params, state)
-        logits, _ = model.apply({"params": params}, tokens[:1, 20:28], state)
+        logits, _ = read(model, params, tokens[:1, 8:16], state)
         before = jax.tree.map(np.array, params)
         merged, emptied = context.merge(model, params, state)
         close(params, before, rtol=0)
-        again, _ = model.apply({"params": merged}, tokens[:1, 20:28], emptied)
+        again, _ = read(model, merged, tokens[:1, 8:16], emptied)
         np.testing.assert_allclose(again, logits, rtol=1e-9, atol=1e-10)
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(emptied.blocks.feed_forward.fast))
 
 
 def test_of_several_streams_the_mean_is_merged(x64):
     model, params, tokens = made()
-    _, state = stream(model, params, tokens[:, :20], (20,))
+    _, state = stream(model, params, tokens[:, :8], (1, 7))
     merged, _ = context.merge(model, params, state)
     done = context.finish(model, params, state).blocks.feed_forward.fast[0]["up"]
     moved = (
@@ -150,15 +154,15 @@ def test_reading_before_learning_is_no_chunk(x64):
     model, params, tokens = made(optimizer="adam", rate=0.1)
     ends = []
     for state in (model.init_state(params, 2), context.start(model, params, 2)):
-        _, read = model.apply({"params": params}, tokens[:, :3], state)
-        ends.append(context.learn(model, params, read, tokens[:, 3:12])[1])
+        _, later = read(model, params, tokens[:, :3], state)
+        ends.append(context.learn(model, params, later, tokens[:, 3:12])[1])
     close(ends[0].blocks.feed_forward, ends[1].blocks.feed_forward, rtol=1e-9)
     assert int(ends[0].position) == int(ends[1].position) == 0  # 8 tokens, the slowest period
 
 
 def test_reset_forgets_one_level_or_all(x64):
     model, params, tokens = made()
-    _, state = stream(model, params, tokens[:, :20], (20,))
+    _, state = stream(model, params, tokens[:, :21], CUTS[2])
     one, every = context.reset(model, state, level=0), context.reset(model, state)
     written = lambda s: [bool(np.any(jax.tree.leaves(f)[0])) for f in s.blocks.feed_forward.fast]  # noqa: E731
     assert (written(state), written(one), written(every)) == ([True, True], [False, True], [False, False])
@@ -175,7 +179,7 @@ def test_fresh_and_finished_states_can_be_saved_and_nothing_beside_them_is_touch
     model, params, tokens = made(dtype=jnp.float32)
     (tmp_path / "memory.old").mkdir()
     fresh = context.start(model, params, 2)
-    _, state = stream(model, params, tokens[:, :14], (14,))
+    _, state = stream(model, params, tokens[:, :11], (11,))
     for one in (fresh, context.finish(model, params, state)):
         context.save(tmp_path / "memory", model, one)
         jax.tree.map(np.testing.assert_array_equal, context.load(tmp_path / "memory", model, params), one)
@@ -187,14 +191,14 @@ def test_fresh_and_finished_states_can_be_saved_and_nothing_beside_them_is_touch
 @pytest.mark.parametrize("read_on", [False, True], ids=["learned", "read on"])
 def test_going_on_from_a_file_equals_never_having_stopped_to_the_bit(tmp_path, read_on):
     model, params, tokens = made(dtype=jnp.float32)
-    _, state = stream(model, params, tokens[:, :14], (9, 5))
+    _, state = stream(model, params, tokens[:, :11], (11,))
     if read_on:
-        _, state = model.apply({"params": params}, tokens[:, 14:17], state)
+        _, state = read(model, params, tokens[:, 11:14], state)
     context.save(tmp_path / "memory", model, state)
     loaded = context.load(tmp_path / "memory", model, params)
     assert type(loaded) is type(state)
-    expected, end = context.surprise(model, params, state, tokens[:, 17:])
-    found, after = context.surprise(model, params, loaded, tokens[:, 17:])
+    expected, end = context.surprise(model, params, state, tokens[:, 14:22])
+    found, after = context.surprise(model, params, loaded, tokens[:, 14:22])
     np.testing.assert_array_equal(found, expected)
     jax.tree.map(np.testing.assert_array_equal, after, end)
     context.save(tmp_path / "memory", model, after)  # replaces it
@@ -203,7 +207,7 @@ def test_going_on_from_a_file_equals_never_having_stopped_to_the_bit(tmp_path, r
 
 def test_a_file_that_is_not_what_was_saved_is_refused(tmp_path):
     model, params, tokens = made(dtype=jnp.float32)
-    _, state = stream(model, params, tokens[:, :14], (14,))
+    _, state = stream(model, params, tokens[:, :11], (11,))
     with pytest.raises(UserError, match="there is no saved context in"):
         context.load(tmp_path / "nothing", model, params)
     (tmp_path / "mine").mkdir()
@@ -223,7 +227,7 @@ def test_a_file_that_is_not_what_was_saved_is_refused(tmp_path):
 
 def test_mistakes_are_plain_and_leave_the_state_as_it_was():
     model, params, tokens = made(dtype=jnp.float32)
-    _, state = stream(model, params, tokens[:, :14], (14,))
+    _, state = stream(model, params, tokens[:, :11], (11,))
     before = jax.tree.map(np.array, state)
     with pytest.raises(UserError, match="of another model, batch size or dtype"):
         context.learn(model, params, state, tokens[:1])
@@ -231,13 +235,13 @@ def test_mistakes_are_plain_and_leave_the_state_as_it_was():
         context.learn(model, params, state, tokens[:, :0])
     with pytest.raises(UserError, match="ids run from 0 to 11"):
         context.learn(model, params, state, tokens.at[0, 0].set(VOCAB).at[0, 1].set(0))
-    with pytest.raises(UserError, match="90 tokens do not fit: the attention cache has room for 50 more"):
+    with pytest.raises(UserError, match="90 tokens do not fit: the attention cache has room for 53 more"):
         context.learn(model, params, state, jnp.tile(tokens[:, :30], 3))
     with pytest.raises(UserError, match="not finite, so nothing was learned"):
-        context.learn(model, params | {"embedding": params["embedding"] * jnp.nan}, state, tokens)
+        context.learn(model, params | {"embedding": params["embedding"] * jnp.nan}, state, tokens[:, :8])
     jax.tree.map(np.testing.assert_array_equal, state, before)
     other = LanguageModel(replace(model.config, width=16, mixer=replace(model.config.mixer, heads=4)))
-    there = other.init(jax.random.key(0), tokens[:, :1])["params"]
+    there = started(other, jax.random.key(0), tokens[:, :1])
     with pytest.raises(UserError, match="of another model"):
         context.learn(other, there, state, tokens)
     plain = LanguageModel(MODELS["transformer_pp-tiny"])
@@ -254,13 +258,55 @@ def test_a_state_of_another_kind_is_refused(untyped):
 
 def test_generation_reads_with_what_was_learned_and_writes_nothing():
     model, params, tokens = made(dtype=jnp.float32)
-    _, state = stream(model, params, tokens[:, :14], (14,))
-    written, after = generate.sample(model, params, state, tokens[:, 14:16], steps=4, key=jax.random.key(0))
+    _, state = stream(model, params, tokens[:, :11], (11,))
+    written, after = generate.sample(model, params, state, tokens[:, 11:13], steps=4, key=jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, after.blocks.feed_forward, state.blocks.feed_forward)
-    again, _ = generate.sample(model, params, state, tokens[:, 14:16], steps=4, key=jax.random.key(0))
+    again, _ = generate.sample(model, params, state, tokens[:, 11:13], steps=4, key=jax.random.key(0))
     np.testing.assert_array_equal(written, again)
     loss, _ = context.learn(model, params, after, written)
     assert np.isfinite(loss)
+
+
+def test_generation_that_learns_is_learning_token_by_token():
+    model, params, tokens = made(dtype=jnp.float32, rate=10.0)
+    params["embedding"] *= 3  # opinions that the writes change
+    _, state = stream(model, params, tokens[:, :5], (4, 1))
+    how: Any = {"steps": 9, "temperature": 0.0, "key": jax.random.key(0), "learn": True}
+    written, after = generate.sample(model, params, state, tokens[:, 5:8], **how)
+    logits, expected = context.expect(model, params, state, tokens[:, 5:8])
+    chosen = []
+    for _ in range(9):
+        chosen.append(jnp.argmax(logits, axis=-1))
+        end, (logits, expected) = expected, context.expect(model, params, expected, chosen[-1][:, None])
+    np.testing.assert_array_equal(written, np.stack(chosen, axis=1))
+    close(after, end, rtol=1e-4, atol=1e-6)
+    assert np.any(after.blocks.feed_forward.fast[1]["up"] != state.blocks.feed_forward.fast[1]["up"])
+    plain, _ = generate.sample(model, params, state, tokens[:, 5:8], **how | {"learn": False})
+    assert plain.shape == written.shape and np.any(plain != written), "the weights that were written are read"
+    with pytest.raises(UserError, match="has no levels"):
+        other = LanguageModel(replace(model.config, feed_forward=SwiGLUConfig(8)))
+        generate.sample(other, params, state, tokens, **how)
+
+
+def test_a_cleared_context_is_an_empty_one_with_the_levels_as_they_are(x64):
+    model, params, tokens = made()
+    _, state = stream(model, params, tokens[:, :5], (5,))  # 4 taken up, the unfinished chunk has 1 token: no label
+    after = context.clear(model, params, state, capacity=40)
+    close(after.blocks.feed_forward, state.blocks.feed_forward, rtol=0)
+    close(after.blocks.mixer, model.init_state(params, 2, 40).mixer, rtol=0)
+    fresh = context.start(model, params, 2, 40)
+    fresh = fresh._replace(blocks=fresh.blocks._replace(feed_forward=state.blocks.feed_forward))
+    logits, _ = read(model, params, tokens[:, 13:], after)
+    np.testing.assert_allclose(logits, read(model, params, tokens[:, 13:], fresh)[0], rtol=1e-12)
+    # With labels in the unfinished chunk it is an interruption: the same is written as before a text read on.
+    _, state = stream(model, params, tokens[:, :8], (1, 7))
+    _, later = read(model, params, tokens[:, 8:11], state)
+    _, interrupted = context.learn(model, params, later, tokens[:, 11:12])
+    after = context.clear(model, params, state)
+    close(after.blocks.feed_forward, interrupted.blocks.feed_forward, rtol=1e-10)
+    close((after.gathered, after.position), (interrupted.gathered, interrupted.position), rtol=1e-10)
+    nats, _ = context.surprise(model, params, after, tokens[:, 8:13])
+    assert nats.shape == (2, 4), "the first token of an empty context is not predicted"
 
 
 @pytest.mark.parametrize(

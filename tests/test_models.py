@@ -130,28 +130,36 @@ def test_the_loss_falls_over_twenty_steps(x64, name):
     assert losses[-1] < 0.8 * losses[0], losses
 
 
+def float32_parameters(name):
+    """Those of ``small``: another program to make them would take longer than to read with them."""
+    with jax.enable_x64(True):
+        return jax.tree.map(lambda p: np.asarray(p, np.float32), small(name)[1])
+
+
 @architectures
 def test_a_bfloat16_model_gives_finite_float32_logits_and_has_float32_parameters(name):
     model = LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.bfloat16))
-    tokens = jnp.arange(T)[None] % VOCAB
-    (logits, _), variables = jax.jit(model.init_with_output)(jax.random.key(0), tokens)
-    assert logits.dtype == jnp.float32 and all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
+    tokens, params = jnp.arange(T)[None] % VOCAB, float32_parameters(name)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens[:, :1])["params"]
+    assert jax.tree.map(lambda p: (p.shape, jnp.float32), params) == jax.tree.map(lambda p: (p.shape, p.dtype), shapes)
+    logits, _ = jax.jit(model.apply)({"params": params}, tokens)
+    assert logits.dtype == jnp.float32
     assert np.all(np.isfinite(logits)) and np.std(logits) > 0.1
     assert np.any(logits != logits.astype(jnp.bfloat16)), "rounded before the loss sees them"
 
 
 def test_a_float32_hope_reads_any_length_where_float64_is_enabled(x64):
     model, tokens = LanguageModel(ARCHITECTURES["hope"](SMALL)), jnp.arange(T)[None] % VOCAB
-    (logits, _), _ = jax.jit(model.init_with_output)(jax.random.key(0), tokens)
+    logits, _ = jax.jit(model.apply)({"params": float32_parameters("hope")}, tokens)
     assert logits.dtype == jnp.float32 and np.all(np.isfinite(logits))
 
 
-def test_an_unknown_id_in_a_compiled_program_gives_nan_and_not_a_number_that_looks_right():
-    model, tokens = LanguageModel(ARCHITECTURES["hope"](SMALL)), jnp.arange(4)[None]
-    params = model.init(jax.random.key(0), tokens[:, :1])
-    read = jax.jit(lambda tokens: model.apply(params, tokens)[0])
-    assert np.all(np.isfinite(read(tokens)))
-    assert np.all(np.isnan(read(tokens.at[0, 1].set(VOCAB))[0, 1:]))
+@architectures
+def test_an_unknown_id_in_a_compiled_program_gives_nan_and_not_a_number_that_looks_right(x64, name):
+    _, params, tokens = small(name)
+    logits = [pulled(name)(params, ids, np.zeros((B, T, VOCAB)))[0] for ids in (tokens, tokens.at[0, 1].set(VOCAB))]
+    assert np.all(np.isfinite(logits[0])) and np.all(np.isfinite(logits[1][1]))
+    assert np.all(np.isnan(logits[1][0, 1:]))
 
 
 # ---------------------------------------------------------------- mistakes

@@ -4,6 +4,8 @@ Further properties, of an optimizer inside optax's wrappers, are in ``test_optim
 ``by_level`` move and by which gradient is in ``test_by_level.py``.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optimizer_rows import descend, gradient, parameters, run, table
+
+
+@functools.cache
+def plain_run(make, **extra):
+    """``run`` at a learning rate of 0.01 from the table's parameters: compiled once for all tests of a row."""
+    return run(make(1e-2), parameters(), **extra)
 
 
 @table
@@ -25,15 +33,14 @@ def test_the_state_can_be_planned_without_computing_it(row):
 
 @table
 def test_an_update_leaves_the_kind_of_its_state_alone_and_never_compiles_twice(row):
-    params, tx = parameters(), row.make(1e-2)
-    _, state, update = run(tx, params, **row.extra)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.tree.map(jnp.asarray, tx.init(params)))
+    _, state, update = plain_run(row.make, **row.extra)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.tree.map(jnp.asarray, row.make(1e-2).init(parameters())))
     assert update._cache_size() == 1
 
 
 @table
 def test_arguments_that_nobody_asked_for_change_nothing(row):
-    plain, *_ = run(row.make(1e-2), parameters(), **row.extra)
+    plain, *_ = plain_run(row.make, **row.extra)
     given, *_ = run(row.make(1e-2), parameters(), **row.extra, value=jnp.float32(3.0), unheard_of=jnp.ones(2))
     chex.assert_trees_all_equal(given, plain)
 
@@ -94,7 +101,7 @@ def test_it_goes_down_the_valley_of_rosenbrock(row):
 def test_the_learning_rate_can_be_injected_and_then_changed(row):
     injected = optax.inject_hyperparams(row.make)(1e-2)
     params = parameters()
-    plain, *_ = run(row.make(1e-2), params, **row.extra)
+    plain, *_ = plain_run(row.make, **row.extra)
     moved, state, update = run(injected, params, **row.extra)
     chex.assert_trees_all_close(moved, plain, rtol=1e-6, atol=1e-6)
     state.hyperparams["rate"] *= 0.0
@@ -120,7 +127,7 @@ def test_under_multi_steps_it_sees_the_mean_of_the_gradients(row):
 @table
 def test_it_can_be_a_link_of_a_chain_and_be_masked(row):
     params, tx = parameters(), row.make(1e-2)
-    plain, *_ = run(tx, params, **row.extra)
+    plain, *_ = plain_run(row.make, **row.extra)
     chained, *_ = run(optax.chain(optax.identity(), tx), params, **row.extra)
     chex.assert_trees_all_equal(chained, plain)
     chosen = {"embedding": False, "ffn": True}
@@ -136,7 +143,7 @@ def test_eight_devices_hold_the_state_as_they_hold_the_parameters_and_reach_the_
     place = NamedSharding(mesh, PartitionSpec("data"))
     params = parameters()
     sharded = jax.device_put(params, place)
-    expected, *_ = run(row.make(1e-2), params, **row.extra)
+    expected, *_ = plain_run(row.make, **row.extra)
     found, after, _ = run(row.make(1e-2), sharded, **row.extra)
     before = row.make(1e-2).init(sharded)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-6, atol=1e-6)

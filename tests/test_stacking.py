@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import read, started
 
 from hope_jax import context
 from hope_jax.errors import UserError
@@ -23,20 +24,18 @@ def transformer(layers=3):
     """A small Transformer, its parameters, and 25 tokens of two sequences."""
     config = ModelConfig(AttentionConfig(2), SwiGLUConfig(12), 8, layers, vocab_size=11, context=64)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 25)))
-    return config, LanguageModel(config).init(jax.random.key(0), tokens[:, :1])["params"], tokens
+    return config, started(LanguageModel(config), jax.random.key(0), tokens[:, :1]), tokens
 
 
 def test_rate_0_is_the_transformer_to_the_bit():
     config, params, tokens = transformer()
     stacked, theirs = stack_levels(config, params, (4, 8), Writes(rate=0.0))
     model, before = LanguageModel(stacked), LanguageModel(config)
-    _, state = context.learn(model, theirs, context.start(model, theirs, 2), tokens[:, :16])
-    _, plain = before.apply({"params": params}, tokens[:, :16], before.init_state(params, 2))
+    _, state = context.learn(model, theirs, context.start(model, theirs, 2), tokens)
+    expected, plain = read(before, params, tokens, before.init_state(params, 2))
     for found, expected in zip(jax.tree.leaves(state.blocks.mixer), jax.tree.leaves(plain.mixer), strict=True):
         assert found.shape == expected.shape
-    fresh, static = context.start(model, theirs, 2), before.init_state(params, 2)
-    logits, _ = model.apply({"params": theirs}, tokens, fresh)
-    expected, _ = before.apply({"params": params}, tokens, static)
+    logits, _ = read(model, theirs, tokens, context.start(model, theirs, 2))
     np.testing.assert_array_equal(logits, expected)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward.fast))
 
@@ -47,22 +46,25 @@ def test_early_layers_are_written_often_later_ones_seldom_the_last_never():
     part: Any = stacked.feed_forward
     assert part.periods(3) == ((4, 8, 0),)
     model, written = LanguageModel(stacked), {}
-    for read in (4, 5, 9):
-        _, state = context.learn(model, params, context.start(model, params, 2), tokens[:, :read])
+    state = context.start(model, params, 1)
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        _, state = context.learn(model, params, state, tokens[:1, start:stop])
         sizes = [np.abs(leaf).max(axis=(1, 2, 3)) for leaf in state.blocks.feed_forward.fast[0].values()]
-        written[read] = tuple(bool(size) for size in np.max(sizes, axis=0))
+        written[stop] = tuple(bool(size) for size in np.max(sizes, axis=0))
     assert written == {4: (False,) * 3, 5: (True, False, False), 9: (True, True, False)}
 
 
-def test_merged_layers_read_as_the_written_ones_did(x64):
+def test_merged_layers_read_as_the_written_ones_did():
     config, params, tokens = transformer()
     stacked, params = stack_levels(config, params, (4, 8))
     model = LanguageModel(stacked)
-    _, state = context.learn(model, params, context.start(model, params, 1), tokens[:1, :16])
+    state = context.start(model, params, 1)
+    for start, stop in ((0, 4), (4, 5), (5, 9), (9, 13), (13, 16)):
+        _, state = context.learn(model, params, state, tokens[:1, start:stop])
     state = context.finish(model, params, state)
-    logits, _ = model.apply({"params": params}, tokens[:1, 16:], state)
+    logits, _ = read(model, params, tokens[:1, 16:], state)
     merged, emptied = context.merge(model, params, state)
-    again, _ = model.apply({"params": merged}, tokens[:1, 16:], emptied)
+    again, _ = read(model, merged, tokens[:1, 16:], emptied)
     np.testing.assert_allclose(again, logits, rtol=1e-4, atol=1e-5)
 
 
@@ -70,7 +72,7 @@ def test_continual_training_goes_through_the_writes():
     config, params, tokens = transformer()
     stacked, params = stack_levels(config, params, (4, 8), Writes(bptt=(1,)))
     loss = next_token_loss(LanguageModel(stacked), np.ones(11))
-    slope = jax.grad(lambda p: loss(p, tokens)[0])(params)["blocks"]["feed_forward"]
+    slope = jax.jit(jax.grad(lambda p: loss(p, tokens)[0]))(params)["blocks"]["feed_forward"]
     assert slope["rate"].shape == (3, 1) and np.all(slope["rate"][:2] != 0) and slope["rate"][2] == 0
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slope))
 

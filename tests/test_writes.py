@@ -1,5 +1,6 @@
 """Reading with writes against a linear model in numpy; what training differentiates; causality."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,15 @@ class LinearConfig:
     dtype: Any = jnp.float64
 
 
+# Compiled once for a model and a length: most tests below read the same 24 tokens, six chunks.
+T = 24
 read = jax.jit(reading_loss, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(model, params, tokens):
+    """Of the mean loss, for tokens [B, T+1]."""
+    return jax.grad(lambda p: reading_loss(model, p, tokens[:, :-1], tokens[:, 1:]).mean())(params)
 
 
 def by_hand(p, tokens, eta, nested, ended=False):
@@ -114,17 +123,17 @@ def test_two_levels_of_a_linear_model_are_the_equations_chunk_by_chunk(nested, x
 
 def test_training_reads_as_the_stream_does_and_learns_the_rates(x64):
     model, params, tokens = made()
-    expected, _ = stream(model, params, tokens, (37,))
-    np.testing.assert_allclose(read(model, params, tokens[:, :36], tokens[:, 1:]), expected, rtol=1e-9)
-    slope = jax.grad(lambda p: read(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
+    expected, _ = stream(model, params, tokens[:, : T + 1], (T + 1,))
+    np.testing.assert_allclose(read(model, params, tokens[:, :T], tokens[:, 1 : T + 1]), expected, rtol=1e-9)
+    slope = gradient(model, params, tokens[:, : T + 1])
     rates = np.abs(slope["blocks"]["feed_forward"]["rate"])
     assert rates.shape == (1, 2) and np.all(rates > 0)
 
 
 def test_full_gradients_are_those_of_finite_differences(x64):
     model, params, tokens = made()
-    loss = jax.jit(lambda p: read(model, p, tokens[:, :24], tokens[:, 1:25]).mean())
-    slope = jax.grad(loss)(params)["blocks"]["feed_forward"]
+    loss = lambda p: read(model, p, tokens[:, :T], tokens[:, 1 : T + 1]).mean()  # noqa: E731
+    slope = gradient(model, params, tokens[:, : T + 1])["blocks"]["feed_forward"]
     for path in (("rate",), ("level_0", "up", "kernel"), ("level_1", "down", "kernel")):
 
         def moved(h, path=path):
@@ -149,37 +158,33 @@ def test_no_loss_depends_on_a_later_token_through_the_writes(optimizer, x64):
     model, params, tokens = made(optimizer=optimizer, rate=0.1)
     tokens = jnp.arange(9)[None] % VOCAB  # nine different tokens, each at one place
 
-    def losses(embedding):
-        return read(model, params | {"embedding": embedding}, tokens[:, :8], tokens[:, 1:9])[0]
-
     # The head is tied, so every row has a gradient; the input side is that of a row whose head weight is held.
-    def inputs_only(rows, t):
-        moved = params["embedding"].at[tokens[0]].add(rows)
-        changed = losses(moved)
-        return changed[t]
+    @jax.jit
+    def last_slope_and_losses(tokens):
+        def losses(rows):
+            moved = params | {"embedding": params["embedding"].at[tokens[0]].add(rows)}
+            nats = reading_loss(model, moved, tokens[:, :8], tokens[:, 1:9])[0]
+            return nats[7], nats
 
-    base = losses(params["embedding"])
+        return jax.grad(losses, has_aux=True)(jnp.zeros((9, WIDTH)))
+
+    slope, base = last_slope_and_losses(tokens)
     for t in (3, 4):
         later = tokens.at[0, t + 2 :].set((tokens[0, t + 2 :] + 1) % VOCAB)
-        other = read(model, params, later[:, :8], later[:, 1:9])[0]
+        _, other = last_slope_and_losses(later)
         np.testing.assert_array_equal(other[: t + 1], base[: t + 1])
         assert np.any(other[t + 1 :] != base[t + 1 :])
-    slope = jax.grad(inputs_only)(jnp.zeros((9, WIDTH)), 7)
     assert np.all(np.abs(slope).max(axis=1) > 0), "every earlier token matters"
-
-
-def gradient(tokens, bptt, params=None, seed=0):
-    model, start, _ = made(bptt=bptt, seed=seed)
-    params = start if params is None else params
-    return jax.grad(lambda p: read(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
 
 
 def test_the_count_of_differentiated_writes_changes_gradients_and_not_values(x64):
     model, params, tokens = made()
     cut = made(bptt=(0, 1))[0]
-    pair = (tokens[:, :32], tokens[:, 1:33])
+    pair = (tokens[:, :T], tokens[:, 1 : T + 1])
     np.testing.assert_array_equal(read(cut, params, *pair), read(model, params, *pair))
-    full, first, one, many = (gradient(tokens, (n, n)) for n in (None, 0, 1, 100))
+    full, first, one, many = (
+        gradient(made(bptt=counts)[0], params, tokens[:, : T + 1]) for counts in ((), (0, 0), (1, 1), (100, 100))
+    )
     close(many, full, rtol=1e-10, atol=1e-13)
     kernel = lambda tree: tree["blocks"]["feed_forward"]["level_0"]["up"]["kernel"]  # noqa: E731
     different = [np.abs(kernel(a) - kernel(b)).max() for a, b in ((full, first), (full, one), (first, one))]
@@ -190,22 +195,24 @@ def test_the_count_of_differentiated_writes_changes_gradients_and_not_values(x64
 def test_first_order_is_the_gradient_with_the_written_weights_held(x64):
     """The losses of chunks at the weights they were read with, those weights constants."""
     model, params, tokens = made(bptt=(0, 0))
-    states, state = [], context.start(model, params, 2)
-    for k in range(8):
+    _, state = context.learn(model, params, context.start(model, params, 2), tokens[:, :1])
+    states = []
+    for k in range(T // 4):
         states.append(state.blocks.feed_forward.fast)
-        _, state = context.learn(model, params, state, tokens[:, 4 * k + (k > 0) : 4 * k + 5])
+        _, state = context.learn(model, params, state, tokens[:, 4 * k + 1 : 4 * k + 5])
 
     def loss(params):
-        blocks, total = model.init_state(params, 2), 0.0
-        for k, fast in enumerate(states):
-            now = BlockState(blocks.mixer, FastState(fast))
-            logits, blocks = model.apply({"params": params}, tokens[:, 4 * k : 4 * k + 4], now)
-            labels = tokens[:, 4 * k + 1 : 4 * k + 5]
-            total -= jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1).sum()
-        return total / 64
+        def chunk(mixer, one):
+            fast, inputs, labels = one
+            logits, after = model.apply({"params": params}, inputs, BlockState(mixer, FastState(fast)))
+            return after.mixer, -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1).sum()
 
-    expected = jax.grad(loss)(params)
-    found = jax.grad(lambda p: read(model, p, tokens[:, :32], tokens[:, 1:33]).mean())(params)
+        cut = lambda shifted: jnp.stack(jnp.split(shifted, T // 4, axis=1))  # noqa: E731
+        every = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), cut(tokens[:, :T]), cut(tokens[:, 1 : T + 1])
+        return jax.lax.scan(chunk, model.init_state(params, 2).mixer, every)[1].sum() / (2 * T)
+
+    expected = jax.jit(jax.grad(loss))(params)
+    found = gradient(model, params, tokens[:, : T + 1])
     close(found, expected, rtol=1e-7, atol=1e-11)
 
 
@@ -215,21 +222,22 @@ WAYS = [dict(optimizer="adam", rate=1e-2), dict(optimizer="momentum"), dict(opti
 @pytest.mark.parametrize("settings", WAYS, ids=str)
 def test_other_ways_to_write_learn_a_repeated_phrase(settings):
     model, params, _ = made(dtype=jnp.float32, **settings)
-    phrase = jnp.tile(jnp.arange(4), 64)[None]
-    nats, _ = context.surprise(model, params, context.start(model, params, 1, 256), phrase)
+    phrase = jnp.arange(257)[None] % 4
+    nats, _ = context.surprise(model, params, context.start(model, params, 1, 257), phrase)
     fixed = jax.tree.map(lambda x: x, params)
     fixed["blocks"]["feed_forward"]["rate"] *= 0
-    static, _ = context.surprise(model, fixed, context.start(model, params, 1, 256), phrase)
+    static, _ = context.surprise(model, fixed, context.start(model, params, 1, 257), phrase)
     assert nats[0, -32:].mean() < 0.8 * static[0, -32:].mean()
 
 
 def test_the_training_loss_of_such_a_model_is_that_of_reading_with_writes(x64):
     model, params, tokens = made()
-    loss = next_token_loss(model, np.ones(VOCAB))
-    found, metrics = loss(params, tokens[:, :33])
-    np.testing.assert_allclose(found, read(model, params, tokens[:, :32], tokens[:, 1:33]).mean(), rtol=1e-6)
-    assert metrics["loss"].count == 64
-    static = next_token_loss(LanguageModel(config(in_context=0)), np.ones(VOCAB))(params, tokens[:, :33])[0]
+    loss = jax.jit(next_token_loss(model, np.ones(VOCAB)))
+    found, metrics = loss(params, tokens[:, : T + 1])
+    np.testing.assert_allclose(found, read(model, params, tokens[:, :T], tokens[:, 1 : T + 1]).mean(), rtol=1e-6)
+    assert metrics["loss"].count == 2 * T
+    without = next_token_loss(LanguageModel(config(in_context=0)), np.ones(VOCAB))
+    static = jax.jit(without)(params, tokens[:, : T + 1])[0]
     assert abs(found - static) > 1e-3
     with pytest.raises(UserError, match="leave out segment"):
         next_token_loss(model, np.ones(VOCAB), segment=8)

@@ -114,14 +114,19 @@ def scan(
     fast: Boxes,
     streams: Streams,
     position: Int[Array, ""] | np.ndarray,
-) -> tuple[Boxes, Float[Array, "T V"], Float[Array, "T K"] | None]:
+    with_gates: bool = False,
+) -> (
+    tuple[Boxes, Float[Array, "T V"], Float[Array, "T K"] | None]
+    | tuple[Boxes, Float[Array, "T V"], Float[Array, "T K"] | None, Gates]
+):
     """Read T tokens with one head: the fast weights after them, the reads y, and q where a memory made it (else None).
 
     ``initial`` holds M_box,0 per group, ``fast`` the ``Fast`` weights per group, ``position`` the tokens since all
-    anchors were last refreshed together. Any cut of the T tokens into calls gives the same result.
+    anchors were last refreshed together. Any cut of the T tokens into calls gives the same result. ``with_gates``: the
+    gates of every token come fourth.
     """
     stacks = stacks_of(spec.rules, spec.counts, initial)
-    head = _Head(spec, stacks, tuning, join(stacks, initial))
+    head = _Head(spec, stacks, tuning, join(stacks, initial), with_gates)
 
     def segment(fast, tokens, active, due):
         return _segment(head, _refresh(stacks, fast, due), tokens, active)
@@ -134,12 +139,13 @@ def scan(
 
 
 class _Head(NamedTuple):
-    """What stays the same while a sequence is read. ``initial``: M_box,0, joined."""
+    """What stays the same while a sequence is read. ``initial``: M_box,0, joined; ``with_gates``: put the gates out."""
 
     spec: SelfModifying
     stacks: tuple[Stack, ...]
     tuning: Tuning
     initial: Weights
+    with_gates: bool
 
 
 def _refresh(stacks: tuple[Stack, ...], fast: Fast, due: tuple[Due, ...]) -> Fast:
@@ -153,9 +159,7 @@ def _refresh(stacks: tuple[Stack, ...], fast: Fast, due: tuple[Due, ...]) -> Fas
     return fast._replace(anchor=tuple(jnp.where(now, new, old) for now, old, new in moved))
 
 
-def _segment(
-    head: _Head, fast: Fast, tokens: Streams, active: Active
-) -> tuple[Fast, tuple[Float[Array, "C V"], Float[Array, "C K"] | None]]:
+def _segment(head: _Head, fast: Fast, tokens: Streams, active: Active) -> tuple[Fast, tuple[Any, ...]]:
     """Tokens inside one period: generate keys, values and gates at the anchors, then write every layer of every box."""
     anchors = apart(head.stacks, fast.anchor)
     tokens, gates = _generate(head, anchors, tokens)
@@ -164,7 +168,8 @@ def _segment(
     layers = _layers(head, fast, _writes(head, fast.anchor, tokens, gates))
     written = advance_all(layers, parts(head.stacks), terms)
     reads = _read(head.stacks[0], anchors[0], layers, written, tokens.q, terms)
-    return _updated(head, fast, written), (reads, tokens.q if "q" in head.spec.adaptive else None)
+    outputs = (reads, tokens.q if "q" in head.spec.adaptive else None)
+    return _updated(head, fast, written), (*outputs, gates) if head.with_gates else outputs
 
 
 def _generate(head: _Head, anchors: dict[int, Weights], tokens: Streams) -> tuple[Streams, Gates]:

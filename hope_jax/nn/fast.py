@@ -105,6 +105,10 @@ class ContextState(NamedTuple):
         """The state after more tokens were read but not learned: the chunk before them ends there."""
         return InterruptedState(self._replace(blocks=blocks))
 
+    def within_chunk(self, tokens: Int[Array, "B n"], blocks: Any) -> "ContextState":
+        """The state after ``tokens`` were read that belong to the unfinished chunk, which has room for them."""
+        return self._replace(tokens=jnp.concatenate([self.tokens, tokens], axis=1), blocks=blocks)
+
 
 class InterruptedState(NamedTuple):
     """A ``ContextState`` whose ``blocks`` have read past its ``tokens`` without learning."""

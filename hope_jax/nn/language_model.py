@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
         self.embedding = self.param("embedding", start, (c.vocab_size, c.width), param_dtype(c.dtype))
         self.blocks = nn.scan(
             Block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},

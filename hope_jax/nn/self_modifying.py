@@ -146,7 +146,10 @@ class SelfModifyingState(NamedTuple):
 
 
 class SelfModifyingMixer(nn.Module):
-    """``(u[B,T,D], state) -> (y[B,T,D], state)``. Memories compute in at least float32 whatever ``dtype`` is."""
+    """``(u[B,T,D], state) -> (y[B,T,D], state)``. Memories compute in at least float32 whatever ``dtype`` is.
+
+    Where the collection "intermediates" is mutable, ``rate`` and ``retention`` of every token [B,H,T] are sown there.
+    """
 
     config: SelfModifyingConfig
     width: int
@@ -203,12 +206,15 @@ class SelfModifyingMixer(nn.Module):
 
     def __call__(self, u: Stream, state: SelfModifyingState) -> tuple[Stream, SelfModifyingState]:
         streams, tails = self._streams(u, state.tails)
-        spec = self.config.spec()
+        spec, watched = self.config.spec(), self.is_mutable_collection("intermediates")
 
         def head(initial, tuning, fast, streams):
-            return scan(spec, initial, tuning, fast, streams, state.position)
+            return scan(spec, initial, tuning, fast, streams, state.position, with_gates=watched)
 
-        fast, reads, queries = over_heads(head, (self.initial, self.tuning), (state.fast, streams))
+        fast, reads, queries, *gates = over_heads(head, (self.initial, self.tuning), (state.fast, streams))
+        if watched:
+            self.sow("intermediates", "rate", gates[0].rate)
+            self.sow("intermediates", "retention", gates[0].retention)
         queries = streams.q if queries is None else queries
         position = (state.position + u.shape[1]) % max(spec.periods)
         answers = reads - queries if self.config.memory.residual else reads

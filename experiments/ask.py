@@ -1,0 +1,108 @@
+"""Let a model write with what it has learned: the run of ``pretrain`` and the context that ``learn`` saved.
+
+    python -m experiments ask --checkpoint runs/hope-tiny "def main("
+    python -m experiments ask --checkpoint runs/hope-tiny --clear "def main("     # with what the levels stored alone
+    python -m experiments ask --checkpoint runs/hope-tiny --learn "def main("     # and keep this exchange too
+
+Without a saved context the model writes as it was trained. Nothing is changed unless ``--learn`` says so.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments import parse
+from experiments.checks import at_least_one
+from experiments.runs import Source, Trained
+from hope_jax import context, generate
+from hope_jax.errors import UserError
+from hope_jax.nn.attention import room_left, slots_of
+
+UNFINISHED = "\ufffd"
+"""What a character becomes whose last bytes are not written yet: shown once it is whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskConfig(Source):
+    """Continue a text with a trained model and what it has learned."""
+
+    prompt: tyro.conf.Positional[str]
+    """Text to go on from."""
+    tokens: int = 200
+    """Tokens to write."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time, 1 draws from the model's distribution."""
+    top_k: int | None = None
+    """Draw among so many likeliest tokens. None: all."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that together have this probability. None: all."""
+    seed: int = 0
+    """Of the drawing."""
+    clear: bool = False
+    """Begin with an empty context: what was read is known as far as the levels stored it."""
+    learn: bool = False
+    """Store the prompt and what is written in the levels, and save that."""
+
+    def __post_init__(self):
+        at_least_one(self, "tokens")
+        if not self.prompt:
+            raise UserError("The prompt is empty; give some text to go on from.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    config = parse(AskConfig, arguments, "ask")
+    trained = config.trained()
+    prompt = jnp.asarray(trained.tokenizer.encode(config.prompt))[None]
+    state = answer(trained, config, prompt, begin(trained, config, prompt))
+    if config.learn:
+        place = config.place(trained)
+        context.save(place, trained.model, context.finish(trained.model, trained.params, state))
+        print(f"saved: {place}", file=sys.stderr)
+    return 0
+
+
+def begin(trained: Trained, config: AskConfig, prompt: Any) -> Any:
+    """The state to read the prompt with.
+
+    Raises:
+        UserError: the context is damaged, of other levels, named but not there, or has no room for so many tokens.
+    """
+    model, params, place = trained.model, trained.params, config.place(trained)
+    needed = prompt.shape[1] + config.tokens
+    if config.context is None and not place.exists():
+        print(f"There is no context in {place}: the model writes as it was trained.", file=sys.stderr)
+        return model.init_state(params, batch=1, capacity=needed)
+    state = context.load(place, model, params)
+    if config.clear:
+        return context.clear(model, params, state, None if slots_of(state) is None else needed)
+    room = room_left(state)
+    if room is not None and room < needed:
+        raise UserError(
+            f"The context in {place} has room for {room} more tokens, and this needs {needed}: add --clear to begin "
+            "with an empty one, or ask for fewer --tokens."
+        )
+    return state
+
+
+def answer(trained: Trained, config: AskConfig, prompt: Any, state: Any) -> Any:
+    """Write to stdout as the tokens come; the state after them, the last one read too."""
+    how: dict[str, Any] = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "learn")}
+    key, ids, shown = jax.random.key(config.seed), [], ""
+    begun = config.prompt
+    pieces = generate.stream(trained.model, trained.params, state, prompt, steps=config.tokens, key=key, **how)
+    for piece, state in pieces:  # noqa: B007, the last state is returned
+        ids.extend(np.asarray(piece)[0].tolist())
+        text = trained.tokenizer.decode(ids).rstrip(UNFINISHED)
+        print(begun + text[len(shown) :], end="", flush=True)
+        begun, shown = "", text
+    print()
+    if config.learn:
+        _, state = context.learn(trained.model, trained.params, state, jnp.asarray([ids[-1:]]))
+    return state

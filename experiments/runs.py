@@ -1,0 +1,150 @@
+"""A trained model back from its run folder: for the commands that use one (``learn``, ``ask``, ``watch``)."""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from experiments.in_context import InContextConfig
+from experiments.recall import keep_programs
+from hope_jax import LanguageModel, ModelConfig, model_named
+from hope_jax import train as training
+from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
+from hope_jax.errors import UserError
+from hope_jax.levels import Level, check_multiples
+from hope_jax.nn.cms import CMSConfig
+from hope_jax.train.digests import first_difference
+from hope_jax.train.optimizer import OptimizerConfig
+from hope_jax.train.run_folder import flatten
+
+TOKENIZER = "tokenizer.json"
+"""File of a run folder; runs on bytes have none."""
+
+
+class Trained(NamedTuple):
+    """A model with its parameters and tokenizer, and the folder and step it comes from."""
+
+    model: LanguageModel
+    params: Any
+    tokenizer: Tokenizer
+    run: Path
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The flags of a trained model and of what it has learned since."""
+
+    checkpoint: Path
+    """Run folder of a trained model, for its latest step; or one step of it, RUN/checkpoints/STEP."""
+    context: Path | None = None
+    """Folder of what the model has learned since it was trained. None: context/ in the run folder."""
+    periods: tuple[int, ...] = ()
+    """Write the model's levels at other periods in tokens than it was made with, fastest first, such as 64 256."""
+    rate: float | None = None
+    """Inner learning rate of all levels. None: the learned rates, or the configured one of levels that have none."""
+
+    def trained(self) -> "Trained":
+        """The model. Raises UserError where there is none, or the levels are none of its own."""
+        trained = load_run(self.checkpoint)
+        keep_programs(trained.run.absolute().parent / ".cache")
+        return with_levels(trained, self.periods, self.rate)
+
+    def place(self, trained: "Trained") -> Path:
+        """Where its context is."""
+        return trained.run / "context" if self.context is None else self.context
+
+
+def load_run(checkpoint: Path) -> Trained:
+    """The latest step of a run folder, or the step that ``RUN/checkpoints/STEP`` names.
+
+    Raises:
+        UserError: there is no such step, it is damaged, or its model is none of this version.
+    """
+    run, step = _step(checkpoint)
+    manifest = training.read_manifest(run, step)
+    identity = manifest.config[training.IDENTITY]
+    tokenizer = make_tokenizer(DataConfig(tokenizer=str(run / TOKENIZER) if (run / TOKENIZER).exists() else None))
+    config = _model(identity, tokenizer.vocab_size)
+    _check_same(config, identity, run)
+    model = LanguageModel(config)
+    settings = OptimizerConfig(**{name: identity[f"optimizer.{name}"] for name in _names(OptimizerConfig)})
+    every = config.update_every(identity["batch"] * identity["length"])
+    tx = training.optimizer(settings, manifest.config["steps"], every)
+    state = training.restore(run, step, training.abstract_state(model, tx))
+    return Trained(model, state.params, tokenizer, run, step)
+
+
+def _step(checkpoint: Path) -> tuple[Path, int]:
+    if checkpoint.name.isdigit() and checkpoint.absolute().parent.name == "checkpoints":
+        run, wanted = checkpoint.absolute().parent.parent, int(checkpoint.name)
+    else:
+        run, wanted = checkpoint, None
+    saved = training.saved_steps(run)
+    if not saved:
+        raise UserError(f"There is no trained model in {run}; give the --run folder of a pretrain command.")
+    if wanted is not None and wanted not in saved:
+        raise UserError(f"There is no saved step {wanted} in {run}; saved steps: {saved}.")
+    return run, max(saved) if wanted is None else wanted
+
+
+def _names(config: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(config)]
+
+
+def _model(identity: dict[str, Any], vocab_size: int) -> ModelConfig:
+    """The architecture that an identity names."""
+    config = InContextConfig.of(identity).apply(model_named(identity["model"]))
+    return dataclasses.replace(config, vocab_size=vocab_size, dtype=jnp.dtype(identity["dtype"]))
+
+
+def _check_same(config: ModelConfig, identity: dict[str, Any], run: Path) -> None:
+    """Raise UserError where this version of the project builds another model of that name than trained in ``run``."""
+    sizes = flatten(config, "model")
+    here = {name: value for name, value in sizes.items() if name in identity}
+    there = {name: value for name, value in identity.items() if name.startswith("model.")}
+    if different := first_difference(there, here):
+        name, old, new = different
+        raise UserError(f"The run in {run} was trained with {name} {old}; here it is {new}.")
+
+
+def with_levels(trained: Trained, periods: tuple[int, ...], rate: float | None) -> Trained:
+    """The same parameters, with levels that are written at other ``periods`` (fastest first; (): as they are).
+
+    ``rate`` takes the place of the configured inner rate and of learned ones; None: as they are.
+
+    Raises:
+        UserError: the model has no continuum memory system, another number of levels, or periods that do not nest.
+    """
+    part, params = trained.model.config.feed_forward, trained.params
+    if not periods and rate is None:
+        return trained
+    if not isinstance(part, CMSConfig):
+        raise UserError(f"The model in {trained.run} has no levels to be written; use a hope or hope_attention run.")
+    if periods:
+        if len(periods) != len(part.levels):
+            raise UserError(f"--periods are {list(periods)}; give one for each of the {len(part.levels)} levels.")
+        check_multiples(periods)
+        part = dataclasses.replace(part, levels=tuple(map(Level, periods)))
+    if rate is not None:
+        part = dataclasses.replace(part, writes=dataclasses.replace(part.writes, rate=rate))
+        params = _with_rate(params, rate)
+    config = dataclasses.replace(trained.model.config, feed_forward=part)
+    return trained._replace(model=LanguageModel(config), params=params)
+
+
+def _with_rate(params: Any, rate: float) -> Any:
+    part = params["blocks"]["feed_forward"]
+    if "rate" not in part:
+        return params
+    part = part | {"rate": jnp.full_like(part["rate"], rate)}
+    return params | {"blocks": params["blocks"] | {"feed_forward": part}}
+
+
+def keep_tokenizer(run: Path, data: DataConfig) -> None:
+    """Copy the tokenizer's file into the run folder, so that the folder is all that one needs."""
+    if data.tokenizer is not None:
+        shutil.copyfile(data.tokenizer, run / TOKENIZER)

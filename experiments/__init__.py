@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "ask": "experiments.ask:main",
     "watch": "experiments.watch:main",
     "knowledge": "experiments.knowledge:main",
+    "domains": "experiments.domains:main",
     "recall": "experiments.recall:main",
     "compare": "experiments.compare:main",
     "benchmark": "experiments.benchmark:main",

@@ -1,19 +1,17 @@
 """Streams that a model learns from: any cut, independence, what is kept between calls and in files, mistakes."""
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import HOPE, VOCAB, close, config, made, read, started, stream
+from contexts import HOPE, close, made, read, started, stream
 
-from hope_jax import context, generate
+from hope_jax import context
 from hope_jax.errors import UserError
 from hope_jax.models import MODELS
 from hope_jax.nn.language_model import LanguageModel
-from hope_jax.nn.swiglu import SwiGLUConfig
 from hope_jax.writes import plan_of
 
 # ---------------------------------------------------------------- Hope
@@ -170,157 +168,3 @@ def test_reset_forgets_one_level_or_all(x64):
     assert written(context.finish(model, params, every)) == [False, False], "nothing is gathered any more"
     with pytest.raises(UserError, match="level is 2; the model's levels are 0 to 1"):
         context.reset(model, state, level=2)
-
-
-# ---------------------------------------------------------------- files and mistakes
-
-
-def test_fresh_and_finished_states_can_be_saved_and_nothing_beside_them_is_touched(tmp_path):
-    model, params, tokens = made(dtype=jnp.float32)
-    (tmp_path / "memory.old").mkdir()
-    fresh = context.start(model, params, 2)
-    _, state = stream(model, params, tokens[:, :11], (11,))
-    for one in (fresh, context.finish(model, params, state)):
-        context.save(tmp_path / "memory", model, one)
-        jax.tree.map(np.testing.assert_array_equal, context.load(tmp_path / "memory", model, params), one)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory", "memory.old"]
-    (tmp_path / "memory").rename(tmp_path / ".memory.older-context")  # as a save leaves it that stopped in between
-    context.load(tmp_path / "memory", model, params)
-
-
-@pytest.mark.parametrize("read_on", [False, True], ids=["learned", "read on"])
-def test_going_on_from_a_file_equals_never_having_stopped_to_the_bit(tmp_path, read_on):
-    model, params, tokens = made(dtype=jnp.float32)
-    _, state = stream(model, params, tokens[:, :11], (11,))
-    if read_on:
-        _, state = read(model, params, tokens[:, 11:14], state)
-    context.save(tmp_path / "memory", model, state)
-    loaded = context.load(tmp_path / "memory", model, params)
-    assert type(loaded) is type(state)
-    expected, end = context.surprise(model, params, state, tokens[:, 14:22])
-    found, after = context.surprise(model, params, loaded, tokens[:, 14:22])
-    np.testing.assert_array_equal(found, expected)
-    jax.tree.map(np.testing.assert_array_equal, after, end)
-    context.save(tmp_path / "memory", model, after)  # replaces it
-    jax.tree.map(np.testing.assert_array_equal, context.load(tmp_path / "memory", model, params), after)
-
-
-def test_a_file_that_is_not_what_was_saved_is_refused(tmp_path):
-    model, params, tokens = made(dtype=jnp.float32)
-    _, state = stream(model, params, tokens[:, :11], (11,))
-    with pytest.raises(UserError, match="there is no saved context in"):
-        context.load(tmp_path / "nothing", model, params)
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="is there and is no saved context"):
-        context.save(tmp_path / "mine", model, state)
-    context.save(tmp_path / "memory", model, state)
-    other = LanguageModel(replace(model.config, context=128))
-    with pytest.raises(UserError, match="of another model: context is 64 there and 128 here"):
-        context.load(tmp_path / "memory", other, params)
-    victim = max((p for p in (tmp_path / "memory").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(bytes(data))
-    with pytest.raises(UserError, match="is damaged"):
-        context.load(tmp_path / "memory", model, params)
-
-
-def test_mistakes_are_plain_and_leave_the_state_as_it_was():
-    model, params, tokens = made(dtype=jnp.float32)
-    _, state = stream(model, params, tokens[:, :11], (11,))
-    before = jax.tree.map(np.array, state)
-    with pytest.raises(UserError, match="of another model, batch size or dtype"):
-        context.learn(model, params, state, tokens[:1])
-    with pytest.raises(UserError, match="expected \\[batch, time\\] with at least one token"):
-        context.learn(model, params, state, tokens[:, :0])
-    with pytest.raises(UserError, match="ids run from 0 to 11"):
-        context.learn(model, params, state, tokens.at[0, 0].set(VOCAB).at[0, 1].set(0))
-    with pytest.raises(UserError, match="90 tokens do not fit: the attention cache has room for 53 more"):
-        context.learn(model, params, state, jnp.tile(tokens[:, :30], 3))
-    with pytest.raises(UserError, match="not finite, so nothing was learned"):
-        context.learn(model, params | {"embedding": params["embedding"] * jnp.nan}, state, tokens[:, :8])
-    jax.tree.map(np.testing.assert_array_equal, state, before)
-    other = LanguageModel(replace(model.config, width=16, mixer=replace(model.config.mixer, heads=4)))
-    there = started(other, jax.random.key(0), tokens[:, :1])
-    with pytest.raises(UserError, match="of another model"):
-        context.learn(other, there, state, tokens)
-    plain = LanguageModel(MODELS["transformer_pp-tiny"])
-    with pytest.raises(UserError, match="the model has no level that can be written in context"):
-        context.start(plain, {}, 1)
-
-
-def test_a_state_of_another_kind_is_refused(untyped):
-    model, params, tokens = made(dtype=jnp.float32)
-    wrong: Any = {}
-    with pytest.raises(UserError, match="the state is a dict"):
-        context.learn(model, params, wrong, tokens)
-
-
-def test_generation_reads_with_what_was_learned_and_writes_nothing():
-    model, params, tokens = made(dtype=jnp.float32)
-    _, state = stream(model, params, tokens[:, :11], (11,))
-    written, after = generate.sample(model, params, state, tokens[:, 11:13], steps=4, key=jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, after.blocks.feed_forward, state.blocks.feed_forward)
-    again, _ = generate.sample(model, params, state, tokens[:, 11:13], steps=4, key=jax.random.key(0))
-    np.testing.assert_array_equal(written, again)
-    loss, _ = context.learn(model, params, after, written)
-    assert np.isfinite(loss)
-
-
-def test_generation_that_learns_is_learning_token_by_token():
-    model, params, tokens = made(dtype=jnp.float32, rate=10.0)
-    params["embedding"] *= 3  # opinions that the writes change
-    _, state = stream(model, params, tokens[:, :5], (4, 1))
-    how: Any = {"steps": 9, "temperature": 0.0, "key": jax.random.key(0), "learn": True}
-    written, after = generate.sample(model, params, state, tokens[:, 5:8], **how)
-    logits, expected = context.expect(model, params, state, tokens[:, 5:8])
-    chosen = []
-    for _ in range(9):
-        chosen.append(jnp.argmax(logits, axis=-1))
-        end, (logits, expected) = expected, context.expect(model, params, expected, chosen[-1][:, None])
-    np.testing.assert_array_equal(written, np.stack(chosen, axis=1))
-    close(after, end, rtol=1e-4, atol=1e-6)
-    assert np.any(after.blocks.feed_forward.fast[1]["up"] != state.blocks.feed_forward.fast[1]["up"])
-    plain, _ = generate.sample(model, params, state, tokens[:, 5:8], **how | {"learn": False})
-    assert plain.shape == written.shape and np.any(plain != written), "the weights that were written are read"
-    with pytest.raises(UserError, match="has no levels"):
-        other = LanguageModel(replace(model.config, feed_forward=SwiGLUConfig(8)))
-        generate.sample(other, params, state, tokens, **how)
-
-
-def test_a_cleared_context_is_an_empty_one_with_the_levels_as_they_are(x64):
-    model, params, tokens = made()
-    _, state = stream(model, params, tokens[:, :5], (5,))  # 4 taken up, the unfinished chunk has 1 token: no label
-    after = context.clear(model, params, state, capacity=40)
-    close(after.blocks.feed_forward, state.blocks.feed_forward, rtol=0)
-    close(after.blocks.mixer, model.init_state(params, 2, 40).mixer, rtol=0)
-    fresh = context.start(model, params, 2, 40)
-    fresh = fresh._replace(blocks=fresh.blocks._replace(feed_forward=state.blocks.feed_forward))
-    logits, _ = read(model, params, tokens[:, 13:], after)
-    np.testing.assert_allclose(logits, read(model, params, tokens[:, 13:], fresh)[0], rtol=1e-12)
-    # With labels in the unfinished chunk it is an interruption: the same is written as before a text read on.
-    _, state = stream(model, params, tokens[:, :8], (1, 7))
-    _, later = read(model, params, tokens[:, 8:11], state)
-    _, interrupted = context.learn(model, params, later, tokens[:, 11:12])
-    after = context.clear(model, params, state)
-    close(after.blocks.feed_forward, interrupted.blocks.feed_forward, rtol=1e-10)
-    close((after.gathered, after.position), (interrupted.gathered, interrupted.position), rtol=1e-10)
-    nats, _ = context.surprise(model, params, after, tokens[:, 8:13])
-    assert nats.shape == (2, 4), "the first token of an empty context is not predicted"
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: config((4, 6)), "periods \\(4, 6\\) do not nest; make 6 a multiple of 4"),
-        (lambda: config(in_context=3), "in_context is 3; expected 0 to 2"),
-        (lambda: config(rate=float("nan")), "rate of writes is nan"),
-        (lambda: config(optimizer="sdg"), "optimizer of writes is 'sdg'"),
-        (lambda: config(bptt=(1,)), "bptt is \\(1,\\); expected one for each of 2"),
-        (lambda: config(bptt=(1, -1)), "bptt is \\(1, -1\\); expected 0 or more"),
-        (lambda: config(rank=0), "rank is 0"),
-    ],
-)
-def test_wrong_settings_are_refused(make, message, untyped):
-    with pytest.raises(UserError, match=message):
-        make()

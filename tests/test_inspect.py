@@ -99,6 +99,7 @@ def test_the_gates_of_a_stream_are_those_of_its_tokens_at_the_weights_they_are_r
     params["blocks"]["feed_forward"]["rate"] = jnp.full((2, 1), 100.0)
     _, state = context.surprise(model, params, context.start(model, params, 2), tokens[:, :2])
     trace, after = inspect.watch(model, params, state, tokens[:, 2:])
+    assert trace.rate is not None and trace.retention is not None
     assert trace.starts.tolist() == [0, 2] and trace.rate.shape == trace.retention.shape == (2, 2, 2, 6)
     read = jax.jit(lambda t, state: model.apply({"params": params}, t, state, mutable=["intermediates"]))
     (_, middle), early = read(tokens[:, :4], context.start(model, params, 2).blocks)
@@ -144,7 +145,7 @@ def test_gates_are_read_from_their_memories_at_the_anchor():
         up, down, bias = params["initial_gates_0"][:, i], params["initial_gates_1"][:, i], params[f"{name}_bias"]
         hidden = LIGHT.gate.activation(jnp.einsum("hfk,bthk->bhtf", up, x))
         raw = np.einsum("hf,bhtf->bht", down[:, 0], hidden) + np.asarray(bias)[:, None]
-        near = np.isclose(found[name], size * sigmoid(raw), rtol=1e-5, atol=0).all(axis=(0, 1))
+        near = np.all(np.isclose(found[name], size * sigmoid(raw), rtol=1e-5, atol=0), axis=(0, 1))
         assert near[:8].all(), name  # until it moves, the anchor is the initial weights
         assert name == "retention" or not near[8:].any()
 
@@ -177,7 +178,7 @@ def test_the_ordinary_call_sows_nothing_and_scans_no_more():
 # ---------------------------------------------------------------- the figure, mistakes
 
 
-def drawn_trace(gates, periods=((4,) * 3, (8,) * 3), tokens=120, written=1.0):
+def drawn_trace(gates, periods=((4,) * 3, (8,) * 3), tokens=120, written=1.0) -> Any:
     """A trace of made-up numbers."""
     draw, layers = np.random.default_rng(0), len(periods[0])
     size = lambda *shape: draw.uniform(0.1, 0.9, shape)  # noqa: E731
@@ -207,14 +208,14 @@ def test_there_is_a_panel_for_whatever_there_is(trace, panels, tmp_path):
 def test_curves_are_at_their_tokens_and_levels_at_their_writes():
     trace = drawn_trace(gates=True)
     drawn = inspect.figure(trace, "", compare=trace.surprise[:, 20:] + 5)
-    (thin, _, other, _), level = drawn.axes[0].lines, drawn.axes[4].lines[1]
-    assert [line.get_xdata()[[0, -1]].tolist() for line in (thin, other)] == [[1, 119], [21, 119]]
-    np.testing.assert_allclose(other.get_ydata(), thin.get_ydata()[20:] + 5)
-    np.testing.assert_allclose(level.get_ydata(), trace.written[1].mean(axis=(1, 2)))
-    median = np.median(trace.rate[1], axis=(0, 1))
-    np.testing.assert_allclose(drawn.axes[1].lines[1].get_ydata()[10], median[10:13].mean())
-    assert drawn.axes[1].lines[1].get_xdata()[10] == 11
-    assert len(drawn.axes[3].lines) == 2 and drawn.axes[3].lines[0].get_xdata()[-1] == 120
+    lines = [[np.array(line.get_data()) for line in axes.lines] for axes in drawn.axes]
+    thin, _, other, _ = lines[0]
+    assert [line[0, [0, -1]].tolist() for line in (thin, other)] == [[1, 119], [21, 119]]
+    np.testing.assert_allclose(other[1], thin[1, 20:] + 5)
+    middle = np.median(trace.rate[1], axis=(0, 1))[10:13].mean()  # a fiftieth of 120 tokens, and one
+    np.testing.assert_allclose(lines[1][1][:, 10], [11, middle])
+    assert len(lines[3]) == 2 and lines[3][0][0, -1] == 120
+    np.testing.assert_allclose(lines[4][1], [trace.starts, trace.written[1].mean(axis=(1, 2))])
 
 
 def test_mistakes_are_those_of_learning_and_leave_the_state_as_it_was(untyped, x64):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contexts import VOCAB, WIDTH, close, config, made, stream
+from references_writes import by_hand
 
 from experiments.__main__ import main
 from hope_jax import context
@@ -74,36 +75,31 @@ def gradient(model, params, tokens):
     return jax.grad(lambda p: reading_loss(model, p, tokens[:, :-1], tokens[:, 1:]).mean())(params)
 
 
-def by_hand(p, tokens, eta, nested, ended=False):
-    """Losses and Delta of one sequence, one chunk of 3 tokens after another."""
-    deltas, gathered, losses = [np.zeros((5, 5)) for _ in range(2)], [np.zeros((5, 5)) for _ in range(2)], []
-    for start in range(0, len(tokens) - (1 if ended else 3), 3):
-        slopes = [np.zeros((5, 5)), np.zeros((5, 5))]
-        for x, y in zip(tokens[start : start + 3], tokens[start + 1 : start + 4], strict=False):
-            first, second = p["W"][0] + deltas[0], p["W"][1] + deltas[1]
-            h = p["E"][x] @ first
-            z = np.exp(h @ second - np.max(h @ second))
-            error = z / z.sum() - np.eye(5)[y]
-            losses.append(-np.log(z[y] / z.sum()))
-            slopes[1] += np.outer(h, error) / 3
-            slopes[0] += np.outer(p["E"][x], error @ second.T) / 3
-        for i, period in enumerate((3, 6)):
-            gathered[i] = gathered[i] + slopes[i]
-            if (start + 3) % period == 0 or (ended and start + 3 >= len(tokens)):
-                deltas[i] = deltas[i] - eta[i] * gathered[i] * 3 / period
-                gathered[i] = np.zeros((5, 5))
-        if nested and (start + 3) % 6 == 0 and not ended:
-            deltas[0] = np.zeros((5, 5))
-    return np.array(losses), deltas
+def linear(rates, nested, optimizer="sgd"):
+    """A linear model, its parameters, the same in numpy, and tokens of two sequences."""
+    draw = np.random.default_rng(0)
+    p = {"E": draw.normal(size=(5, 5)), "W": draw.normal(size=(2, 5, 5)) / 2}
+    params = jax.tree.map(jnp.asarray, p) | {"blocks": {"feed_forward": {"rate": jnp.asarray(rates)[None]}}}
+    model: Any = Linear(LinearConfig(LinearLevels(Writes(optimizer=optimizer), nested)))
+    return model, params, p, draw.integers(0, 5, (2, 16))
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "muon"])
+def test_writes_of_other_optimizers_are_theirs_from_period_to_period(optimizer, x64):
+    rates = np.array([0.1, 0.2])
+    model, params, p, tokens = linear(rates, True, optimizer)
+    found, state = context.surprise(model, params, context.start(model, params, 2), jnp.asarray(tokens))
+    for row in range(2):
+        losses, deltas = by_hand(p, tokens[row], rates, True, optimizer=optimizer)
+        np.testing.assert_allclose(found[row], losses, rtol=1e-7)
+        for i in range(2):
+            np.testing.assert_allclose(state.blocks.feed_forward.fast[i]["w"][0, row], deltas[i], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["sequential", "nested"])
 def test_two_levels_of_a_linear_model_are_the_equations_chunk_by_chunk(nested, x64):
-    draw = np.random.default_rng(0)
-    p = {"E": draw.normal(size=(5, 5)), "W": draw.normal(size=(2, 5, 5)) / 2}
-    rates, tokens = np.array([0.7, 0.3]), draw.integers(0, 5, (2, 16))
-    params = jax.tree.map(jnp.asarray, p) | {"blocks": {"feed_forward": {"rate": jnp.asarray(rates)[None]}}}
-    model: Any = Linear(LinearConfig(LinearLevels(Writes(), nested)))
+    rates = np.array([0.7, 0.3])
+    model, params, p, tokens = linear(rates, nested)
     state = context.start(model, params, 2)
     found, state = context.surprise(model, params, state, jnp.asarray(tokens))
     for row in range(2):

@@ -41,7 +41,7 @@ class Source:
     checkpoint: Path
     """Run folder of a trained model, for its latest step; or one step of it, RUN/checkpoints/STEP."""
     context: Path | None = None
-    """Folder of what the model has learned since it was trained. None: context/ in the run folder."""
+    """Folder of what the model has learned since it was trained. None: contexts/STEP in the run folder."""
     periods: tuple[int, ...] = ()
     """Write the model's levels at other periods in tokens than it was made with, fastest first, such as 64 256."""
     rate: float | None = None
@@ -54,8 +54,8 @@ class Source:
         return with_levels(trained, self.periods, self.rate)
 
     def place(self, trained: "Trained") -> Path:
-        """Where its context is."""
-        return trained.run / "context" if self.context is None else self.context
+        """Where its context is: it belongs to the parameters of one step."""
+        return trained.run / "contexts" / str(trained.step) if self.context is None else self.context
 
 
 def load_run(checkpoint: Path) -> Trained:

@@ -100,7 +100,7 @@ def test_reading_a_document_lowers_surprise_and_is_kept(learned, document):
     assert lines[-1][:3] == ["0", "to", f"{2 * len(tokenizer.encode(document.read_text())):,}"]
     first, last = (float(line[3]) for line in (lines[0], lines[-2]))
     assert last < first and last < float(lines[-2][4]), "the levels, not the context, make the difference"
-    state = context.load(run / "context", model, params)
+    state = context.load(run / "contexts" / "4", model, params)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward.fast)), "every level is written"
 
 
@@ -168,13 +168,13 @@ def test_the_command_that_goes_on_repeats_everything_but_the_beginning():
 def test_asking_writes_text_and_stores_it_only_if_told_so(learned, tmp_path, capfd):
     run = Path(shutil.copytree(learned[0], tmp_path / "run"))
     command, texts = ["ask", "--checkpoint", str(run), "--tokens", "12", "--clear", "The light"], []
-    before = (run / "context" / "about.json").read_text()
+    before = (run / "contexts" / "4" / "about.json").read_text()
     for flags in ([], [], ["--learn"]):
         assert main([*command, *flags]) == 0
         texts.append(capfd.readouterr().out)
-        assert ((run / "context" / "about.json").read_text() == before) == (not flags)
+        assert ((run / "contexts" / "4" / "about.json").read_text() == before) == (not flags)
     assert texts[0] == texts[1] and texts[0].startswith("The light") and len(texts[0]) > len("The light\n")
-    shutil.rmtree(run / "context")
+    shutil.rmtree(run / "contexts")
     assert main(command) == 0
     asked = capfd.readouterr()
     assert asked.out.startswith("The light") and "the model writes as it was trained" in asked.err

@@ -47,9 +47,18 @@ def tn(a: Float[Array, "C M"], b: Float[Array, "C N"]) -> Float[Array, "M N"]:
     return _product(_flipped(a), b)
 
 
-nn.defvjp(lambda a, b: (nn(a, b), (a, b)), lambda ab, g: (nt(g, ab[1]), tn(ab[0], g)))
-nt.defvjp(lambda a, b: (nt(a, b), (a, b)), lambda ab, g: (nn(g, ab[1]), tn(g, ab[0])))
-tn.defvjp(lambda a, b: (tn(a, b), (a, b)), lambda ab, g: (nt(ab[1], g), nn(ab[0], g)))
+def _kept(product: Callable[[Array, Array], Array]) -> Callable[[Array, Array], tuple[Array, tuple[Array, Array]]]:
+    """The product, and its operands with one axis more.
+
+    jax (0.10.2) takes residuals that are the arguments themselves past the program, and then cannot differentiate
+    twice through vmap and scan (IndexError in batching): what trains through the writes of its levels has to.
+    """
+    return lambda a, b: (product(a, b), (a[None], b[None]))
+
+
+nn.defvjp(_kept(nn), lambda ab, g: (nt(g, ab[1][0]), tn(ab[0][0], g)))
+nt.defvjp(_kept(nt), lambda ab, g: (nn(g, ab[1][0]), tn(g, ab[0][0])))
+tn.defvjp(_kept(tn), lambda ab, g: (nt(ab[1][0], g), nn(ab[0][0], g)))
 
 
 def by_rows(function: Callable[[Array], Array], x: Float[Array, "*batch D"]) -> Float[Array, "*batch N"]:

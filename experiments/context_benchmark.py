@@ -46,12 +46,12 @@ class ContextBenchmarkConfig:
 
     def __post_init__(self):
         at_least_one(self, "tokens", "repeats")
+        if self.tokens % 512:
+            raise UserError(f"--tokens must be a multiple of 512, got {self.tokens}.")
         for period in self.periods:
             if period < 1 or self.tokens % period:
                 raise UserError(f"--periods must divide --tokens, got {period} for {self.tokens}.")
             self.written(period)
-        if self.tokens % 512:
-            raise UserError(f"--tokens must be a multiple of 512, got {self.tokens}.")
 
     def written(self, period: int) -> ModelConfig:
         """The model with one more level, or the same number where that period takes the place of one."""

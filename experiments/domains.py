@@ -12,9 +12,10 @@ measured all along. The rows, with equal parameters:
 * ``later_K``: ``together_K`` on the first text, ``levels_K`` on the second: slow levels that have learned the first.
 
 Who learns nothing forgets nothing, so every row learns the second text from the same state at several learning rates,
-and column "more" says how much more it forgets than ``levels_0`` does at the rate where that one has learned the second
-text as well (interpolated). Each text begins with a new optimizer and a warmup; then the rate is constant. Each run
-appends a JSON line to ``domains.jsonl`` in ``--results``, from which the table and the plot are made.
+and column "more" says how much more it forgets than ``levels_0`` does where that one has learned the second text as
+well: on the line between two of its rates, which flatters the others. Each text begins with a new optimizer and a
+warmup; then the rate is constant. Each run appends a JSON line to ``domains.jsonl`` in ``--results``, from which the
+table and the plot are made. An hour on one core; expect that slower levels forget no less than learning less does.
 """
 
 import dataclasses
@@ -285,8 +286,8 @@ def draw(config: DomainsConfig, lines: Sequence[Row]) -> Path:
 
 
 def _draw_row(axes: Any, of_rates: list[list[Row]], row: str, colour: str) -> None:
-    """Means over seeds, seeds thin; the rates are ascending."""
-    curves, setting = np.array([line["curve"] for line in of_rates[-1]]), of_rates[-1][0]["setting"]
+    """Means over seeds, seeds thin, without the beginning; the rates are ascending."""
+    curves, setting = np.array([line["curve"][1:] for line in of_rates[-1]]), of_rates[-1][0]["setting"]
     tokens = curves[0, :, 0] * setting["batch"] * setting["length"]
     for ax, bits in zip(axes, np.moveaxis(curves[..., 1:], 2, 0), strict=False):
         ax.plot(tokens, bits.T, color=colour, linewidth=0.5, alpha=0.4)

@@ -124,7 +124,7 @@ def test_generation_that_learns_is_learning_token_by_token():
     assert np.any(after.blocks.feed_forward.fast[1]["up"] != state.blocks.feed_forward.fast[1]["up"])
     plain, _ = generate.sample(model, params, state, tokens[:, 5:8], **how | {"learn": False})
     assert plain.shape == written.shape and np.any(plain != written), "the weights that were written are read"
-    with pytest.raises(UserError, match="has no levels"):
+    with pytest.raises(UserError, match="no level that can be written"):
         other = LanguageModel(replace(model.config, feed_forward=SwiGLUConfig(8)))
         generate.sample(other, params, state, tokens, **how)
 

@@ -169,7 +169,7 @@ def test_other_settings_have_a_table_of_their_own_and_the_last_one_is_drawn(othe
     monkeypatch.setattr(domains.Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
     domains.draw(domains.DomainsConfig(results=tmp_path), lines)
     first, second, trade = ([list(map(float, one.get_ydata())) for one in ax.lines] for ax in drawn)
-    assert first == [[8.0, 2.0, 7.0]] * 2 and second == [[8.0, 5.0, 3.0]] * 2 and trade == [[5.0]] * 2
+    assert first == [[2.0, 7.0]] * 2 and second == [[5.0, 3.0]] * 2 and trade == [[5.0]] * 2
 
 
 def test_the_plot_has_a_curve_per_row_at_its_highest_rate_and_a_line_through_its_rates(tmp_path, monkeypatch):
@@ -183,8 +183,8 @@ def test_the_plot_has_a_curve_per_row_at_its_highest_rate_and_a_line_through_its
     monkeypatch.setattr(domains.Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
     domains.draw(domains.DomainsConfig(results=tmp_path), rows)
     means = {one.get_label(): list(one.get_ydata()) for one in drawn[0].lines if not one.get_label().startswith("_")}
-    assert means == {"levels_0": [8.0, 2.0, 4.5], "levels_1": [8.0, 2.0, 4.5]}
-    assert list(drawn[0].lines[0].get_xdata()) == [0, 16, 32], "tokens"
+    assert means == {"levels_0": [2.0, 4.5], "levels_1": [2.0, 4.5]}
+    assert list(drawn[0].lines[0].get_xdata()) == [16, 32], "tokens"
     assert list(drawn[2].lines[2].get_ydata()) == [2.0, 2.5]
 
 

@@ -116,9 +116,9 @@ def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_p
     corpus = tmp_path / "text.txt"
     corpus.write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(20)))
     flags = ["--width", "8", "--layers", "1", "--length", "64", "--periods", "16", "--batch", "2", "--text", "1"]
-    flags += ["--steps", "2", "--readers", "2", "--passes", "2", "--facts", "2", "--seeds", "0"]
+    flags += ["--levels", "0", "1", "--steps", "2", "--readers", "2", "--passes", "2", "--facts", "2", "--seeds", "0"]
     flags += ["--results", str(tmp_path / "r"), "--cache", str(tmp_path / "c"), "--data.path", str(corpus)]
-    assert main(["knowledge", "--levels", "0", "1", *flags]) == 0
+    assert main(["knowledge", *flags]) == 0
     rows = [json.loads(line) for line in (tmp_path / "r" / "knowledge.jsonl").read_text().splitlines()]
     assert [row["how"] for row in rows] == ["sgd x1", "sgd x2", "adamw x1", "adamw x2", "levels"]
     assert all(0 <= row["recall"] <= 1 and 4 < row["before"] < 10 for row in rows)

@@ -33,8 +33,8 @@ def test_rate_0_is_the_transformer_to_the_bit():
     model, before = LanguageModel(stacked), LanguageModel(config)
     _, state = context.learn(model, theirs, context.start(model, theirs, 2), tokens)
     expected, plain = read(before, params, tokens, before.init_state(params, 2))
-    for found, expected in zip(jax.tree.leaves(state.blocks.mixer), jax.tree.leaves(plain.mixer), strict=True):
-        assert found.shape == expected.shape
+    for ours, original in zip(jax.tree.leaves(state.blocks.mixer), jax.tree.leaves(plain.mixer), strict=True):
+        assert ours.shape == original.shape
     logits, _ = read(model, theirs, tokens, context.start(model, theirs, 2))
     np.testing.assert_array_equal(logits, expected)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward.fast))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import VOCAB, WIDTH, close, config, made, stream
+from contexts import HOPE, VOCAB, WIDTH, close, config, made, stream
 from references_writes import by_hand
 
 from experiments.__main__ import main
@@ -124,6 +124,15 @@ def test_training_reads_as_the_stream_does_and_learns_the_rates(x64):
     slope = gradient(model, params, tokens[:, : T + 1])
     rates = np.abs(slope["blocks"]["feed_forward"]["rate"])
     assert rates.shape == (1, 2) and np.all(rates > 0)
+
+
+def test_a_hope_can_be_differentiated_through_the_writes_of_its_levels(x64):
+    """Traced only: compiling it takes minutes. Values are those of the parts, each tested where it is."""
+    model, params, tokens = made((4,), in_context=1, mixer=HOPE)
+    slope = jax.eval_shape(
+        lambda: jax.grad(lambda p: reading_loss(model, p, tokens[:, :8], tokens[:, 1:9]).mean())(params)
+    )
+    assert jax.tree.map(lambda leaf: leaf.shape, slope) == jax.tree.map(jnp.shape, params)
 
 
 def test_full_gradients_are_those_of_finite_differences(x64):

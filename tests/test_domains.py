@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from test_cli import mistake
 
-import experiments
 from experiments import domains
 from experiments.__main__ import main
 from hope_jax import LanguageModel
@@ -33,8 +32,7 @@ def write_texts(folder):
 
 @pytest.fixture(autouse=True)
 def texts(monkeypatch, tmp_path):
-    """The texts in the folder where the test runs, and the experiment on the list."""
-    monkeypatch.setitem(experiments.EXPERIMENTS, "domains", "experiments.domains:main")
+    """The texts in the folder where the test runs."""
     monkeypatch.chdir(tmp_path)
     write_texts(tmp_path)
 

@@ -23,6 +23,7 @@ from experiments.runs import Source, Trained
 from hope_jax import context, generate
 from hope_jax.errors import UserError
 from hope_jax.nn.attention import room_left, slots_of
+from hope_jax.train.array_file import is_saved
 
 UNFINISHED = "\ufffd"
 """What a character becomes whose last bytes are not written yet: shown once it is whole."""
@@ -76,7 +77,7 @@ def begin(trained: Trained, config: AskConfig, prompt: Any) -> Any:
     """
     model, params, place = trained.model, trained.params, config.place(trained)
     needed = prompt.shape[1] + config.tokens
-    if config.context is None and not place.exists():
+    if config.context is None and not is_saved(place):
         print(f"There is no context in {place}: the model writes as it was trained.", file=sys.stderr)
         return model.init_state(params, batch=1, capacity=needed)
     state = context.load(place, model, params)

@@ -236,7 +236,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def draw(results: Path, rows: Sequence[Row]) -> Path:
     """Recall against facts, and against what was forgotten of text, of the last setting on file, as a PNG."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     group = grouped(rows)[-1]
     for i, (levels, how) in enumerate(dict.fromkeys((levels, how) for levels, how, _ in group)):
@@ -251,10 +251,11 @@ def draw(results: Path, rows: Sequence[Row]) -> Path:
     left.axhline(1 / len(WORDS), color="black", linewidth=0.8, linestyle=":")
     left.set(xlabel="facts read once", ylabel="recall", ylim=(0, 1.02), xscale="log")
     counts = sorted({facts for *_, facts in group})
-    left.set_xticks(counts, [str(count) for count in counts], minor=False)
+    left.set_xticks(counts, [str(count) for count in counts])
+    left.minorticks_off()
     right.set(xlabel="held-out text: bits per byte more than before", ylabel="recall", ylim=(0, 1.02))
     right.set_xscale("symlog", linthresh=0.1)
-    left.legend(fontsize="small")
+    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path := results / "knowledge.png", dpi=120)

@@ -31,6 +31,7 @@ from hope_jax import train as training
 from hope_jax.data.corpus import from_files
 from hope_jax.errors import UserError
 from hope_jax.nn.attention import slots_of
+from hope_jax.train.array_file import empty_part, is_saved
 from hope_jax.types import Array, Int, Tokens
 from hope_jax.writes import Nats, cross_entropy, plan_of
 
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str]) -> int:
     config, stop = parse(LearnConfig, arguments, "learn"), training.Interrupt()
     trained = config.trained()
     documents, place = [trained.tokenizer.encode(text) for text in texts(config.data.path)], config.place(trained)
-    known = place.exists() and not config.fresh
+    empty_part(place).rmdir()  # better known now than after the reading
+    known = is_saved(place) and not config.fresh
     state = context.load(place, trained.model, trained.params) if known else None
     if known:
         print(f"Going on from the context in {place}.")

@@ -22,6 +22,7 @@ from experiments.learn import DocumentConfig, Static, read_only, texts
 from experiments.runs import Source
 from hope_jax import context, inspect
 from hope_jax.errors import UserError
+from hope_jax.train.array_file import is_saved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     ids = np.concatenate([trained.tokenizer.encode(text) for text in texts(config.data.path)])
     tokens = jnp.asarray(ids[None, : config.tokens])
     room = tokens.shape[1]
-    if config.fresh or not place.exists():
+    if config.fresh or not is_saved(place):
         state = context.start(model, params, 1, room)
     else:
         state = context.clear(model, params, context.load(place, model, params), room)

@@ -191,6 +191,8 @@ def test_mistakes_are_one_plain_sentence(learned, document, tmp_path, capfd):
     assert "--periods are [8, 16]; give one for each of the 3" in mistake(capfd, *reading, document, "--periods", 8, 16)
     assert "do not nest" in mistake(capfd, *reading, document, "--periods", 8, 12, 24)
     assert "--passes must be at least 1" in mistake(capfd, *reading, document, "--passes", 0)
+    for place in (tmp_path, tmp_path / "empty.txt" / "there"):
+        assert "choose another place" in mistake(capfd, *reading, document, "--fresh", "--context", place)
     assert "The prompt is empty" in mistake(capfd, "ask", "--checkpoint", run, "")
     assert "add --clear" in mistake(capfd, "ask", "--checkpoint", run, "--tokens", 64, "x")
     other = mistake(capfd, "ask", "--checkpoint", run, "--periods", 8, 16, 32, "x")

@@ -31,9 +31,32 @@ def _older(path: Path) -> Path:
     return path.with_name(f".{path.name}.older-context")
 
 
+def is_saved(path: Path) -> bool:
+    """Whether ``load_arrays`` finds something there, be it what a save that was stopped was about to replace."""
+    return path.exists() or _older(path.absolute()).exists()
+
+
 def _filled(tree: Any) -> dict[str, Any]:
     """The leaves by number, without the empty ones, which orbax does not write."""
     return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree)) if leaf.size}
+
+
+def empty_part(path: Path) -> Path:
+    """An empty folder beside ``path``, for what will replace it.
+
+    Raises:
+      UserError: ``path`` is something else, or nothing can be written there.
+    """
+    path = path.absolute()
+    if path.exists() and not (path / ABOUT).is_file():
+        raise UserError(f"{path} is there and is no saved context; choose another place")
+    part = path.with_name(f".{path.name}.unfinished-context")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another place") from error
+    return part
 
 
 def save_arrays(path: Path, tree: Any, about: dict[str, Any]) -> None:
@@ -43,12 +66,9 @@ def save_arrays(path: Path, tree: Any, about: dict[str, Any]) -> None:
       UserError: ``path`` is something else, or it cannot be written.
     """
     path = path.absolute()
-    if path.exists() and not (path / ABOUT).is_file():
-        raise UserError(f"{path} is there and is no saved context; choose another place")
-    part, old = path.with_name(f".{path.name}.unfinished-context"), _older(path)
+    part, old = empty_part(path), _older(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
+        part.rmdir()
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
         ocp.save(str(part), _filled(tree))

@@ -48,13 +48,13 @@ def tuned(model: Any, params: Any, documents: np.ndarray, chunk: int, method: Me
 
     As the levels do: the loss of a chunk is taken with the context before it, at the weights before its step.
     """
-    tuned = _tune(model, params, jnp.asarray(documents), chunk, method)
+    how = method._replace(rate=0.0)  # the rate is data: one program for all of them
+    tuned = _tune(model, params, jnp.asarray(documents), method.rate, chunk, how)
     return functools.partial(_tuned, model, tuned)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk", "method"))
-def _tune(model: Any, params: Any, documents: Int[Array, "R T"], chunk: int, method: Method) -> Any:
-    rate = method.rate
+def _tune(model: Any, params: Any, documents: Int[Array, "R T"], rate: Any, chunk: int, method: Method) -> Any:
     tx = optax.sgd(rate) if method.optimizer == "sgd" else optax.adamw(rate, weight_decay=0.0)
 
     def one(document: Int[Array, " T"]) -> Any:

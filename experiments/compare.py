@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from experiments import parse
 from experiments.checks import at_least_one
-from experiments.recall import keep_programs, progress_interval, without_writes
+from experiments.recall import without_writes
 from experiments.results import Row, append, deviation, open_results
+from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig, model_named
 from hope_jax import train as training
 from hope_jax.data import DataConfig, make_tokenizer, open_text

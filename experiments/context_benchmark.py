@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from experiments import parse
 from experiments.benchmark import Trainer, best_seconds, machine
-from experiments.checks import at_least_one
+from experiments.checks import at_least_one, must_divide
 from experiments.results import append, open_results
 from hope_jax import LanguageModel, ModelConfig, context, model_named
 from hope_jax.errors import UserError
@@ -49,8 +49,7 @@ class ContextBenchmarkConfig:
         if self.tokens % 512:
             raise UserError(f"--tokens must be a multiple of 512, got {self.tokens}.")
         for period in self.periods:
-            if period < 1 or self.tokens % period:
-                raise UserError(f"--periods must divide --tokens, got {period} for {self.tokens}.")
+            must_divide("periods", period, "tokens", self.tokens)
             self.written(period)
 
     def written(self, period: int) -> ModelConfig:

@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from experiments import parse
 from experiments.checks import at_least_one, known
-from experiments.recall import keep_programs, progress_interval
 from experiments.results import Row, append, deviation, open_results
+from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
 from hope_jax.data import DataConfig, make_tokenizer, open_text

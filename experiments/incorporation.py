@@ -48,14 +48,17 @@ def tuned(model: Any, params: Any, documents: np.ndarray, chunk: int, method: Me
 
     As the levels do: the loss of a chunk is taken with the context before it, at the weights before its step.
     """
-    how = method._replace(rate=0.0)  # the rate is data: one program for all of them
-    tuned = _tune(model, params, jnp.asarray(documents), method.rate, chunk, how)
-    return functools.partial(_tuned, model, tuned)
+    optimizer, rate, passes = method
+    return functools.partial(
+        _tuned, model, _tune(model, params, jnp.asarray(documents), rate, passes, chunk, optimizer)
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "chunk", "method"))
-def _tune(model: Any, params: Any, documents: Int[Array, "R T"], rate: Any, chunk: int, method: Method) -> Any:
-    tx = optax.sgd(rate) if method.optimizer == "sgd" else optax.adamw(rate, weight_decay=0.0)
+@functools.partial(jax.jit, static_argnames=("model", "chunk", "optimizer"))
+def _tune(
+    model: Any, params: Any, documents: Int[Array, "R T"], rate: Any, passes: Any, chunk: int, optimizer: str
+) -> Any:
+    tx = optax.sgd(rate) if optimizer == "sgd" else optax.adamw(rate, weight_decay=0.0)
 
     def one(document: Int[Array, " T"]) -> Any:
         labels = jnp.concatenate([document[1:], document[:1]])
@@ -63,7 +66,7 @@ def _tune(model: Any, params: Any, documents: Int[Array, "R T"], rate: Any, chun
         chunks = jax.tree.map(lambda x: x.reshape(-1, 1, chunk), (document, labels, known))
         read = functools.partial(jax.lax.scan, step)
         repeat = lambda _, kept: read((*kept, model.init_state(params, 1)), chunks)[0][:2]  # noqa: E731
-        return jax.lax.fori_loop(0, method.passes, repeat, (params, tx.init(params)))[0]
+        return jax.lax.fori_loop(0, passes, repeat, (params, tx.init(params)))[0]
 
     def step(carry: Any, chunk: Any) -> tuple[Any, None]:
         params, moments, state = carry

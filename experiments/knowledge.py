@@ -33,8 +33,8 @@ from experiments import parse
 from experiments.checks import at_least_one
 from experiments.facts import LINE, WORDS, Facts, draw_facts, episodes
 from experiments.incorporation import Method, Predict, bits_per_byte, recall, stored, tuned, untouched
-from experiments.recall import keep_programs, progress_interval
 from experiments.results import Row, append, deviation, open_results
+from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
 from hope_jax.data import DataConfig, make_tokenizer, open_text

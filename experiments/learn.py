@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from experiments import parse
 from experiments.checks import at_least_one
-from experiments.recall import progress_interval
+from experiments.running import progress_interval
 from experiments.runs import Source, Trained
 from hope_jax import context
 from hope_jax import train as training

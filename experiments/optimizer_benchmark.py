@@ -24,8 +24,8 @@ from tqdm import tqdm
 from experiments import parse
 from experiments.benchmark import best_seconds, machine
 from experiments.checks import at_least_one, known
-from experiments.recall import progress_interval
 from experiments.results import Row, append, open_results
+from experiments.running import progress_interval
 from hope_jax import LanguageModel, model_named, optim
 from hope_jax import train as training
 from hope_jax.optim.matrices import ADAMW, MATRIX

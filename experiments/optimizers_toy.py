@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from experiments import parse
 from experiments.checks import at_least_one, known
-from experiments.recall import append, open_results, progress_interval
+from experiments.results import append, open_results
+from experiments.running import progress_interval
 from experiments.toy_problems import START, Surface, descend, learn, stream
 from hope_jax import optim
 from hope_jax import train as training

@@ -14,7 +14,6 @@ status other than 0 continues a preempted run and leaves a finished one alone.
 
 import dataclasses
 import functools
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ import optax
 from experiments import parse
 from experiments.checks import flag, must_divide
 from experiments.in_context import InContextConfig
+from experiments.running import keep_programs
 from experiments.runs import keep_tokenizer
 from hope_jax import LanguageModel, generate, model_named
 from hope_jax import train as training
@@ -143,8 +143,8 @@ def pretrain(config: PretrainConfig, stop: Any) -> Outcome:
         UserError: anything the caller can mend, most of it before the first step.
     """
     with open_run(config.run) as folder:
-        if config.compile_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            jax.config.update("jax_compilation_cache_dir", str(folder.absolute().parent / ".cache" / "jax"))
+        if config.compile_cache:
+            keep_programs(folder.absolute().parent / ".cache")
         job = _prepare(config)
         like = training.abstract_state(job.model, job.tx)
         training.check_room(folder, like, config.keep)

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from tqdm import tqdm
 from experiments import parse
 from experiments.checks import at_least_one, known
 from experiments.results import Row, append, deviation, open_results
+from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
 from hope_jax.data.synthetic import IGNORE, mqar
@@ -178,11 +178,6 @@ def _curve(
                 return
 
 
-def progress_interval() -> float:
-    """Seconds between progress lines: seldom in a log file."""
-    return 0.5 if sys.stderr.isatty() else 20.0
-
-
 def batch(config: RecallConfig, seed: int, index: int) -> np.ndarray:
     """Batch number ``index``: inputs and targets side by side, int32 [B, 2 T]."""
     power = 1.0 if config.anywhere else 0.01
@@ -202,12 +197,6 @@ def recall_loss(model: LanguageModel) -> LossFn:
         return total / count, {"loss": training.Mean(total, count), "accuracy": training.Mean(right, count)}
 
     return loss
-
-
-def keep_programs(folder: Path) -> None:
-    """Compile once for all seeds and processes, unless the environment says where compiled programs are kept."""
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "jax"))
 
 
 def summary(rows: Sequence[Row]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from experiments.in_context import InContextConfig
-from experiments.recall import keep_programs
+from experiments.running import keep_programs
 from hope_jax import LanguageModel, ModelConfig, model_named
 from hope_jax import train as training
 from hope_jax.data import DataConfig, Tokenizer, make_tokenizer

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from experiments import parse
 from experiments.checks import at_least_one, known
 from experiments.images import ImageSet, Split, digits, from_tfds, mnist
-from experiments.recall import progress_interval
 from experiments.results import Row, append, deviation, open_results
+from experiments.running import progress_interval
 from experiments.vit import ViT, matrices
 from hope_jax import optim
 from hope_jax import train as training

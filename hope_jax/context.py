@@ -11,6 +11,7 @@ number of unfinished and new tokens is a program of its own: feed pieces of one 
 Where a stream ends inside a chunk, ``finish`` makes every level store what it has gathered.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -212,11 +213,16 @@ def _checked(model: Any, params: Any, state: State, batch: int) -> ContextState 
     """The state, if it is one of this model and of so many sequences."""
     _batch(state)
     if isinstance(state, BlockState):
-        expected = jax.eval_shape(lambda: model.init_state(params, batch, slots_of(state)))
-        same_kinds(state, expected)
+        same_kinds(state, _started.eval_shape(model, params, batch, slots_of(state))[0])
         return streams.around(model, state, batch)
     inside = inside_of(state)
-    expected = jax.eval_shape(lambda: start(model, params, batch, slots_of(inside.blocks)))
+    expected = _started.eval_shape(model, params, batch, slots_of(inside.blocks))[1]
     unfinished = jax.ShapeDtypeStruct((batch, inside.tokens.shape[1]), jnp.int32)
     same_kinds(inside, expected._replace(tokens=unfinished))
     return state
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch", "capacity"))
+def _started(model: Any, params: Any, batch: int, capacity: int | None) -> tuple[BlockState, ContextState]:
+    """Fresh states; only their shapes are asked for, at every call: a jitted function is traced for them once."""
+    return model.init_state(params, batch, capacity), start(model, params, batch, capacity)

@@ -14,8 +14,10 @@ from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
 from hope_jax.train.digests import (
+    changed_array,
+    changed_file,
     describe,
-    digest_file,
+    described_kinds,
     digest_files,
     first_difference,
     kinds,
@@ -102,19 +104,16 @@ def load_arrays(path: Path, like: Callable[[dict[str, Any]], Any]) -> Any:
         raise UserError(f"there is no saved context in {path} ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the context in {path} is damaged: {ABOUT} was altered") from error
-    for name, digest in body["files"].items():
-        if not (path / name).is_file() or digest_file(path / name) != digest:
-            raise UserError(f"the context in {path} is damaged: {name} is missing or differs from its digest")
+    if name := changed_file(path, body["files"]):
+        raise UserError(f"the context in {path} is damaged: {name} is missing or differs from its digest")
     shapes = like(body["about"])
-    found = {name: entry.rsplit(" ", 1)[0] for name, entry in body["arrays"].items()}
-    if different := first_difference(found, kinds(shapes)):
+    if different := first_difference(described_kinds(body["arrays"]), kinds(shapes)):
         raise another_model(path, different)
     loaded = ocp.load(str(path), _filled(shapes))
     flat, structure = jax.tree.flatten(shapes)
     tree = structure.unflatten(
         loaded[str(i)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for i, leaf in enumerate(flat)
     )
-    for name, entry in describe(tree).items():
-        if entry != body["arrays"][name]:
-            raise UserError(f"the context in {path} is damaged: {name} differs from its digest")
+    if name := changed_array(tree, body["arrays"]):
+        raise UserError(f"the context in {path} is damaged: {name} differs from its digest")
     return tree

@@ -17,8 +17,10 @@ from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
 from hope_jax.train.digests import (
+    changed_array,
+    changed_file,
     describe,
-    digest_file,
+    described_kinds,
     digest_files,
     first_difference,
     kinds,
@@ -83,9 +85,8 @@ def restore(run: Path, step: int, like: TrainState) -> TrainState:
         state = ocp.load(str(folder), like)
     except Exception as error:  # Orbax reports unreadable files by many classes; each means the same here.
         raise _damaged(run, step, f"orbax cannot read it ({error})") from error
-    for path, entry in describe(state).items():
-        if entry != manifest.arrays[path]:
-            raise _damaged(run, step, f"{path} differs from its digest")
+    if path := changed_array(state, manifest.arrays):
+        raise _damaged(run, step, f"{path} differs from its digest")
     return state
 
 
@@ -173,16 +174,13 @@ def check_room(run: Path, state: TrainState, keep: int) -> None:
 
 
 def _check_files(manifest: Manifest, folder: Path, run: Path) -> None:
-    for name, digest in manifest.files.items():
-        path = folder / name
-        if not path.is_file() or digest_file(path) != digest:
-            what = "differs from its digest" if path.is_file() else "is missing"
-            raise _damaged(run, manifest.step, f"{name} {what}")
+    if name := changed_file(folder, manifest.files):
+        what = "differs from its digest" if (folder / name).is_file() else "is missing"
+        raise _damaged(run, manifest.step, f"{name} {what}")
 
 
 def _check_structure(manifest: Manifest, like: TrainState, run: Path) -> None:
-    found = {path: entry.rsplit(" ", 1)[0] for path, entry in manifest.arrays.items()}
-    if different := first_difference(found, kinds(like)):
+    if different := first_difference(described_kinds(manifest.arrays), kinds(like)):
         path, there, here = different
         raise UserError(
             f"The checkpoint of step {manifest.step} in {run} belongs to another model or optimizer: {path} is "

@@ -44,6 +44,22 @@ def describe(state: Any) -> dict[str, str]:
     return {path: f"{kind(leaf)} {digest(np.asarray(leaf).tobytes())}" for path, leaf in leaves(state)}
 
 
+def described_kinds(described: Mapping[str, str]) -> dict[str, str]:
+    """``kinds`` of the arrays that ``describe`` described."""
+    return {path: entry.rsplit(" ", 1)[0] for path, entry in described.items()}
+
+
+def changed_array(state: Any, described: Mapping[str, str]) -> str | None:
+    """Path of the first array that is not as ``described``; None: all are."""
+    return next((path for path, entry in describe(state).items() if entry != described[path]), None)
+
+
+def changed_file(folder: Path, files: Mapping[str, str]) -> str | None:
+    """The first of ``files`` (see ``digest_files``) that is missing or differs from its digest; None: all are there."""
+    whole = lambda path, digest: path.is_file() and digest_file(path) == digest  # noqa: E731
+    return next((name for name, digest in files.items() if not whole(folder / name, digest)), None)
+
+
 def digest_files(folder: Path, skip: str) -> dict[str, str]:
     """Path -> digest of every file below ``folder`` whose name does not start with ``skip``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(skip))

@@ -1,11 +1,13 @@
 """``python -m experiments NAME [FLAGS]``: find the experiment, run it, turn a user's mistake into one sentence.
 
-Exit status: 0 done; 2 a mistake of the caller (one sentence on stderr); 130 and 143 stopped by Ctrl-C or SIGTERM.
+Exit status: 0 done; 2 a mistake of the caller (one sentence on stderr); 130 and 143 stopped by Ctrl-C or SIGTERM; 141
+the reader of the output went away.
 """
 
 import ast
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:  # a full or vanished disk, wherever it is noticed
         where = f" {error.filename}" if error.filename else ""
         print(f"Cannot read or write{where}: {error.strerror or error}; mend that and run it again.", file=sys.stderr)

@@ -22,8 +22,7 @@ from experiments.checks import at_least_one
 from experiments.runs import Source, Trained
 from hope_jax import context, generate
 from hope_jax.errors import UserError
-from hope_jax.nn.attention import room_left, slots_of
-from hope_jax.train.array_file import is_saved
+from hope_jax.nn.attention import room_left
 
 UNFINISHED = "\ufffd"
 """What a character becomes whose last bytes are not written yet: shown once it is whole."""
@@ -51,6 +50,7 @@ class AskConfig(Source):
     """Store the prompt and what is written in the levels, and save that."""
 
     def __post_init__(self):
+        super().__post_init__()
         at_least_one(self, "tokens")
         if not self.prompt:
             raise UserError("The prompt is empty; give some text to go on from.")
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     state = answer(trained, config, prompt, begin(trained, config, prompt))
     if config.learn:
         place = config.place(trained)
-        context.save(place, trained.model, context.finish(trained.model, trained.params, state))
+        context.save(place, trained.model, trained.params, context.finish(trained.model, trained.params, state))
         print(f"saved: {place}", file=sys.stderr)
     return 0
 
@@ -76,13 +76,14 @@ def begin(trained: Trained, config: AskConfig, prompt: Any) -> Any:
         UserError: the context is damaged, of other levels, named but not there, or has no room for so many tokens.
     """
     model, params, place = trained.model, trained.params, config.place(trained)
-    needed = prompt.shape[1] + config.tokens
-    if config.context is None and not is_saved(place):
+    needed, state = prompt.shape[1] + config.tokens, config.saved(trained)
+    # What is kept must have room for what comes next.
+    capacity = max(needed + 1, model.config.context) if config.learn else needed
+    if state is None:
         print(f"There is no context in {place}: the model writes as it was trained.", file=sys.stderr)
-        return model.init_state(params, batch=1, capacity=needed)
-    state = context.load(place, model, params)
+        return model.init_state(params, batch=1, capacity=capacity)
     if config.clear:
-        return context.clear(model, params, state, None if slots_of(state) is None else needed)
+        return context.clear(model, params, state, capacity)
     room = room_left(state)
     if room is not None and room < needed:
         raise UserError(

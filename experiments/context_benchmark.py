@@ -1,12 +1,12 @@
 """What learning while reading costs: ``context.learn`` against the plain training step, and by the period of a level.
 
     python -m experiments context_benchmark
-    python -m experiments context_benchmark --model hope-tiny --periods 64 256
+    python -m experiments context_benchmark --model hope-tiny --length 512 --batch 4 --periods 16 64 256
 
-Tokens per second of one stream read in pieces: only read; read and stored by a first level of each period (the model's
-slower levels are written too, at theirs); and the training step, with nothing in context and through the writes of that
-level. Same tokens per call, all in one process, the best of interleaved repetitions. Appends JSON lines to
-``context_benchmark.jsonl`` in ``--results``; minutes on a CPU.
+Tokens per second of streams read in windows of ``--length``, as ``learn`` reads a document: only read; read and stored
+by a first level of each period (the model's slower levels are written too, at theirs); and the training step over
+sequences of the same length, with nothing in context and through the writes of that level. All in one process, the best
+of interleaved repetitions. Appends JSON lines to ``context_benchmark.jsonl`` in ``--results``; minutes on a CPU.
 """
 
 import functools
@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from experiments import parse
 from experiments.benchmark import Trainer, best_seconds, machine
 from experiments.checks import at_least_one, must_divide
 from experiments.results import append, open_results
 from hope_jax import LanguageModel, ModelConfig, context, model_named
-from hope_jax.errors import UserError
 from hope_jax.models import with_in_context
 from hope_jax.streams import learn
 
@@ -37,19 +35,21 @@ class ContextBenchmarkConfig:
     """Name of the model."""
     periods: tuple[int, ...] = (16, 64, 256, 1024)
     """Periods of the fastest level in tokens; every one is a row. Each must divide the model's slower periods."""
-    tokens: int = 2048
-    """Tokens per call; a multiple of every period. Training reads them as sequences of 512."""
+    length: int = 1024
+    """Tokens of a window and of a training sequence; a multiple of every period."""
+    batch: int = 2
+    """Sequences per training step."""
+    streams: int = 1
+    """Streams that are read side by side, by one call each ``--length`` tokens."""
     repeats: int = 5
     """Repetitions; the best counts."""
     results: Path = Path("experiments/results")
     """Folder of context_benchmark.jsonl."""
 
     def __post_init__(self):
-        at_least_one(self, "tokens", "repeats")
-        if self.tokens % 512:
-            raise UserError(f"--tokens must be a multiple of 512, got {self.tokens}.")
+        at_least_one(self, "length", "batch", "streams", "repeats")
         for period in self.periods:
-            must_divide("periods", period, "tokens", self.tokens)
+            must_divide("periods", period, "length", self.length)
             self.written(period)
 
     def written(self, period: int) -> ModelConfig:
@@ -61,42 +61,48 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(ContextBenchmarkConfig, arguments, "context_benchmark")
     path = open_results(config.results, "context_benchmark.jsonl")
-    calls = {"training": Trainer(model_named(config.model), config.tokens // 512, 512, None)} | _reading(config)
+    training, streams = config.batch * config.length, config.streams * config.length
+    calls: dict[str, tuple[Callable[[], Any], int]] = {
+        "training": (_trainer(config, model_named(config.model)), training)
+    }
+    calls["reading"] = (_reading(config), streams)
     for period in config.periods:
-        calls |= _with_level(config, period)
-    seconds = best_seconds(calls, config.repeats)
-    for name, value in seconds.items():
-        row = {"model": config.model, "what": name, "tokens": config.tokens}
-        row |= {"tokens_per_second": round(config.tokens / value), "ratio": round(seconds["training"] / value, 3)}
+        calls[f"learning, period {period}"] = (_learning(config, period), streams)
+        if period < config.length:
+            through = f"training through writes, period {period}"
+            calls[through] = (_trainer(config, config.written(period)), training)
+    seconds = best_seconds({name: call for name, (call, _) in calls.items()}, config.repeats)
+    speed = {name: tokens / seconds[name] for name, (_, tokens) in calls.items()}
+    for name, value in speed.items():
+        row = {name: getattr(config, name) for name in ("model", "length", "batch", "streams")} | {"what": name}
+        row |= {"tokens_per_second": round(value), "ratio": round(value / speed["training"], 3)}
         append(path, row | machine())
         print(json.dumps(row), flush=True)
     return 0
 
 
-def _made(config: ModelConfig, tokens: int) -> tuple[Any, Any, Any]:
-    """A model, its parameters and one stream."""
-    model, stream = LanguageModel(config), jax.random.randint(jax.random.key(1), (1, tokens), 0, config.vocab_size)
-    params = jax.jit(lambda key: model.init(key, stream[:, :1])["params"])(jax.random.key(0))
-    return model, params, stream
+def _trainer(config: ContextBenchmarkConfig, architecture: ModelConfig) -> Trainer:
+    return Trainer(architecture, config.batch, config.length, None)
 
 
-def _reading(config: ContextBenchmarkConfig) -> dict[str, Callable[[], Any]]:
-    """Only reading, with the state carried."""
-    model, params, tokens = _made(model_named(config.model), config.tokens)
+def _streams(config: ContextBenchmarkConfig, architecture: ModelConfig) -> tuple[Any, Any, Any]:
+    """A model, its parameters and a window of each stream."""
+    model, shape = LanguageModel(architecture), (config.streams, config.length)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, architecture.vocab_size)
+    params = jax.jit(lambda key: model.init(key, tokens[:, :1])["params"])(jax.random.key(0))
+    return model, params, tokens
+
+
+def _reading(config: ContextBenchmarkConfig) -> Callable[[], Any]:
+    """Only reading."""
+    model, params, tokens = _streams(config, model_named(config.model))
     read = jax.jit(lambda params, tokens, state: model.apply({"params": params}, tokens, state))
-    _, state = read(params, tokens, model.init_state(params, 1, capacity=2 * config.tokens))
-    return {"reading": functools.partial(read, params, tokens, state)}
+    return functools.partial(read, params, tokens, model.init_state(params, config.streams, config.length))
 
 
-def _with_level(config: ContextBenchmarkConfig, period: int) -> dict[str, Callable[[], Any]]:
-    """Storing what is read, and training through the writes, of a level with that period."""
-    architecture = config.written(period)
-    model, params, tokens = _made(architecture, config.tokens)
-    state = context.start(model, params, 1, capacity=2 * config.tokens + 1)
-    _, state = context.surprise(model, params, state, jnp.concatenate([tokens[:, :1], tokens], axis=1))
-    calls: dict[str, Callable[[], Any]] = {
-        f"learning, period {period}": functools.partial(learn, model, params, state, tokens)
-    }
-    if period < 512:
-        calls[f"training through writes, period {period}"] = Trainer(architecture, config.tokens // 512, 512, None)
-    return calls
+def _learning(config: ContextBenchmarkConfig, period: int) -> Callable[[], Any]:
+    """Storing what is read. One token was read before, so that every chunk of the window is complete."""
+    model, params, tokens = _streams(config, config.written(period))
+    state = context.start(model, params, config.streams, capacity=config.length + 1)
+    _, state = context.surprise(model, params, state, tokens[:, :1])
+    return functools.partial(learn, model, params, state, tokens)

@@ -19,7 +19,6 @@ table and the plot are made. An hour on one core; expect that slower levels forg
 """
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 from experiments import parse
 from experiments.checks import at_least_one, known
-from experiments.results import Row, append, deviation, open_results
+from experiments.results import Row, append, deviation, open_results, settings
 from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
@@ -232,14 +231,9 @@ class Learner:
 Runs = dict[tuple[str, float], dict[int, Row]]  # row and rate -> seed -> the last run of it
 
 
-def settings(lines: Sequence[Row]) -> list[Runs]:
-    """The runs on file, those of one setting together; the setting that was run last comes last."""
-    found: dict[str, Runs] = {}
-    for line in lines:
-        same = json.dumps(line["setting"], sort_keys=True)
-        found[same] = found.pop(same, {})
-        found[same].setdefault((line["row"], line["second_rate"]), {})[line["seed"]] = line
-    return list(found.values())
+def grouped(lines: Sequence[Row]) -> list[Runs]:
+    """The runs on file, those of one setting together."""
+    return settings(lines, lambda line: (line["row"], line["second_rate"]))
 
 
 def more(line: Row, runs: Runs) -> float:
@@ -256,7 +250,7 @@ def more(line: Row, runs: Runs) -> float:
 def table(lines: Sequence[Row]) -> list[str]:
     """Bits per byte, mean and deviation over seeds, one line per row and rate, under a heading for each setting."""
     said = []
-    for runs in settings(lines):
+    for runs in grouped(lines):
         about = next(iter(next(iter(runs.values())).values()))["setting"]
         said.append(", ".join(f"{key} {value}" for key, value in about.items()))
         said.append(f"{'row':<11} {'rate':>5}" + "".join(f"{name:>17}" for name in (*SHOWN, "more")) + "  seeds")
@@ -274,7 +268,7 @@ def _spread(values: Sequence[float]) -> str:
 def draw(config: DomainsConfig, lines: Sequence[Row]) -> Path:
     """The setting that was run last as a PNG: both texts over tokens, what is forgotten against what is learned."""
     figure = Figure(figsize=(13, 4.5), layout="constrained")
-    axes, runs = figure.subplots(1, 3), settings(lines)[-1]
+    axes, runs = figure.subplots(1, 3), grouped(lines)[-1]
     for i, row in enumerate(dict.fromkeys(row for row, _ in runs)):
         _draw_row(axes, [list(runs[each].values()) for each in sorted(runs) if each[0] == row], row, f"C{i % 10}")
     for ax, which in zip(axes, ("first", "second"), strict=False):

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from experiments import parse
 from experiments.checks import at_least_one
-from experiments.facts import LINE, WORDS, Facts, draw_facts, episodes
+from experiments.facts import LINE, WORDS, Facts, draw_facts, episodes, names
 from experiments.incorporation import Method, Predict, bits_per_byte, recall, stored, tuned, untouched
-from experiments.results import Row, append, deviation, open_results
+from experiments.results import Row, append, deviation, open_results, settings
 from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
@@ -43,13 +43,15 @@ from hope_jax.levels import Level
 from hope_jax.nn.attention import AttentionConfig
 from hope_jax.nn.cms import CMSConfig
 from hope_jax.train.optimizer import OptimizerConfig
+from hope_jax.train.run_folder import flatten
 from hope_jax.writes import plan_of
 
 FILE = "knowledge.jsonl"
 TEST, CHOICE = 1_000_003, 1_000_033
 """Seeds of the facts that are reported, and of those that rates are chosen on."""
-TASK = ("periods", "width", "layers", "length", "batch", "steps", "text", "readers")
-NEEDED = (*TASK, "levels", "seed", "how", "facts", "recall", "before", "after")
+VARIED = ("levels", "seeds", "facts", "table", "results", "cache", "data")
+"""Flags that may differ between runs that are compared; the fingerprint of the text may not."""
+NEEDED = ("setting", "levels", "seed", "how", "facts", "recall", "before", "after")
 CHOOSERS = 8
 """Documents that the rates of fine-tuning are chosen on."""
 RATES = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "adamw": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
@@ -104,8 +106,19 @@ class KnowledgeConfig:
             raise UserError(f"--length must be a multiple of {2 * LINE} and of the first period, and above the last.")
         if self.text >= self.batch:
             raise UserError(f"--text must be less than --batch, got {self.text} of {self.batch}: episodes are needed.")
+        for count in self.facts:
+            if not 1 <= count <= len(names(heldout=True)) or count * LINE % self.periods[0]:
+                raise UserError(
+                    f"--facts {count}: expected 1 to {len(names(heldout=True))}, so many that "
+                    f"their bytes, {LINE} each, are a multiple of the first period, {self.periods[0]}."
+                )
         for count in self.levels:
             self.model(count)
+
+    def setting(self, text: str) -> Row:
+        """What must agree before two runs are compared; ``text`` is its fingerprint."""
+        about = {name: value for name, value in flatten(self, "").items() if name.split(".")[0] not in VARIED}
+        return about | {"rates": RATES, "text fingerprint": text}
 
     def model(self, levels: int) -> ModelConfig:
         """The model with so many levels in context: the features of all levels together are the same."""
@@ -118,10 +131,10 @@ class KnowledgeConfig:
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(KnowledgeConfig, arguments, "knowledge")
-    if config.table and not (config.results / FILE).exists():
-        raise UserError(f"There is no {config.results / FILE}; run something first or name another --results.")
+    before = training.read_rows(config.results / FILE, NEEDED)  # a damaged line is better known now than after training
+    if config.table and not before:
+        raise UserError(f"There is nothing in {config.results / FILE}; run something or name another --results.")
     path = open_results(config.results, FILE)
-    training.read_rows(path, NEEDED)
     if not config.table:
         knowledge(config, path)
     rows = training.read_rows(path, NEEDED)
@@ -140,7 +153,7 @@ def knowledge(config: KnowledgeConfig, path: Path) -> None:
             since = time.monotonic()
             model = LanguageModel(config.model(levels))
             params = train(config, model, data, seed, f"{levels} levels, seed {seed}")
-            about: Row = {name: getattr(config, name) for name in TASK} | {"levels": levels, "seed": seed}
+            about: Row = {"setting": config.setting(data.fingerprint), "levels": levels, "seed": seed}
             about |= {"parameters": training.count_parameters(params), "seconds": round(time.monotonic() - since, 1)}
             for row in measure(config, model, params, levels, text):
                 append(path, about | row)
@@ -205,12 +218,9 @@ Group = dict[tuple[int, str, int], list[Row]]
 
 
 def grouped(rows: Sequence[Row]) -> list[Group]:
-    """For each setting on file: (levels, how, facts) -> a row for each seed, of those run twice the later one."""
-    settings: dict[str, dict[tuple[int, str, int], dict[int, Row]]] = {}
-    for row in rows:
-        of_task = settings.setdefault(str([row[name] for name in TASK]), {})
-        of_task.setdefault((row["levels"], row["how"], row["facts"]), {})[row["seed"]] = row
-    return [{name: list(of[name].values()) for name in sorted(of)} for of in settings.values()]
+    """For each setting on file: (levels, how, facts) -> a row for each seed."""
+    found = settings(rows, lambda row: (row["levels"], row["how"], row["facts"]))
+    return [{name: list(of[name].values()) for name in sorted(of)} for of in found]
 
 
 def _mean(rows: Sequence[Row], value: Callable[[Row], float]) -> tuple[float, float]:
@@ -222,8 +232,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     """Recall and what was forgotten of held-out text, mean and deviation over seeds."""
     lines = []
     for group in grouped(rows):
-        one = next(iter(group.values()))[0]
-        lines.append(", ".join(f"{name} {one[name]}" for name in TASK))
+        about = next(iter(group.values()))[0]["setting"]
+        lines.append(", ".join(f"{name} {value}" for name, value in about.items()))
         lines.append("levels read by    facts  recall     +-  bits before  more after     +-  seeds")
         for (levels, how, facts), of in group.items():
             named, spread = _mean(of, lambda row: row["recall"])

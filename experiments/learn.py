@@ -6,7 +6,7 @@
 Each level of the model's continuum memory is rewritten whenever its period is over (``hope_jax/context.py``). Printed
 are bits per byte as the text is read, beside those of the same model when nothing is written: what the levels are
 worth. The context (what the levels stored, and what the mixers hold) is saved beside the run; the same command with
-another document goes on from it. ``ask`` generates from it. Ctrl-C saves and prints the command that goes on.
+another document goes on from it. ``ask`` generates from it. Ctrl-C saves; the same command then goes on where it was.
 """
 
 import functools
@@ -32,6 +32,7 @@ from hope_jax.data.corpus import from_files
 from hope_jax.errors import UserError
 from hope_jax.nn.attention import slots_of
 from hope_jax.train.array_file import empty_part, is_saved
+from hope_jax.train.digests import digest_arrays
 from hope_jax.types import Array, Int, Tokens
 from hope_jax.writes import Nats, cross_entropy, plan_of
 
@@ -64,16 +65,13 @@ class LearnConfig(Source):
     window: int | None = None
     """Tokens after which a document is gone on with in an empty context, the levels kept. None: never, or when the
     caches of attention are full."""
-    skip: int = 0
-    """Tokens to leave out at the beginning: what an interrupted command has read."""
     data: DocumentConfig
 
     def __post_init__(self):
+        super().__post_init__()
         at_least_one(self, "passes")
         if self.window is not None:
             at_least_one(self, "window")
-        if self.skip < 0:
-            raise UserError(f"--skip must be at least 0, got {self.skip}.")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,31 +80,34 @@ def main(arguments: Sequence[str]) -> int:
     trained = config.trained()
     documents, place = [trained.tokenizer.encode(text) for text in texts(config.data.path)], config.place(trained)
     empty_part(place).rmdir()  # better known now than after the reading
-    known = is_saved(place) and not config.fresh
-    state = context.load(place, trained.model, trained.params) if known else None
-    if known:
-        print(f"Going on from the context in {place}.")
+    name, state, done = _task(config, documents), None, 0
+    if is_saved(place) and not config.fresh:
+        state = config.saved(trained)
+        done = _left_off(context.note_of(place), name)
+        print(f"Going on from the context in {place}" + (f", after {done:,} tokens of this reading." if done else "."))
     with stop:
-        reading = read(trained, config, documents, state, stop)
-    context.save(place, trained.model, reading.state)
+        reading = read(trained, config, documents, Reading(state, done), stop)
+        note = None if reading.finished else {"task": name, "done": reading.done}
+        context.save(place, trained.model, trained.params, reading.state, note)
     print(f"saved: {place}")
-    if not stop.requested:
-        print(f'To ask: python -m experiments ask --checkpoint {config.checkpoint} "..."')
+    if reading.error:
+        raise UserError(f"After {reading.done:,} tokens, which are kept: {reading.error}")
+    if reading.finished:
+        print(f'To ask: python -m experiments ask {shlex.join(config.flags())} "..."')
         return 0
-    again = shlex.join(
-        [sys.executable, "-m", "experiments", "learn", *_going_on(arguments), f"--skip={reading.tokens}"]
-    )
-    print(f"Stopped after {reading.tokens:,} tokens; they are kept. To go on:\n  {again}")
+    again = "the same command without --fresh" if config.fresh else "the same command"
+    print(f"Stopped after {reading.done:,} tokens, which are kept; to go on: {again}.")
     return 128 + (stop.signal or 0)
 
 
-def _going_on(arguments: Sequence[str]) -> list[str]:
-    """``arguments`` without what the next command must not repeat."""
-    kept = [argument for argument in arguments if argument not in ("--fresh", "--no-fresh")]
-    at = next((i for i, argument in enumerate(kept) if argument.partition("=")[0] == "--skip"), None)
-    if at is None:
-        return kept
-    return kept[:at] + kept[at + (1 if "=" in kept[at] else 2) :]
+def _task(config: LearnConfig, documents: Sequence[np.ndarray]) -> str:
+    """What is read and how: a reading that was stopped is gone on with by a command that means the same."""
+    return digest_arrays([*documents, np.array([config.passes, config.window or 0])])
+
+
+def _left_off(note: Any, task: str) -> int:
+    """Tokens of this task that were read when it was stopped."""
+    return note["done"] if note and note["task"] == task else 0
 
 
 def texts(paths: Sequence[str]) -> list[bytes]:
@@ -116,40 +117,48 @@ def texts(paths: Sequence[str]) -> list[bytes]:
 
 
 class Reading(NamedTuple):
-    """The state after so many tokens."""
+    """The state after ``done`` tokens (None: fresh), and what ended it."""
 
     state: Any
-    tokens: int
+    done: int
+    finished: bool = False
+    error: UserError | None = None
 
 
 def read(
-    trained: Trained, config: LearnConfig, documents: Sequence[np.ndarray], state: Any, stop: training.Interrupt
+    trained: Trained, config: LearnConfig, documents: Sequence[np.ndarray], begun: Reading, stop: training.Interrupt
 ) -> Reading:
     """Read all ``documents`` so many times, or until asked to stop; prints how surprising they are.
 
-    ``state`` is what went before, None for nothing. At the end of the last document every level stores what it has
-    gathered (``context.finish``); a reading that was stopped goes on from within.
+    ``begun`` is where to start. At the end of the last document every level stores what it has gathered
+    (``context.finish``); a reading that was stopped, or met a mistake, goes on from within.
     """
-    model, params = trained.model, trained.params
-    plan, window = plan_of(model, trained=False), _window(trained, config)
-    state = context.start(model, params, batch=1, capacity=window) if state is None else state
-    static = Static(model.init_state(params, batch=1, capacity=window), jnp.zeros((1, 0), jnp.int32))
-    total, done = config.passes * sum(map(len, documents)), config.skip
+    model, params, size = trained.model, trained.params, _window(trained, config)
+    chunk = plan_of(model, trained=False).chunk
+    piece = -(-PIECE // chunk) * chunk
+    total, done = config.passes * sum(map(len, documents)), begun.done
+    state = context.start(model, params, batch=1, capacity=size) if begun.state is None else begun.state
     report = Report(done, max(1, total // (LINES * config.passes)), trained.tokenizer.byte_lengths)
     with tqdm(total=total, initial=done, unit="token", unit_scale=True, mininterval=progress_interval()) as bar:
-        for begins, tokens in pieces(list(documents) * config.passes, max(PIECE, plan.chunk), window, done):
-            if begins:
-                state = context.clear(model, params, state, window)
-                static = Static(model.init_state(params, 1, window), jnp.zeros((1, 0), jnp.int32))
-            nats, state = context.surprise(model, params, state, tokens)
-            as_trained, static = read_only(model, params, tokens, static)
-            done += tokens.shape[1]
-            report.add(np.asarray(tokens)[0], np.asarray(nats)[0], np.asarray(as_trained)[0])
-            bar.update(tokens.shape[1])
-            if stop.requested:
-                return Reading(state, done)
+        for known, window in windows(list(documents) * config.passes, size, done):
+            static = unread(trained, size)
+            for tokens in pieces(known, piece):  # read before it was stopped
+                _, static = read_only(model, params, tokens, static)
+            if not known.size:
+                state = context.clear(model, params, state, size)
+            for tokens in pieces(window, piece):
+                try:
+                    nats, state = context.surprise(model, params, state, tokens)
+                except UserError as error:
+                    return Reading(state, done, error=error)
+                as_trained, static = read_only(model, params, tokens, static)
+                done += tokens.shape[1]
+                report.add(np.asarray(tokens)[0], np.asarray(nats)[0], np.asarray(as_trained)[0])
+                bar.update(tokens.shape[1])
+                if done < total and stop.requested:
+                    return Reading(state, done)
     report.end()
-    return Reading(context.finish(model, params, state), done)
+    return Reading(context.finish(model, params, state), done, finished=True)
 
 
 def _window(trained: Trained, config: LearnConfig) -> int | None:
@@ -160,18 +169,22 @@ def _window(trained: Trained, config: LearnConfig) -> int | None:
     return slots_of(blocks)
 
 
-def pieces(
-    documents: Sequence[np.ndarray], size: int, window: int | None, skip: int
-) -> Iterator[tuple[bool, Int[Array, "1 T"]]]:
-    """Whether the context is to be emptied before it, and up to ``size`` tokens, but for the first ``skip`` in all."""
+def windows(
+    documents: Sequence[np.ndarray], size: int | None, done: int
+) -> Iterator[tuple[Int[np.ndarray, " known"], Int[np.ndarray, " T"]]]:
+    """What is read on one context, up to ``size`` tokens: those of it among the first ``done`` of all, and the rest."""
     for document in documents:
-        step = window or len(document)
-        for start in range(0, len(document), step):
-            left = document[start : start + step]
-            begin = min(skip, len(left))
-            skip -= begin
-            for at in range(begin, len(left), size):
-                yield at == 0, jnp.asarray(left[None, at : at + size])
+        for start in range(0, len(document), size or len(document) or 1):
+            window = document[start:][:size]
+            if done < len(window):
+                yield window[:done], window[done:]
+            done = max(0, done - len(window))
+
+
+def pieces(tokens: Int[np.ndarray, " T"], size: int) -> Iterator[Int[Array, "1 piece"]]:
+    """Up to ``size`` tokens at a time."""
+    for at in range(0, len(tokens), size):
+        yield jnp.asarray(tokens[None, at : at + size])
 
 
 class Static(NamedTuple):
@@ -179,6 +192,11 @@ class Static(NamedTuple):
 
     blocks: Any
     last: Int[Array, "1 last"]
+
+
+def unread(trained: Trained, capacity: int | None) -> Static:
+    """Before the first token; ``capacity`` as in ``model.init_state``."""
+    return Static(trained.model.init_state(trained.params, 1, capacity), jnp.zeros((1, 0), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -236,7 +236,7 @@ def _train(job: Job, state: Any, batches: Any, stop: Any) -> tuple[Any, dict[int
     config, done = job.config, int(state.step)
     loss = training.next_token_loss(job.model, job.tokenizer.byte_lengths, config.segment)
     heldout = job.data.heldout_batches(batch=config.batch, limit=config.eval_batches)
-    saved = {training.IDENTITY: job.identity, "steps": config.steps}
+    saved = {training.IDENTITY: job.identity, "steps": config.steps, "tokenizer": job.tokenizer.fingerprint}
     with (
         training.Record(config.run, done) as record,
         training.Monitor(record, done, config.steps, job.tokens_per_step) as monitor,

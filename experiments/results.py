@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,15 +14,13 @@ from hope_jax.errors import UserError
 Row = dict[str, Any]
 
 
-def open_results(folder: Path, name: str) -> Path:
-    """The file in ``folder``, made if needed. Raises UserError where nothing can be written."""
+def open_results(folder: Path, name: str, flag: str = "--results") -> Path:
+    """The file in ``folder``, made if needed. Raises UserError, naming ``flag``, where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).open("ab").close()
     except OSError as error:
-        raise UserError(
-            f"Cannot write {folder / name}: {error.strerror or error}; choose another --results."
-        ) from error
+        raise UserError(f"Cannot write {folder / name}: {error.strerror or error}; choose another {flag}.") from error
     return folder / name
 
 
@@ -47,6 +45,16 @@ def _end_last_line(file: BinaryIO) -> None:
         print(f"The last line of {file.name} was cut off and has been removed: {last[:80]!r}", file=sys.stderr)
     else:
         file.write(b"\n")
+
+
+def settings(lines: Sequence[Row], run: Callable[[Row], Hashable]) -> list[dict[Any, dict[int, Row]]]:
+    """For each ``setting`` on file, the one run last at the end: what ``run`` says -> seed -> its last line."""
+    found: dict[str, dict[Any, dict[int, Row]]] = {}
+    for line in lines:
+        same = json.dumps(line["setting"], sort_keys=True)
+        found[same] = found.pop(same, {})
+        found[same].setdefault(run(line), {})[line["seed"]] = line
+    return list(found.values())
 
 
 def deviation(values: Sequence[float]) -> float:

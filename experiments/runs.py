@@ -1,6 +1,7 @@
 """A trained model back from its run folder: for the commands that use one (``learn``, ``ask``, ``watch``)."""
 
 import dataclasses
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 
 from experiments.in_context import InContextConfig
 from experiments.running import keep_programs
-from hope_jax import LanguageModel, ModelConfig, model_named
+from hope_jax import LanguageModel, ModelConfig, context, model_named
 from hope_jax import train as training
 from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
 from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
 from hope_jax.nn.cms import CMSConfig
+from hope_jax.train.array_file import is_saved
 from hope_jax.train.digests import first_difference
 from hope_jax.train.optimizer import OptimizerConfig
 from hope_jax.train.run_folder import flatten
@@ -45,7 +47,12 @@ class Source:
     periods: tuple[int, ...] = ()
     """Write the model's levels at other periods in tokens than it was made with, fastest first, such as 64 256."""
     rate: float | None = None
-    """Inner learning rate of all levels. None: the learned rates, or the configured one of levels that have none."""
+    """Inner learning rate of all levels; 0 writes nothing. None: the learned rates, or the configured one of levels
+    that have none."""
+
+    def __post_init__(self) -> None:
+        if self.rate is not None and not 0 <= self.rate < math.inf:
+            raise UserError(f"--rate must be 0 or more, got {self.rate}.")
 
     def trained(self) -> "Trained":
         """The model. Raises UserError where there is none, or the levels are none of its own."""
@@ -57,6 +64,23 @@ class Source:
         """Where its context is: it belongs to the parameters of one step."""
         return trained.run / "contexts" / str(trained.step) if self.context is None else self.context
 
+    def saved(self, trained: "Trained") -> Any:
+        """The state of that context; None where nothing was learned yet.
+
+        Raises UserError where it is damaged or of another model, or was named and is not there.
+        """
+        place = self.place(trained)
+        if self.context is None and not is_saved(place):
+            return None
+        return context.load(place, trained.model, trained.params)
+
+    def flags(self) -> list[str]:
+        """The same flags for another command."""
+        given = {"--checkpoint": [self.checkpoint], "--context": [self.context], "--rate": [self.rate]}
+        some = {flag: values for flag, values in given.items() if values != [None]}
+        some |= {"--periods": list(self.periods)} if self.periods else {}
+        return [str(word) for flag, values in some.items() for word in (flag, *values)]
+
 
 def load_run(checkpoint: Path) -> Trained:
     """The latest step of a run folder, or the step that ``RUN/checkpoints/STEP`` names.
@@ -67,7 +91,7 @@ def load_run(checkpoint: Path) -> Trained:
     run, step = _step(checkpoint)
     manifest = training.read_manifest(run, step)
     identity = manifest.config[training.IDENTITY]
-    tokenizer = make_tokenizer(DataConfig(tokenizer=str(run / TOKENIZER) if (run / TOKENIZER).exists() else None))
+    tokenizer = _tokenizer(run, manifest.config)
     config = _model(identity, tokenizer.vocab_size)
     _check_same(config, identity, run)
     model = LanguageModel(config)
@@ -76,6 +100,18 @@ def load_run(checkpoint: Path) -> Trained:
     tx = training.optimizer(settings, manifest.config["steps"], every)
     state = training.restore(run, step, training.abstract_state(model, tx))
     return Trained(model, state.params, tokenizer, run, step)
+
+
+def _tokenizer(run: Path, trained: dict[str, Any]) -> Tokenizer:
+    """The one that the run was ``trained`` with. Runs of earlier versions say only how many tokens it has."""
+    file, sizes = run / TOKENIZER, trained[training.IDENTITY]["model.vocab_size"]
+    found = make_tokenizer(DataConfig(tokenizer=str(file) if file.exists() else None))
+    if found.vocab_size != sizes or trained.get("tokenizer", found.fingerprint) != found.fingerprint:
+        what = "that file" if file.exists() else "bytes"
+        raise UserError(
+            f"The run in {run} was trained with another tokenizer than {what}: put its JSON file at {file}."
+        )
+    return found
 
 
 def _step(checkpoint: Path) -> tuple[Path, int]:
@@ -127,8 +163,9 @@ def with_levels(trained: Trained, periods: tuple[int, ...], rate: float | None) 
     if periods:
         if len(periods) != len(part.levels):
             raise UserError(f"--periods are {list(periods)}; give one for each of the {len(part.levels)} levels.")
+        levels = tuple(map(Level, periods))
         check_multiples(periods)
-        part = dataclasses.replace(part, levels=tuple(map(Level, periods)))
+        part = dataclasses.replace(part, levels=levels)
     if rate is not None:
         part = dataclasses.replace(part, writes=dataclasses.replace(part.writes, rate=rate))
         params = _with_rate(params, rate)
@@ -146,5 +183,9 @@ def _with_rate(params: Any, rate: float) -> Any:
 
 def keep_tokenizer(run: Path, data: DataConfig) -> None:
     """Copy the tokenizer's file into the run folder, so that the folder is all that one needs."""
-    if data.tokenizer is not None:
-        shutil.copyfile(data.tokenizer, run / TOKENIZER)
+    kept = run / TOKENIZER
+    if data.tokenizer is None or (kept.exists() and kept.samefile(Path(data.tokenizer).expanduser())):
+        return
+    part = kept.with_name(f"{TOKENIZER}.part")
+    shutil.copyfile(Path(data.tokenizer).expanduser(), part)
+    part.replace(kept)

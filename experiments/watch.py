@@ -3,26 +3,27 @@
     python -m experiments watch --checkpoint runs/hope-tiny --data.path notes.txt
     python -m experiments watch --checkpoint runs/hope-tiny --data.path notes.txt --periods 64 256 --tokens 8192
 
-Draws into ``--figure``, and writes the numbers beside it as JSON. The second curve of surprise is that of the
-same model when nothing is written. Begins with what ``learn`` saved, if there is any, and an empty context. Nothing
-is changed.
+Draws into ``--figure`` (PNG), and writes the numbers beside it, with ``.json`` after its name. The second curve of
+surprise is that of the same model when nothing is written. Begins with what ``learn`` saved, if there is any, and an
+empty context. Nothing is changed.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import parse
 from experiments.checks import at_least_one
-from experiments.learn import DocumentConfig, Static, read_only, texts
-from experiments.runs import Source
+from experiments.learn import DocumentConfig, read_only, texts, unread
+from experiments.results import open_results
+from experiments.runs import Source, Trained
 from hope_jax import context, inspect
 from hope_jax.errors import UserError
-from hope_jax.train.array_file import is_saved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class WatchConfig(Source):
     data: DocumentConfig
 
     def __post_init__(self):
+        super().__post_init__()
         at_least_one(self, "tokens")
         if self.figure is not None and self.figure.suffix != ".png":
             raise UserError(f"--figure is {self.figure}; give the name of a .png file.")
@@ -47,18 +49,24 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(WatchConfig, arguments, "watch")
     trained = config.trained()
-    model, params, place = trained.model, trained.params, config.place(trained)
+    figure = trained.run / "watch.png" if config.figure is None else config.figure
     ids = np.concatenate([trained.tokenizer.encode(text) for text in texts(config.data.path)])
     tokens = jnp.asarray(ids[None, : config.tokens])
-    room = tokens.shape[1]
-    if config.fresh or not is_saved(place):
-        state = context.start(model, params, 1, room)
-    else:
-        state = context.clear(model, params, context.load(place, model, params), room)
-    trace, _ = inspect.watch(model, params, state, tokens, progress=True)
-    static, _ = read_only(model, params, tokens, Static(model.init_state(params, 1, room), tokens[:, :0]))
-    path = trained.run / "watch.png" if config.figure is None else config.figure
-    inspect.draw(trace, path, f"{trained.run.name} reads {Path(config.data.path[0]).name}", compare=np.asarray(static))
-    path.with_suffix(".json").write_text(json.dumps(trace.numbers()))
-    print(f"written: {path}, {path.with_suffix('.json')}")
+    # Better known now than after the reading.
+    figure, numbers = (open_results(figure.parent, f"{figure.name}{end}", "--figure") for end in ("", ".json"))
+    trace = _watched(trained, config, tokens)
+    static, _ = read_only(trained.model, trained.params, tokens, unread(trained, tokens.shape[1]))
+    title = f"{trained.run.name} reads {Path(config.data.path[0]).name}"
+    inspect.draw(trace, figure, title, compare=np.asarray(static))
+    numbers.write_text(json.dumps(trace.numbers()))
+    print(f"written: {figure}, {numbers}")
     return 0
+
+
+def _watched(trained: Trained, config: WatchConfig, tokens: Any) -> inspect.Trace:
+    """Read on an empty context, with what the levels have stored."""
+    model, params, room = trained.model, trained.params, tokens.shape[1]
+    state = None if config.fresh else config.saved(trained)
+    begin = context.start(model, params, 1, room) if state is None else context.clear(model, params, state, room)
+    trace, _ = inspect.watch(model, params, begin, tokens, progress=True)
+    return trace

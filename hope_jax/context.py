@@ -3,7 +3,7 @@
 >>> state = model.init_state(params, batch=1)
 >>> loss, state = context.learn(model, params, state, document)          # in pieces of any size
 >>> logits, state = model.apply({"params": params}, question, state)     # reads with what was learned, writes nothing
->>> context.save(path, model, state); state = context.load(path, model, params)
+>>> context.save(path, model, params, state); state = context.load(path, model, params)
 
 The weights of a level move once per period, so the tokens of an unfinished chunk are kept and read again when it is
 complete (at most one period of the fastest level): that way any cut of a stream into calls gives the same result. Each
@@ -25,8 +25,8 @@ from hope_jax.nn.attention import slots_of
 from hope_jax.nn.fast import ContextState, FastState, InterruptedState, as_matrix
 from hope_jax.nn.language_model import BlockState, check_tokens
 from hope_jax.streams import carry_of, inside_of, state_of
-from hope_jax.train.array_file import another_model, load_arrays, save_arrays
-from hope_jax.train.digests import first_difference
+from hope_jax.train.array_file import another_model, load_arrays, read_about, save_arrays
+from hope_jax.train.digests import digest_arrays, first_difference
 from hope_jax.train.run_folder import flatten
 from hope_jax.types import Array, Float, Scalar
 from hope_jax.writes import Nats, begin, plan_of
@@ -159,26 +159,30 @@ def merge(model: Any, params: Any, state: State) -> tuple[Any, ContextState]:
     return params | {"blocks": params["blocks"] | {"feed_forward": ours}}, emptied
 
 
-def save(path: str | Path, model: Any, state: State) -> None:
-    """Write the state as folder ``path``, replacing an older one when all is written. Raises UserError if it cannot."""
+def save(path: str | Path, model: Any, params: Any, state: State, note: Any = None) -> None:
+    """Write the state as folder ``path``, replacing an older one when all is written. Raises UserError if it cannot.
+
+    ``note``: JSON of your own that is kept with it, see ``note_of``.
+    """
     kept = _entered(model, state)
     batch, unfinished = kept.tokens.shape
     about = {"batch": batch, "unfinished": unfinished, "interrupted": isinstance(state, InterruptedState)}
-    about |= {"slots": slots_of(kept.blocks), "config": flatten(model.config, "")}
+    about |= {"slots": slots_of(kept.blocks), "config": _identity(model, params), "note": note}
     save_arrays(Path(path), kept, about)
 
 
 def load(path: str | Path, model: Any, params: Any) -> State:
     """The saved state, bit for bit: going on from it equals never having stopped.
 
+    It belongs to the model and the parameters that it was made with; inner rates and ``bptt`` may be others.
+
     Raises:
-      UserError: nothing is saved there, it is damaged, or it belongs to another model.
+      UserError: nothing is saved there, it is damaged, or it belongs to another model or other parameters.
     """
     path, was_interrupted = Path(path), []
 
     def like(about: dict[str, Any]) -> Any:
-        now = flatten(model.config, "")
-        if different := first_difference(about["config"], now):
+        if different := first_difference(about["config"], _identity(model, params)):
             raise another_model(path, different)
         was_interrupted.append(about["interrupted"])
         shapes = jax.eval_shape(lambda: start(model, params, about["batch"], about["slots"]))
@@ -190,6 +194,20 @@ def load(path: str | Path, model: Any, params: Any) -> State:
 
     state = load_arrays(path, like)
     return InterruptedState(state) if was_interrupted[0] else state
+
+
+def note_of(path: str | Path) -> Any:
+    """The ``note`` that was saved with a state. Raises UserError where nothing is saved or it is damaged."""
+    return read_about(Path(path))["note"]
+
+
+def _identity(model: Any, params: Any) -> dict[str, Any]:
+    """What a saved state belongs to: Delta means nothing beside other weights. The rate of its writes may change."""
+    free = ("feed_forward.writes.rate", "feed_forward.writes.bptt")
+    sizes = {name: value for name, value in flatten(model.config, "").items() if not name.startswith(free)}
+    part = {name: leaf for name, leaf in params["blocks"]["feed_forward"].items() if name != "rate"}
+    weights = params | {"blocks": params["blocks"] | {"feed_forward": part}}
+    return sizes | {"parameters": f"those of digest {digest_arrays(weights)[:16]}"}
 
 
 def _batch(state: State) -> int:

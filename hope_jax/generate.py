@@ -74,7 +74,7 @@ def sample(
 
     Raises:
       UserError: a prompt no model can read, a setting out of range, more tokens than the attention caches have room
-        for, or a model whose logits are not finite.
+        for, a model whose logits are not finite, or ``learn`` and a model without levels.
     """
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key, "learn": learn}
     written, end = [], state
@@ -101,10 +101,13 @@ def stream(
 ) -> Iterator[tuple[Int[np.ndarray, "B n"], Any]]:
     """As ``sample``, but yields pairs (the next few tokens, the state that belongs to them): stop after any of them.
 
-    The first piece is one token, so that it comes as soon as the prompt is read. Mistakes raise at the call.
+    The first piece is one token, so that it comes as soon as the prompt is read. Mistakes raise at the call. With
+    ``learn``, the prompt is read by ``context.expect``: each number of unfinished and new tokens compiles.
     """
     prompt, vocab = jnp.asarray(prompt), model.config.vocab_size
     check_tokens(prompt, vocab)
+    if learn:
+        plan_of(model, trained=False)
     how = _choice(vocab, temperature, top_k, top_p)
     _check_room(state, prompt.shape[1], steps)
     pieces = _learning_pieces if learn else _pieces

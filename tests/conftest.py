@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 from corpora import LETTERS, TEXT
 from jaxtyping import config as type_checker
+from trained_run import document, learned, rows, trained  # noqa: F401, fixtures
 
 
 def pytest_configure(config):

@@ -18,7 +18,7 @@ def nano(monkeypatch):
 
 
 def test_it_prints_and_leaves_a_line_for_each_period(tmp_path, capsys):
-    flags = f"--model nano --periods 128 512 --tokens 512 --repeats 1 --results {tmp_path}"
+    flags = f"--model nano --periods 128 512 --length 512 --streams 2 --batch 1 --repeats 1 --results {tmp_path}"
     assert main(["context_benchmark", *flags.split()]) == 0
     left = [json.loads(line) for line in (tmp_path / "context_benchmark.jsonl").read_text().splitlines()]
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -32,8 +32,8 @@ def test_it_prints_and_leaves_a_line_for_each_period(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--periods", "100"], "--periods must divide --tokens, got 100 for 2048"),
-        (["--tokens", "100", "--periods", "50"], "--tokens must be a multiple of 512, got 100"),
+        (["--periods", "100"], "--periods must divide --length, got 100 for 1024"),
+        (["--streams", "0"], "--streams must be at least 1"),
         (["--model", "transformer_pp-tiny"], "need periods, and a model with such levels"),
         (["--repeats", "0"], "--repeats must be at least 1"),
     ],

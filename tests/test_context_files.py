@@ -22,7 +22,7 @@ def test_fresh_and_finished_states_can_be_saved_and_nothing_beside_them_is_touch
     fresh = context.start(model, params, 2)
     _, state = stream(model, params, tokens[:, :11], (11,))
     for one in (fresh, context.finish(model, params, state)):
-        context.save(tmp_path / "memory", model, one)
+        context.save(tmp_path / "memory", model, params, one)
         jax.tree.map(np.testing.assert_array_equal, context.load(tmp_path / "memory", model, params), one)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory", "memory.old"]
     (tmp_path / "memory").rename(tmp_path / ".memory.older-context")  # as a save leaves it that stopped in between
@@ -35,14 +35,14 @@ def test_going_on_from_a_file_equals_never_having_stopped_to_the_bit(tmp_path, r
     _, state = stream(model, params, tokens[:, :11], (11,))
     if read_on:
         _, state = read(model, params, tokens[:, 11:14], state)
-    context.save(tmp_path / "memory", model, state)
+    context.save(tmp_path / "memory", model, params, state)
     loaded = context.load(tmp_path / "memory", model, params)
     assert type(loaded) is type(state)
     expected, end = context.surprise(model, params, state, tokens[:, 14:22])
     found, after = context.surprise(model, params, loaded, tokens[:, 14:22])
     np.testing.assert_array_equal(found, expected)
     jax.tree.map(np.testing.assert_array_equal, after, end)
-    context.save(tmp_path / "memory", model, after)  # replaces it
+    context.save(tmp_path / "memory", model, params, after)  # replaces it
     jax.tree.map(np.testing.assert_array_equal, context.load(tmp_path / "memory", model, params), after)
 
 
@@ -53,11 +53,14 @@ def test_a_file_that_is_not_what_was_saved_is_refused(tmp_path):
         context.load(tmp_path / "nothing", model, params)
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="is there and is no saved context"):
-        context.save(tmp_path / "mine", model, state)
-    context.save(tmp_path / "memory", model, state)
+        context.save(tmp_path / "mine", model, params, state)
+    context.save(tmp_path / "memory", model, params, state)
     other = LanguageModel(replace(model.config, context=128))
     with pytest.raises(UserError, match="of another model: context is 64 there and 128 here"):
         context.load(tmp_path / "memory", other, params)
+    moved = params | {"norm": jax.tree.map(lambda leaf: leaf * 1.01, params["norm"])}
+    with pytest.raises(UserError, match="parameters is those of digest .* there and those of digest .* here"):
+        context.load(tmp_path / "memory", model, moved)
     victim = max((p for p in (tmp_path / "memory").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1

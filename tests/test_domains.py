@@ -152,7 +152,7 @@ def test_the_table_is_mean_and_sample_deviation_and_a_run_done_again_replaces_th
 def test_forgetting_is_compared_where_levels_0_of_the_same_seed_learned_as_much():
     mine = line("levels_1", first=3.5, second=3.25)
     half = [line(rate=1.0, first=5.0, second=3.0), line(rate=0.1, first=3.0, second=4.0)]  # 2.5 forgotten at 3.25
-    (runs,) = domains.settings([mine, *half])
+    (runs,) = domains.grouped([mine, *half])
     assert domains.more(mine, runs) == pytest.approx(1.5 - 2.5)
     assert math.isnan(domains.more(mine | {"second": 4.5}, runs)) and math.isnan(domains.more(mine | {"seed": 1}, runs))
     assert domains.table([mine | {"second": 4.5}, *half])[2].split()[-2:] == ["-", "1"]

@@ -112,6 +112,36 @@ def test_the_models_of_all_rows_have_one_size():
     assert max(sizes.values()) < 1.01 * min(sizes.values())
 
 
+def test_a_level_that_is_set_back_is_empty_and_the_other_is_as_it_was(read):
+    model, params, drawn = read
+    told = drawn.told.reshape(2, -1)
+    whole = incorporation.stored(model, params, told).args[-1].blocks.feed_forward.fast
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(whole))
+    for level in range(2):
+        left = incorporation.stored(model, params, told, forget=level).args[-1].blocks.feed_forward.fast
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(left[level]))
+        jax.tree.map(np.testing.assert_array_equal, left[1 - level], whole[1 - level])
+
+
+def test_fine_tuning_is_reported_at_the_rate_that_recalls_most_of_other_facts(read, monkeypatch):
+    model, params, drawn = read
+    seen = []
+
+    def tuned(model, params, documents, chunk, method):
+        seen.append(len(documents))
+        return method
+
+    scores = {"sgd": (0, 1, 5, 2, 3, 4), "adamw": (3, 2, 1, 0, 5, 4)}
+    known = {
+        (name, rate): score for name in scores for rate, score in zip(knowledge.RATES[name], scores[name], strict=True)
+    }
+    monkeypatch.setattr(knowledge, "tuned", tuned)
+    monkeypatch.setattr(knowledge, "recall", lambda method, _: known[method[:2]])
+    rows = [row for row, _ in knowledge._by_tuning(CONFIG, model, params, drawn)]
+    assert [row["rate"] for row in rows] == [0.03, 0.03, 3e-3, 3e-3]
+    assert set(seen[:6]) == {knowledge.CHOOSERS} and seen[6] == 2, "chosen on other facts than the reported ones"
+
+
 def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_path, capsys):
     corpus = tmp_path / "text.txt"
     corpus.write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(20)))
@@ -140,7 +170,12 @@ def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_p
         (["--length", "100"], "--length must be a multiple of 32"),
         (["--text", "16"], "--text must be less than --batch"),
         (["--seeds"], "Give at least one of each"),
-        (["--table", "--results", "/nowhere"], "There is no /nowhere/knowledge.jsonl"),
+        (["--table", "--results", "/nowhere"], "There is nothing in /nowhere/knowledge.jsonl"),
+        (
+            ["--facts", "5", "--periods", "32", "64", "--levels", "1"],
+            "--facts 5: expected 1 to 800, so many that their bytes, 16 each, are a",
+        ),
+        (["--facts", "900"], "--facts 900: expected 1 to 800"),
     ],
 )
 def test_wrong_flags_are_one_plain_sentence(flags, said, capfd):

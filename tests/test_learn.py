@@ -1,96 +1,24 @@
-"""The commands that use a trained run: read a document and keep it, write with it; interruptions and mistakes."""
+"""The command that reads a document and keeps it: what it stores and says, interruptions and mistakes."""
 
-import contextlib
-import dataclasses
-import io
+import itertools
+import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trained_run import mistake
 
 from experiments import learn
 from experiments.__main__ import main
-from experiments.runs import load_run, with_levels
-from hope_jax import MODELS, context
-from hope_jax import train as training
-from hope_jax.data import JsonTokenizer
+from experiments.runs import load_run
+from hope_jax import context
 from hope_jax.errors import UserError
-from hope_jax.levels import Level
-from hope_jax.train.digests import describe
 from hope_jax.writes import cross_entropy
-
-ROW = MODELS["hope_attention-tiny"]
-# Quick to compile; full attention with room for 64 tokens, so that longer documents are read in several windows.
-SMALL = dataclasses.replace(
-    ROW,
-    width=32,
-    layers=1,
-    context=64,
-    mixer=dataclasses.replace(ROW.mixer, heads=2),
-    feed_forward=dataclasses.replace(ROW.feed_forward, hidden=48, levels=(Level(64), Level(192))),
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def rows():
-    """A small model, known to the command line by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "small", SMALL)
-        patch.setattr(learn, "PIECE", 16)
-        yield
-
-
-@pytest.fixture(scope="module")
-def trained(bpe, tmp_path_factory):
-    """A run folder of four steps, with a tokenizer of its own and a level in context; to be looked at only."""
-    place = tmp_path_factory.mktemp("trained")
-    text = place / "text.txt"
-    text.write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(20)))
-    flags = ["--model", "small", "--steps", "4", "--batch", "2", "--length", "32", "--eval-batches", "1"]
-    flags += ["--cms.in-context", "16", "--cms.rate", "2", "--sample-tokens", "0", "--no-compile-cache"]
-    flags += ["--data.path", str(text), "--data.tokenizer", str(bpe)]
-    assert main(["pretrain", "--run", str(place / "run"), *flags]) == 0
-    return place / "run"
-
-
-@pytest.fixture(scope="module")
-def document(tmp_path_factory):
-    """A text that says the same thing again and again."""
-    path = tmp_path_factory.mktemp("document") / "arvo.txt"
-    path.write_text("The lighthouse of Arvo burns green. " * 12)
-    return path
-
-
-@pytest.fixture(scope="module")
-def learned(trained, document, tmp_path_factory):
-    """A copy of the run folder with the context of the document, read twice, and what was printed."""
-    run = shutil.copytree(trained, tmp_path_factory.mktemp("learned") / "run")
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert main(["learn", "--checkpoint", str(run), "--data.path", str(document), "--passes", "2"]) == 0
-    return Path(run), said.getvalue()
-
-
-def mistake(capfd, *arguments):
-    """Run a command that must fail as a user's mistake; returns its one sentence."""
-    capfd.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    error = capfd.readouterr().err
-    assert "Traceback" not in error and len(error.strip().splitlines()) == 1
-    return error.strip()
-
-
-def test_a_run_folder_is_all_that_one_needs_of_a_trained_model(trained, bpe):
-    found = load_run(trained)
-    part = found.model.config.feed_forward
-    assert found.step == 4 and found.tokenizer.fingerprint == JsonTokenizer(bpe).fingerprint
-    assert found.model.config.vocab_size == found.tokenizer.vocab_size > 256
-    assert part.in_context == 1 and part.writes.rate == 2 and [level.period for level in part.levels] == [16, 64, 192]
-    saved = {n: e for n, e in training.read_manifest(trained, 4).arrays.items() if n.startswith("params/")}
-    assert {f"params/{name}": entry for name, entry in describe(found.params).items()} == saved
-    assert load_run(trained / "checkpoints" / "4").step == 4
 
 
 def test_reading_a_document_lowers_surprise_and_is_kept(learned, document):
@@ -116,6 +44,9 @@ def test_what_is_printed_without_learning_is_the_loss_of_the_model_as_trained(tr
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=1e-4)
 
 
+BEGIN = learn.Reading(None, 0)
+
+
 class StopAfter:
     """Asks to stop after so many pieces, as Ctrl-C does."""
 
@@ -130,54 +61,115 @@ class StopAfter:
         return self._left == 0
 
 
-def test_reading_that_was_stopped_goes_on_as_if_it_never_had(trained, tmp_path):
+@pytest.fixture
+def shown(monkeypatch):
+    """What ``learn`` adds to its report: tokens, nats, nats without learning of every piece."""
+    pieces, add = [], learn.Report.add
+    monkeypatch.setattr(learn.Report, "add", lambda self, *piece: (pieces.append(piece), add(self, *piece)))
+    return pieces
+
+
+def test_reading_that_was_stopped_goes_on_as_if_it_never_had(trained, tmp_path, shown):
     one = load_run(trained)
     document = np.random.default_rng(0).integers(0, 256, 80)
     documents, data = [document, document[:32]], learn.DocumentConfig(("text.txt",))
     config = learn.LearnConfig(checkpoint=trained, data=data, window=48)
-    straight = learn.read(one, config, documents, None, StopAfter(-1))
+    straight = learn.read(one, config, documents, BEGIN, StopAfter(-1))
+    whole = shown.copy()
     for pieces in (2, 5):
-        part = learn.read(one, config, documents, None, StopAfter(pieces))
-        context.save(tmp_path / "context", one.model, part.state)
+        shown.clear()
+        part = learn.read(one, config, documents, BEGIN, StopAfter(pieces))
+        context.save(tmp_path / "context", one.model, one.params, part.state)
         state = context.load(tmp_path / "context", one.model, one.params)
-        rest = learn.read(one, dataclasses.replace(config, skip=part.tokens), documents, state, StopAfter(-1))
-        assert rest.tokens == straight.tokens == 112 > part.tokens
+        rest = learn.read(one, config, documents, learn.Reading(state, part.done), StopAfter(-1))
+        assert rest.finished and not part.finished and rest.done == straight.done == 112 > part.done
         jax.tree.map(np.testing.assert_array_equal, rest.state, straight.state)
+        for found, expected in zip(shown, whole, strict=True):
+            for ours, theirs in zip(found, expected, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_documents_and_windows_begin_with_an_empty_context():
-    documents = [np.arange(5), np.arange(7)]
-    cut = lambda *how: [(begins, piece[0].tolist()) for begins, piece in learn.pieces(documents, *how)]  # noqa: E731
-    assert cut(3, None, 0) == [
-        *((True, [0, 1, 2]), (False, [3, 4])),
-        *((True, [0, 1, 2]), (False, [3, 4, 5]), (False, [6])),
-    ]
-    assert cut(9, 4, 0) == [(True, [0, 1, 2, 3]), (True, [4]), (True, [0, 1, 2, 3]), (True, [4, 5, 6])]
-    assert cut(9, 4, 6) == [(False, [1, 2, 3]), (True, [4, 5, 6])]
+    documents = [np.arange(5), np.arange(7), np.arange(0)]
+    cut = lambda *how: [(known.tolist(), rest.tolist()) for known, rest in learn.windows(documents, *how)]  # noqa: E731
+    assert cut(None, 0) == [([], list(range(5))), ([], list(range(7)))]
+    assert cut(4, 0) == [([], [0, 1, 2, 3]), ([], [4]), ([], [0, 1, 2, 3]), ([], [4, 5, 6])]
+    assert cut(4, 6) == [([0], [1, 2, 3]), ([], [4, 5, 6])]
+    assert cut(4, 9) == [([], [4, 5, 6])] and cut(4, 12) == []
+    assert [piece.tolist() for piece in learn.pieces(np.arange(5), 3)] == [[[0, 1, 2]], [[3, 4]]]
 
 
-def test_the_command_that_goes_on_repeats_everything_but_the_beginning():
-    assert learn._going_on(["--checkpoint", "r", "--fresh", "--skip", "3", "--rate=2"]) == [
-        "--checkpoint",
-        "r",
-        "--rate=2",
-    ]
-    assert learn._going_on(["--skip=3", "--passes", "2"]) == ["--passes", "2"]
+@pytest.fixture
+def reading(trained, document, tmp_path):
+    """The command that reads the document twice with a copy of the run, and where that keeps what it learned."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    command = ["learn", "--checkpoint", str(run), "--data.path", str(document), "--passes", "2", "--rate", "0.5"]
+    return command, run / "contexts" / "4"
 
 
-def test_asking_writes_text_and_stores_it_only_if_told_so(learned, tmp_path, capfd):
-    run = Path(shutil.copytree(learned[0], tmp_path / "run"))
-    command, texts = ["ask", "--checkpoint", str(run), "--tokens", "12", "--clear", "The light"], []
-    before = (run / "contexts" / "4" / "about.json").read_text()
-    for flags in ([], [], ["--learn"]):
-        assert main([*command, *flags]) == 0
-        texts.append(capfd.readouterr().out)
-        assert ((run / "contexts" / "4" / "about.json").read_text() == before) == (not flags)
-    assert texts[0] == texts[1] and texts[0].startswith("The light") and len(texts[0]) > len("The light\n")
-    shutil.rmtree(run / "contexts")
+def interrupt_at(monkeypatch, owner, name, call):
+    """The process gets Ctrl-C in the midst of that ``call`` of a function, the first is 1."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(reading, monkeypatch, capfd):
+    command, place = reading
     assert main(command) == 0
-    asked = capfd.readouterr()
-    assert asked.out.startswith("The light") and "the model writes as it was trained" in asked.err
+    said = capfd.readouterr().out
+    assert f"experiments ask --checkpoint {place.parents[1]} --rate 0.5 " in said
+    straight = place.rename(place.with_name("straight"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, learn.context, "surprise", 3)
+        assert main(command) == 130
+    assert "Stopped after 48 tokens, which are kept; to go on: the same command." in capfd.readouterr().out
+    assert main(command) == 0
+    assert f"Going on from the context in {place}, after 48 tokens of this reading." in capfd.readouterr().out
+    arrays = [json.loads((folder / "about.json").read_text())["body"]["arrays"] for folder in (place, straight)]
+    assert arrays[0] == arrays[1], "to the bit"
+    assert context.note_of(place) is None
+    assert main([*command, "--passes", "1"]) == 0
+    assert f"Going on from the context in {place}.\n" in capfd.readouterr().out, (
+        "another reading begins at its beginning"
+    )
+
+
+@pytest.mark.parametrize("where", ["last piece", "save"])
+def test_ctrl_c_at_the_end_loses_nothing(reading, monkeypatch, capfd, where):
+    command, place = reading
+    total = 2 * len(load_run(place.parents[1]).tokenizer.encode(Path(command[4]).read_text()))
+    pieces = sum(
+        -(-size // 16) for _, window in learn.windows([np.zeros(total // 2)] * 2, 64, 0) for size in [len(window)]
+    )
+    spot = {"last piece": (learn.context, "surprise", pieces), "save": (learn.context, "save", 1)}
+    interrupt_at(monkeypatch, *spot[where])
+    assert main(command) == 0
+    assert f"0 to {total}" in capfd.readouterr().out.splitlines()[-3]
+    assert context.note_of(place) is None
+
+
+def test_a_mistake_in_the_middle_keeps_what_was_read(reading, monkeypatch, capfd):
+    command, place = reading
+    surprise, calls = context.surprise, itertools.count()
+
+    def fails(*args):
+        if next(calls) == 3:
+            raise UserError("not finite")
+        return surprise(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learn.context, "surprise", fails)
+        assert main(command) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "After 48 tokens, which are kept: not finite"
+    assert context.note_of(place)["done"] == 48
+    assert main([*command, "--rate", "0.1"]) == 0
+    assert "after 48 tokens of this reading" in capfd.readouterr().out
 
 
 def test_mistakes_are_one_plain_sentence(learned, document, tmp_path, capfd):
@@ -190,6 +182,11 @@ def test_mistakes_are_one_plain_sentence(learned, document, tmp_path, capfd):
     assert "--data.path names nothing" in mistake(capfd, *reading)
     assert "--periods are [8, 16]; give one for each of the 3" in mistake(capfd, *reading, document, "--periods", 8, 16)
     assert "do not nest" in mistake(capfd, *reading, document, "--periods", 8, 12, 24)
+    assert "period is 0" in mistake(capfd, *reading, document, "--periods", 0, 16, 32)
+    assert "--rate must be 0 or more, got -1.0" in mistake(capfd, *reading, document, "--rate", -1)
+    watching = ["watch", *reading[1:], document, "--figure"]
+    assert "choose another --figure" in mistake(capfd, *watching, tmp_path / "empty.txt" / "figure.png")
+    assert "give the name of a .png file" in mistake(capfd, *watching, tmp_path / "figure.svg")
     assert "--passes must be at least 1" in mistake(capfd, *reading, document, "--passes", 0)
     for place in (tmp_path, tmp_path / "empty.txt" / "there"):
         assert "choose another place" in mistake(capfd, *reading, document, "--fresh", "--context", place)
@@ -198,19 +195,3 @@ def test_mistakes_are_one_plain_sentence(learned, document, tmp_path, capfd):
     other = mistake(capfd, "ask", "--checkpoint", run, "--periods", 8, 16, 32, "x")
     assert "is of another model: feed_forward.levels.0.period is 16 there and 8 here" in other
     assert "no saved context" in mistake(capfd, "ask", "--checkpoint", run, "--context", tmp_path / "none", "x")
-
-
-def test_levels_can_be_written_at_other_periods_and_rates(trained):
-    one = load_run(trained)
-    other = with_levels(one, (8, 16, 32), 0.5)
-    part = other.model.config.feed_forward
-    assert [level.period for level in part.levels] == [8, 16, 32] and part.writes.rate == 0.5
-    assert np.all(other.params["blocks"]["feed_forward"]["rate"] == 0.5)
-    same = with_levels(one, (), None)
-    assert same is one
-
-
-def test_a_run_of_another_model_than_this_version_builds_is_refused(trained, monkeypatch):
-    monkeypatch.setitem(MODELS, "small", dataclasses.replace(SMALL, width=16))
-    with pytest.raises(UserError, match="was trained with model.width 32; here it is 16"):
-        load_run(trained)

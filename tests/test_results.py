@@ -1,7 +1,12 @@
 """What experiments write down and count."""
 
 import fcntl
+import shlex
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -76,3 +81,11 @@ def test_results_that_cannot_be_written_are_told_in_a_sentence(tmp_path):
     (tmp_path / "taken").write_text("a file, not a folder")
     with pytest.raises(UserError, match="Cannot write .*taken/x.jsonl: .*; choose another --results"):
         open_results(tmp_path / "taken", "x.jsonl")
+
+
+def test_a_reader_of_the_output_that_has_seen_enough_is_no_mistake(tmp_path):
+    shutil.copy(Path(__file__).parent.parent / "experiments" / "results" / "knowledge.jsonl", tmp_path)
+    command = shlex.join([sys.executable, "-m", "experiments", "knowledge", "--table", "--results", str(tmp_path)])
+    script = f"set -o pipefail; {command} | head -1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 141 and done.stdout.startswith("periods") and not done.stderr

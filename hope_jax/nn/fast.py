@@ -34,7 +34,7 @@ class Writes:
     """How levels are written in context.
 
     Attributes:
-      rate: eta that a level's learned rate starts from, and that of levels without one. Finite; 0 writes nothing.
+      rate: eta that a level's learned rate starts from, and that of levels without one; 0 writes nothing.
       optimizer: the inner optimizer of the mean gradient of a finished chunk: "sgd" is Eq. 71; "momentum" (0.9), "adam"
         (0.9, 0.99) and "muon" (momentum 0.9, orthogonalised) carry their moments from chunk to chunk.
       bptt: for each level written in context, fastest first, how training differentiates its writes: None through all,
@@ -51,8 +51,8 @@ class Writes:
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        if not np.isfinite(self.rate):
-            raise UserError(f"the rate of writes is {self.rate}; expected a finite number")
+        if not 0 <= self.rate < np.inf:
+            raise UserError(f"the rate of writes is {self.rate}; expected 0 or more")
         if self.optimizer not in get_args(Inner):
             raise UserError(f"the optimizer of writes is {self.optimizer!r}; expected one of {get_args(Inner)}")
         if any(count is not None and count < 0 for count in self.bptt):

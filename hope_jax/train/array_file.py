@@ -90,20 +90,33 @@ def another_model(path: Path, different: tuple[str, Any, Any]) -> UserError:
     return UserError(f"the context in {path} is of another model: {name} is {there} there and {here} here")
 
 
+def read_about(path: Path) -> dict[str, Any]:
+    """The ``about`` that was saved. Raises UserError where nothing is saved or it is damaged."""
+    return _body(_found(path))["about"]
+
+
+def _found(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() or not _older(path).exists() else _older(path)
+
+
+def _body(path: Path) -> dict[str, Any]:
+    try:
+        return read_sealed(path / ABOUT)
+    except OSError as error:
+        raise UserError(f"there is no saved context in {path} ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the context in {path} is damaged: {ABOUT} was altered") from error
+
+
 def load_arrays(path: Path, like: Callable[[dict[str, Any]], Any]) -> Any:
     """The tree of a folder, bit for bit as it was saved; ``like(about)`` gives shapes of the same structure.
 
     Raises:
       UserError: nothing is saved there, it is damaged, or its arrays are not those of ``like``.
     """
-    path = path.absolute()
-    path = path if path.exists() or not _older(path).exists() else _older(path)
-    try:
-        body = read_sealed(path / ABOUT)
-    except OSError as error:
-        raise UserError(f"there is no saved context in {path} ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the context in {path} is damaged: {ABOUT} was altered") from error
+    path = _found(path)
+    body = _body(path)
     if name := changed_file(path, body["files"]):
         raise UserError(f"the context in {path} is damaged: {name} is missing or differs from its digest")
     shapes = like(body["about"])

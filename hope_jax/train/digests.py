@@ -44,6 +44,11 @@ def describe(state: Any) -> dict[str, str]:
     return {path: f"{kind(leaf)} {digest(np.asarray(leaf).tobytes())}" for path, leaf in leaves(state)}
 
 
+def digest_arrays(tree: Any) -> str:
+    """Of names, dtypes, shapes and values together."""
+    return digest(canonical(describe(tree)))
+
+
 def described_kinds(described: Mapping[str, str]) -> dict[str, str]:
     """``kinds`` of the arrays that ``describe`` described."""
     return {path: entry.rsplit(" ", 1)[0] for path, entry in described.items()}

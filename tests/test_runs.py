@@ -1,0 +1,97 @@
+"""A trained run back from its folder; the commands that write with it and look into it."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trained_run import SMALL
+
+from experiments.__main__ import main
+from experiments.runs import TOKENIZER, keep_tokenizer, load_run, with_levels
+from hope_jax import MODELS, context
+from hope_jax import train as training
+from hope_jax.data import DataConfig, JsonTokenizer
+from hope_jax.errors import UserError
+from hope_jax.train.digests import describe
+
+
+def test_a_run_folder_is_all_that_one_needs_of_a_trained_model(trained, bpe):
+    found = load_run(trained)
+    part = found.model.config.feed_forward
+    assert found.step == 4 and found.tokenizer.fingerprint == JsonTokenizer(bpe).fingerprint
+    assert found.model.config.vocab_size == found.tokenizer.vocab_size > 256
+    assert part.in_context == 1 and part.writes.rate == 2 and [level.period for level in part.levels] == [16, 64, 192]
+    saved = {n: e for n, e in training.read_manifest(trained, 4).arrays.items() if n.startswith("params/")}
+    assert {f"params/{name}": entry for name, entry in describe(found.params).items()} == saved
+    assert load_run(trained / "checkpoints" / "4").step == 4
+
+
+def test_asking_writes_text_and_stores_it_only_if_told_so(learned, tmp_path, capfd):
+    run = Path(shutil.copytree(learned[0], tmp_path / "run"))
+    command, texts = ["ask", "--checkpoint", str(run), "--tokens", "12", "--clear", "The light"], []
+    before = (run / "contexts" / "4" / "about.json").read_text()
+    for flags in ([], [], ["--learn"]):
+        assert main([*command, *flags]) == 0
+        texts.append(capfd.readouterr().out)
+        assert ((run / "contexts" / "4" / "about.json").read_text() == before) == (not flags)
+    assert texts[0] == texts[1] and texts[0].startswith("The light") and len(texts[0]) > len("The light\n")
+    shutil.rmtree(run / "contexts")
+    assert main(command) == 0
+    asked = capfd.readouterr()
+    assert asked.out.startswith("The light") and "the model writes as it was trained" in asked.err
+
+
+def test_what_is_learned_while_asking_leaves_room_for_more(trained, tmp_path):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    assert main(["ask", "--checkpoint", str(run), "--tokens", "4", "--learn", "The light"]) == 0
+    assert main(["ask", "--checkpoint", str(run), "--tokens", "4", "The light"]) == 0
+
+
+def test_watching_draws_and_changes_nothing(learned, document, tmp_path):
+    run, _ = learned
+    before = (run / "contexts" / "4" / "about.json").read_text()
+    command = ["watch", "--checkpoint", str(run), "--data.path", str(document), "--tokens", "40", "--figure"]
+    (tmp_path / "figure.json").write_text("mine")
+    for name, flags in (("figure", ()), ("fresh", ["--fresh"])):
+        assert main([*command, str(tmp_path / "new" / f"{name}.png"), *flags]) == 0
+    numbers, fresh = (json.loads((tmp_path / "new" / f"{name}.png.json").read_text()) for name in ("figure", "fresh"))
+    model, params, tokenizer, *_ = load_run(run)
+    tokens = jnp.asarray(tokenizer.encode(document.read_text())[None, :40])
+    cleared = context.clear(model, params, context.load(run / "contexts" / "4", model, params), 40)
+    for found, state in ((numbers, cleared), (fresh, context.start(model, params, 1, 40))):
+        nats, _ = context.surprise(model, params, state, tokens)
+        np.testing.assert_allclose(found["surprise"], nats[0], rtol=1e-3, atol=1e-3)
+    assert (tmp_path / "new" / "figure.png").stat().st_size > 10_000
+    assert (run / "contexts" / "4" / "about.json").read_text() == before and (tmp_path / "figure.json").exists()
+
+
+def test_the_tokenizer_of_a_run_is_the_one_it_was_trained_with(trained, bpe, tmp_path):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    keep_tokenizer(run, DataConfig(tokenizer=str(run / TOKENIZER)))  # its own file: nothing to copy
+    assert (run / TOKENIZER).read_bytes() == bpe.read_bytes()
+    altered = json.loads((run / TOKENIZER).read_text())
+    altered["truncation"] = None
+    for change in (lambda: (run / TOKENIZER).write_text(json.dumps(altered)), (run / TOKENIZER).unlink):
+        change()
+        with pytest.raises(UserError, match="another tokenizer than .* put its JSON file at .*tokenizer.json"):
+            load_run(run)
+
+
+def test_levels_can_be_written_at_other_periods_and_rates(trained):
+    one = load_run(trained)
+    other = with_levels(one, (8, 16, 32), 0.5)
+    part = other.model.config.feed_forward
+    assert [level.period for level in part.levels] == [8, 16, 32] and part.writes.rate == 0.5
+    assert np.all(other.params["blocks"]["feed_forward"]["rate"] == 0.5)
+    same = with_levels(one, (), None)
+    assert same is one
+
+
+def test_a_run_of_another_model_than_this_version_builds_is_refused(trained, monkeypatch):
+    monkeypatch.setitem(MODELS, "small", dataclasses.replace(SMALL, width=16))
+    with pytest.raises(UserError, match="was trained with model.width 32; here it is 16"):
+        load_run(trained)

@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,10 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.extend.core import jaxprs_in_params
 
 from experiments import parse
-from experiments.checks import at_least_one, known
+from experiments.checks import at_least_one, known, must_divide
+from experiments.measuring import best_seconds, machine, operations
 from experiments.results import Row, append, open_results
 from hope_jax import LanguageModel, ModelConfig, generate, model_named
 from hope_jax import train as training
@@ -67,6 +66,8 @@ class BenchmarkConfig:
     """train: tokens per sequence."""
     batch: int = 4
     """train: sequences per batch."""
+    devices: int = 1
+    """train: devices that share a batch; on a CPU, cores."""
     segment: int | None = None
     """train, length: tokens of one piece in rematerialised training; must divide the lengths. None: all at once."""
     tokens: int = 1024
@@ -83,7 +84,8 @@ class BenchmarkConfig:
     """Folder of benchmark.jsonl."""
 
     def __post_init__(self):
-        at_least_one(self, "width", "layers", "heads", "length", "batch", "tokens", "repeats")
+        at_least_one(self, "width", "layers", "heads", "length", "batch", "devices", "tokens", "repeats")
+        must_divide("devices", self.devices, "batch", self.batch)
         if self.size is not None:
             known("size", self.size, SIZES)
         if self.positions[0] < 1 or self.positions[1] % self.positions[0]:
@@ -115,6 +117,7 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(BenchmarkConfig, arguments, "benchmark")
     path = open_results(config.results, "benchmark.jsonl")
+    training.split_host(config.devices)
     for part in config.chosen:
         for row in PARTS[part](config):
             append(path, {"part": part, **row, **machine()})
@@ -122,54 +125,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def machine() -> Row:
-    """What measures: the device, the cores this process may use (``taskset`` counts), and how memory comes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    about = {"device": jax.devices()[0].device_kind, "cores": cores, "jax": jax.__version__}
-    return about | {"large_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")}
-
-
-def best_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each call, the best of interleaved repetitions after one that compiles."""
-    best = {}
-    for name, call in calls.items():
-        jax.block_until_ready(call())
-        best[name] = math.inf
-    for _ in range(repeats):
-        for name, call in calls.items():
-            since = time.perf_counter()
-            jax.block_until_ready(call())
-            best[name] = min(best[name], time.perf_counter() - since)
-    return best
-
-
-def operations(jaxpr: Any) -> int:
-    """Multiplications and additions of all matrix products of a program, loops unrolled, recomputation included."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        parts = [operations(inner) for inner in jaxprs_in_params(equation.params)]
-        if equation.primitive.name == "cond":  # platforms and branches: only one of them runs
-            parts = [max(parts)]
-        if equation.primitive.name == "custom_linear_solve":  # its other programs are for derivatives
-            parts = [operations(equation.params["jaxprs"].solve.jaxpr)]
-        total += sum(parts) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
-    return total
-
-
 class Trainer:
     """A compiled training step with its state; calling it does one step."""
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, segment: int | None):
-        model, settings = LanguageModel(config), OptimizerConfig()
+    def __init__(self, config: ModelConfig, batch: int, length: int, segment: int | None, devices: int = 1):
+        model, settings, mesh = LanguageModel(config), OptimizerConfig(), training.data_mesh(batch, devices)
         tx = training.optimizer(settings, 1000, config.update_every(batch * length))
         loss = training.next_token_loss(model, np.ones(config.vocab_size), segment)
         step: Any = training.train_step(loss, tx, training.schedule(settings, 1000))
-        self.state = jax.jit(lambda key: training.init_state(model, tx, key))(jax.random.key(0))
-        self.tokens = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, config.vocab_size)
+        state = jax.jit(lambda key: training.init_state(model, tx, key))(jax.random.key(0))
+        tokens = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, config.vocab_size)
+        self.state, self.tokens = training.replicate(mesh, state), training.share(mesh, tokens)
         self.parameters = training.count_parameters(self.state.params)
         self.operations = operations(jax.make_jaxpr(step)(self.state, self.tokens).jaxpr)
         lowered, since = step.lower(self.state, self.tokens), time.perf_counter()
@@ -189,7 +155,8 @@ class Trainer:
     def row(self, seconds: float) -> Row:
         """What is known about a step that takes so long."""
         batch, window = self.tokens.shape
-        about = {"parameters": self.parameters, "length": window - 1, "batch": batch}
+        shared = self.tokens.sharding.num_devices
+        about = {"parameters": self.parameters, "length": window - 1, "batch": batch, "devices": shared}
         cost = {"compile_seconds": round(self.compile_seconds, 1), "temp_bytes": self.temp_bytes}
         speed = {"tokens_per_second": round(batch * (window - 1) / seconds), "step_ms": round(1e3 * seconds, 2)}
         return {**about, **speed, **cost, "gflops": round(self.operations / seconds / 1e9, 2)}
@@ -197,7 +164,7 @@ class Trainer:
 
 def train(config: BenchmarkConfig) -> Iterator[Row]:
     """The training step of the architectures, and the last one's tokens/s as the measure of the others."""
-    of = (config.batch, config.length, config.segment)
+    of = (config.batch, config.length, config.segment, config.devices)
     trainers = {name: Trainer(config.architecture(name), *of) for name in config.models}
     square = jax.random.normal(jax.random.key(0), (1024, 1024))
     calls: dict[str, Callable[[], Any]] = {"peak": functools.partial(jax.jit(jnp.matmul), square, square)}

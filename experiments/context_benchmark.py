@@ -19,8 +19,9 @@ from typing import Any
 import jax
 
 from experiments import parse
-from experiments.benchmark import Trainer, best_seconds, machine
+from experiments.benchmark import Trainer
 from experiments.checks import at_least_one, must_divide
+from experiments.measuring import best_seconds, machine
 from experiments.results import append, open_results
 from hope_jax import LanguageModel, ModelConfig, context, model_named
 from hope_jax.models import with_in_context

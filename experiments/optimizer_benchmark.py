@@ -22,8 +22,8 @@ import optax
 from tqdm import tqdm
 
 from experiments import parse
-from experiments.benchmark import best_seconds, machine
 from experiments.checks import at_least_one, known
+from experiments.measuring import best_seconds, machine
 from experiments.results import Row, append, open_results
 from experiments.running import progress_interval
 from hope_jax import LanguageModel, model_named, optim

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from experiments import parse
 from experiments.checks import flag, must_divide
@@ -73,6 +74,8 @@ class PretrainConfig:
     """Go back to this saved step; later ones are moved to set_aside/. None: go on from the latest."""
     sample_tokens: int = 256
     """Tokens to write after training, continuing held-out text."""
+    devices: int | None = None
+    """Devices that share each batch; on a CPU, cores. None: all that there are, as far as they divide the batch."""
     compile_cache: bool = True
     """Keep compiled programs beside the run folder, so that the next start is quick."""
     cms: InContextConfig = field(default_factory=InContextConfig)
@@ -88,6 +91,8 @@ class PretrainConfig:
         must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.segment is not None:
             must_divide("segment", self.segment, "length", self.length)
+        if self.devices is not None:
+            must_divide("devices", self.devices, "batch", self.batch // self.accumulate)
         self.cms.check(self.length, self.segment)
 
 
@@ -129,6 +134,7 @@ class Job(NamedTuple):
     tx: optax.GradientTransformation
     rate: Any
     identity: dict[str, Any]
+    mesh: Mesh
 
     @property
     def tokens_per_step(self) -> int:
@@ -142,6 +148,7 @@ def pretrain(config: PretrainConfig, stop: Any) -> Outcome:
     Raises:
         UserError: anything the caller can mend, most of it before the first step.
     """
+    training.split_host(config.devices)
     with open_run(config.run) as folder:
         if config.compile_cache:
             keep_programs(folder.absolute().parent / ".cache")
@@ -173,6 +180,7 @@ def _prepare(config: PretrainConfig) -> Job:
         tx=training.optimizer(config.optimizer, config.steps, every),
         rate=training.schedule(config.optimizer, config.steps),
         identity=_identity(config, architecture, data.fingerprint),
+        mesh=training.data_mesh(config.batch // config.accumulate, config.devices),
     )
 
 
@@ -200,6 +208,7 @@ def _resume(job: Job, like: Any, batches: Any) -> Any:
         state, manifest = training.resume(folder, step, like, job.identity)
         batches.set_state(manifest.data)
         print(_continuation(job, step, manifest.config["steps"]))
+    state = training.replicate(job.mesh, state)
     for place in training.set_aside(folder, step or 0):
         print(f"Moved what does not lead to step {step or 0} to {place}.")
     return state
@@ -225,7 +234,7 @@ def _header(job: Job, like: Any) -> str:
         "model": f"{job.config.model}, {training.count_parameters(like.params):,} parameters, {job.config.dtype}",
         "text": f"{len(job.data.train) * length:,} tokens to train on, {len(job.data.heldout) * length:,} held out",
         "batch": f"{job.config.batch} x {length} = {job.tokens_per_step:,} tokens per step, {job.config.steps:,} steps",
-        "device": f"{device.device_kind}, 1 of {jax.device_count()}",
+        "device": f"{device.device_kind}, {job.mesh.size} of {jax.device_count()}",
         "run": str(job.config.run),
     }
     return "\n".join(f"{name:<8}{value}" for name, value in rows.items())
@@ -235,7 +244,11 @@ def _train(job: Job, state: Any, batches: Any, stop: Any) -> tuple[Any, dict[int
     """The state after training and the held-out bits per byte by step."""
     config, done = job.config, int(state.step)
     loss = training.next_token_loss(job.model, job.tokenizer.byte_lengths, config.segment)
-    heldout = job.data.heldout_batches(batch=config.batch, limit=config.eval_batches)
+    place, step = (
+        functools.partial(training.share, job.mesh),
+        training.train_step(loss, job.tx, job.rate, config.accumulate),
+    )
+    heldout = [place(batch) for batch in job.data.heldout_batches(batch=config.batch, limit=config.eval_batches)]
     saved = {training.IDENTITY: job.identity, "steps": config.steps, "tokenizer": job.tokenizer.fingerprint}
     with (
         training.Record(config.run, done) as record,
@@ -247,7 +260,7 @@ def _train(job: Job, state: Any, batches: Any, stop: Any) -> tuple[Any, dict[int
             training.Plan(config.steps, config.eval_every, config.save_every),
             state,
             batches,
-            step_fn=training.train_step(loss, job.tx, job.rate, config.accumulate),
+            step_fn=lambda state, batch: step(state, place(batch)),
             evaluate=training.evaluator(loss, heldout),
             saver=saver,
             monitor=monitor,
@@ -264,7 +277,7 @@ def _finish(job: Job, state: Any, heldout: dict[int, float]) -> Outcome:
         return Outcome(step, False, before, after, [])
     files = [config.run / "metrics.jsonl", training.draw_curve(config.run, config.model)]
     if config.sample_tokens:
-        files.append(_write_sample(job, state.params))
+        files.append(_write_sample(job, jax.device_put(state.params, jax.devices()[0])))
     first, last = ("not measured" if value is None else f"{value:.3f}" for value in (before, after))
     print(f"held-out bits per byte: {first} before -> {last} after {step} steps")
     print("written: " + ", ".join(map(str, [*files, config.run / "tensorboard", config.run / "checkpoints"])))
@@ -277,15 +290,8 @@ def _write_sample(job: Job, params: Any) -> Path:
     window = next(iter(job.data.heldout_batches(batch=1, limit=1)))
     prompt = np.asarray(window)[:, : max(1, min(128, config.length // 2))]
     state = job.model.init_state(params, batch=1, capacity=prompt.shape[1] + config.sample_tokens)
-    tokens, _ = generate.sample(
-        job.model,
-        params,
-        state,
-        jnp.asarray(prompt),
-        steps=config.sample_tokens,
-        temperature=0.8,
-        key=jax.random.key(config.seed),
-    )
+    how: dict[str, Any] = {"steps": config.sample_tokens, "temperature": 0.8, "key": jax.random.key(config.seed)}
+    tokens, _ = generate.sample(job.model, params, state, jnp.asarray(prompt), **how)
     text = f"{job.tokenizer.decode(prompt[0])}[the model goes on]{job.tokenizer.decode(np.asarray(tokens)[0])}\n"
     path = config.run / "sample.txt"
     path.write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from hope_jax.train.checkpoint import (
     saved_steps,
     set_aside,
 )
+from hope_jax.train.devices import cores, data_mesh, replicate, share, split_host
 from hope_jax.train.interrupt import Interrupt
 from hope_jax.train.loop import Plan, train
 from hope_jax.train.monitor import Diverged, Monitor
@@ -39,7 +40,9 @@ __all__ = [
     "TrainState",
     "abstract_state",
     "check_room",
+    "cores",
     "count_parameters",
+    "data_mesh",
     "draw_curve",
     "evaluator",
     "init_state",
@@ -48,11 +51,14 @@ __all__ = [
     "optimizer",
     "read_manifest",
     "read_rows",
+    "replicate",
     "restore",
     "resume",
     "saved_steps",
     "schedule",
     "set_aside",
+    "share",
+    "split_host",
     "step_to_resume",
     "train",
     "train_step",

@@ -85,12 +85,13 @@ def _over_segments(piece: Callable, state: Any, tokens: tuple[Array, Array], seg
 def mean_gradient(loss: LossFn, params: Any, batch: Batch, accumulate: int) -> tuple[Any, Metrics]:
     """Gradient of the mean loss and merged metrics, over ``accumulate`` equal slices of the batch one after another.
 
-    Equal to the gradient of the whole batch up to rounding, with the memory of one slice.
+    Equal to the gradient of the whole batch up to rounding, with the memory of one slice. A slice is every so many-th
+    sequence, so that devices that share the batch share each slice alike.
     """
     gradient = jax.grad(loss, has_aux=True)
     if accumulate == 1:
         return gradient(params, batch)
-    slices = batch.reshape(accumulate, -1, batch.shape[1])
+    slices = batch.reshape(-1, accumulate, batch.shape[1]).swapaxes(0, 1)
 
     def add(total: tuple[Any, Metrics], part: Array) -> tuple[tuple[Any, Metrics], None]:
         return jax.tree.map(jnp.add, total, gradient(params, part)), None

@@ -1,0 +1,50 @@
+"""What benchmarks measure with: the best of interleaved repetitions, operations of a program, what the machine is."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.extend.core import jaxprs_in_params
+
+from experiments.results import Row
+from hope_jax import train as training
+
+
+def machine() -> Row:
+    """What measures: the device, the cores this process may use (``taskset`` counts), and how memory comes."""
+    about = {"device": jax.devices()[0].device_kind, "cores": training.cores(), "jax": jax.__version__}
+    return about | {"large_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")}
+
+
+def best_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each call, the best of interleaved repetitions after one that compiles."""
+    best = {}
+    for name, call in calls.items():
+        jax.block_until_ready(call())
+        best[name] = math.inf
+    for _ in range(repeats):
+        for name, call in calls.items():
+            since = time.perf_counter()
+            jax.block_until_ready(call())
+            best[name] = min(best[name], time.perf_counter() - since)
+    return best
+
+
+def operations(jaxpr: Any) -> int:
+    """Multiplications and additions of all matrix products of a program, loops unrolled, recomputation included."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        parts = [operations(inner) for inner in jaxprs_in_params(equation.params)]
+        if equation.primitive.name == "cond":  # platforms and branches: only one of them runs
+            parts = [max(parts)]
+        if equation.primitive.name == "custom_linear_solve":  # its other programs are for derivatives
+            parts = [operations(equation.params["jaxprs"].solve.jaxpr)]
+        total += sum(parts) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+    return total

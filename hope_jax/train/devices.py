@@ -1,0 +1,63 @@
+"""Data parallelism: devices read a share of each batch and hold the same state. Read ``step.py`` next.
+
+The step needs no word of it: JAX follows the placement of its arguments and adds up the gradients. On a CPU a device is
+the whole machine unless ``split_host`` says otherwise: of a model of many small products, that uses one core and little
+of the others; a share of the batch for each core uses them all.
+"""
+
+import contextlib
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hope_jax.errors import UserError
+
+DATA = "data"
+"""Axis of the mesh that batches lie along."""
+
+
+def split_host(count: int | None = None) -> None:
+    """Make so many devices of this machine's CPU; None: one of each core that this process may use.
+
+    To be called before JAX computes anything: later, or where XLA_FLAGS name a number, that number stays. Other
+    accelerators are what they are.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", cores() if count is None else count)
+
+
+def cores() -> int:
+    """Of this machine, that this process may use (``taskset`` counts)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def data_mesh(batch: int, count: int | None = None) -> Mesh:
+    """``count`` devices to share batches of so many sequences; None: as many as can, on a CPU no more than cores.
+
+    Raises:
+      UserError: there are not so many devices, or they do not divide the batch.
+    """
+    found = jax.devices()
+    if count is None:
+        most = min(len(found), cores()) if found[0].platform == "cpu" else len(found)
+        count = max(n for n in range(1, most + 1) if batch % n == 0)
+    if not 1 <= count <= len(found):
+        raise UserError(f"{count} devices are asked for; there are {len(found)}: {found[0].device_kind}")
+    if batch % count:
+        raise UserError(f"{count} devices cannot share {batch} sequences; give a divisor of that, or None")
+    return Mesh(np.array(found[:count]), (DATA,))
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """``tree`` on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def share(mesh: Mesh, batch: Any) -> Any:
+    """A batch [B, ...] with an equal part on every device; the whole on each, where B cannot be shared."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None if len(batch) % mesh.size else DATA)))

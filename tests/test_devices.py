@@ -1,0 +1,63 @@
+"""Devices that share a batch: the numbers of one device, and nothing but gradients moves between them."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from hope_jax import train as training
+from hope_jax.errors import UserError
+from hope_jax.levels import Level
+from hope_jax.models import ARCHITECTURES, LanguageModel, Size, with_in_context
+
+SIZE = Size(width=16, layers=1, heads=2, vocab_size=32, context=32, levels=(Level(64),))
+MODELS = {
+    "hope": ARCHITECTURES["hope"](SIZE),
+    "transformer_pp": ARCHITECTURES["transformer_pp"](SIZE),
+    "levels in context": with_in_context(ARCHITECTURES["hope_attention"](SIZE), (8, 16)),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_on_several_devices_is_the_step_on_one(name, accumulate):
+    model, tx = LanguageModel(MODELS[name]), optax.sgd(1.0)
+    loss = training.next_token_loss(model, np.ones(32))
+    step = training.train_step(loss, tx, optax.constant_schedule(1.0), accumulate)
+    batch = np.random.default_rng(0).integers(0, 32, (4, 33)).astype(np.int32)
+    ends = []
+    for devices in (1, 2):
+        mesh = training.data_mesh(4, devices)
+        state = training.replicate(mesh, jax.jit(lambda: training.init_state(model, tx, jax.random.key(0)))())
+        state, metrics = step(state, training.share(mesh, batch))
+        ends.append(jax.device_get((state, metrics)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *ends)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_sums_move_between_devices(name):
+    model, tx = LanguageModel(MODELS[name]), optax.sgd(1.0)
+    step = training.train_step(training.next_token_loss(model, np.ones(32)), tx, optax.constant_schedule(1.0))
+    mesh = training.data_mesh(4, 2)
+    state = training.replicate(mesh, jax.jit(lambda: training.init_state(model, tx, jax.random.key(0)))())
+    tokens = training.share(mesh, np.zeros((4, 33), np.int32))
+    program = str(step.lower(state, tokens).compile().as_text())
+    assert "all-reduce(" in program
+    assert not any(f"{name}(" in program for name in ("all-gather", "all-to-all", "collective-permute"))
+
+
+def test_as_many_devices_share_a_batch_as_divide_it(monkeypatch):
+    monkeypatch.setattr("hope_jax.train.devices.cores", lambda: 4)
+    assert [training.data_mesh(batch).size for batch in (1, 2, 3, 4, 6, 7, 8)] == [1, 2, 3, 4, 3, 1, 4]
+    assert training.data_mesh(8, 8).size == 8  # simulated ones, asked for
+    odd = training.share(training.data_mesh(4, 2), np.zeros((3, 5)))
+    assert odd.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "said"),
+    [(8, 9, "9 devices are asked for; there are 8"), (8, 0, "0 devices"), (3, 2, "2 devices cannot share 3 sequences")],
+)
+def test_wrong_numbers_are_refused(batch, count, said):
+    with pytest.raises(UserError, match=said):
+        training.data_mesh(batch, count)

@@ -20,7 +20,6 @@ table and the plot are made. An hour on one core; expect that slower levels forg
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from experiments import parse
 from experiments.checks import at_least_one, known
-from experiments.results import Row, append, deviation, open_results, settings
+from experiments.results import Row, append, open_results, settings, spread
 from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
@@ -44,7 +43,7 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, Size
 from hope_jax.nn.cms import CMSConfig
-from hope_jax.optim.by_level import level_labels
+from hope_jax.optim.by_level import STATIC, level_labels
 from hope_jax.train.optimizer import OptimizerConfig
 from hope_jax.train.run_folder import flatten
 
@@ -219,13 +218,22 @@ class Learner:
         return [evaluate(params)["bits_per_byte"] for evaluate in self._evaluate]
 
     def line(self, first: Phase, second: Phase) -> Row:
-        """What a JSON line says; ``moved``: how far each level went on the second text, over the norm it had before."""
+        """What a JSON line says; ``moved``: how far each level went on the second text, over the norm it had before;
+        ``alone``: bits per byte of the first text if of all that the second one changed only that part is kept."""
         before, (_, after, learned) = first.curve[-1][1], second.curve[-1]
         bits = dict(zip(SHOWN, (before, after, after - before, learned), strict=True))
         labels, went = level_labels(first.params, self._every), jax.tree.map(jnp.subtract, second.params, first.params)
         norm = lambda tree, name: optax.tree.norm(jax.tree.map(lambda x, label: x * (label == name), tree, labels))  # noqa: E731
         moved = {name: float(norm(went, name) / norm(first.params, name)) for name in self._every}
-        return bits | {"parameters": training.count_parameters(first.params), "moved": moved, "curve": second.curve}
+        parts = ["embedding", "mixer", *(name for name in self._every if name != STATIC)]
+        alone = {name: self._alone(first.params, second.params, name) for name in parts}
+        about = {"parameters": training.count_parameters(first.params), "moved": moved, "alone": alone}
+        return bits | about | {"curve": second.curve}
+
+    def _alone(self, first: Any, second: Any, part: str) -> float:
+        labels = level_labels(first, {part: 1})
+        mixed = jax.tree.map(lambda a, b, label: b if label == part else a, first, second, labels)
+        return self._evaluate[0](mixed)["bits_per_byte"]
 
 
 Runs = dict[tuple[str, float], dict[int, Row]]  # row and rate -> seed -> the last run of it
@@ -256,13 +264,9 @@ def table(lines: Sequence[Row]) -> list[str]:
         said.append(f"{'row':<11} {'rate':>5}" + "".join(f"{name:>17}" for name in (*SHOWN, "more")) + "  seeds")
         for (row, rate), of_seed in runs.items():
             values = [[*(line[name] for name in SHOWN), more(line, runs)] for line in of_seed.values()]
-            cells = "".join(f"{_spread(column):>17}" for column in zip(*values, strict=True))
+            cells = "".join(f"{spread(column):>17}" for column in zip(*values, strict=True))
             said.append(f"{row:<11} {rate:>5g}{cells}  {len(of_seed)}")
     return said
-
-
-def _spread(values: Sequence[float]) -> str:
-    return "-" if any(map(math.isnan, values)) else f"{statistics.mean(values):.3f} +- {deviation(values):.3f}"
 
 
 def draw(config: DomainsConfig, lines: Sequence[Row]) -> Path:

@@ -60,3 +60,8 @@ def settings(lines: Sequence[Row], run: Callable[[Row], Hashable]) -> list[dict[
 def deviation(values: Sequence[float]) -> float:
     """Standard deviation over seeds, which are a sample (n - 1 below); of a single one it is not known, NaN."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and deviation as text; "-" where one of the values is not known."""
+    return "-" if any(map(math.isnan, values)) else f"{statistics.mean(values):.3f} +- {deviation(values):.3f}"

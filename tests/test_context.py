@@ -165,6 +165,9 @@ def test_reset_forgets_one_level_or_all(x64):
     written = lambda s: [bool(np.any(jax.tree.leaves(f)[0])) for f in s.blocks.feed_forward.fast]  # noqa: E731
     assert (written(state), written(one), written(every)) == ([True, True], [False, True], [False, False])
     close(every.blocks.mixer, state.blocks.mixer, rtol=0)
+    close(one.gathered[1], state.gathered[1], rtol=0)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(one.gathered[1])), "the other level is inside a period"
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(context.reset(model, state, level=1).gathered[1]))
     assert written(context.finish(model, params, every)) == [False, False], "nothing is gathered any more"
     with pytest.raises(UserError, match="level is 2; the model's levels are 0 to 1"):
         context.reset(model, state, level=2)

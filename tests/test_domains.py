@@ -98,6 +98,16 @@ def batch(seed):
     return np.random.default_rng(seed).integers(0, 256, (SMALL["batch"], SMALL["length"] + 1)).astype(np.int32)
 
 
+def test_what_each_part_forgets_is_measured_with_the_others_set_back(learner):
+    first = learner.start(0)
+    second = learner.learn(first, 1, 0, True, 1.0, "second")
+    alone = learner.line(first, second)["alone"]
+    assert set(alone) == {"embedding", "mixer", "level_0", "level_1"}
+    mixed = {**first.params, "embedding": second.params["embedding"]}
+    assert alone["embedding"] == pytest.approx(learner._evaluate[0](mixed)["bits_per_byte"])
+    assert len({*alone.values(), first.curve[-1][1]}) == 5, "every part was moved, and makes a difference"
+
+
 def test_a_lower_rate_on_the_second_text_scales_every_step(learner):
     went = {}
     for rate in (1.0, 0.25):

@@ -1,7 +1,6 @@
-"""Reading with writes against a linear model in numpy; what training differentiates; causality."""
+"""Reading with writes: what training differentiates; causality; other ways to write."""
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,60 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contexts import HOPE, VOCAB, WIDTH, close, config, made, stream
-from references_writes import by_hand
 
 from experiments.__main__ import main
 from hope_jax import context
 from hope_jax.errors import UserError
 from hope_jax.models import MODELS, with_in_context
-from hope_jax.nn.fast import FastState, Writes
+from hope_jax.nn.fast import FastState
 from hope_jax.nn.language_model import BlockState, LanguageModel
 from hope_jax.train.step import next_token_loss
 from hope_jax.writes import reading_loss
-
-
-@dataclass(frozen=True)
-class Linear:
-    """logits of a token x: E[x] (W0 + D0) (W1 + D1); no layer norm, no state."""
-
-    config: Any
-
-    def init_state(self, params, batch, capacity=None):
-        return BlockState((), FastState())
-
-    def apply(self, variables, tokens, state):
-        p = variables["params"]
-        first, second = state.feed_forward.fast
-        h = p["E"][tokens] @ p["W"][0] + jnp.einsum("bti,bij->btj", p["E"][tokens], first["w"][0])
-        return h @ p["W"][1] + jnp.einsum("bti,bij->btj", h, second["w"][0]), state
-
-
-@dataclass(frozen=True)
-class LinearLevels:
-    """Two levels of one matrix each."""
-
-    writes: Writes
-    nested: bool
-    trained: int = 2
-
-    def periods(self, layers):
-        return ((3,), (6,))
-
-    def blank(self, batch, width, dtype):
-        return tuple({"w": jnp.zeros((batch, width, width), jnp.float64)} for _ in range(2))
-
-    def kernels(self, params):
-        return ()
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    feed_forward: Any
-    layers: int = 1
-    width: int = 5
-    vocab_size: int = 5
-    dtype: Any = jnp.float64
-
 
 # Compiled once for a model and a length: most tests below read the same 24 tokens, six chunks.
 T = 24
@@ -73,48 +27,6 @@ read = jax.jit(reading_loss, static_argnums=0)
 def gradient(model, params, tokens):
     """Of the mean loss, for tokens [B, T+1]."""
     return jax.grad(lambda p: reading_loss(model, p, tokens[:, :-1], tokens[:, 1:]).mean())(params)
-
-
-def linear(rates, nested, optimizer="sgd"):
-    """A linear model, its parameters, the same in numpy, and tokens of two sequences."""
-    draw = np.random.default_rng(0)
-    p = {"E": draw.normal(size=(5, 5)), "W": draw.normal(size=(2, 5, 5)) / 2}
-    params = jax.tree.map(jnp.asarray, p) | {"blocks": {"feed_forward": {"rate": jnp.asarray(rates)[None]}}}
-    model: Any = Linear(LinearConfig(LinearLevels(Writes(optimizer=optimizer), nested)))
-    return model, params, p, draw.integers(0, 5, (2, 16))
-
-
-@pytest.mark.parametrize("optimizer", ["momentum", "adam", "muon"])
-def test_writes_of_other_optimizers_are_theirs_from_period_to_period(optimizer, x64):
-    rates = np.array([0.1, 0.2])
-    model, params, p, tokens = linear(rates, True, optimizer)
-    found, state = context.surprise(model, params, context.start(model, params, 2), jnp.asarray(tokens))
-    for row in range(2):
-        losses, deltas = by_hand(p, tokens[row], rates, True, optimizer=optimizer)
-        np.testing.assert_allclose(found[row], losses, rtol=1e-7)
-        for i in range(2):
-            np.testing.assert_allclose(state.blocks.feed_forward.fast[i]["w"][0, row], deltas[i], rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("nested", [False, True], ids=["sequential", "nested"])
-def test_two_levels_of_a_linear_model_are_the_equations_chunk_by_chunk(nested, x64):
-    rates = np.array([0.7, 0.3])
-    model, params, p, tokens = linear(rates, nested)
-    state = context.start(model, params, 2)
-    found, state = context.surprise(model, params, state, jnp.asarray(tokens))
-    for row in range(2):
-        losses, deltas = by_hand(p, tokens[row], rates, nested)
-        np.testing.assert_allclose(found[row], losses, rtol=1e-10)
-        for i in range(2):
-            np.testing.assert_allclose(state.blocks.feed_forward.fast[i]["w"][0, row], deltas[i], rtol=1e-9, atol=1e-12)
-    # What is left inside a period is stored by finish: each token for eta / period, as in a full one.
-    _, tail = context.surprise(model, params, context.start(model, params, 2), jnp.asarray(tokens[:, :6]))
-    done = context.finish(model, params, tail)
-    for row in range(2):
-        _, (fast, slow) = by_hand(p, tokens[row, :6], rates, nested, ended=True)
-        np.testing.assert_allclose(done.blocks.feed_forward.fast[0]["w"][0, row], fast, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(done.blocks.feed_forward.fast[1]["w"][0, row], slow, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(read(model, params, tokens[:, :15], tokens[:, 1:]), found, rtol=1e-12)
 
 
 def test_training_reads_as_the_stream_does_and_learns_the_rates(x64):

@@ -42,7 +42,7 @@ def draw_facts(seed: int, index: int, batch: int, count: int, heldout: bool) -> 
     if not 1 <= count <= len(known):
         raise UserError(f"{count} facts are asked for; expected 1 to {len(known)}, one for each name")
     rng = np.random.default_rng([seed, index, heldout])
-    told = np.stack([_lines(rng, known, count) for _ in range(batch)])
+    told = np.array([_lines(rng, known, count) for _ in range(batch)], np.int32).reshape(batch, count, LINE)
     order = rng.permuted(np.tile(np.arange(count), (batch, 1)), axis=1)
     return Facts(told, np.take_along_axis(told, order[:, :, None], axis=1))
 
@@ -60,5 +60,5 @@ def episodes(seed: int, index: int, batch: int, length: int) -> Int32[np.ndarray
     ``length``: a multiple of two lines.
     """
     facts = draw_facts(seed, index, batch, length // (2 * LINE), heldout=False)
-    whole = np.concatenate([facts.told.reshape(batch, -1), facts.asked.reshape(batch, -1)], axis=1)
+    whole = np.concatenate([facts.told.reshape(batch, length // 2), facts.asked.reshape(batch, length // 2)], axis=1)
     return np.concatenate([whole, np.full((batch, 1), ord("\n"), np.int32)], axis=1)

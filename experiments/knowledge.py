@@ -42,6 +42,7 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.nn.attention import AttentionConfig
 from hope_jax.nn.cms import CMSConfig
+from hope_jax.nn.fast import Writes
 from hope_jax.train.optimizer import OptimizerConfig
 from hope_jax.train.run_folder import flatten
 from hope_jax.writes import plan_of
@@ -78,7 +79,10 @@ class KnowledgeConfig:
     batch: int = 8
     """Sequences per batch."""
     text: int = 2
-    """Of them, sequences of text; the others are episodes."""
+    """Of them, sequences of text; the others are episodes. All of them: the control that never saw such facts."""
+    bptt: int | None = None
+    """Of how many writes training differentiates, see --cms.bptt of pretrain. 0: the control that is trained to read
+    with writes and not to write."""
     length: int = 256
     """Tokens per sequence, a multiple of 32."""
     readers: int = 32
@@ -86,7 +90,7 @@ class KnowledgeConfig:
     passes: int = 32
     """The larger compute of fine-tuning, as a multiple of the equal one."""
     table: bool = False
-    """Train nothing: print mean and deviation over seeds of everything on file."""
+    """Train nothing: print mean and deviation over seeds of everything on file, and draw the setting of these flags."""
     results: Path = Path("experiments/results")
     """Folder of knowledge.jsonl and the figure."""
     cache: Path = Path("runs/.cache")
@@ -104,8 +108,8 @@ class KnowledgeConfig:
             )
         if self.length % (2 * LINE) or self.length % self.periods[0] or self.length <= max(self.periods):
             raise UserError(f"--length must be a multiple of {2 * LINE} and of the first period, and above the last.")
-        if self.text >= self.batch:
-            raise UserError(f"--text must be less than --batch, got {self.text} of {self.batch}: episodes are needed.")
+        if self.text > self.batch:
+            raise UserError(f"--text must be at most --batch, got {self.text} of {self.batch}.")
         for count in self.facts:
             if not 1 <= count <= len(names(heldout=True)) or count * LINE % self.periods[0]:
                 raise UserError(
@@ -118,12 +122,13 @@ class KnowledgeConfig:
     def setting(self, text: str) -> Row:
         """What must agree before two runs are compared; ``text`` is its fingerprint."""
         about = {name: value for name, value in flatten(self, "").items() if name.split(".")[0] not in VARIED}
-        return about | {"rates": RATES, "text fingerprint": text}
+        return about | {"rates": {name: list(rates) for name, rates in RATES.items()}, "text fingerprint": text}
 
     def model(self, levels: int) -> ModelConfig:
         """The model with so many levels in context: the features of all levels together are the same."""
         periods = self.periods[:levels] or (1,)
-        part = CMSConfig(tuple(map(Level, periods)), 4 * self.width // len(periods), in_context=levels)
+        writes = Writes(bptt=(self.bptt,) * levels)
+        part = CMSConfig(tuple(map(Level, periods)), 4 * self.width // len(periods), in_context=levels, writes=writes)
         mixer = AttentionConfig(max(1, self.width // 32), window=2 * LINE)
         return ModelConfig(mixer, part, self.width, self.layers, 256, self.length)
 
@@ -139,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
         knowledge(config, path)
     rows = training.read_rows(path, NEEDED)
     print("\n".join(table(rows)))
-    print(f"written: {path}, {draw(config.results, rows)}")
+    print(f"written: {path}, {draw(config, rows)}")
     return 0
 
 
@@ -244,11 +249,21 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def draw(results: Path, rows: Sequence[Row]) -> Path:
-    """Recall against facts, and against what was forgotten of text, of the last setting on file, as a PNG."""
+def _asked(config: KnowledgeConfig, rows: Sequence[Row]) -> Group:
+    """The last setting on file that is the one of ``config``, if there is one."""
+    groups = grouped(rows)
+    settings_of = [next(iter(group.values()))[0]["setting"] for group in groups]
+    ours = [
+        group for group, one in zip(groups, settings_of, strict=True) if one == config.setting(one["text fingerprint"])
+    ]
+    return (ours or groups)[-1]
+
+
+def draw(config: KnowledgeConfig, rows: Sequence[Row]) -> Path:
+    """Recall against facts, and against what was forgotten of text, for the setting of ``config``, as a PNG."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    group = grouped(rows)[-1]
+    group = _asked(config, rows)
     for i, (levels, how) in enumerate(dict.fromkeys((levels, how) for levels, how, _ in group)):
         name = f"{levels} level{'s' * (levels > 1)}" if levels else f"fine-tuning, {how}"
         style = {"color": f"C{i}", "linestyle": "-" if levels else "--", "marker": "o", "label": name}
@@ -268,5 +283,5 @@ def draw(results: Path, rows: Sequence[Row]) -> Path:
     right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path := results / "knowledge.png", dpi=120)
+    figure.savefig(path := config.results / "knowledge.png", dpi=120)
     return path

@@ -46,6 +46,7 @@ def test_names_that_are_asked_about_are_never_trained_on():
     trained, heldout = facts.names(False), facts.names(True)
     assert len(trained) + len(heldout) == len({*trained, *heldout}) == 6400
     assert {text(line)[:4] for line in facts.draw_facts(0, 0, 1, 50, heldout=True).told[0]} <= set(heldout)
+    assert facts.episodes(0, 0, 0, 64).shape == (0, 65)
     windows = facts.episodes(0, 0, 3, 64)
     assert windows.shape == (3, 65)
     assert {text(window)[i : i + 4] for window in windows for i in range(0, 64, 16)} <= set(trained)
@@ -168,7 +169,7 @@ def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_p
     [
         (["--levels", "4"], "--levels are [4]; expected 0 to 3"),
         (["--length", "100"], "--length must be a multiple of 32"),
-        (["--text", "16"], "--text must be less than --batch"),
+        (["--text", "16"], "--text must be at most --batch, got 16 of 8"),
         (["--seeds"], "Give at least one of each"),
         (["--table", "--results", "/nowhere"], "There is nothing in /nowhere/knowledge.jsonl"),
         (

@@ -27,7 +27,9 @@ def main(arguments: Sequence[str]) -> int:
         if name not in EXPERIMENTS:
             raise UserError(f"There is no experiment {name!r}; {closest(name, EXPERIMENTS)}")
         module, function = EXPERIMENTS[name].split(":")
-        return getattr(importlib.import_module(module), function)(rest) or 0
+        status = getattr(importlib.import_module(module), function)(rest) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

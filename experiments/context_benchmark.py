@@ -4,7 +4,8 @@
     python -m experiments context_benchmark --model hope-tiny --length 512 --batch 4 --periods 16 64 256
 
 Tokens per second of streams read in windows of ``--length``, as ``learn`` reads a document: only read; read and stored
-by a first level of each period (the model's slower levels are written too, at theirs); and the training step over
+by a first level of each period (the model's slower levels gather too, and are written at theirs, after more than one
+window); and the training step over
 sequences of the same length, with nothing in context and through the writes of that level. All in one process, the best
 of interleaved repetitions. Appends JSON lines to ``context_benchmark.jsonl`` in ``--results``; minutes on a CPU.
 """
@@ -24,6 +25,7 @@ from experiments.checks import at_least_one, must_divide
 from experiments.measuring import best_seconds, machine
 from experiments.results import append, open_results
 from hope_jax import LanguageModel, ModelConfig, context, model_named
+from hope_jax import train as training
 from hope_jax.models import with_in_context
 from hope_jax.streams import learn
 
@@ -40,6 +42,8 @@ class ContextBenchmarkConfig:
     """Tokens of a window and of a training sequence; a multiple of every period."""
     batch: int = 2
     """Sequences per training step."""
+    devices: int = 1
+    """Devices that share a training step; on a CPU, cores. One stream cannot be shared."""
     streams: int = 1
     """Streams that are read side by side, by one call each ``--length`` tokens."""
     repeats: int = 5
@@ -48,7 +52,8 @@ class ContextBenchmarkConfig:
     """Folder of context_benchmark.jsonl."""
 
     def __post_init__(self):
-        at_least_one(self, "length", "batch", "streams", "repeats")
+        at_least_one(self, "length", "batch", "devices", "streams", "repeats")
+        must_divide("devices", self.devices, "batch", self.batch)
         for period in self.periods:
             must_divide("periods", period, "length", self.length)
             self.written(period)
@@ -62,20 +67,23 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(ContextBenchmarkConfig, arguments, "context_benchmark")
     path = open_results(config.results, "context_benchmark.jsonl")
-    training, streams = config.batch * config.length, config.streams * config.length
+    training.split_host(config.devices)
+    of_batch, of_streams = config.batch * config.length, config.streams * config.length
     calls: dict[str, tuple[Callable[[], Any], int]] = {
-        "training": (_trainer(config, model_named(config.model)), training)
+        "training": (_trainer(config, model_named(config.model)), of_batch)
     }
-    calls["reading"] = (_reading(config), streams)
+    calls["reading"] = (_reading(config), of_streams)
     for period in config.periods:
-        calls[f"learning, period {period}"] = (_learning(config, period), streams)
+        calls[f"learning, period {period}"] = (_learning(config, period), of_streams)
         if period < config.length:
             through = f"training through writes, period {period}"
-            calls[through] = (_trainer(config, config.written(period)), training)
+            calls[through] = (_trainer(config, config.written(period)), of_batch)
     seconds = best_seconds({name: call for name, (call, _) in calls.items()}, config.repeats)
     speed = {name: tokens / seconds[name] for name, (_, tokens) in calls.items()}
     for name, value in speed.items():
-        row = {name: getattr(config, name) for name in ("model", "length", "batch", "streams")} | {"what": name}
+        row = {name: getattr(config, name) for name in ("model", "length", "batch", "devices", "streams")} | {
+            "what": name
+        }
         row |= {"tokens_per_second": round(value), "ratio": round(value / speed["training"], 3)}
         append(path, row | machine())
         print(json.dumps(row), flush=True)
@@ -83,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _trainer(config: ContextBenchmarkConfig, architecture: ModelConfig) -> Trainer:
-    return Trainer(architecture, config.batch, config.length, None)
+    return Trainer(architecture, config.batch, config.length, None, config.devices)
 
 
 def _streams(config: ContextBenchmarkConfig, architecture: ModelConfig) -> tuple[Any, Any, Any]:

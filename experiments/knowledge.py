@@ -124,6 +124,12 @@ class KnowledgeConfig:
         about = {name: value for name, value in flatten(self, "").items() if name.split(".")[0] not in VARIED}
         return about | {"rates": {name: list(rates) for name, rates in RATES.items()}, "text fingerprint": text}
 
+    @property
+    def figure(self) -> Path:
+        """Where the figure goes; controls have their own."""
+        control = f"-text-{self.text}" if self.text == self.batch else "" if self.bptt is None else f"-bptt-{self.bptt}"
+        return self.results / f"knowledge{control}.png"
+
     def model(self, levels: int) -> ModelConfig:
         """The model with so many levels in context: the features of all levels together are the same."""
         periods = self.periods[:levels] or (1,)
@@ -144,7 +150,8 @@ def main(arguments: Sequence[str]) -> int:
         knowledge(config, path)
     rows = training.read_rows(path, NEEDED)
     print("\n".join(table(rows)))
-    print(f"written: {path}, {draw(config, rows)}")
+    ours = [row for row in rows if row["setting"] == config.setting(row["setting"]["text fingerprint"])]
+    print(f"written: {path}, {draw(config, ours)}" if ours else "There is nothing on file with these flags to draw.")
     return 0
 
 
@@ -249,21 +256,11 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _asked(config: KnowledgeConfig, rows: Sequence[Row]) -> Group:
-    """The last setting on file that is the one of ``config``, if there is one."""
-    groups = grouped(rows)
-    settings_of = [next(iter(group.values()))[0]["setting"] for group in groups]
-    ours = [
-        group for group, one in zip(groups, settings_of, strict=True) if one == config.setting(one["text fingerprint"])
-    ]
-    return (ours or groups)[-1]
-
-
 def draw(config: KnowledgeConfig, rows: Sequence[Row]) -> Path:
-    """Recall against facts, and against what was forgotten of text, for the setting of ``config``, as a PNG."""
+    """Recall against facts, and against what was forgotten of text, of the setting that ``rows`` end with, as a PNG."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    group = _asked(config, rows)
+    group = grouped(rows)[-1]
     for i, (levels, how) in enumerate(dict.fromkeys((levels, how) for levels, how, _ in group)):
         name = f"{levels} level{'s' * (levels > 1)}" if levels else f"fine-tuning, {how}"
         style = {"color": f"C{i}", "linestyle": "-" if levels else "--", "marker": "o", "label": name}
@@ -283,5 +280,5 @@ def draw(config: KnowledgeConfig, rows: Sequence[Row]) -> Path:
     right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path := config.results / "knowledge.png", dpi=120)
-    return path
+    figure.savefig(config.figure, dpi=120)
+    return config.figure

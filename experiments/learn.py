@@ -9,6 +9,7 @@ worth. The context (what the levels stored, and what the mixers hold) is saved b
 another document goes on from it. ``ask`` generates from it. Ctrl-C saves; the same command then goes on where it was.
 """
 
+import contextlib
 import functools
 import math
 import shlex
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from experiments import parse
 from experiments.checks import at_least_one
 from experiments.running import progress_interval
-from experiments.runs import Source, Trained
+from experiments.runs import Source, Trained, readings
 from hope_jax import context
 from hope_jax import train as training
 from hope_jax.data.corpus import from_files
@@ -80,18 +81,20 @@ def main(arguments: Sequence[str]) -> int:
     trained = config.trained()
     documents, place = [trained.tokenizer.encode(text) for text in texts(config.data.path)], config.place(trained)
     empty_part(place).rmdir()  # better known now than after the reading
-    name, state, done = _task(config, documents), None, 0
-    if is_saved(place) and not config.fresh:
-        state = config.saved(trained)
-        done = _left_off(context.note_of(place), name)
-        print(f"Going on from the context in {place}" + (f", after {done:,} tokens of this reading." if done else "."))
+    task = _task(config, documents)
+    begun, stopped = _begin(trained, config, task)
     with stop:
-        reading = read(trained, config, documents, Reading(state, done), stop)
-        note = None if reading.finished else {"task": name, "done": reading.done}
+        reading = read(trained, config, documents, begun, stop)
+        if reading.error and (config.fresh or reading.done == begun.done):
+            raise _said(reading, "nothing was saved")
+        stopped |= {task: reading.done}
+        if reading.finished:
+            del stopped[task]
+        note = {"stopped": stopped, "inside": None if reading.finished else task}
         context.save(place, trained.model, trained.params, reading.state, note)
-    print(f"saved: {place}")
     if reading.error:
-        raise UserError(f"After {reading.done:,} tokens, which are kept: {reading.error}")
+        raise _said(reading, "they are kept")
+    print(f"saved: {place}")
     if reading.finished:
         print(f'To ask: python -m experiments ask {shlex.join(config.flags())} "..."')
         return 0
@@ -100,14 +103,29 @@ def main(arguments: Sequence[str]) -> int:
     return 128 + (stop.signal or 0)
 
 
+def _said(reading: "Reading", kept: str) -> Exception:
+    """The error that ended a reading; of a user's mistake, where it happened."""
+    error = reading.error
+    assert error is not None
+    return UserError(f"After {reading.done:,} tokens ({kept}): {error}") if isinstance(error, UserError) else error
+
+
 def _task(config: LearnConfig, documents: Sequence[np.ndarray]) -> str:
     """What is read and how: a reading that was stopped is gone on with by a command that means the same."""
     return digest_arrays([*documents, np.array([config.passes, config.window or 0])])
 
 
-def _left_off(note: Any, task: str) -> int:
-    """Tokens of this task that were read when it was stopped."""
-    return note["done"] if note and note["task"] == task else 0
+def _begin(trained: Trained, config: LearnConfig, task: str) -> tuple["Reading", dict[str, int]]:
+    """Where to start, and how many tokens of which readings were read when they were stopped."""
+    place = config.place(trained)
+    if config.fresh or not is_saved(place):
+        return Reading(None, 0), {}
+    state, note = config.saved(trained), readings(place)
+    done = note["stopped"].get(task, 0)
+    print(f"Going on from the context in {place}" + (f", after {done:,} tokens of this reading." if done else "."))
+    if done and note["inside"] != task:  # something else was read since
+        state = context.clear(trained.model, trained.params, state, _window(trained, config))
+    return Reading(state, done), note["stopped"]
 
 
 def texts(paths: Sequence[str]) -> list[bytes]:
@@ -122,7 +140,7 @@ class Reading(NamedTuple):
     state: Any
     done: int
     finished: bool = False
-    error: UserError | None = None
+    error: Exception | None = None
 
 
 def read(
@@ -144,15 +162,17 @@ def read(
             static = unread(trained, size)
             for tokens in pieces(known, piece):  # read before it was stopped
                 _, static = read_only(model, params, tokens, static)
+                if stop.requested:
+                    return Reading(state, done)
             if not known.size:
                 state = context.clear(model, params, state, size)
             for tokens in pieces(window, piece):
                 try:
                     nats, state = context.surprise(model, params, state, tokens)
-                except UserError as error:
+                except Exception as error:  # whatever it is, what was read is worth keeping
                     return Reading(state, done, error=error)
-                as_trained, static = read_only(model, params, tokens, static)
                 done += tokens.shape[1]
+                as_trained, static = read_only(model, params, tokens, static)
                 report.add(np.asarray(tokens)[0], np.asarray(nats)[0], np.asarray(as_trained)[0])
                 bar.update(tokens.shape[1])
                 if done < total and stop.requested:
@@ -216,7 +236,7 @@ class Report:
         self._start, self._each, self._lengths = done, each, byte_lengths
         self._rows: list[list[float]] = []  # of every piece: tokens, bits and bytes, bits and bytes without learning
         self._printed = 0
-        tqdm.write(f"{'tokens':>23}  bits per byte  without learning", file=sys.stdout)
+        _say(f"{'tokens':>23}  bits per byte  without learning")
 
     def add(self, tokens: np.ndarray, nats: np.ndarray, static: np.ndarray) -> None:
         """What a piece gave; the last ones of its tokens were predicted."""
@@ -229,7 +249,8 @@ class Report:
         """The rest, and everything together."""
         if self._printed < len(self._rows):
             self._print(self._printed)
-        self._print(0)
+        if self._rows:
+            self._print(0)
 
     def _bits(self, tokens: np.ndarray, nats: np.ndarray) -> tuple[float, float]:
         predicted = tokens[len(tokens) - len(nats) :]
@@ -240,4 +261,10 @@ class Report:
         tokens, bits, size, static, static_size = np.sum(self._rows[first:], axis=0)
         where = f"{start:,} to {start + int(tokens):,}"
         rates = (f"{of / bytes_:.3f}" if bytes_ else "-" for of, bytes_ in ((bits, size), (static, static_size)))
-        tqdm.write("{:>23}  {:>13}  {:>16}".format(where, *rates), file=sys.stdout)
+        _say("{:>23}  {:>13}  {:>16}".format(where, *rates))
+
+
+def _say(line: str) -> None:
+    """Print beside the progress bar. Where nobody listens any more, what is read is worth keeping all the same."""
+    with contextlib.suppress(BrokenPipeError):
+        tqdm.write(line, file=sys.stdout)

@@ -6,7 +6,7 @@
 The first command needs no data: its text is the Python standard library of the running interpreter. It measures
 held-out bits per byte before, during and after training, and writes into the run folder ``metrics.jsonl``, TensorBoard
 events, ``loss.png``, ``sample.txt`` and ``checkpoints/``. Ctrl-C saves and prints the command that goes on; so does
-SIGTERM. A resumed run gives bit for bit what an uninterrupted one gives.
+SIGTERM. A resumed run gives bit for bit what an uninterrupted one gives; on another number of devices, up to rounding.
 
 Exit status: 0 finished, 2 a mistake or a diverged run, 130 after Ctrl-C, 143 after SIGTERM: whoever restarts jobs on a
 status other than 0 continues a preempted run and leaves a finished one alone.
@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from experiments import parse
 from experiments.checks import flag, must_divide
 from experiments.in_context import InContextConfig
-from experiments.running import keep_programs
+from experiments.running import keep_programs, without
 from experiments.runs import keep_tokenizer
 from hope_jax import LanguageModel, generate, model_named
 from hope_jax import train as training
@@ -92,7 +92,7 @@ class PretrainConfig:
         if self.segment is not None:
             must_divide("segment", self.segment, "length", self.length)
         if self.devices is not None:
-            must_divide("devices", self.devices, "batch", self.batch // self.accumulate)
+            must_divide("devices", self.devices, "batch / --accumulate", self.batch // self.accumulate)
         self.cms.check(self.length, self.segment)
 
 
@@ -112,16 +112,9 @@ def main(arguments: Sequence[str]) -> int:
     outcome = pretrain(config, stop)
     if outcome.finished:
         return 0
-    again = shlex.join([sys.executable, "-m", "experiments", "pretrain", *_without(arguments, "--resume-from")])
+    again = shlex.join([sys.executable, "-m", "experiments", "pretrain", *without(arguments, "--resume-from")])
     print(f"Stopped at step {outcome.step} of {config.steps}; nothing is lost. To go on:\n  {again}")
     return 128 + (stop.signal or 0)
-
-
-def _without(arguments: Sequence[str], flag: str) -> list[str]:
-    """``arguments`` less one flag and its value: going back once is enough."""
-    spelled = [argument.split("=")[0].replace("_", "-") == flag for argument in arguments]
-    values = [False, *(hit and "=" not in argument for hit, argument in zip(spelled, arguments, strict=True))]
-    return [argument for argument, hit, value in zip(arguments, spelled, values, strict=False) if not hit and not value]
 
 
 class Job(NamedTuple):
@@ -207,16 +200,19 @@ def _resume(job: Job, like: Any, batches: Any) -> Any:
     else:
         state, manifest = training.resume(folder, step, like, job.identity)
         batches.set_state(manifest.data)
-        print(_continuation(job, step, manifest.config["steps"]))
+        print(_continuation(job, step, manifest.config))
     state = training.replicate(job.mesh, state)
     for place in training.set_aside(folder, step or 0):
         print(f"Moved what does not lead to step {step or 0} to {place}.")
     return state
 
 
-def _continuation(job: Job, step: int, planned: int) -> str:
-    """One line on where the run goes on, and what a changed number of steps does to the learning rate."""
+def _continuation(job: Job, step: int, saved: dict[str, Any]) -> str:
+    """One line on where the run goes on, and what a changed number of devices or steps does to it."""
+    planned, devices = saved["steps"], saved.get("devices", 1)  # runs of earlier versions used one
     line = f"Continuing {job.config.run} from step {step} of {job.config.steps}."
+    if devices != job.mesh.size:
+        line += f" It was saved on {devices} and goes on on {job.mesh.size} devices: the same up to rounding."
     if step == job.config.steps:
         return f"The run in {job.config.run} has finished its {step} steps; raise --steps to train on."
     if planned == job.config.steps:
@@ -250,6 +246,7 @@ def _train(job: Job, state: Any, batches: Any, stop: Any) -> tuple[Any, dict[int
     )
     heldout = [place(batch) for batch in job.data.heldout_batches(batch=config.batch, limit=config.eval_batches)]
     saved = {training.IDENTITY: job.identity, "steps": config.steps, "tokenizer": job.tokenizer.fingerprint}
+    saved["devices"] = job.mesh.size
     with (
         training.Record(config.run, done) as record,
         training.Monitor(record, done, config.steps, job.tokens_per_step) as monitor,

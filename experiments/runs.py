@@ -82,6 +82,13 @@ class Source:
         return [str(word) for flag, values in some.items() for word in (flag, *values)]
 
 
+def readings(place: Path) -> dict[str, Any]:
+    """Which readings of a saved context were stopped, after how many tokens, and inside which of them it is."""
+    note = context.note_of(place) if is_saved(place) else None
+    nothing = {"stopped": {}, "inside": None}
+    return note if isinstance(note, dict) and note.keys() == nothing.keys() else nothing
+
+
 def load_run(checkpoint: Path) -> Trained:
     """The latest step of a run folder, or the step that ``RUN/checkpoints/STEP`` names.
 

@@ -6,7 +6,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Eight simulated devices for the sharding tests; everything else runs on the first one.
+# Eight simulated devices for the sharding tests. ``pretrain`` takes no more than cores, everything else the first one.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax

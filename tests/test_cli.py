@@ -15,6 +15,7 @@ import pytest
 import experiments
 from experiments import pretrain
 from experiments.__main__ import main
+from experiments.running import without
 from hope_jax import MODELS
 from hope_jax import train as training
 from hope_jax.levels import Level
@@ -286,7 +287,7 @@ def test_a_tokenizer_bfloat16_and_accumulation_train_together(command, bpe, tmp_
 
 def test_the_command_to_go_on_drops_resume_from():
     given = ["--run", "a", "--resume-from", "4", "--steps", "6", "--resume_from=3"]
-    assert pretrain._without(given, "--resume-from") == ["--run", "a", "--steps", "6"]
+    assert without(given, "--resume-from") == ["--run", "a", "--steps", "6"]
 
 
 def test_the_default_run_needs_no_flags_but_the_folder():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from experiments import context_benchmark
 from experiments.__main__ import main
 from hope_jax import MODELS
 from hope_jax.levels import Level
@@ -27,6 +28,14 @@ def test_it_prints_and_leaves_a_line_for_each_period(tmp_path, capsys):
     assert [row["what"] for row in left] == [*names, "learning, period 512"]
     for row in left:
         assert row["ratio"] == pytest.approx(row["tokens_per_second"] / left[0]["tokens_per_second"], rel=0.02)
+
+
+def test_speeds_are_tokens_of_a_call_by_its_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(context_benchmark, "best_seconds", lambda calls, _: dict.fromkeys(calls, 2.0))
+    flags = f"--model nano --periods 128 --length 256 --streams 3 --batch 4 --results {tmp_path}"
+    assert main(["context_benchmark", *flags.split()]) == 0
+    left = [json.loads(line) for line in (tmp_path / "context_benchmark.jsonl").read_text().splitlines()]
+    assert [row["tokens_per_second"] for row in left] == [4 * 128, 3 * 128, 3 * 128, 4 * 128]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,22 @@ def test_fresh_and_finished_states_can_be_saved_and_nothing_beside_them_is_touch
     context.load(tmp_path / "memory", model, params)
 
 
+def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    model, params, _ = made(dtype=jnp.float32)
+    state = context.start(model, params, 2)
+    context.save(tmp_path / "memory", model, params, state, {"mine": 1})
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.v1.save", full)
+        with pytest.raises(UserError, match="could not be written .*what was saved there before is untouched"):
+            context.save(tmp_path / "memory", model, params, state)
+    jax.tree.map(np.testing.assert_array_equal, context.load(tmp_path / "memory", model, params), state)
+    assert context.note_of(tmp_path / "memory") == {"mine": 1}
+
+
 @pytest.mark.parametrize("read_on", [False, True], ids=["learned", "read on"])
 def test_going_on_from_a_file_equals_never_having_stopped_to_the_bit(tmp_path, read_on):
     model, params, tokens = made(dtype=jnp.float32)

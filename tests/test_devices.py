@@ -1,5 +1,9 @@
 """Devices that share a batch: the numbers of one device, and nothing but gradients moves between them."""
 
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -7,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.__main__ import main
+from hope_jax import MODELS as NAMED
 from hope_jax import train as training
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
@@ -56,3 +62,44 @@ def test_as_many_devices_share_a_batch_as_divide_it(monkeypatch):
 def test_wrong_numbers_are_refused(batch, count, said):
     with pytest.raises(UserError, match=said):
         training.data_mesh(batch, count)
+
+
+def test_each_core_is_a_device_if_asked_before_anything_is_computed_and_no_flag_says_otherwise():
+    script = "from hope_jax import train; train.split_host(3); import jax; n = jax.device_count(); train.split_host(5)"
+    found = []
+    for flags in ("", "--xla_force_host_platform_device_count=2"):
+        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", f"{script}; print(n, jax.device_count())"]
+        found.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert found == ["3 3\n", "2 2\n"]
+
+
+def test_a_run_goes_on_on_other_devices_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(NAMED, "nano", ARCHITECTURES["transformer_pp"](Size(16, 1, 2, 256, 16, (Level(64),))))
+    (tmp_path / "text.txt").write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(20)))
+    flags = [
+        "pretrain",
+        "--model",
+        "nano",
+        "--batch",
+        "4",
+        "--length",
+        "16",
+        "--sample-tokens",
+        "0",
+        "--save-every",
+        "2",
+    ]
+    flags += ["--data.path", str(tmp_path / "text.txt"), "--eval-batches", "1", "--no-compile-cache"]
+    for steps, devices in (("2", "1"), ("4", "2")):
+        assert main([*flags, "--run", str(tmp_path / "moved"), "--steps", steps, "--devices", devices]) == 0
+        said = capsys.readouterr().out
+        assert f"{devices} of {jax.device_count()}" in said
+    assert "It was saved on 1 and goes on on 2 devices: the same up to rounding." in said
+    for steps in ("2", "4"):
+        assert main([*flags, "--run", str(tmp_path / "stayed"), "--steps", steps, "--devices", "1"]) == 0
+    assert "was saved on" not in capsys.readouterr().out
+    moved, stayed = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("moved", "stayed"))
+    assert len(moved) == len(stayed)
+    bits = [[json.loads(line).get("bits_per_byte") for line in lines] for lines in (moved, stayed)]
+    np.testing.assert_allclose(*bits, rtol=1e-4)

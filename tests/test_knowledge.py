@@ -1,5 +1,6 @@
 """The experiment of made-up facts: what is asked cannot be known, both ways to read do what they say, the table."""
 
+import dataclasses
 import json
 
 import jax
@@ -101,6 +102,14 @@ def test_recall_and_bits_are_those_of_the_predictions():
     assert incorporation.recall(predict, drawn) == pytest.approx(4 / 6)
     uniform = lambda tokens: jnp.zeros((*tokens.shape, 256))  # noqa: E731
     assert incorporation.bits_per_byte(uniform, np.zeros((2, 9), np.int32)) == pytest.approx(8)
+
+
+def test_the_controls_are_trained_without_writing_or_without_facts():
+    first_order = dataclasses.replace(CONFIG, bptt=0)
+    assert first_order.model(2).feed_forward.writes.bptt == (0, 0) != CONFIG.model(2).feed_forward.writes.bptt
+    assert first_order.setting("x") != CONFIG.setting("x")
+    assert dataclasses.replace(CONFIG, text=CONFIG.batch).figure.name == "knowledge-text-8.png"
+    assert (first_order.figure.name, CONFIG.figure.name) == ("knowledge-bptt-0.png", "knowledge.png")
 
 
 def test_the_models_of_all_rows_have_one_size():

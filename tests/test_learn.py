@@ -45,6 +45,7 @@ def test_what_is_printed_without_learning_is_the_loss_of_the_model_as_trained(tr
 
 
 BEGIN = learn.Reading(None, 0)
+FINISHED = {"stopped": {}, "inside": None}
 
 
 class StopAfter:
@@ -76,6 +77,16 @@ def test_reading_that_was_stopped_goes_on_as_if_it_never_had(trained, tmp_path, 
     config = learn.LearnConfig(checkpoint=trained, data=data, window=48)
     straight = learn.read(one, config, documents, BEGIN, StopAfter(-1))
     whole = shown.copy()
+    state = context.start(one.model, one.params, 1, 48)
+    for known, window in learn.windows(documents, 48, 0):
+        assert not known.size
+        _, state = context.learn(one.model, one.params, context.clear(one.model, one.params, state, 48), window[None])
+    by_hand = context.finish(one.model, one.params, state).blocks.feed_forward.fast
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5),
+        straight.state.blocks.feed_forward.fast,
+        by_hand,
+    )
     for pieces in (2, 5):
         shown.clear()
         part = learn.read(one, config, documents, BEGIN, StopAfter(pieces))
@@ -130,14 +141,45 @@ def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(reading, monkey
         assert main(command) == 130
     assert "Stopped after 48 tokens, which are kept; to go on: the same command." in capfd.readouterr().out
     assert main(command) == 0
-    assert f"Going on from the context in {place}, after 48 tokens of this reading." in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert f"Going on from the context in {place}, after 48 tokens of this reading." in said
+    assert min(int(line.split()[0].replace(",", "")) for line in said.splitlines() if " to " in line) == 48
     arrays = [json.loads((folder / "about.json").read_text())["body"]["arrays"] for folder in (place, straight)]
     assert arrays[0] == arrays[1], "to the bit"
-    assert context.note_of(place) is None
-    assert main([*command, "--passes", "1"]) == 0
-    assert f"Going on from the context in {place}.\n" in capfd.readouterr().out, (
-        "another reading begins at its beginning"
-    )
+    assert context.note_of(place) == FINISHED
+
+
+def test_what_is_done_in_between_takes_nothing_from_a_stopped_reading(reading, monkeypatch, tmp_path, capfd):
+    command, place = reading
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, learn.context, "surprise", 3)
+        assert main(command) == 130
+    (tmp_path / "other.txt").write_text("Another lighthouse burns red. " * 4)
+    for other in (
+        [*command, "--passes", "1"],
+        [*command, "--window", "32"],
+        [*command, "--data.path", str(tmp_path / "other.txt")],
+    ):
+        capfd.readouterr()
+        assert main(other) == 0
+        assert f"Going on from the context in {place}.\n" in capfd.readouterr().out, (
+            "another reading begins at its beginning"
+        )
+    assert main(["ask", "--checkpoint", str(place.parents[1]), "--tokens", "4", "--clear", "--learn", "The light"]) == 0
+    assert main(command) == 0
+    assert "after 48 tokens of this reading" in capfd.readouterr().out
+    assert context.note_of(place) == FINISHED
+
+
+def test_who_hears_no_more_loses_nothing(reading, monkeypatch):
+    command, place = reading
+
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(learn.tqdm, "write", closed)
+    assert main(command) == 0
+    assert context.note_of(place) == FINISHED
 
 
 @pytest.mark.parametrize("where", ["last piece", "save"])
@@ -151,7 +193,7 @@ def test_ctrl_c_at_the_end_loses_nothing(reading, monkeypatch, capfd, where):
     interrupt_at(monkeypatch, *spot[where])
     assert main(command) == 0
     assert f"0 to {total}" in capfd.readouterr().out.splitlines()[-3]
-    assert context.note_of(place) is None
+    assert context.note_of(place) == FINISHED
 
 
 def test_a_mistake_in_the_middle_keeps_what_was_read(reading, monkeypatch, capfd):
@@ -166,8 +208,15 @@ def test_a_mistake_in_the_middle_keeps_what_was_read(reading, monkeypatch, capfd
     with monkeypatch.context() as patch:
         patch.setattr(learn.context, "surprise", fails)
         assert main(command) == 2
-    assert capfd.readouterr().err.splitlines()[-1] == "After 48 tokens, which are kept: not finite"
-    assert context.note_of(place)["done"] == 48
+    assert capfd.readouterr().err.splitlines()[-1] == "After 48 tokens (they are kept): not finite"
+    assert list(context.note_of(place)["stopped"].values()) == [48]
+    before = (place / "about.json").read_text()
+    with monkeypatch.context() as patch:
+        calls = itertools.count()
+        patch.setattr(learn.context, "surprise", fails)
+        assert main([*command, "--fresh"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "After 48 tokens (nothing was saved): not finite"
+    assert (place / "about.json").read_text() == before, "what is there is worth more than so little"
     assert main([*command, "--rate", "0.1"]) == 0
     assert "after 48 tokens of this reading" in capfd.readouterr().out
 

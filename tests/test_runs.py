@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from trained_run import SMALL
 
 from experiments.__main__ import main
 from experiments.runs import TOKENIZER, keep_tokenizer, load_run, with_levels
-from hope_jax import MODELS, context
+from hope_jax import MODELS, context, generate
 from hope_jax import train as training
 from hope_jax.data import DataConfig, JsonTokenizer
 from hope_jax.errors import UserError
@@ -49,6 +50,21 @@ def test_what_is_learned_while_asking_leaves_room_for_more(trained, tmp_path):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     assert main(["ask", "--checkpoint", str(run), "--tokens", "4", "--learn", "The light"]) == 0
     assert main(["ask", "--checkpoint", str(run), "--tokens", "4", "The light"]) == 0
+
+
+def test_what_was_asked_and_written_is_stored_to_the_last_token(trained, tmp_path, capfd):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    assert main(["ask", "--checkpoint", str(run), "--tokens", "20", "--learn", "The light"]) == 0
+    model, params, tokenizer, *_ = load_run(run)
+    prompt = jnp.asarray(tokenizer.encode("The light"))[None]
+    how = {"steps": 20, "temperature": 0.8, "key": jax.random.key(0), "learn": True}
+    written, state = generate.sample(model, params, model.init_state(params, 1, 64), prompt, **how)
+    _, state = context.learn(model, params, state, written[:, -1:])
+    expected = context.finish(model, params, state)
+    found = context.load(run / "contexts" / "4", model, params)
+    jax.tree.map(np.testing.assert_array_equal, found.blocks.feed_forward, expected.blocks.feed_forward)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(found.blocks.feed_forward.fast[0]))
+    assert "The light" + tokenizer.decode(np.asarray(written)[0])[:8] in capfd.readouterr().out
 
 
 def test_watching_draws_and_changes_nothing(learned, document, tmp_path):

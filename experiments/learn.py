@@ -178,7 +178,10 @@ def read(
                 if done < total and stop.requested:
                     return Reading(state, done)
     report.end()
-    return Reading(context.finish(model, params, state), done, finished=True)
+    try:
+        return Reading(context.finish(model, params, state), done, finished=True)
+    except UserError as error:
+        return Reading(state, done, error=error)
 
 
 def _window(trained: Trained, config: LearnConfig) -> int | None:

@@ -196,6 +196,21 @@ def test_ctrl_c_at_the_end_loses_nothing(reading, monkeypatch, capfd, where):
     assert context.note_of(place) == FINISHED
 
 
+def test_a_mistake_at_the_very_end_keeps_what_was_read(reading, monkeypatch, capfd):
+    command, place = reading
+
+    def fails(*_):
+        raise UserError("not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learn.context, "finish", fails)
+        assert main(command) == 2
+    assert "(they are kept): not finite" in capfd.readouterr().err.splitlines()[-1]
+    assert len(context.note_of(place)["stopped"]) == 1
+    assert main(command) == 0
+    assert context.note_of(place) == FINISHED
+
+
 def test_a_mistake_in_the_middle_keeps_what_was_read(reading, monkeypatch, capfd):
     command, place = reading
     surprise, calls = context.surprise, itertools.count()

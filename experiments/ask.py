@@ -23,7 +23,6 @@ from experiments.runs import Source, Trained, readings
 from hope_jax import context, generate
 from hope_jax.errors import UserError
 from hope_jax.nn.attention import room_left
-from hope_jax.train.array_file import empty_part
 
 UNFINISHED = "\ufffd"
 """What a character becomes whose last bytes are not written yet: shown once it is whole."""
@@ -61,15 +60,16 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(AskConfig, arguments, "ask")
     trained = config.trained()
-    place = config.place(trained)
-    if config.learn:
-        empty_part(place).rmdir()  # better known now than after the answer
     prompt = jnp.asarray(trained.tokenizer.encode(config.prompt))[None]
-    state = answer(trained, config, prompt, begin(trained, config, prompt))
-    if config.learn:
+    if not config.learn:
+        answer(trained, config, prompt, begin(trained, config, prompt))
+        return 0
+    with config.alone(trained) as place:
+        state = answer(trained, config, prompt, begin(trained, config, prompt))
+        state = context.finish(trained.model, trained.params, state)
         note = readings(place) | {"inside": None}  # what was stopped is still to be gone on with
-        context.save(place, trained.model, trained.params, context.finish(trained.model, trained.params, state), note)
-        print(f"saved: {place}", file=sys.stderr)
+        context.save(place, trained.model, trained.params, state, note)
+    print(f"saved: {place}", file=sys.stderr)
     return 0
 
 

@@ -32,7 +32,7 @@ from hope_jax import train as training
 from hope_jax.data.corpus import from_files
 from hope_jax.errors import UserError
 from hope_jax.nn.attention import slots_of
-from hope_jax.train.array_file import empty_part, is_saved
+from hope_jax.train.array_file import is_saved
 from hope_jax.train.digests import digest_arrays
 from hope_jax.types import Array, Int, Tokens
 from hope_jax.writes import Nats, cross_entropy, plan_of
@@ -79,11 +79,10 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config, stop = parse(LearnConfig, arguments, "learn"), training.Interrupt()
     trained = config.trained()
-    documents, place = [trained.tokenizer.encode(text) for text in texts(config.data.path)], config.place(trained)
-    empty_part(place).rmdir()  # better known now than after the reading
+    documents = [trained.tokenizer.encode(text) for text in texts(config.data.path)]
     task = _task(config, documents)
-    begun, stopped = _begin(trained, config, task)
-    with stop:
+    with config.alone(trained) as place, stop:
+        begun, stopped = _begin(trained, config, task)
         reading = read(trained, config, documents, begun, stop)
         if reading.error and (config.fresh or reading.done == begun.done):
             raise _said(reading, "nothing was saved")

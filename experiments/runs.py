@@ -1,8 +1,10 @@
 """A trained model back from its run folder: for the commands that use one (``learn``, ``ask``, ``watch``)."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +19,10 @@ from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
 from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
 from hope_jax.nn.cms import CMSConfig
-from hope_jax.train.array_file import is_saved
+from hope_jax.train.array_file import empty_part, is_saved
 from hope_jax.train.digests import first_difference
 from hope_jax.train.optimizer import OptimizerConfig
-from hope_jax.train.run_folder import flatten
+from hope_jax.train.run_folder import flatten, hold
 
 TOKENIZER = "tokenizer.json"
 """File of a run folder; runs on bytes have none."""
@@ -63,6 +65,15 @@ class Source:
     def place(self, trained: "Trained") -> Path:
         """Where its context is: it belongs to the parameters of one step."""
         return trained.run / "contexts" / str(trained.step) if self.context is None else self.context
+
+    @contextlib.contextmanager
+    def alone(self, trained: "Trained") -> Iterator[Path]:
+        """That place, for this process to write. Raises UserError where it cannot be written or another one does."""
+        place = self.place(trained)
+        empty_part(place).rmdir()  # better known now than after the reading
+        with place.absolute().with_name(f".{place.name}.lock-context").open("ab") as lock:
+            hold(lock, f"Another command writes the context in {place}; wait for it or name another --context.")
+            yield place
 
     def saved(self, trained: "Trained") -> Any:
         """The state of that context; None where nothing was learned yet.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from trained_run import mistake
 
-from experiments import learn
+from experiments import learn, runs
 from experiments.__main__ import main
 from experiments.runs import load_run
 from hope_jax import context
@@ -169,6 +169,17 @@ def test_what_is_done_in_between_takes_nothing_from_a_stopped_reading(reading, m
     assert main(command) == 0
     assert "after 48 tokens of this reading" in capfd.readouterr().out
     assert context.note_of(place) == FINISHED
+
+
+def test_one_command_at_a_time_writes_a_context(reading, capfd):
+    command, place = reading
+    config = runs.Source(checkpoint=place.parents[1])
+    with config.alone(load_run(place.parents[1])):
+        assert "Another command writes the context in" in mistake(capfd, *command)
+        asking = ["ask", "--checkpoint", place.parents[1], "--tokens", 4]
+        assert "Another command writes the context in" in mistake(capfd, *asking, "--learn", "The light")
+        assert main([str(word) for word in asking] + ["The light"]) == 0, "who only reads need not wait"
+    assert main(command) == 0
 
 
 def test_who_hears_no_more_loses_nothing(reading, monkeypatch):

@@ -8,7 +8,7 @@ import dataclasses
 import fcntl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hope_jax.errors import UserError
 from hope_jax.train.checkpoint import FOLDER
@@ -34,11 +34,16 @@ def open_run(folder: Path) -> Iterator[Path]:
         reason = error.strerror or error
         raise UserError(f"The run folder {folder} cannot be written ({reason}); choose another --run.") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"Another process is training in {folder}; wait for it or choose another --run.") from error
+        hold(lock, f"Another process is training in {folder}; wait for it or choose another --run.")
         yield folder
+
+
+def hold(lock: BinaryIO, busy: str) -> None:
+    """Lock a file until it is closed. Raises UserError, saying ``busy``, where another process has."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(busy) from error
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -4,10 +4,10 @@
     python -m experiments context_benchmark --model hope-tiny --length 512 --batch 4 --periods 16 64 256
 
 Tokens per second of streams read in windows of ``--length``, as ``learn`` reads a document: only read; read and stored
-by a first level of each period (the model's slower levels gather too, and are written at theirs, after more than one
-window); and the training step over
-sequences of the same length, with nothing in context and through the writes of that level. All in one process, the best
-of interleaved repetitions. Appends JSON lines to ``context_benchmark.jsonl`` in ``--results``; minutes on a CPU.
+by a first level of each period (the model's slower levels gather too, and are written after more than one window); and
+the training step over sequences of the same length, with nothing in context and through the writes of that level. All
+in one process, the best of interleaved repetitions. Appends JSON lines to ``context_benchmark.jsonl`` in ``--results``;
+minutes on a CPU.
 """
 
 import functools

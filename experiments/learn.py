@@ -38,7 +38,7 @@ from hope_jax.types import Array, Int, Tokens
 from hope_jax.writes import Nats, cross_entropy, plan_of
 
 PIECE = 512
-"""Tokens read at a time, or the period of the fastest level where that is longer."""
+"""Tokens read at a time; as many more as make whole periods of the fastest level."""
 LINES = 8
 """Lines printed per pass."""
 
@@ -85,14 +85,14 @@ def main(arguments: Sequence[str]) -> int:
         begun, stopped = _begin(trained, config, task)
         reading = read(trained, config, documents, begun, stop)
         if reading.error and (config.fresh or reading.done == begun.done):
-            raise _said(reading, "nothing was saved")
+            raise _said(reading.error, reading.done, "nothing was saved")
         stopped |= {task: reading.done}
         if reading.finished:
             del stopped[task]
         note = {"stopped": stopped, "inside": None if reading.finished else task}
         context.save(place, trained.model, trained.params, reading.state, note)
     if reading.error:
-        raise _said(reading, "they are kept")
+        raise _said(reading.error, reading.done, "they are kept")
     print(f"saved: {place}")
     if reading.finished:
         print(f'To ask: python -m experiments ask {shlex.join(config.flags())} "..."')
@@ -102,11 +102,9 @@ def main(arguments: Sequence[str]) -> int:
     return 128 + (stop.signal or 0)
 
 
-def _said(reading: "Reading", kept: str) -> Exception:
+def _said(error: Exception, done: int, kept: str) -> Exception:
     """The error that ended a reading; of a user's mistake, where it happened."""
-    error = reading.error
-    assert error is not None
-    return UserError(f"After {reading.done:,} tokens ({kept}): {error}") if isinstance(error, UserError) else error
+    return UserError(f"After {done:,} tokens ({kept}): {error}") if isinstance(error, UserError) else error
 
 
 def _task(config: LearnConfig, documents: Sequence[np.ndarray]) -> str:

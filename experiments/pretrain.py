@@ -240,13 +240,11 @@ def _train(job: Job, state: Any, batches: Any, stop: Any) -> tuple[Any, dict[int
     """The state after training and the held-out bits per byte by step."""
     config, done = job.config, int(state.step)
     loss = training.next_token_loss(job.model, job.tokenizer.byte_lengths, config.segment)
-    place, step = (
-        functools.partial(training.share, job.mesh),
-        training.train_step(loss, job.tx, job.rate, config.accumulate),
-    )
+    place = functools.partial(training.share, job.mesh)
+    step = training.train_step(loss, job.tx, job.rate, config.accumulate)
     heldout = [place(batch) for batch in job.data.heldout_batches(batch=config.batch, limit=config.eval_batches)]
-    saved = {training.IDENTITY: job.identity, "steps": config.steps, "tokenizer": job.tokenizer.fingerprint}
-    saved["devices"] = job.mesh.size
+    saved = {training.IDENTITY: job.identity, "steps": config.steps}
+    saved |= {"tokenizer": job.tokenizer.fingerprint, "devices": job.mesh.size}
     with (
         training.Record(config.run, done) as record,
         training.Monitor(record, done, config.steps, job.tokens_per_step) as monitor,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from hope_jax.errors import UserError
 from hope_jax.types import Array, Bool, Float, Int
@@ -34,6 +35,14 @@ class Level:
     def __post_init__(self) -> None:
         if self.period < 1:
             raise UserError(f"a level's period is {self.period}; expected at least 1 token")
+
+
+_KEPT = "kept"
+
+
+def kept(x: Array) -> Array:
+    """``x``, which the backward pass of ``scan_periods`` does not compute again: for what is small and costs much."""
+    return checkpoint_name(x, _KEPT)
 
 
 def due(step: Int[Array, ""] | np.ndarray | int, period: int) -> Bool[Array, ""]:
@@ -112,7 +121,8 @@ def _nested_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, each: 
     while groups and count <= groups[0]:
         groups = groups[1:]
     if not groups:
-        return lax.scan(jax.checkpoint(step), state, each)
+        keep = jax.checkpoint_policies.save_only_these_names(_KEPT)
+        return lax.scan(jax.checkpoint(step, policy=keep), state, each)
     size, whole = groups[0], count - count % groups[0]
 
     @jax.checkpoint

@@ -52,15 +52,11 @@ class Size:
     def _hidden(self, mixer: float, matrices: int) -> int:
         """Hidden features of a feed-forward part beside a mixer of ``mixer`` x width^2 parameters.
 
-        Hope's block is its mixer and one Transformer MLP, 8 width^2 (SPEC 3.1); everybody gets the same total.
+        A block has four projections, one Transformer MLP, 8 width^2 (SPEC 3.1), and four memories of two head size^2
+        per head; everybody gets the same total.
         """
-        hidden = (_hope_mixer(self) + 8 - mixer) * self.width / matrices
+        hidden = (4 + 8 + 8 / self.heads - mixer) * self.width / matrices
         return 16 * round(hidden / 16)
-
-
-def _hope_mixer(size: Size) -> float:
-    """Parameters of the self-modifying mixer in units of width^2: four projections, and its memories' starts."""
-    return 4 + 8 / size.heads
 
 
 _TINY_LEVELS = (Level(2_048), Level(8_192))
@@ -78,7 +74,9 @@ SIZES: dict[str, Size] = {
 
 def _hope(size: Size) -> ModelConfig:
     mixer = SelfModifyingConfig(size.heads, horizon=4 * size.context)
-    return _model(size, mixer, size.cms(_hope_mixer(size)))
+    # Four projections and the starts of its memories: of memory, keys and values, and the gates' first layers.
+    weights = 4 + 6 / size.heads + 2 * mixer.gate_hidden / size.width
+    return _model(size, mixer, size.cms(weights))
 
 
 def _hope_attention(size: Size) -> ModelConfig:

@@ -1,5 +1,6 @@
 """The small layers against numpy, and the two promises of everything with a state: causal, and any cut is the whole."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
 from hope_jax.nn.fast import FastState
-from hope_jax.nn.layers import RMSNorm, ShortConv, apply_rope, taps_at
+from hope_jax.nn.layers import RMSNorm, ShortConv, apply_rope, shifted_sum, taps_at
 from hope_jax.nn.swiglu import SwiGLUConfig
 
 
@@ -68,6 +69,20 @@ def test_short_conv_cut_anywhere_equals_the_whole(x64, key, cut):
     right, last = run(x[:, cut:], middle)
     np.testing.assert_allclose(jnp.concatenate([left, right], 1), whole, atol=1e-12)
     np.testing.assert_array_equal(last, end)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_gradient_of_a_shifted_sum_is_that_of_the_sum_of_slices(x64, key, width):
+    inputs = (jax.random.normal(key, (2, 7, 3)), jax.random.normal(key, (width, 3)))
+
+    def by_slices(x, kernel):
+        return sum(x[:, i : i + 8 - width] * tap[None, None, :] for i, tap in enumerate(kernel))
+
+    losses = [lambda x, kernel, f=f: jnp.sum(jnp.sin(f(x, kernel))) for f in (shifted_sum, by_slices)]
+    once = [jax.grad(loss, (0, 1)) for loss in losses]
+    chex.assert_trees_all_close(once[0](*inputs), once[1](*inputs), rtol=1e-12)
+    twice = [jax.grad(lambda *x, g=g: sum(jnp.sum(y**2) for y in g(*x)), (0, 1)) for g in once]
+    chex.assert_trees_all_close(twice[0](*inputs), twice[1](*inputs), rtol=1e-12)
 
 
 @pytest.mark.parametrize(("width", "lag", "start"), [(4, 0, [0, 0, 0, 1]), (4, 1, [0, 0, 1, 0]), (1, 1, [1])])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hope_jax.errors import UserError
-from hope_jax.levels import Level, check_periods, due, scan_levels
+from hope_jax.levels import Level, check_periods, due, kept, scan_levels
 
 PERIODS = (3, 6)
 
@@ -97,3 +97,14 @@ def test_periods_that_do_not_divide_each_other_are_refused():
     check_periods((16, 4))
     with pytest.raises(UserError, match="6"):
         check_periods((4, 6))
+
+
+@pytest.mark.parametrize("keep, times", [(kept, 1), (lambda x: x, 2)], ids=["kept", "not kept"])
+def test_what_a_segment_keeps_is_computed_once(keep, times):
+    def product(state, tokens, active, due):
+        return state * jnp.prod(keep(jnp.sinh(tokens))), state
+
+    def loss(state):
+        return scan_levels(product, state, jnp.ones(6), position=np.zeros((), np.int32), periods=(3,))[0]
+
+    assert str(jax.make_jaxpr(jax.grad(loss))(1.0)).count("= sinh") == times

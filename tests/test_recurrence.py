@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,9 +206,20 @@ def test_the_compiled_program_and_its_gradient_call_no_lapack():
 def test_the_triangular_solve_is_exact_for_any_size(x64, count):
     rng = np.random.default_rng(count)
     lower = np.tril(rng.normal(size=(count, count)), -1) * 0.5
-    right = rng.normal(size=(count, 2))
-    expected = np.linalg.solve(np.eye(count) + lower, right)
-    np.testing.assert_allclose(solve_unit_lower(jnp.asarray(lower), jnp.asarray(right)), expected, rtol=1e-9, atol=1e-9)
+    weights, right = rng.normal(size=count), rng.normal(size=(count, 2))
+
+    def solve(lower, weights, right):
+        return solve_unit_lower(jnp.tril(lower, -1), weights, right)
+
+    def by_lapack(lower, weights, right):
+        return jnp.linalg.solve(jnp.eye(count) + jnp.tril(lower, -1) * weights[None, :], right)
+
+    inputs = tuple(map(jnp.asarray, (lower, weights, right)))
+    np.testing.assert_allclose(solve(*inputs), by_lapack(*inputs), rtol=1e-9, atol=1e-9)
+    found, expected = (jax.grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), (0, 1, 2)) for f in (solve, by_lapack))
+    chex.assert_trees_all_close(found(*inputs), expected(*inputs), rtol=1e-8, atol=1e-9)
+    twice = [jax.grad(lambda *x, g=g: sum(jnp.sum(y**2) for y in g(*x)), (0, 1, 2)) for g in (found, expected)]
+    chex.assert_trees_all_close(twice[0](*inputs), twice[1](*inputs), rtol=1e-7, atol=1e-8)
 
 
 WRONG = {

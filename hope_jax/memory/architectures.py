@@ -7,6 +7,7 @@ Weights are a tuple of ``[out, in]`` matrices, first layer first, for one head.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,22 @@ def unit(z: Float[Array, "*axes K"]) -> Float[Array, "*axes K"]:
 def unit_gelu(z: Float[Array, "*axes F"]) -> Float[Array, "*axes F"]:
     """unit(GELU(z)): hidden features of norm 1, so that one write counts (SPEC 2.4, 2.7)."""
     return unit(jax.nn.gelu(z))
+
+
+class Pass(NamedTuple):
+    """What happens on the way through a memory, layer by layer.
+
+    Attributes:
+      inputs: of each layer, [T,K].
+      backs: vector-Jacobian products of the activations, one between any two layers.
+      products: each layer's weights applied to its input, [T,V].
+      output: M(x), [T,V].
+    """
+
+    inputs: list[Array]
+    backs: list[Callable[[Array], tuple[Array]]]
+    products: list[Array]
+    output: Array
 
 
 @dataclass(frozen=True)
@@ -61,23 +78,19 @@ class Architecture:
         shapes = zip(keys, sizes[1:], sizes[:-1], self.scales, strict=True)
         return tuple(scale * n**-0.5 * jax.random.normal(k, (m, n)) for k, m, n, scale in shapes)
 
-    def forward(self, weights: Weights, x: Array) -> tuple[list[Array], list, Array]:
-        """Each layer's input, each activation's vector-Jacobian product, and the output [T,V], at fixed weights."""
-        return self.forward_from(nt(x, weights[0]), weights[1:], x)
-
-    def forward_from(self, first: Array, later: Weights, x: Array) -> tuple[list[Array], list, Array]:
-        """``forward`` where the first layer's product with the input is there already."""
-        inputs, backs, out = [x], [], first
-        for w in later:
-            h, back = jax.vjp(self.activation, out)
+    def forward(self, weights: Weights, x: Float[Array, "T K"]) -> Pass:
+        """The way of ``x`` through the memory at fixed weights."""
+        inputs, backs, products = [x], [], [nt(x, weights[0])]
+        for w in weights[1:]:
+            h, back = jax.vjp(self.activation, products[-1])
             inputs.append(h)
             backs.append(back)
-            out = nt(h, w)
-        return inputs, backs, out + x if self.residual else out
+            products.append(nt(h, w))
+        return Pass(inputs, backs, products, products[-1] + x if self.residual else products[-1])
 
     def apply(self, weights: Weights, x: Float[Array, "T K"]) -> Float[Array, "T V"]:
         """M(x) at fixed weights."""
-        return self.forward(weights, x)[2]
+        return self.forward(weights, x).output
 
 
 matrix = Architecture(layers=1, residual=False, scales=(0.0,))

@@ -7,9 +7,7 @@ memories. Products and solves are those of ``products.py`` and ``triangular.py``
 
 from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
-
-from hope_jax.memory.products import nn, nt, split, tn
+from hope_jax.memory.products import gram, nn, nt, tn
 from hope_jax.memory.triangular import decay_products, solve_unit_lower
 from hope_jax.types import Array, Float
 
@@ -68,33 +66,36 @@ def _share(decay: Float[Array, "R R"], carry: Float[Array, "R R"], rows: slice |
     return Share(decay[rows, 0], decay[rows, 1:], carry[rows, 0], carry[rows, 1:])
 
 
-def erase_matrix(keys: Float[Array, "C K"], erase: Float[Array, "C G"], terms: Coefficients) -> Float[Array, "G C C"]:
-    """L of the block's triangular systems (I + L) E = right, for one linear memory (SPEC 1.2)."""
-    return erase.T[:, :, None] * (terms.before.erases * nt(keys, keys))[None]
+def erase_matrix(terms: Coefficients, keys: Float[Array, "C K"], erase: Float[Array, " C"]) -> Float[Array, "C C"]:
+    """L diag(a) of the block's triangular system (I + L diag(a)) H = standing, for one linear memory.
+
+    H is what the memory has for each key when it comes, M_{s-1} k_s, so E = -diag(a) H (SPEC 1.2 solves for E itself:
+    the same system, its rows scaled where here the columns are).
+    """
+    return terms.before.erases * gram(keys) * erase[None, :]
 
 
 def advance(
+    terms: Coefficients,
     memory: Float[Array, "V K"],
     momentum: Float[Array, "V K"] | None,
     base: Float[Array, "V K"] | None,
     keys: Float[Array, "C K"],
     writes: Float[Array, "C V"],
-    erase: Float[Array, "C G"] | None,
-    terms: Coefficients,
-    inverse: Float[Array, "G C C"] | None = None,
-    rows: tuple[int, ...] | None = None,
+    erase: Float[Array, " C"] | None,
+    held: Float[Array, "C V"] | None = None,
+    inverse: Float[Array, "C C"] | None = None,
 ) -> Written:
     """Write one block exactly. Inactive tokens must come with zero ``writes`` and ``erase``.
 
-    The memory's V rows are G parts of so many ``rows``, each with its own erase (None: one part): memories that share
-    their keys are one memory.
-    ``inverse`` is that of I + ``erase_matrix``, for callers who invert those of many memories at once.
+    ``held`` is ``memory`` applied to the keys and ``inverse`` that of I + ``erase_matrix``, where the caller has them.
     """
     added, last = terms.last.writes[:, None] * writes, terms.last
     erased = None
     if erase is not None:
-        standing = _standing(memory, momentum, base, keys, writes, keys, terms.before)
-        erased = -_solve(erase_matrix(keys, erase, terms), standing, erase, inverse, rows or standing.shape[1:])
+        alike, held = gram(keys), nt(keys, memory) if held is None else held
+        standing = _standing(held, momentum, base, alike, writes, keys, terms.before)
+        erased = -erase[:, None] * solve_unit_lower(terms.before.erases * alike, erase, standing, inverse)
         added += last.erases[:, None] * erased
     memory = last.memory * memory + tn(added, keys)
     if terms.surprise is None or momentum is None:
@@ -102,21 +103,6 @@ def advance(
     memory += last.momentum * momentum
     momentum = terms.surprise.momentum * momentum + tn(terms.surprise.writes[:, None] * writes, keys)
     return Written(erased, memory, momentum)
-
-
-def _solve(
-    lower: Array,
-    standing: Float[Array, "C V"],
-    erase: Float[Array, "C G"],
-    inverse: Array | None,
-    rows: tuple[int, ...],
-) -> Float[Array, "C V"]:
-    """What is erased, part by part of the memory's rows."""
-    solved = []
-    for part, right in enumerate(split(standing, rows, axis=1)):
-        one = None if inverse is None else inverse[part]
-        solved.append(solve_unit_lower(lower[part], erase[:, part, None] * right, one))
-    return jnp.concatenate(solved, axis=1) if len(solved) > 1 else solved[0]
 
 
 def recall(
@@ -132,15 +118,17 @@ def recall(
 ) -> Float[Array, "C V"]:
     """Read one block: M_{t-1} q_t or M_t q_t; ``memory`` and ``momentum`` are those before the block."""
     share = terms.before if read == "before" else terms.after
-    reads = _standing(memory, momentum, base, keys, writes, queries, share)
-    if erased is None:
-        return reads
-    return reads + nn(share.erases * nt(queries, keys), erased)
+    alike = nt(queries, keys)
+    reads = _standing(nt(queries, memory), momentum, base, alike, writes, queries, share)
+    return reads if erased is None else reads + nn(share.erases * alike, erased)
 
 
-def _standing(memory, momentum, base, keys, writes, inputs, share: Share):
-    """The memory of every time, as it were without the block's erases, applied to that time's input."""
-    value = share.memory[:, None] * nt(inputs, memory) + nn(share.writes * nt(inputs, keys), writes)
+def _standing(held, momentum, base, alike, writes, inputs, share: Share):
+    """The memory of every time, as it were without the block's erases, applied to that time's input.
+
+    ``held`` is the memory before the block applied to the inputs, ``alike`` the inputs' products with the keys.
+    """
+    value = share.memory[:, None] * held + nn(share.writes * alike, writes)
     if momentum is not None:
         value += share.momentum[:, None] * nt(inputs, momentum)
     if base is not None:

@@ -7,7 +7,7 @@ Letters say which operands are transposed: ``nn`` is a b, ``nt`` is a b^T, ``tn`
 order but no forward mode (``jax.jvp``), and so has everything built on them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,18 +47,47 @@ def tn(a: Float[Array, "C M"], b: Float[Array, "C N"]) -> Float[Array, "M N"]:
     return _product(_flipped(a), b)
 
 
-def _kept(product: Callable[[Array, Array], Array]) -> Callable[[Array, Array], tuple[Array, tuple[Array, Array]]]:
-    """The product, and its operands with one axis more.
+def keep(*residuals: Array) -> tuple[Array, ...]:
+    """What a ``jax.custom_vjp`` keeps for its backward pass (``given`` takes it out): with one axis more.
 
     jax (0.10.2) takes residuals that are the arguments themselves past the program, and then cannot differentiate
     twice through vmap and scan (IndexError in batching): what trains through the writes of its levels has to.
     """
-    return lambda a, b: (product(a, b), (a[None], b[None]))
+    return tuple(x[None] for x in residuals)
 
 
-nn.defvjp(_kept(nn), lambda ab, g: (nt(g, ab[1][0]), tn(ab[0][0], g)))
-nt.defvjp(_kept(nt), lambda ab, g: (nn(g, ab[1][0]), tn(g, ab[0][0])))
-tn.defvjp(_kept(tn), lambda ab, g: (nt(ab[1][0], g), nn(ab[0][0], g)))
+def given(kept: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The reverse of ``keep``."""
+    return tuple(x[0] for x in kept)
+
+
+def _differentiable(product, backward: Callable[[Array, Array, Array], tuple[Array, Array]]) -> None:
+    """``backward`` maps the two operands and the cotangent to the operands' cotangents."""
+
+    def of_operands(kept: tuple[Array, ...], g: Array) -> tuple[Array, Array]:
+        a, b = given(kept)
+        return backward(a, b, g)
+
+    product.defvjp(lambda a, b: (product(a, b), keep(a, b)), of_operands)
+
+
+_differentiable(nn, lambda a, b, g: (nt(g, b), tn(a, g)))
+_differentiable(nt, lambda a, b, g: (nn(g, b), tn(g, a)))
+_differentiable(tn, lambda a, b, g: (nt(b, g), nn(a, g)))
+
+
+@jax.custom_vjp
+def gram(a: Float[Array, "M C"]) -> Float[Array, "M M"]:
+    """a a^T; its gradient is one product where that of ``nt(a, a)`` is two."""
+    return nt(a, a)
+
+
+def _gram_backward(kept: tuple[Array, ...], g: Array) -> tuple[Array]:
+    (a,) = given(kept)
+    return (nn(g + _flip(g), a),)
+
+
+gram.defvjp(lambda a: (gram(a), keep(a)), _gram_backward)
 
 
 def by_rows(function: Callable[[Array], Array], x: Float[Array, "*batch D"]) -> Float[Array, "*batch N"]:
@@ -69,8 +98,3 @@ def by_rows(function: Callable[[Array], Array], x: Float[Array, "*batch D"]) -> 
     """
     y = function(x.reshape(-1, x.shape[-1]))
     return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def split(x: Array, sizes: Sequence[int], axis: int) -> list[Array]:
-    """Parts of so many rows. The gradient is one concatenation; that of slices is a sum of padded arrays, and slow."""
-    return list(lax.split(x, tuple(sizes), axis=axis)) if len(sizes) > 1 else [x]

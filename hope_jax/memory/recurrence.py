@@ -183,8 +183,7 @@ def _split(x: Array, block: int) -> Array:
 
 def _block(memory, momentum, base, tokens: _Tokens, read: Read) -> Recurrence:
     terms = coefficients(tokens.retention, tokens.momentum_decay, tokens.active)
-    erase = None if tokens.erase is None else tokens.erase[:, None]
-    written = advance(memory, momentum, base, tokens.keys, tokens.writes, erase, terms)
+    written = advance(terms, memory, momentum, base, tokens.keys, tokens.writes, tokens.erase)
     reads = None
     if tokens.queries is not None:
         writes = (tokens.keys, tokens.writes, written.erased)

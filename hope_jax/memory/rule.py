@@ -24,7 +24,7 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Due, Level, scan_levels
 from hope_jax.memory import objectives
 from hope_jax.memory.architectures import Architecture, Weights
-from hope_jax.memory.products import nn, nt
+from hope_jax.memory.products import nn
 from hope_jax.memory.recurrence import Impl, gated_delta
 from hope_jax.types import Array, Float, Int, PRNGKeyArray
 
@@ -204,34 +204,30 @@ def write(
 
 
 class LayerWrite(NamedTuple):
-    """What the inner gradient steps of T tokens do to one layer: w_t against k_t, and the erase (None: none)."""
+    """What the inner gradient steps of T tokens do to one layer: w_t against k_t, and the erase (None: none).
+
+    ``held`` is what the anchor's layer has for the keys (None: not asked).
+    """
 
     keys: Float[Array, "T K"]
     writes: Float[Array, "T V"]
     erase: Float[Array, " T"] | None
+    held: Float[Array, "T V"] | None = None
 
 
 def layer_writes(rule: Rule, fast: Fast, keys: Array, values: Array, gates: Gates) -> list[LayerWrite]:
     """The write of every layer (SPEC 1.4), at the anchor where the rule has one."""
     if rule.gradient_at != "anchor":
         return _writes(rule, [keys], [-values], gates)
-    first, *later = fast.anchor
-    of_values = nt(values, first) if rule.self_values else None
-    return writes_from(rule, nt(keys, first), of_values, tuple(later), keys, values, gates)
-
-
-def writes_from(
-    rule: Rule, first_keys: Array, first_values: Array | None, later: Weights, keys: Array, values: Array, gates: Gates
-) -> list[LayerWrite]:
-    """``layer_writes`` where the anchor's first layer is applied already: to the keys and, for self_values, values."""
     architecture = rule.architecture
-    if first_values is not None:
-        values = architecture.forward_from(first_values, later, values)[2]
-    inputs, backs, prediction = architecture.forward_from(first_keys, later, keys)
-    errors = [objectives.error(rule.objective, prediction, values)]
-    for w, back in zip(later[::-1], backs[::-1], strict=True):
+    if rule.self_values:
+        values = architecture.apply(fast.anchor, values)
+    through = architecture.forward(fast.anchor, keys)
+    errors = [objectives.error(rule.objective, through.output, values)]
+    for w, back in zip(fast.anchor[:0:-1], through.backs[::-1], strict=True):
         errors.insert(0, back(nn(errors[0], w))[0])
-    return _writes(rule, inputs, errors, gates)
+    writes = _writes(rule, through.inputs, errors, gates)
+    return [write._replace(held=held) for write, held in zip(writes, through.products, strict=True)]
 
 
 def _writes(rule: Rule, inputs: list[Array], errors: list[Array], gates: Gates) -> list[LayerWrite]:

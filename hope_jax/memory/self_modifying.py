@@ -12,6 +12,7 @@ differentiable, writes included: nothing is under a stop-gradient. ``nn/self_mod
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,20 +24,8 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Active, Due, check_periods, scan_levels
 from hope_jax.memory.architectures import Weights, unit
 from hope_jax.memory.block import Coefficients, Written, coefficients, recall
-from hope_jax.memory.products import nt, split
-from hope_jax.memory.rule import Fast, Gates, LayerWrite, finish, next_input, writes_from
-from hope_jax.memory.side_by_side import (
-    Layer,
-    Stack,
-    advance_all,
-    apart,
-    as_one,
-    first_box,
-    join,
-    parts,
-    per_box,
-    stacks_of,
-)
+from hope_jax.memory.rule import Fast, Gates, Rule, finish, layer_writes, next_input, refresh
+from hope_jax.memory.side_by_side import Layer, advance_all
 from hope_jax.types import Array, Float, Int
 
 
@@ -125,67 +114,58 @@ def scan(
     anchors were last refreshed together. Any cut of the T tokens into calls gives the same result. ``with_gates``: the
     gates of every token come fourth.
     """
-    stacks = stacks_of(spec.rules, spec.counts, initial)
-    head = _Head(spec, stacks, tuning, join(stacks, initial), with_gates)
+    head = _Head(spec, initial, tuning, with_gates)
 
     def segment(fast, tokens, active, due):
-        return _segment(head, _refresh(stacks, fast, due), tokens, active)
+        return _segment(head, fast, tokens, active, due)
 
-    joined = Fast(*(join(stacks, kind) for kind in zip(*fast, strict=True)))
-    joined, outputs = scan_levels(segment, joined, streams, position=position, periods=spec.periods)
-    kinds = [apart(stacks, kind) for kind in joined]
-    ends = [Fast(*(kind[i] for kind in kinds)) if i in kinds[0] else start for i, start in enumerate(fast)]
-    return Boxes(*ends), *outputs
+    fast, outputs = scan_levels(segment, fast, streams, position=position, periods=spec.periods)
+    return fast, *outputs
 
 
 class _Head(NamedTuple):
-    """What stays the same while a sequence is read. ``initial``: M_box,0, joined; ``with_gates``: put the gates out."""
+    """What stays the same while a sequence is read: ``initial`` is M_box,0; ``with_gates`` asks for the gates, too."""
 
     spec: SelfModifying
-    stacks: tuple[Stack, ...]
+    initial: Boxes
     tuning: Tuning
-    initial: Weights
     with_gates: bool
 
 
-def _refresh(stacks: tuple[Stack, ...], fast: Fast, due: tuple[Due, ...]) -> Fast:
-    """Move the anchors that are due; the memory may have a period of its own."""
-    if all(one is True for one in due):
-        return fast._replace(anchor=fast.running)
-    of_memory = np.repeat([i == 0 for stack in stacks for i in stack.groups], parts(stacks))
-    of_rows = jnp.where(of_memory, *due)[:, None]
-    of_stacks = [due[int(0 not in stack.groups)] for stack in stacks for _ in range(stack.later)]
-    moved = zip((of_rows, *of_stacks), fast.anchor, fast.running, strict=True)
-    return fast._replace(anchor=tuple(jnp.where(now, new, old) for now, old, new in moved))
-
-
-def _segment(head: _Head, fast: Fast, tokens: Streams, active: Active) -> tuple[Fast, tuple[Any, ...]]:
+def _segment(
+    head: _Head, fast: Boxes, tokens: Streams, active: Active, due: tuple[Due, ...]
+) -> tuple[Boxes, tuple[Any, ...]]:
     """Tokens inside one period: generate keys, values and gates at the anchors, then write every layer of every box."""
-    anchors = apart(head.stacks, fast.anchor)
-    tokens, gates = _generate(head, anchors, tokens)
+    of_groups = Boxes(due[0], due[1], due[1])
+    fast = Boxes(*(refresh(one, now) for one, now in zip(fast, of_groups, strict=True)))
+    tokens, gates = _generate(head, fast, tokens)
     gates = _neutral(gates, active)
     terms = coefficients(gates.retention, gates.momentum_decay, active)
-    layers = _layers(head, fast, _writes(head, fast.anchor, tokens, gates))
-    written = advance_all(layers, parts(head.stacks), terms)
-    reads = _read(head.stacks[0], anchors[0], layers, written, tokens.q, terms)
+    layers = [_layers(head, group, fast[group], now, tokens, gates) for group, now in enumerate(of_groups)]
+    all_written = iter(advance_all([layer for group in layers for layer in group], terms))
+    written = [[next(all_written) for _ in group] for group in layers]
+    reads = _read(head.spec.rules.memory, fast.memory.anchor, layers[0], written[0], tokens.q, terms)
     outputs = (reads, tokens.q if "q" in head.spec.adaptive else None)
-    return _updated(head, fast, written), (*outputs, gates) if head.with_gates else outputs
+    ends = Boxes(*map(_updated, fast, layers, written))
+    return ends, (*outputs, gates) if head.with_gates else outputs
 
 
-def _generate(head: _Head, anchors: dict[int, Weights], tokens: Streams) -> tuple[Streams, Gates]:
+def _generate(head: _Head, fast: Boxes, tokens: Streams) -> tuple[Streams, Gates]:
     """Adaptive projections, rate and retention of every token from their memories' anchors (Eq. 85, SPEC 2.1)."""
     spec, tuning = head.spec, head.tuning
-    first, *later = anchors[2]
-    of_x = per_box(nt(tokens.x, first.reshape(-1, first.shape[-1])), len(first))
-    through = lambda z, later: spec.rules.gates.architecture.forward_from(z, later, tokens.x)[2]  # noqa: E731
-    raw = jax.vmap(through)(of_x, tuple(later))[..., 0]
+    raw = jax.vmap(spec.rules.gates.architecture.apply)(fast.gates.anchor, _copies(tokens.x, 2))[..., 0]
     rate = spec.rate_max * jax.nn.sigmoid(raw[0] + tuning.rate_bias)
     retention = jax.nn.sigmoid(raw[1] + tuning.retention_bias) if spec.retention else jnp.ones_like(rate)
     if spec.adaptive:
         inputs = jnp.stack([getattr(tokens, name) for name in spec.adaptive])
-        outputs = unit(jax.vmap(spec.rules.projections.architecture.apply)(anchors[1], inputs))
+        outputs = unit(jax.vmap(spec.rules.projections.architecture.apply)(fast.projections.anchor, inputs))
         tokens = tokens._replace(**dict(zip(spec.adaptive, outputs, strict=True)))
     return tokens, Gates(rate, retention, tokens.momentum_decay)
+
+
+def _copies(x: Array, boxes: int) -> Array:
+    """One for each box: the product of boxes with what they share would not come out as a batch of products."""
+    return jnp.broadcast_to(x, (boxes, *x.shape))
 
 
 def _neutral(gates: Gates, active: Active) -> Gates:
@@ -197,56 +177,43 @@ def _neutral(gates: Gates, active: Active) -> Gates:
     return Gates(active * gates.rate, active * gates.retention + idle, decay)
 
 
-def _writes(head: _Head, anchor: Weights, tokens: Streams, gates: Gates) -> list[LayerWrite]:
-    """What is written into the first layers, taken as one memory, and into the later layers of each stack."""
-    later = list(anchor[1:])
-    sizes = [stack.boxes * stack.rows for stack in head.stacks]
-    outputs = (split(nt(x, anchor[0]), sizes, axis=1) for x in (tokens.k, tokens.v))  # of every first layer
-    firsts, rests = [], []
-    for stack, *mine in zip(head.stacks, *outputs, strict=True):
-        weights, later = tuple(later[: stack.later]), later[stack.later :]
-        of_keys, of_values = (per_box(one, stack.boxes) for one in mine)
-        scales = np.repeat(stack.groups, stack.counts)
-        rates = jnp.exp(jnp.stack(head.tuning.log_rate)[scales])
-
-        def box(scale, of_keys, of_values, weights, rule=stack.rule):
-            own = gates._replace(rate=scale * gates.rate)
-            return writes_from(rule, of_keys, of_values, weights, tokens.k, tokens.v, own)
-
-        first, *rest = jax.vmap(box)(rates, of_keys, of_values, weights)
-        firsts.append(first)
-        rests += [write._replace(erase=None if write.erase is None else write.erase[..., None]) for write in rest]
-    return [as_one(firsts, head.stacks, tokens.k), *rests]
-
-
-def _layers(head: _Head, fast: Fast, writes: list[LayerWrite]) -> list[Layer]:
-    rule = head.spec.rules.memory
-    bases = head.initial if rule.retain_to == "init" else (None,) * len(writes)
-    momenta = fast.momentum if rule.momentum else (None,) * len(writes)
-    starts = (w if base is None else w - base for w, base in zip(fast.running, bases, strict=True))
-    parts_of = zip(starts, momenta, bases, writes, strict=True)
-    return [Layer(memory, momentum, base, *write) for memory, momentum, base, write in parts_of]
+def _layers(head: _Head, group: int, fast: Fast, due: Due, tokens: Streams, gates: Gates) -> list[Layer]:
+    """The layers of one group with what is written into them; a group without boxes has none."""
+    rule, boxes = head.spec.rules[group], head.spec.counts[group]
+    if not boxes:
+        return []
+    own = gates._replace(rate=jnp.exp(head.tuning.log_rate[group]) * gates.rate)
+    write, keys, values = functools.partial(layer_writes, rule, gates=own), tokens.k, tokens.v
+    if group != 0:  # the main memory is a single box
+        write, keys, values = jax.vmap(write), _copies(keys, boxes), _copies(values, boxes)
+    layers = []
+    for index, one in enumerate(write(fast, keys, values)):
+        base = head.initial[group][index] if rule.retain_to == "init" else None
+        memory = fast.running[index] if base is None else fast.running[index] - base
+        momentum = fast.momentum[index] if rule.momentum else None
+        # Just refreshed, the anchor is the running memory: what it has for the keys need not be asked twice.
+        held = one.held if due is True and base is None else None
+        layers.append(Layer(memory, momentum, base, one.keys, one.writes, one.erase, held, alike=index == 0))
+    return layers
 
 
 def _read(
-    stack: Stack, anchor: Weights, layers: list[Layer], written: list[Written], queries: Array, terms: Coefficients
+    rule: Rule, anchor: Weights, layers: list[Layer], written: list[Written], queries: Array, terms: Coefficients
 ) -> Float[Array, "C V"]:
-    """The reads of the main memory, the first box of the first stack, layer by layer."""
-    rule = stack.rule
+    """The reads of the main memory, layer by layer."""
     if rule.read == "anchor":
         return finish(rule, anchor, queries, None)
     x = queries
-    for index in range(rule.architecture.layers):
-        one, erased = first_box(layers[index], written[index].erased, stack.rows)
-        reads = recall(one.memory, one.momentum, one.base, one.keys, one.writes, erased, x, terms, rule.read)
+    for index, (one, now) in enumerate(zip(layers, written, strict=True)):
+        reads = recall(one.memory, one.momentum, one.base, one.keys, one.writes, now.erased, x, terms, rule.read)
         x = next_input(rule, index, reads)
     return finish(rule, anchor, queries, x)
 
 
-def _updated(head: _Head, fast: Fast, written: list[Written]) -> Fast:
-    """The fast weights after the segment."""
-    running = tuple(one.memory for one in written)
-    if head.spec.rules.memory.retain_to == "init":
-        running = tuple(base + w for base, w in zip(head.initial, running, strict=True))
-    momentum = tuple(one.momentum for one in written if one.momentum is not None)
-    return fast._replace(running=running, momentum=momentum)
+def _updated(fast: Fast, layers: list[Layer], written: list[Written]) -> Fast:
+    """The fast weights of a group after the segment."""
+    if not layers:
+        return fast
+    pairs = zip(layers, written, strict=True)
+    running = tuple(now.memory if one.base is None else one.base + now.memory for one, now in pairs)
+    return fast._replace(running=running, momentum=tuple(n.momentum for n in written if n.momentum is not None))

@@ -16,7 +16,7 @@ from flax.typing import Initializer
 from jax.typing import DTypeLike
 
 from hope_jax.memory.architectures import unit
-from hope_jax.memory.products import by_rows
+from hope_jax.memory.products import by_rows, given, keep
 from hope_jax.types import Array, Float, Int, PRNGKeyArray, Stream
 
 EPS = 1e-6
@@ -128,8 +128,28 @@ class ShortConv(nn.Module):
         time, channels = x.shape[1:]
         kernel = self.param("kernel", self.start, (self.width, channels), param_dtype(self.dtype)).astype(self.dtype)
         seen = jnp.concatenate([tail, x.astype(self.dtype)], axis=1)
-        taps = [scaled(seen[:, i : i + time], kernel[i]) for i in range(self.width)]
-        return functools.reduce(jnp.add, taps), seen[:, time:]
+        return shifted_sum(seen, kernel), seen[:, time:]
+
+
+@jax.custom_vjp
+def shifted_sum(x: Float[Array, "B S D"], kernel: Float[Array, "width D"]) -> Float[Array, "B T D"]:
+    """``sum_i kernel_i * x_(t + i)`` at every t that has them all, T = S - width + 1.
+
+    Its gradient is a sum of the same kind; that of slices is a sum of padded arrays, and slow.
+    """
+    time = x.shape[1] - len(kernel) + 1
+    return functools.reduce(jnp.add, [scaled(x[:, i : i + time], tap) for i, tap in enumerate(kernel)])
+
+
+def _shifted_sum_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array]:
+    x, kernel = given(residuals)
+    more, time = len(kernel) - 1, g.shape[1]
+    of_x = shifted_sum(jnp.pad(g, ((0, 0), (more, more), (0, 0))), kernel[::-1])
+    of_taps = [jnp.sum((x[:, i : i + time] * g).reshape(-1, g.shape[-1]), axis=0) for i in range(len(kernel))]
+    return of_x, jnp.stack(of_taps)
+
+
+shifted_sum.defvjp(lambda x, kernel: (shifted_sum(x, kernel), keep(x, kernel)), _shifted_sum_backward)
 
 
 def short_convs(width: int, dtype: DTypeLike) -> list[ShortConv]:

@@ -52,6 +52,7 @@ class SelfModifyingConfig:
     Attributes:
       heads: independent sets of memories; must divide the model width.
       hidden: hidden features of the main memory as a multiple of the head size.
+      gate_hidden: hidden features of the memories of rate and retention, whose output is one number.
       conv: taps of the causal convolutions in front of the q, k and v streams.
       c_memory, c_projections: anchor period in tokens of the main memory, and of all others.
       inner_projection: which of "k", "v", "q" are memories; the others are static linear maps.
@@ -68,6 +69,7 @@ class SelfModifyingConfig:
 
     heads: int
     hidden: int = 1
+    gate_hidden: int = 8
     conv: int = 4
     c_memory: int = 16
     c_projections: int = 16
@@ -100,8 +102,8 @@ class SelfModifyingConfig:
                 f"rates must be positive (rate_max may be 0): rate_max={self.rate_max}, "
                 f"projection_rate={self.projection_rate}"
             )
-        if min(self.heads, self.hidden, self.conv) < 1 or self.horizon < 2:
-            raise UserError("heads, hidden and conv must be at least 1 and horizon at least 2")
+        if min(self.heads, self.hidden, self.gate_hidden, self.conv) < 1 or self.horizon < 2:
+            raise UserError("heads, hidden, gate_hidden and conv must be at least 1 and horizon at least 2")
         if self.gate.residual:
             raise UserError("a gate memory has one output and cannot be residual; use architectures.mlp")
         self.spec()  # checks the rest
@@ -165,7 +167,7 @@ class SelfModifyingMixer(nn.Module):
         self.initial = Boxes(
             self._initial("memory", c.memory, (), size, c.hidden * size),
             self._initial("projections", c.projection, (len(c.inner_projection),), size, size),
-            self._initial("gates", c.gate, (2,), 1, size),
+            self._initial("gates", c.gate, (2,), 1, c.gate_hidden),
         )
         starts = Boxes(0.0, math.log(c.projection_rate), math.log(c.projection_rate))
         self.tuning = Tuning(

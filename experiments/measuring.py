@@ -44,7 +44,5 @@ def operations(jaxpr: Any) -> int:
         parts = [operations(inner) for inner in jaxprs_in_params(equation.params)]
         if equation.primitive.name == "cond":  # platforms and branches: only one of them runs
             parts = [max(parts)]
-        if equation.primitive.name == "custom_linear_solve":  # its other programs are for derivatives
-            parts = [operations(equation.params["jaxprs"].solve.jaxpr)]
         total += sum(parts) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
     return total

@@ -41,8 +41,12 @@ _KEPT = "kept"
 
 
 def kept(x: Array) -> Array:
-    """``x``, which the backward pass of ``scan_periods`` does not compute again: for what is small and costs much."""
+    """``x``, which the backward pass of ``scan_levels`` does not compute again: for what is small and costs much."""
     return checkpoint_name(x, _KEPT)
+
+
+def _but_kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
 
 
 def due(step: Int[Array, ""] | np.ndarray | int, period: int) -> Bool[Array, ""]:
@@ -90,17 +94,24 @@ def scan_levels(
         return segment(state, tokens, None, tuple(due(position, p) for p in periods))
     known = isinstance(position, np.ndarray)
     if known and position % fastest == 0 and length % fastest == 0:
-        return scan_periods(segment, state, tokens, position=int(position), periods=periods)
+        return scan_periods(segment, state, tokens, position=int(position), periods=periods, remat=_but_kept)
     return _scan_anywhere(segment, state, tokens, jnp.asarray(position), periods)
 
 
 def scan_periods(
-    segment: Segment, state: Any, tokens: Any, *, position: Int[Array, ""] | int, periods: tuple[int, ...]
+    segment: Segment,
+    state: Any,
+    tokens: Any,
+    *,
+    position: Int[Array, ""] | int,
+    periods: tuple[int, ...],
+    remat: Callable[[Any], Any] = jax.checkpoint,
 ) -> tuple[Any, Any]:
     """``scan_levels`` over whole periods of the fastest level from a multiple of it: nothing is padded.
 
     The loops are nested, a slower level's around a faster one's, and each is rematerialised: the backward pass keeps
-    the states at the ends of the slow loops and, of one at a time, those inside it.
+    the states at the ends of the slow loops and, of one at a time, those inside it. ``remat`` does that; what a
+    segment keeps (``kept``) this one computes again, whatever loops are inside.
     """
     fastest = min(periods)
     chunks = jax.tree.map(lambda x: x.reshape(-1, fastest, *x.shape[1:]), tokens)
@@ -111,30 +122,29 @@ def scan_periods(
         return segment(state, chunk, None, tuple(p == fastest or due(start, p) for p in periods))
 
     slower = sorted({p // fastest for p in periods if p > fastest}, reverse=True)
-    state, outputs = _nested_scan(step, state, (starts, chunks), slower)
+    state, outputs = _nested_scan(step, state, (starts, chunks), slower, remat)
     return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
 
-def _nested_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, each: Any, groups: list[int]):
+def _nested_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, each: Any, groups: list[int], remat: Any):
     """``lax.scan`` in loops of ``groups`` steps, the largest outside; what does not fill a loop comes after it."""
     count = jax.tree.leaves(each)[0].shape[0]
     while groups and count <= groups[0]:
         groups = groups[1:]
     if not groups:
-        keep = jax.checkpoint_policies.save_only_these_names(_KEPT)
-        return lax.scan(jax.checkpoint(step, policy=keep), state, each)
+        return lax.scan(remat(step), state, each)
     size, whole = groups[0], count - count % groups[0]
 
-    @jax.checkpoint
+    @remat
     def loop(state, some):
-        return _nested_scan(step, state, some, groups[1:])
+        return _nested_scan(step, state, some, groups[1:], remat)
 
     first = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), each)
     state, outputs = lax.scan(loop, state, first)
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     if whole == count:
         return state, outputs
-    state, others = _nested_scan(step, state, jax.tree.map(lambda x: x[whole:], each), groups[1:])
+    state, others = _nested_scan(step, state, jax.tree.map(lambda x: x[whole:], each), groups[1:], remat)
     return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, others)
 
 
@@ -146,7 +156,7 @@ def _scan_anywhere(segment: Segment, state: Any, tokens: Any, position: Array, p
     grid = jax.tree.map(lambda x: _on_grid(x, offset, count, fastest), tokens)
     active = _on_grid(jnp.ones(length, jnp.float32), offset, count, fastest)
 
-    @jax.checkpoint
+    @_but_kept
     def step(state, one):
         index, chunk, on = one
         start = position - offset + index * fastest

@@ -52,8 +52,8 @@ class Size:
     def _hidden(self, mixer: float, matrices: int) -> int:
         """Hidden features of a feed-forward part beside a mixer of ``mixer`` x width^2 parameters.
 
-        A block has four projections, one Transformer MLP, 8 width^2 (SPEC 3.1), and four memories of two head size^2
-        per head; everybody gets the same total.
+        Everybody's block has the size of four projections, one Transformer MLP, 8 width^2 (SPEC 3.1), and four
+        memories of two matrices per head, as wide as the head.
         """
         hidden = (4 + 8 + 8 / self.heads - mixer) * self.width / matrices
         return 16 * round(hidden / 16)

@@ -11,7 +11,7 @@ F      hidden features of an MLP
 C      tokens of one block or anchor period
 L      layers
 N      memories of equal shape evaluated together
-G      parts of a linear memory's rows, each with its own erase
+S      triangular systems inverted together
 =====  =======================================================================
 
 Shapes in signatures are jaxtyping strings over these letters. They are checked

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hope_jax.errors import UserError
-from hope_jax.levels import Level, check_periods, due, kept, scan_levels
+from hope_jax.levels import Level, check_periods, due, kept, scan_levels, scan_periods
 
 PERIODS = (3, 6)
 
@@ -99,12 +99,29 @@ def test_periods_that_do_not_divide_each_other_are_refused():
         check_periods((4, 6))
 
 
+@pytest.mark.parametrize("periods", [(3,), (3, 6)])
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("keep, times", [(kept, 1), (lambda x: x, 2)], ids=["kept", "not kept"])
-def test_what_a_segment_keeps_is_computed_once(keep, times):
+def test_what_a_segment_keeps_is_computed_once(keep, times, known, periods):
+    assert _sinh_in_gradient(scan_levels, keep, known, periods) >= times
+    assert (_sinh_in_gradient(scan_levels, keep, known, periods) == 1) == (keep is kept)
+
+
+def test_loops_that_train_through_writes_keep_nothing():
+    def from_the_start(*arguments, position, periods):
+        return scan_periods(*arguments, position=int(position), periods=periods)
+
+    assert _sinh_in_gradient(from_the_start, kept, True, (3,)) == 2
+
+
+def _sinh_in_gradient(scan, keep, known, periods):
+    """How often a segment's sinh stands in the program of the gradient."""
+
     def product(state, tokens, active, due):
-        return state * jnp.prod(keep(jnp.sinh(tokens))), state
+        return state * jnp.prod(keep(jnp.sinh(tokens))), jnp.full(3, state)
 
-    def loss(state):
-        return scan_levels(product, state, jnp.ones(6), position=np.zeros((), np.int32), periods=(3,))[0]
+    def loss(state, position):
+        position = np.zeros((), np.int32) if known else position
+        return scan(product, state, jnp.ones(12), position=position, periods=periods)[0]
 
-    assert str(jax.make_jaxpr(jax.grad(loss))(1.0)).count("= sinh") == times
+    return str(jax.make_jaxpr(jax.grad(loss))(1.0, 0)).count("= sinh")

@@ -16,8 +16,7 @@ from hope_jax.nn.self_modifying import SelfModifyingConfig
 
 D, H, T = 4, 6, 21
 SMALL = dict(heads=1, c_memory=8, c_projections=4, hidden=2)
-# Every choice of the configuration occurs in some row, but for architectures of projections and gates. Memories of
-# equal shape and period (hidden=1) are evaluated together, as those of the named models are.
+# Every choice of the configuration occurs in some row, but for architectures of projections and gates.
 ROWS = {
     "periods 16 16": dict(c_memory=16, c_projections=16),
     "periods 16 4, all projections": dict(c_memory=16, c_projections=4, inner_projection=("k", "v", "q")),
@@ -26,12 +25,12 @@ ROWS = {
     "no projections, dot, read anchor": dict(inner_projection=(), objective=objectives.dot, read="anchor"),
     "value only, input_only, to init": dict(inner_projection=("v",), dgd_scope="input_only", retain_to="init"),
     "no DGD, to init": dict(retain_to="init", dgd_scope="none"),
-    "equal shapes and periods": dict(hidden=1, c_memory=8, c_projections=8, inner_projection=("v", "k", "q")),
-    "equal, input_only, to init": dict(
+    "all projections, periods 8 8": dict(hidden=1, c_memory=8, c_projections=8, inner_projection=("v", "k", "q")),
+    "periods 8 8, input_only, to init": dict(
         hidden=1, c_memory=8, c_projections=8, dgd_scope="input_only", retain_to="init", momentum="none"
     ),
     "a matrix as main memory": dict(memory=architectures.full_rank_matrix),
-    "a matrix as main memory, equal periods": dict(
+    "a matrix as main memory, periods 8 8": dict(
         memory=architectures.full_rank_matrix, hidden=1, c_memory=8, c_projections=8, momentum="none", retain_to="init"
     ),
     "no retention, literal rate": dict(retention=False, rate_form="literal", rate_max=0.8),
@@ -50,16 +49,17 @@ def draw_head(config):
     }
     decay = {"none": None, "const": np.full(T, 0.4), "gated": rng.uniform(0.05, 0.6, T)}[config.momentum]
     starts = {n: [0.5 * rng.normal(size=(D, D)), 0.5 * rng.normal(size=(D, D))] for n in names}
-    starts |= {n: [0.5 * rng.normal(size=(D, D)), 0.5 * rng.normal(size=(1, D))] for n in ("eta", "alpha")}
+    starts |= {n: [0.5 * rng.normal(size=(3, D)), 0.5 * rng.normal(size=(1, 3))] for n in ("eta", "alpha")}
     hidden = D if config.hidden == 1 else H
     sizes = (D, hidden, D) if config.memory.layers > 1 else (D, D)
     starts["memory"] = [0.5 * rng.normal(size=(m, n)) for n, m in itertools.pairwise(sizes)]
     log_rates, biases = (0.1, -0.7, -0.4), (-0.3, 2.0)
 
-    def stacked(boxes, out):
-        return tuple(jnp.asarray([starts[n][i] for n in boxes]).reshape(-1, m, D) for i, m in enumerate((D, out)))
+    def stacked(boxes, *shapes):
+        return tuple(jnp.asarray([starts[n][i] for n in boxes]).reshape(-1, *shape) for i, shape in enumerate(shapes))
 
-    initial = Boxes(tuple(map(jnp.asarray, starts["memory"])), stacked(names, D), stacked(("eta", "alpha"), 1))
+    memory = tuple(map(jnp.asarray, starts["memory"]))
+    initial = Boxes(memory, stacked(names, (D, D), (D, D)), stacked(("eta", "alpha"), (3, D), (1, 3)))
     tuning = Tuning(Boxes(*map(jnp.asarray, log_rates)), *map(jnp.asarray, biases))
     ours = Streams(*(jnp.asarray(streams[n]) for n in "xkvq"), None if decay is None else jnp.asarray(decay))
     return (streams | dict(decay=decay), starts, log_rates, biases), (initial, tuning, ours)
@@ -72,13 +72,17 @@ def reference(config, numpy_head):
     return references.self_modifying(*numpy_head, names=config.inner_projection, **how)
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["any time", "whole periods"])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_a_head_equals_the_token_by_token_equations(x64, row):
-    config = config_of(row)
-    numpy_head, (initial, tuning, streams) = draw_head(config)
+def test_a_head_equals_the_token_by_token_equations(x64, row, whole):
+    config, time, zero = config_of(row), 16 if whole else T, np if whole else jnp  # numpy: known to be a start
+    (drawn, *numpy_head), (initial, tuning, streams) = draw_head(config)
+    streams = jax.tree.map(lambda x: x[:time], streams)
+    numpy_head = ({n: None if x is None else x[:time] for n, x in drawn.items()}, *numpy_head)
     spec = config.spec()
     fast = Boxes(*(rule.start(w) for rule, w in zip(spec.rules, initial, strict=True)))
-    new, reads, queries = jax.jit(functools.partial(scan, spec))(initial, tuning, fast, streams, 0)
+    run = jax.jit(functools.partial(scan, spec, position=zero.zeros((), np.int32)))
+    new, reads, queries = run(initial, tuning, fast, streams)
     expected, boxes, asked = reference(config, numpy_head)
     np.testing.assert_allclose(reads, expected, rtol=1e-9, atol=1e-9)
     assert (queries is None) == ("q" not in config.inner_projection)
@@ -105,8 +109,8 @@ def test_in_float32_a_head_is_within_two_ten_thousandths():
 
 
 GRADIENT_ROWS = (
-    "equal shapes and periods",
-    "equal, input_only, to init",
+    "all projections, periods 8 8",
+    "periods 8 8, input_only, to init",
     "constant undamped momentum, read after",
     "a matrix as main memory",
 )
@@ -231,6 +235,7 @@ WRONG = {
     "momentum is": dict(momentum="much"),
     "rates must be positive": dict(rate_max=-1.0),
     "at least 1": dict(conv=0),
+    "gate_hidden and conv must": dict(gate_hidden=0),
     "divide each other": dict(c_memory=6, c_projections=4),
     "cannot be residual": dict(gate=architectures.residual_mlp),
     "read is": dict(read="later"),

@@ -132,10 +132,11 @@ class ShortConv(nn.Module):
 
 
 @jax.custom_vjp
-def shifted_sum(x: Float[Array, "B S D"], kernel: Float[Array, "width D"]) -> Float[Array, "B T D"]:
-    """``sum_i kernel_i * x_(t + i)`` at every t that has them all, T = S - width + 1.
+def shifted_sum(x: Float[Array, "B seen D"], kernel: Float[Array, "width D"]) -> Float[Array, "B T D"]:
+    """``sum_i kernel_i * x_(t + i)`` at every t that has them all, T = seen - width + 1.
 
-    Its gradient is a sum of the same kind; that of slices is a sum of padded arrays, and slow.
+    Its gradient is a sum of the same kind; that of slices is a sum of padded arrays, and slow. There is no forward
+    mode (``jax.jvp``), nor in what is built on it.
     """
     time = x.shape[1] - len(kernel) + 1
     return functools.reduce(jnp.add, [scaled(x[:, i : i + time], tap) for i, tap in enumerate(kernel)])

@@ -163,7 +163,7 @@ def test_m3_sees_every_layer_and_head_as_a_matrix_of_its_own_and_no_others():
     memory, several = (2, heads, size, size), (2, heads, 2, size, size)
     assert seen == {
         **{f"initial_memory_{i}": memory for i in (0, 1)}, **{f"initial_projections_{i}": several for i in (0, 1)},
-        "initial_gates_0": several, "initial_gates_1": (2, heads, 2, 1, size),
+        "initial_gates_0": (2, heads, 2, 8, size), "initial_gates_1": (2, heads, 2, 1, 8),
     }  # fmt: skip
     assert mixer["project_q"]["kernel"].matrix_shape == (2, 192, 192) and mixer["conv_k"]["kernel"] is None
 

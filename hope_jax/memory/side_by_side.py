@@ -39,9 +39,8 @@ class Layer(NamedTuple):
 
 def advance_all(layers: list[Layer], terms: Coefficients) -> list[Written]:
     """Write all layers; their triangular systems are inverted together, in one sequence of products."""
-    written = []
+    written, one = [], functools.partial(advance, terms)
     for layer, inverse in zip(layers, _inverses(layers, terms), strict=True):
-        one = functools.partial(advance, terms)
         advance_each = jax.vmap(one) if layer.memory.ndim == 3 else one
         fields = {name: value for name, value in layer._asdict().items() if name != "alike"}
         written.append(advance_each(**fields, inverse=inverse))

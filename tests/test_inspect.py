@@ -142,9 +142,9 @@ def test_gates_are_read_from_their_memories_at_the_anchor():
     found, x = sown(module, params, u), np.asarray(u).reshape(2, 11, 2, 4)
     x = x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
     for i, (name, size) in enumerate({"rate": 1.5, "retention": 1}.items()):
-        up, down, bias = params["initial_gates_0"][:, i], params["initial_gates_1"][:, i], params[f"{name}_bias"]
-        hidden = LIGHT.gate.activation(jnp.einsum("hfk,bthk->bhtf", up, x))
-        raw = np.einsum("hf,bhtf->bht", down[:, 0], hidden) + np.asarray(bias)[:, None]
+        up, down, bias = params["start_gates_0"][:, i], params["start_gates_1"][:, i], params[f"{name}_bias"]
+        hidden = LIGHT.gate.activation(jnp.einsum("hkf,bthk->bhtf", up, x))
+        raw = np.einsum("hf,bhtf->bht", down[..., 0], hidden) + np.asarray(bias)[:, None]
         near = np.all(np.isclose(found[name], size * sigmoid(raw), rtol=1e-5, atol=0), axis=(0, 1))
         assert near[:8].all(), name  # until it moves, the anchor is the initial weights
         assert name == "retention" or not near[8:].any()
@@ -153,7 +153,7 @@ def test_gates_are_read_from_their_memories_at_the_anchor():
 def test_gates_of_memories_that_say_0_are_their_biases():
     """The gates' memories start at 0 and are written towards the 0 that they generate: they stay there."""
     module, params, u = watched(replace(LIGHT, c_projections=8))
-    blank = {name: jnp.zeros_like(p) for name, p in params.items() if name.startswith("initial_gates")}
+    blank = {name: jnp.zeros_like(p) for name, p in params.items() if name.startswith("start_gates")}
     found = sown(module, params | blank, u)
     for name, size in (("rate", 1.5), ("retention", 1)):
         expected = size * sigmoid(np.asarray(params[f"{name}_bias"]))

@@ -76,9 +76,9 @@ def test_the_self_modifying_layer_is_its_equations(x64, names):
     decay = sigmoid(np.einsum("htk,hk->ht", x, params["momentum_kernel"]) + params["momentum_bias"][:, None])
 
     def head(h):
-        start = {n: [params[f"initial_projections_{i}"][h, b] for i in (0, 1)] for b, n in enumerate(names)}
-        start |= {n: [params[f"initial_gates_{i}"][h, b] for i in (0, 1)] for b, n in enumerate(("eta", "alpha"))}
-        start["memory"] = [params[f"initial_memory_{i}"][h] for i in (0, 1)]
+        start = {n: [params[f"start_projections_{i}"][h, b].T for i in (0, 1)] for b, n in enumerate(names)}
+        start |= {n: [params[f"start_gates_{i}"][h, b].T for i in (0, 1)] for b, n in enumerate(("eta", "alpha"))}
+        start["memory"] = [params[f"start_memory_{i}"][h].T for i in (0, 1)]
         streams = dict(x=x[h], k=k[h], v=v[h], q=q[h], decay=decay[h])
         rates = [params[f"log_rate_{n}"][h] for n in ("memory", "projections", "gates")]
         biases = params["rate_bias"][h], params["retention_bias"][h]
@@ -99,7 +99,8 @@ def test_the_mixer_of_a_rule_is_its_equations(x64, name, unit_values):
     v = units(streams[2]) if unit_values else np.moveaxis(streams[2].reshape(T, HEADS, SIZE), 1, 0)
     gate = lambda n: sigmoid(u @ params[f"gate_{n}"]["kernel"] + params[f"gate_{n}"]["bias"]).T  # noqa: E731
     rate, retention, decay = 0.7 * gate("rate"), gate("retention"), gate("momentum")
-    starts, rule = [params[key] for key in sorted(params) if key.startswith("initial")], getattr(references, name)
+    starts = [params[key].swapaxes(1, 2) for key in sorted(params) if key.startswith("start_")]
+    rule = getattr(references, name)
     read = np.stack(
         [rule(k[h], v[h], q[h], rate[h], retention[h], decay[h], [w[h] for w in starts], 16)[0] for h in range(HEADS)]
     )

@@ -133,14 +133,14 @@ def test_the_axes_of_a_view_are_the_declared_ones():
 def test_the_parameters_of_a_model_are_matrices_below_their_layers_and_heads():
     model = LanguageModel(MODELS["hope-tiny"])
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
-    axes = {"blocks": 1, "initial_memory_*": 1, "initial_projections_*": 2, "initial_gates_*": 2}
+    axes = {"blocks": 1, "start_memory_*": 1, "start_projections_*": 2, "start_gates_*": 2}
     views = matrix_views(params, matrix_labels(axes, exclude=("embedding", "conv_*", "momentum_*", "scale_*")))
     assert views["embedding"] is None and views["norm"]["scale"] is None and views["blocks"]["norm"]["scale"] is None
     mixer = views["blocks"]["mixer"]
     assert mixer["conv_k"]["kernel"] is None and mixer["rate_bias"] is None
     assert mixer["out"]["down"]["kernel"].matrix_shape == (2, 384, 192)
-    assert mixer["initial_memory_0"].matrix_shape == (2, 6, 32, 32)
-    assert mixer["initial_projections_0"].matrix_shape == (2, 6, 2, 32, 32)
+    assert mixer["start_memory_0"].matrix_shape == (2, 6, 32, 32)
+    assert mixer["start_projections_0"].matrix_shape == (2, 6, 2, 32, 32)
 
 
 def test_stacked_layers_are_stepped_as_each_alone():

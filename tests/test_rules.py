@@ -52,11 +52,16 @@ def inputs_of(name):
 def scanned(rule, inputs, state, impl="chunked"):
     gates = Gates(inputs["rate"], inputs["retention"], inputs["decay"] if rule.momentum else None)
     streams = (inputs["keys"], inputs["values"], inputs["queries"])
-    return scan(rule, state, *streams, gates, tuple(inputs["weights"]), impl)
+    return scan(rule, state, *streams, gates, kernels(inputs["weights"]), impl)
+
+
+def kernels(weights):
+    """The transposes: the equations' W [out, in] as the library's [in, out], or the reverse."""
+    return tuple(jnp.swapaxes(w, -1, -2) for w in weights)
 
 
 def fresh(rule, weights):
-    return MemoryState(rule.start(tuple(weights)), np.zeros((), np.int32))
+    return MemoryState(rule.start(kernels(weights)), np.zeros((), np.int32))
 
 
 @functools.cache
@@ -66,7 +71,7 @@ def whole(name, impl):
 
     def run(inputs):
         reads, state = scanned(rule, inputs, fresh(rule, inputs["weights"]), impl)
-        return (reads, list(state.fast.running)), state
+        return (reads, list(kernels(state.fast.running))), state
 
     @jax.jit
     def pulled(inputs, cotangents):
@@ -186,8 +191,8 @@ def one_token(rule, weights, k, v, rate, retention=1.0, decay=0.0):
     one = lambda x: jnp.full(1, x)  # noqa: E731
     gates = Gates(one(rate), one(retention), one(decay) if rule.momentum else None)
     weights = tuple(map(jnp.asarray, weights))
-    _, state = scan(rule, fresh(rule, weights), k[None], v[None], k[None], gates, weights)
-    return state.fast.running
+    _, state = scan(rule, fresh(rule, weights), k[None], v[None], k[None], gates, kernels(weights))
+    return kernels(state.fast.running)
 
 
 def test_gated_deltanet_is_one_gradient_step_at_the_retained_memory(x64):
@@ -236,7 +241,7 @@ def test_retain_to_init_pulls_towards_the_start_and_not_towards_zero(x64):
     for target in ("zero", "init"):
         rule = replace(rule_of("hope"), retain_to=target)
         _, state = jax.jit(functools.partial(scanned, rule))(jnp_inputs, fresh(rule, jnp_inputs["weights"]))
-        ends[target] = state.fast.running[0]
+        (ends[target], _) = kernels(state.fast.running)
     np.testing.assert_allclose(ends["init"], inputs["weights"][0], atol=1e-12)
     np.testing.assert_allclose(ends["zero"], np.prod(inputs["retention"]) * inputs["weights"][0], atol=1e-12)
 

@@ -56,9 +56,11 @@ def draw_head(config):
     log_rates, biases = (0.1, -0.7, -0.4), (-0.3, 2.0)
 
     def stacked(boxes, *shapes):
-        return tuple(jnp.asarray([starts[n][i] for n in boxes]).reshape(-1, *shape) for i, shape in enumerate(shapes))
+        return tuple(
+            jnp.asarray([starts[n][i].T for n in boxes]).reshape(-1, *shape[::-1]) for i, shape in enumerate(shapes)
+        )
 
-    memory = tuple(map(jnp.asarray, starts["memory"]))
+    memory = tuple(jnp.asarray(w.T) for w in starts["memory"])  # kernels, the transposes of the equations' W
     initial = Boxes(memory, stacked(names, (D, D), (D, D)), stacked(("eta", "alpha"), (3, D), (1, 3)))
     tuning = Tuning(Boxes(*map(jnp.asarray, log_rates)), *map(jnp.asarray, biases))
     ours = Streams(*(jnp.asarray(streams[n]) for n in "xkvq"), None if decay is None else jnp.asarray(decay))
@@ -92,7 +94,7 @@ def test_a_head_equals_the_token_by_token_equations(x64, row, whole):
         for kind in ("running", "anchor", "momentum") if config.momentum != "none" else ("running", "anchor"):
             for i, layer in enumerate(getattr(getattr(new, group), kind)):
                 if names:
-                    right = np.stack([getattr(boxes[n], kind)[i] for n in names]).reshape(layer.shape)
+                    right = np.stack([getattr(boxes[n], kind)[i].T for n in names]).reshape(layer.shape)
                     np.testing.assert_allclose(layer, right, rtol=1e-9, atol=1e-9, err_msg=f"{group} {kind} {i}")
 
 
@@ -137,7 +139,7 @@ def test_the_gradient_is_that_of_the_token_by_token_equations(x64, row, known):
     weights, tuning, inputs = direction
     along = {n: [w[i] for w in weights.projections] for i, n in enumerate(config.inner_projection)}
     along |= {n: [w[i] for w in weights.gates] for i, n in enumerate(("eta", "alpha"))} | dict(memory=weights.memory)
-    moved = {n: [w + 1e-25j * d for w, d in zip(starts[n], along[n], strict=True)] for n in starts}
+    moved = {n: [w + 1e-25j * d.T for w, d in zip(starts[n], along[n], strict=True)] for n in starts}
     ends = {**{n: getattr(inputs, n) for n in "xkvq"}, "decay": inputs.momentum_decay}
     at = {n: None if d is None else np.asarray(streams[n])[:count] + 1e-25j * d for n, d in ends.items()}
     scales = [x + 1e-25j * d for x, d in zip(log_rates, tuning.log_rate, strict=True)]

@@ -162,8 +162,8 @@ def test_m3_sees_every_layer_and_head_as_a_matrix_of_its_own_and_no_others():
     heads, size = MODELS["hope-tiny"].mixer.heads, 32
     memory, several = (2, heads, size, size), (2, heads, 2, size, size)
     assert seen == {
-        **{f"initial_memory_{i}": memory for i in (0, 1)}, **{f"initial_projections_{i}": several for i in (0, 1)},
-        "initial_gates_0": (2, heads, 2, 8, size), "initial_gates_1": (2, heads, 2, 1, 8),
+        **{f"start_memory_{i}": memory for i in (0, 1)}, **{f"start_projections_{i}": several for i in (0, 1)},
+        "start_gates_0": (2, heads, 2, size, 8), "start_gates_1": (2, heads, 2, 8, 1),
     }  # fmt: skip
     assert mixer["project_q"]["kernel"].matrix_shape == (2, 192, 192) and mixer["conv_k"]["kernel"] is None
 
@@ -175,7 +175,7 @@ def test_m3_takes_the_kernels_and_initial_memories_of_every_model_but_no_convolu
     paths = {tuple(entry.key for entry in path): label for path, label in labels}
     taken = {path for path, label in paths.items() if label == "matrix"}
     linear = {p for p in paths if p[-1] == "kernel" and not p[-2].startswith(("conv", "gate_"))}
-    assert taken == linear | {path for path in paths if path[-1].startswith("initial_")}
+    assert taken == linear | {path for path in paths if path[-1].startswith("start_")}
     assert len(taken) >= 5 and ("embedding",) in paths.keys() - taken
 
 
@@ -203,7 +203,7 @@ def test_weight_decay_spares_norms_biases_gates_convolutions_and_initial_memorie
     state = training.abstract_state(LanguageModel(MODELS[name]), optax.sgd(1.0))
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     decayed = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves if decays(p, leaf)}
-    for word in ("norm", "scale", "bias", "initial", "conv", "rate", "retention", "momentum", "mixture"):
+    for word in ("norm", "scale", "bias", "start_", "conv", "rate", "retention", "momentum", "mixture"):
         assert not [path for path in decayed if word in path], word
     spared = [leaf.size for p, leaf in leaves if not decays(p, leaf)]
     assert sum(leaf.size for leaf in decayed.values()) > 8 * sum(spared)
@@ -218,7 +218,7 @@ def test_weight_decay_spares_norms_biases_gates_convolutions_and_initial_memorie
         ("blocks/norm/scale", False),
         ("blocks/mixer/gate_rate/kernel", False),
         ("blocks/mixer/conv_k/kernel", False),
-        ("blocks/mixer/initial_memory_0", False),
+        ("blocks/mixer/start_memory_0", False),
     ],
 )
 def test_decay_goes_by_name_because_stacked_norms_have_two_axes(path, expected):

@@ -2,7 +2,8 @@
 
 ``matrix`` is one linear layer, ``M(x) = W x``. ``residual_mlp`` is ``M(x) = x + W1 sig(W2 x)``. Every layer of
 either is one call of ``recurrence.gated_delta`` with that layer's own input as key; ``rule.py`` does that.
-Weights are a tuple of ``[out, in]`` matrices, first layer first, for one head.
+Weights are kernels as in Flax, a tuple of ``[in, out]`` matrices, first layer first, for one head: the transposes of
+the W of the equations. On CPU ``x W^T`` would take half as long again as ``x W``.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.errors import UserError
-from hope_jax.memory.products import by_rows, nt
+from hope_jax.memory.products import by_rows, flip, nn
 from hope_jax.types import Array, Float, PRNGKeyArray
 
 Weights = tuple[Float[Array, "..."], ...]
@@ -70,22 +71,23 @@ class Architecture:
             raise UserError(f"scales has {len(self.scales)} numbers for {self.layers} layers; give one per layer")
 
     def init(self, key: PRNGKeyArray, key_dim: int, value_dim: int, hidden: int) -> Weights:
-        """Initial weights of one head: layers [hidden, key_dim] ... [value_dim, hidden]."""
+        """Initial weights of one head: layers [key_dim, hidden] ... [hidden, value_dim]."""
         if self.residual and key_dim != value_dim:
             raise UserError(f"a residual memory maps {key_dim} to {value_dim} features; make them equal")
         sizes = [key_dim] + [hidden] * (self.layers - 1) + [value_dim]
         keys = jax.random.split(key, self.layers)
         shapes = zip(keys, sizes[1:], sizes[:-1], self.scales, strict=True)
-        return tuple(scale * n**-0.5 * jax.random.normal(k, (m, n)) for k, m, n, scale in shapes)
+        # Drawn as the equations' W: a seed gives the same memory, however its weights are stored.
+        return tuple(scale * n**-0.5 * flip(jax.random.normal(k, (m, n))) for k, m, n, scale in shapes)
 
     def forward(self, weights: Weights, x: Float[Array, "T K"]) -> Pass:
         """The way of ``x`` through the memory at fixed weights."""
-        inputs, backs, products = [x], [], [nt(x, weights[0])]
+        inputs, backs, products = [x], [], [nn(x, weights[0])]
         for w in weights[1:]:
             h, back = jax.vjp(self.activation, products[-1])
             inputs.append(h)
             backs.append(back)
-            products.append(nt(h, w))
+            products.append(nn(h, w))
         return Pass(inputs, backs, products, products[-1] + x if self.residual else products[-1])
 
     def apply(self, weights: Weights, x: Float[Array, "T K"]) -> Float[Array, "T V"]:

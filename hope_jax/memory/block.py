@@ -2,12 +2,13 @@
 
 ``coefficients`` turns the gates into decays, ``advance`` writes a block into one linear memory, ``recall`` reads it.
 ``recurrence.gated_delta`` scans blocks; ``self_modifying`` calls the parts to share decays and inverses between
-memories. Products and solves are those of ``products.py`` and ``triangular.py``.
+memories. Memories are kernels here, [K,V], the transposes of the equations' M. Products and solves are those of
+``products.py`` and ``triangular.py``.
 """
 
 from typing import Literal, NamedTuple
 
-from hope_jax.memory.products import gram, nn, nt, tn
+from hope_jax.memory.products import nn, nt, tn
 from hope_jax.memory.triangular import decay_products, solve_unit_lower
 from hope_jax.types import Array, Float
 
@@ -42,8 +43,8 @@ class Written(NamedTuple):
     """A block's erases E_s = -a_s M_{s-1} k_s [C,V] (None without erase), and memory and momentum after it."""
 
     erased: Float[Array, "C V"] | None
-    memory: Float[Array, "V K"]
-    momentum: Float[Array, "V K"] | None
+    memory: Float[Array, "K V"]
+    momentum: Float[Array, "K V"] | None
 
 
 def coefficients(
@@ -66,21 +67,22 @@ def _share(decay: Float[Array, "R R"], carry: Float[Array, "R R"], rows: slice |
     return Share(decay[rows, 0], decay[rows, 1:], carry[rows, 0], carry[rows, 1:])
 
 
-def erase_matrix(terms: Coefficients, keys: Float[Array, "C K"], erase: Float[Array, " C"]) -> Float[Array, "C C"]:
+def erase_matrix(terms: Coefficients, alike: Float[Array, "C C"], erase: Float[Array, " C"]) -> Float[Array, "C C"]:
     """L diag(a) of the block's triangular system (I + L diag(a)) H = standing, for one linear memory.
 
     H is what the memory has for each key when it comes, M_{s-1} k_s, so E = -diag(a) H (SPEC 1.2 solves for E itself:
-    the same system, its rows scaled where here the columns are).
+    the same system, its rows scaled where here the columns are). ``alike`` is the ``gram`` of the keys.
     """
-    return terms.before.erases * gram(keys) * erase[None, :]
+    return terms.before.erases * alike * erase[None, :]
 
 
 def advance(
     terms: Coefficients,
-    memory: Float[Array, "V K"],
-    momentum: Float[Array, "V K"] | None,
-    base: Float[Array, "V K"] | None,
+    memory: Float[Array, "K V"],
+    momentum: Float[Array, "K V"] | None,
+    base: Float[Array, "K V"] | None,
     keys: Float[Array, "C K"],
+    alike: Float[Array, "C C"],
     writes: Float[Array, "C V"],
     erase: Float[Array, " C"] | None,
     held: Float[Array, "C V"] | None = None,
@@ -88,27 +90,28 @@ def advance(
 ) -> Written:
     """Write one block exactly. Inactive tokens must come with zero ``writes`` and ``erase``.
 
-    ``held`` is ``memory`` applied to the keys and ``inverse`` that of I + ``erase_matrix``, where the caller has them.
+    ``alike`` is the ``gram`` of the keys. Where the caller has them: ``held``, ``memory`` applied to the keys, and
+    ``inverse``, that of I + ``erase_matrix``.
     """
     added, last = terms.last.writes[:, None] * writes, terms.last
     erased = None
     if erase is not None:
-        alike, held = gram(keys), nt(keys, memory) if held is None else held
+        held = nn(keys, memory) if held is None else held
         standing = _standing(held, momentum, base, alike, writes, keys, terms.before)
         erased = -erase[:, None] * solve_unit_lower(terms.before.erases * alike, erase, standing, inverse)
         added += last.erases[:, None] * erased
-    memory = last.memory * memory + tn(added, keys)
+    memory = last.memory * memory + tn(keys, added)
     if terms.surprise is None or momentum is None:
         return Written(erased, memory, None)
     memory += last.momentum * momentum
-    momentum = terms.surprise.momentum * momentum + tn(terms.surprise.writes[:, None] * writes, keys)
+    momentum = terms.surprise.momentum * momentum + tn(keys, terms.surprise.writes[:, None] * writes)
     return Written(erased, memory, momentum)
 
 
 def recall(
-    memory: Float[Array, "V K"],
-    momentum: Float[Array, "V K"] | None,
-    base: Float[Array, "V K"] | None,
+    memory: Float[Array, "K V"],
+    momentum: Float[Array, "K V"] | None,
+    base: Float[Array, "K V"] | None,
     keys: Float[Array, "C K"],
     writes: Float[Array, "C V"],
     erased: Float[Array, "C V"] | None,
@@ -119,7 +122,7 @@ def recall(
     """Read one block: M_{t-1} q_t or M_t q_t; ``memory`` and ``momentum`` are those before the block."""
     share = terms.before if read == "before" else terms.after
     alike = nt(queries, keys)
-    reads = _standing(nt(queries, memory), momentum, base, alike, writes, queries, share)
+    reads = _standing(nn(queries, memory), momentum, base, alike, writes, queries, share)
     return reads if erased is None else reads + nn(share.erases * alike, erased)
 
 
@@ -130,7 +133,7 @@ def _standing(held, momentum, base, alike, writes, inputs, share: Share):
     """
     value = share.memory[:, None] * held + nn(share.writes * alike, writes)
     if momentum is not None:
-        value += share.momentum[:, None] * nt(inputs, momentum)
+        value += share.momentum[:, None] * nn(inputs, momentum)
     if base is not None:
-        value += nt(inputs, base)
+        value += nn(inputs, base)
     return value

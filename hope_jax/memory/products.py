@@ -20,13 +20,14 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _flip(x: Array) -> Array:
+def flip(x: Array) -> Array:
+    """The transpose of each matrix."""
     return jnp.swapaxes(x, -1, -2)
 
 
 def _flipped(x: Array) -> Array:
     """The transpose, as an array of its own on CPU."""
-    return lax.platform_dependent(x, cpu=lambda x: lax.optimization_barrier(_flip(x)), default=_flip)
+    return lax.platform_dependent(x, cpu=lambda x: lax.optimization_barrier(flip(x)), default=flip)
 
 
 @jax.custom_vjp
@@ -38,7 +39,7 @@ def nn(a: Float[Array, "M C"], b: Float[Array, "C N"]) -> Float[Array, "M N"]:
 @jax.custom_vjp
 def nt(a: Float[Array, "M C"], b: Float[Array, "N C"]) -> Float[Array, "M N"]:
     """a b^T."""
-    return _product(a, _flip(b))
+    return _product(a, flip(b))
 
 
 @jax.custom_vjp
@@ -84,7 +85,7 @@ def gram(a: Float[Array, "M C"]) -> Float[Array, "M M"]:
 
 def _gram_backward(kept: tuple[Array, ...], g: Array) -> tuple[Array]:
     (a,) = given(kept)
-    return (nn(g + _flip(g), a),)
+    return (nn(g + flip(g), a),)
 
 
 gram.defvjp(lambda a: (gram(a), keep(a)), _gram_backward)

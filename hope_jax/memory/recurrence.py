@@ -9,6 +9,7 @@ block of tokens into a handful of matrix products (``block.py``). ``rule.py`` sa
 which model.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax import lax
 
 from hope_jax.errors import UserError
 from hope_jax.memory.block import Read, advance, coefficients, recall
+from hope_jax.memory.products import flip, gram
 from hope_jax.types import Array, Float
 
 Impl = Literal["chunked", "sequential"]
@@ -61,7 +63,7 @@ def gated_delta(
     """Run the gated delta recurrence over T tokens of one head.
 
     Args:
-      memory: M_0, the weights before the first token.
+      memory: M_0 [V,K], the weights before the first token: the transpose of a kernel.
       keys: k_t; need not be unit.
       writes: w_t, the vector written against the key.
       queries: q_t, or None when nobody reads (the final state only).
@@ -150,22 +152,15 @@ def _sequential(memory, momentum, base, tokens: _Tokens, read: Read, block: int)
 
 
 def _chunked(memory, momentum, base, tokens: _Tokens, read: Read, block: int) -> Recurrence:
-    length = tokens.keys.shape[0]
-    block = min(block, length)
+    state, base = jax.tree.map(flip, ((memory, momentum), base))  # blocks work on kernels
+    step, length = functools.partial(_block, base, read), tokens.keys.shape[0]
     if length <= block:
-        return _block(memory, momentum, base, tokens, read)
-    blocks = jax.tree.map(lambda x: _split(x, block), _padded(tokens, -length % block, length))
-
-    @jax.checkpoint
-    def step(carry, one):
-        memory, momentum = carry
-        out = _block(memory, momentum, base, one, read)
-        return (out.memory, out.momentum), out.reads
-
-    (memory, momentum), reads = lax.scan(step, (memory, momentum), blocks)
-    if reads is not None:
-        reads = reads.reshape(-1, reads.shape[-1])[:length]
-    return Recurrence(reads, memory, momentum)
+        state, reads = step(state, tokens)
+    else:
+        blocks = jax.tree.map(lambda x: _split(x, block), _padded(tokens, -length % block, length))
+        state, reads = lax.scan(jax.checkpoint(step), state, blocks)
+        reads = None if reads is None else reads.reshape(-1, reads.shape[-1])[:length]
+    return Recurrence(reads, *jax.tree.map(flip, state))
 
 
 def _padded(tokens: _Tokens, extra: int, length: int) -> _Tokens:
@@ -181,11 +176,12 @@ def _split(x: Array, block: int) -> Array:
     return x.reshape(-1, block, *x.shape[1:])
 
 
-def _block(memory, momentum, base, tokens: _Tokens, read: Read) -> Recurrence:
+def _block(base, read: Read, state, tokens: _Tokens):
+    memory, momentum = state
     terms = coefficients(tokens.retention, tokens.momentum_decay, tokens.active)
-    written = advance(terms, memory, momentum, base, tokens.keys, tokens.writes, tokens.erase)
+    written = advance(terms, memory, momentum, base, tokens.keys, gram(tokens.keys), tokens.writes, tokens.erase)
     reads = None
     if tokens.queries is not None:
         writes = (tokens.keys, tokens.writes, written.erased)
         reads = recall(memory, momentum, base, *writes, tokens.queries, terms, read)
-    return Recurrence(reads, written.memory, written.momentum)
+    return (written.memory, written.momentum), reads

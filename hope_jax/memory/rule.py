@@ -24,7 +24,7 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Due, Level, scan_levels
 from hope_jax.memory import objectives
 from hope_jax.memory.architectures import Architecture, Weights
-from hope_jax.memory.products import nn
+from hope_jax.memory.products import flip, nt
 from hope_jax.memory.recurrence import Impl, gated_delta
 from hope_jax.types import Array, Float, Int, PRNGKeyArray
 
@@ -50,7 +50,7 @@ class Gates(NamedTuple):
 
 
 class Fast(NamedTuple):
-    """Weights that change while a sequence is read; each a tuple of [out, in] matrices, empty where unused."""
+    """Weights that change while a sequence is read; each a tuple of [in, out] kernels, empty where unused."""
 
     anchor: Weights
     running: Weights
@@ -182,24 +182,24 @@ def write(
     keys, values, queries, gates = tokens
     running, momentum, x = [], [], queries
     for layer, one in enumerate(layer_writes(rule, fast, keys, values, gates)):
-        base = initial[layer] if rule.retain_to == "init" else None
+        memory, base = fast.running[layer], initial[layer] if rule.retain_to == "init" else None
         out = gated_delta(
-            fast.running[layer] if base is None else fast.running[layer] - base,
+            flip(memory if base is None else memory - base),
             one.keys,
             one.writes,
             None if rule.read == "anchor" else x,
             retention=gates.retention,
             erase=one.erase,
-            momentum=fast.momentum[layer] if rule.momentum else None,
+            momentum=flip(fast.momentum[layer]) if rule.momentum else None,
             momentum_decay=gates.momentum_decay if rule.momentum else None,
-            base=base,
+            base=None if base is None else flip(base),
             active=active,
             read="after" if rule.read == "after" else "before",
             impl=impl,
         )
         x = next_input(rule, layer, out.reads)
-        running.append(out.memory if base is None else out.memory + base)
-        momentum += [out.momentum] if rule.momentum else []
+        running.append(flip(out.memory) if base is None else flip(out.memory) + base)
+        momentum += [] if out.momentum is None else [flip(out.momentum)]
     return fast._replace(running=tuple(running), momentum=tuple(momentum)), finish(rule, fast.anchor, queries, x)
 
 
@@ -225,7 +225,7 @@ def layer_writes(rule: Rule, fast: Fast, keys: Array, values: Array, gates: Gate
     through = architecture.forward(fast.anchor, keys)
     errors = [objectives.error(rule.objective, through.output, values)]
     for w, back in zip(fast.anchor[:0:-1], through.backs[::-1], strict=True):
-        errors.insert(0, back(nn(errors[0], w))[0])
+        errors.insert(0, back(nt(errors[0], w))[0])
     writes = _writes(rule, through.inputs, errors, gates)
     return [write._replace(held=held) for write, held in zip(writes, through.products, strict=True)]
 

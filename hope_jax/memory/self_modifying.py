@@ -24,6 +24,7 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Active, Due, check_periods, scan_levels
 from hope_jax.memory.architectures import Weights, unit
 from hope_jax.memory.block import Coefficients, Written, coefficients, recall
+from hope_jax.memory.products import gram
 from hope_jax.memory.rule import Fast, Gates, Rule, finish, layer_writes, next_input, refresh
 from hope_jax.memory.side_by_side import Layer, advance_all
 from hope_jax.types import Array, Float, Int
@@ -141,7 +142,8 @@ def _segment(
     tokens, gates = _generate(head, fast, tokens)
     gates = _neutral(gates, active)
     terms = coefficients(gates.retention, gates.momentum_decay, active)
-    layers = [_layers(head, group, fast[group], now, tokens, gates) for group, now in enumerate(of_groups)]
+    alike = gram(tokens.k)
+    layers = [_layers(head, group, fast[group], now, tokens, gates, alike) for group, now in enumerate(of_groups)]
     all_written = iter(advance_all([layer for group in layers for layer in group], terms))
     written = [[next(all_written) for _ in group] for group in layers]
     reads = _read(head.spec.rules.memory, fast.memory.anchor, layers[0], written[0], tokens.q, terms)
@@ -177,15 +179,21 @@ def _neutral(gates: Gates, active: Active) -> Gates:
     return Gates(active * gates.rate, active * gates.retention + idle, decay)
 
 
-def _layers(head: _Head, group: int, fast: Fast, due: Due, tokens: Streams, gates: Gates) -> list[Layer]:
-    """The layers of one group with what is written into them; a group without boxes has none."""
+def _layers(
+    head: _Head, group: int, fast: Fast, due: Due, tokens: Streams, gates: Gates, alike: Float[Array, "C C"]
+) -> list[Layer]:
+    """The layers of one group with what is written into them; a group without boxes has none.
+
+    ``alike`` is the ``gram`` of the keys, which are those of the first layer of every box.
+    """
     rule, boxes = head.spec.rules[group], head.spec.counts[group]
     if not boxes:
         return []
     own = gates._replace(rate=jnp.exp(head.tuning.log_rate[group]) * gates.rate)
-    write, keys, values = functools.partial(layer_writes, rule, gates=own), tokens.k, tokens.v
+    write, grams, given = functools.partial(layer_writes, rule, gates=own), gram, (tokens.k, tokens.v, alike)
     if group != 0:  # the main memory is a single box
-        write, keys, values = jax.vmap(write), _copies(keys, boxes), _copies(values, boxes)
+        write, grams, given = jax.vmap(write), jax.vmap(gram), [_copies(x, boxes) for x in given]
+    keys, values, alike = given
     layers = []
     for index, one in enumerate(write(fast, keys, values)):
         base = head.initial[group][index] if rule.retain_to == "init" else None
@@ -193,7 +201,8 @@ def _layers(head: _Head, group: int, fast: Fast, due: Due, tokens: Streams, gate
         momentum = fast.momentum[index] if rule.momentum else None
         # Just refreshed, the anchor is the running memory: what it has for the keys need not be asked twice.
         held = one.held if due is True and base is None else None
-        layers.append(Layer(memory, momentum, base, one.keys, one.writes, one.erase, held, alike=index == 0))
+        alike = alike if index == 0 else grams(one.keys)
+        layers.append(Layer(memory, momentum, base, one.keys, one.writes, one.erase, held, alike, shared=index == 0))
     return layers
 
 

@@ -1,6 +1,6 @@
 """The linear memories of one segment, written together: their triangular systems are inverted in the same products.
 
-A memory of several boxes has its layers stacked, ``[N, out, in]``. Every layer of every box is one linear memory with
+A memory of several boxes has its layers stacked, ``[N, in, out]``. Every layer of every box is one linear memory with
 keys, writes and an erase of its own; all of them live with the same retention and momentum decay.
 """
 
@@ -24,17 +24,19 @@ class Layer(NamedTuple):
       memory, momentum, base: as in ``block.advance``.
       keys, writes, erase: what the segment writes; no erase: None.
       held: ``memory`` applied to the keys, if that is known.
-      alike: whether all boxes have the same keys and erase, and so one inverse.
+      alike: the keys' ``gram``.
+      shared: whether all boxes have the same keys and erase, and so one inverse.
     """
 
-    memory: Float[Array, "*N V K"]
-    momentum: Float[Array, "*N V K"] | None
-    base: Float[Array, "*N V K"] | None
+    memory: Float[Array, "*N K V"]
+    momentum: Float[Array, "*N K V"] | None
+    base: Float[Array, "*N K V"] | None
     keys: Float[Array, "*N C K"]
     writes: Float[Array, "*N C V"]
     erase: Float[Array, "*N C"] | None
     held: Float[Array, "*N C V"] | None
-    alike: bool
+    alike: Float[Array, "*N C C"]
+    shared: bool
 
 
 def advance_all(layers: list[Layer], terms: Coefficients) -> list[Written]:
@@ -42,7 +44,7 @@ def advance_all(layers: list[Layer], terms: Coefficients) -> list[Written]:
     written, one = [], functools.partial(advance, terms)
     for layer, inverse in zip(layers, _inverses(layers, terms), strict=True):
         advance_each = jax.vmap(one) if layer.memory.ndim == 3 else one
-        fields = {name: value for name, value in layer._asdict().items() if name != "alike"}
+        fields = {name: value for name, value in layer._asdict().items() if name != "shared"}
         written.append(advance_each(**fields, inverse=inverse))
     return written
 
@@ -62,15 +64,15 @@ def _inverses(layers: list[Layer], terms: Coefficients) -> list[Array | None]:
 
 
 def _erase_matrices(layer: Layer, terms: Coefficients) -> Float[Array, "S C C"] | None:
-    """Of every box, or of the first one where they are alike; None without erase."""
+    """Of every box, or of the first one where they share it; None without erase."""
     if layer.erase is None:
         return None
-    keys, erase = jax.lax.stop_gradient((layer.keys, layer.erase))
+    alike, erase = jax.lax.stop_gradient((layer.alike, layer.erase))
     if layer.memory.ndim < 3:
-        keys, erase = keys[None], erase[None]
-    elif layer.alike:
-        keys, erase = keys[:1], erase[:1]
-    return jax.vmap(functools.partial(erase_matrix, jax.lax.stop_gradient(terms)))(keys, erase)
+        alike, erase = alike[None], erase[None]
+    elif layer.shared:
+        alike, erase = alike[:1], erase[:1]
+    return jax.vmap(functools.partial(erase_matrix, jax.lax.stop_gradient(terms)))(alike, erase)
 
 
 def _of_boxes(layer: Layer, inverses: Float[Array, "S C C"]) -> Float[Array, "*N C C"]:

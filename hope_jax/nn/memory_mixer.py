@@ -98,7 +98,7 @@ class MemoryMixer(nn.Module):
         if c.rule.momentum:
             self.momentum = self._gate("momentum", c.momentum_bias)
         layers = c.rule.architecture.layers if c.rule.learned_start else 0
-        self.learned = tuple(self.param(f"initial_memory_{i}", self._draw, i) for i in range(layers))
+        self.learned = tuple(self.param(f"start_memory_{i}", self._draw, i) for i in range(layers))
 
     def _gate(self, name: str, bias: float) -> nn.Dense:
         return dense(self.config.heads, param_dtype(self.dtype), f"gate_{name}", bias=bias)

@@ -187,7 +187,7 @@ class SelfModifyingMixer(nn.Module):
     def _initial(
         self, name: str, architecture: Architecture, stack: tuple[int, ...], value_dim: int, hidden: int
     ) -> tuple[Array, ...]:
-        """Meta-learned M_box,0 of one group: per layer [H, *stack, out, in]."""
+        """Meta-learned M_box,0 of one group: per layer [H, *stack, in, out]."""
         heads, size = self.config.heads, self.width // self.config.heads
 
         def draw(key, layer):
@@ -195,7 +195,7 @@ class SelfModifyingMixer(nn.Module):
             weights = jax.vmap(lambda k: architecture.init(k, size, value_dim, hidden))(keys)[layer]
             return weights.reshape(heads, *stack, *weights.shape[1:]).astype(param_dtype(self.dtype))
 
-        return tuple(self.param(f"initial_{name}_{i}", draw, i) for i in range(architecture.layers))
+        return tuple(self.param(f"start_{name}_{i}", draw, i) for i in range(architecture.layers))
 
     def init_state(self, batch: int, capacity: int) -> SelfModifyingState:
         """A fresh sequence: every memory at its meta-learned start. ``capacity`` is for attention and unused here."""

@@ -77,7 +77,7 @@ def matrix_labels(batch_axes: Mapping[str, int] | None = None, exclude: Sequence
 
     Args:
       batch_axes: name on a leaf's path -> leading axes that count copies below it, added up along the path:
-        ``{"blocks": 1, "initial_*": 1}`` for heads of layers. What remains decides whether the leaf is a matrix, so a
+        ``{"blocks": 1, "start_*": 1}`` for heads of layers. What remains decides whether the leaf is a matrix, so a
         vector stacked over layers is none. Names are shell patterns, case ignored; a pattern may match nothing, because
         ``optax.partition`` and ``by_level`` show every optimizer only its own part of the tree.
       exclude: patterns of names on the path of leaves that are no matrices, case ignored.

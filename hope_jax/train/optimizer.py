@@ -22,7 +22,7 @@ Schedule = Callable[[Any], Scalar]
 Method = Literal["adamw", "m3"]
 
 MATRICES = optim.matrix_labels(
-    batch_axes={"blocks": 1, "initial_*": 1, "initial_projections_*": 1, "initial_gates_*": 1},
+    batch_axes={"blocks": 1, "start_*": 1, "start_projections_*": 1, "start_gates_*": 1},
     exclude=("embedding", "head", "conv*", "gate_*", "scale*", "momentum_kernel"),
 )
 """Blocks are stacked over layers, initial memories over heads, those of projections and gates over memories too."""

@@ -9,7 +9,7 @@ train     Hope and the Transformer of equal parameters: tokens/s, forward pass, 
 chunked   the chunked form of the recurrence and of training steps against the sequential definition
 length    tokens/s and temporary memory of a training step at two lengths
 decode    time per written token early and late in a text
-products  the transposed product of ``memory.products`` against the plain one
+products  products with a transposed operand as ``memory.products`` and the memories avoid them
 
 Every number is the best of ``--repeats`` interleaved repetitions. Minutes on a CPU. The aim: chunked 10 times and more
 ahead of sequential, and a decode time that does not depend on the position.
@@ -250,15 +250,19 @@ def decode(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def transposed(config: BenchmarkConfig) -> Iterator[Row]:
-    """a^T b of 256 pairs of small matrices, as ``products.tn`` does it and as one folded product."""
+    """256 products of small matrices: a^T b in one and as ``products.tn`` does it, x W^T for W [out, in] and x W."""
     plain = jax.jit(lambda a, b: jnp.matmul(jnp.swapaxes(a, -1, -2), b, precision=jax.lax.Precision.HIGHEST))
-    ours = jax.jit(jax.vmap(products.tn))
+    tn, nt, nn = (jax.jit(jax.vmap(product)) for product in (products.tn, products.nt, products.nn))
     for rows, columns in ((16, 32), (32, 32), (64, 64)):
         a, b = jax.random.normal(jax.random.key(0), (2, 256, rows, columns))
-        calls = {"plain": functools.partial(plain, a, b), "barrier": functools.partial(ours, a, b)}
-        seconds = best_seconds(calls, 10 * config.repeats)
-        times = {f"{name}_us": round(1e6 * value, 1) for name, value in seconds.items()}
-        yield {"shape": [rows, columns], **times, "ratio": round(seconds["plain"] / seconds["barrier"], 2)}
+        w = jax.random.normal(jax.random.key(1), (256, columns, columns))
+        pairs = {"a^T b": ((plain, a, b), (tn, a, b)), "x W^T": ((nt, a, w), (nn, a, w))}
+        for product, pair in pairs.items():
+            calls = {name: functools.partial(*call) for name, call in zip(("plain", "ours"), pair, strict=True)}
+            seconds = best_seconds(calls, 10 * config.repeats)
+            times = {f"{name}_us": round(1e6 * value, 1) for name, value in seconds.items()}
+            ratio = round(seconds["plain"] / seconds["ours"], 2)
+            yield {"product": product, "shape": [rows, columns], **times, "ratio": ratio}
 
 
 PARTS = {"train": train, "chunked": chunked, "length": length, "decode": decode, "products": transposed}

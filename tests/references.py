@@ -183,9 +183,9 @@ class Box:
         self.running = running
 
 
-def hope(keys, values, queries, rate, retention, decay, weights, period, objective="l2", residual=None):
+def hope(keys, values, queries, rate, retention, decay, weights, period, objective="l2", residual=None, **how):
     """Hope's main memory with given gates: targets M_anchor(v), DGD per layer, damped momentum, read before write."""
-    box = Box(list(weights), len(weights) > 1 if residual is None else residual, period, objective)
+    box = Box(list(weights), len(weights) > 1 if residual is None else residual, period, objective, **how)
     reads = []
     for t, (k, v, q) in enumerate(zip(keys, values, queries, strict=True)):
         box.refresh(t)

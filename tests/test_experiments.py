@@ -252,7 +252,7 @@ def test_a_benchmark_step_trains_and_reports_what_it_measured():
     assert row["tokens_per_second"] > 0 and row["temp_bytes"] > 0 and row["gflops"] > 0
 
 
-MEASURED = {"train": 1, "chunked": 2, "length": 3, "decode": 2, "products": 3}
+MEASURED = {"train": 1, "chunked": 2, "length": 3, "decode": 2, "products": 6}
 
 
 @pytest.mark.parametrize("part", benchmark.PARTS)

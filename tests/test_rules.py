@@ -246,6 +246,16 @@ def test_retain_to_init_pulls_towards_the_start_and_not_towards_zero(x64):
     np.testing.assert_allclose(ends["zero"], np.prod(inputs["retention"]) * inputs["weights"][0], atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["hope", "hope_linear"])
+def test_retention_to_the_start_is_its_equation_with_writes_and_erases(x64, name):
+    inputs, rule = inputs_of(name), replace(rule_of(name), retain_to="init")
+    reads, state = jax.jit(lambda i: scanned(rule, i, fresh(rule, i["weights"])))(jax.tree.map(jnp.asarray, inputs))
+    expected, weights = references.hope(*(inputs[n] for n in NAMES), PERIOD, retain_to="init")
+    np.testing.assert_allclose(reads, expected, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(kernels(state.fast.running), weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 # ---------------------------------------------------------------- mistakes
 
 WRONG = {

@@ -3,7 +3,7 @@
 ``matrix`` is one linear layer, ``M(x) = W x``. ``residual_mlp`` is ``M(x) = x + W1 sig(W2 x)``. Every layer of
 either is one call of ``recurrence.gated_delta`` with that layer's own input as key; ``rule.py`` does that.
 Weights are kernels as in Flax, a tuple of ``[in, out]`` matrices, first layer first, for one head: the transposes of
-the W of the equations. On CPU ``x W^T`` would take half as long again as ``x W``.
+the W of the equations. On CPU ``x W^T`` is slower than ``x W`` (``benchmark.py products``).
 """
 
 from collections.abc import Callable

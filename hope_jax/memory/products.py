@@ -2,7 +2,8 @@
 
 The gradient of a product contains ``a^T b``. XLA folds that transpose into the product and on CPU then leaves its
 fast kernel for one two to three times slower, so here the transposed operand is written out first on CPU
-(``benchmark.py products`` shows the ratio). Accelerators whose default product is narrower are asked for float32.
+(``benchmark.py products`` shows the ratio). ``a b^T`` is slower than ``a b``, too: weights that many inputs go through
+are stored the way that makes that ``a b``. Accelerators whose default product is narrower are asked for float32.
 Letters say which operands are transposed: ``nn`` is a b, ``nt`` is a b^T, ``tn`` is a^T b. They have gradients of any
 order but no forward mode (``jax.jvp``), and so has everything built on them.
 """
@@ -21,7 +22,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def flip(x: Array) -> Array:
-    """The transpose of each matrix."""
+    """The transpose of each matrix, which XLA takes into a product."""
     return jnp.swapaxes(x, -1, -2)
 
 

@@ -63,7 +63,8 @@ def gated_delta(
     """Run the gated delta recurrence over T tokens of one head.
 
     Args:
-      memory: M_0 [V,K], the weights before the first token: the transpose of a kernel.
+      memory: M_0, the weights before the first token. Here and in the result memories are the M of the equations;
+        weights of rules and models are kernels, their transposes.
       keys: k_t; need not be unit.
       writes: w_t, the vector written against the key.
       queries: q_t, or None when nobody reads (the final state only).

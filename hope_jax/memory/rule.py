@@ -182,7 +182,8 @@ def write(
     keys, values, queries, gates = tokens
     running, momentum, x = [], [], queries
     for layer, one in enumerate(layer_writes(rule, fast, keys, values, gates)):
-        memory, base = fast.running[layer], initial[layer] if rule.retain_to == "init" else None
+        memory = fast.running[layer]
+        base = initial[layer] if rule.retain_to == "init" else None
         out = gated_delta(
             flip(memory if base is None else memory - base),
             one.keys,
@@ -199,7 +200,7 @@ def write(
         )
         x = next_input(rule, layer, out.reads)
         running.append(flip(out.memory) if base is None else flip(out.memory) + base)
-        momentum += [] if out.momentum is None else [flip(out.momentum)]
+        momentum += [flip(out.momentum)] if rule.momentum else []
     return fast._replace(running=tuple(running), momentum=tuple(momentum)), finish(rule, fast.anchor, queries, x)
 
 

@@ -189,11 +189,11 @@ def _layers(
     rule, boxes = head.spec.rules[group], head.spec.counts[group]
     if not boxes:
         return []
-    own = gates._replace(rate=jnp.exp(head.tuning.log_rate[group]) * gates.rate)
-    write, grams, given = functools.partial(layer_writes, rule, gates=own), gram, (tokens.k, tokens.v, alike)
+    gates = gates._replace(rate=jnp.exp(head.tuning.log_rate[group]) * gates.rate)
+    write, alike_of, keys, values = functools.partial(layer_writes, rule, gates=gates), gram, tokens.k, tokens.v
     if group != 0:  # the main memory is a single box
-        write, grams, given = jax.vmap(write), jax.vmap(gram), [_copies(x, boxes) for x in given]
-    keys, values, alike = given
+        write, alike_of = jax.vmap(write), jax.vmap(gram)
+        keys, values, alike = (_copies(x, boxes) for x in (keys, values, alike))
     layers = []
     for index, one in enumerate(write(fast, keys, values)):
         base = head.initial[group][index] if rule.retain_to == "init" else None
@@ -201,8 +201,8 @@ def _layers(
         momentum = fast.momentum[index] if rule.momentum else None
         # Just refreshed, the anchor is the running memory: what it has for the keys need not be asked twice.
         held = one.held if due is True and base is None else None
-        alike = alike if index == 0 else grams(one.keys)
-        layers.append(Layer(memory, momentum, base, one.keys, one.writes, one.erase, held, alike, shared=index == 0))
+        own: Array = alike_of(one.keys) if index else alike
+        layers.append(Layer(memory, momentum, base, one.keys, own, one.writes, one.erase, held, shared=index == 0))
     return layers
 
 

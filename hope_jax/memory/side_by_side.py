@@ -22,9 +22,8 @@ class Layer(NamedTuple):
 
     Attributes:
       memory, momentum, base: as in ``block.advance``.
-      keys, writes, erase: what the segment writes; no erase: None.
+      keys, alike, writes, erase: what the segment writes, as in ``block.advance``; no erase: None.
       held: ``memory`` applied to the keys, if that is known.
-      alike: the keys' ``gram``.
       shared: whether all boxes have the same keys and erase, and so one inverse.
     """
 
@@ -32,10 +31,10 @@ class Layer(NamedTuple):
     momentum: Float[Array, "*N K V"] | None
     base: Float[Array, "*N K V"] | None
     keys: Float[Array, "*N C K"]
+    alike: Float[Array, "*N C C"]
     writes: Float[Array, "*N C V"]
     erase: Float[Array, "*N C"] | None
     held: Float[Array, "*N C V"] | None
-    alike: Float[Array, "*N C C"]
     shared: bool
 
 

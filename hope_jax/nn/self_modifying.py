@@ -169,9 +169,9 @@ class SelfModifyingMixer(nn.Module):
             self._initial("projections", c.projection, (len(c.inner_projection),), size, size),
             self._initial("gates", c.gate, (2,), 1, c.gate_hidden),
         )
-        starts = Boxes(0.0, math.log(c.projection_rate), math.log(c.projection_rate))
+        log_rates = Boxes(0.0, math.log(c.projection_rate), math.log(c.projection_rate))
         self.tuning = Tuning(
-            Boxes(*(self._constant(f"log_rate_{n}", start) for n, start in zip(Boxes._fields, starts, strict=True))),
+            Boxes(*(self._constant(f"log_rate_{n}", start) for n, start in zip(Boxes._fields, log_rates, strict=True))),
             self._constant("rate_bias", c.rate_bias),
             self._constant("retention_bias", math.log(c.horizon - 1)),
         )

@@ -200,7 +200,7 @@ def write(
         )
         x = next_input(rule, layer, out.reads)
         running.append(flip(out.memory) if base is None else flip(out.memory) + base)
-        momentum += [flip(out.momentum)] if rule.momentum else []
+        momentum += [] if out.momentum is None else [flip(out.momentum)]
     return fast._replace(running=tuple(running), momentum=tuple(momentum)), finish(rule, fast.anchor, queries, x)
 
 

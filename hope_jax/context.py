@@ -207,7 +207,9 @@ def _identity(model: Any, params: Any) -> dict[str, Any]:
     sizes = {name: value for name, value in flatten(model.config, "").items() if not name.startswith(free)}
     part = {name: leaf for name, leaf in params["blocks"]["feed_forward"].items() if name != "rate"}
     weights = params | {"blocks": params["blocks"] | {"feed_forward": part}}
-    return sizes | {"parameters": f"those of digest {digest_arrays(weights)[:16]}"}
+    # Square memories do not show which way round they are; states saved before they were kernels have no such entry.
+    layout = {"memories": "kernels [in, out]"}
+    return sizes | layout | {"parameters": f"those of digest {digest_arrays(weights)[:16]}"}
 
 
 def _batch(state: State) -> int:

@@ -9,7 +9,7 @@ train     Hope and the Transformer of equal parameters: tokens/s, forward pass, 
 chunked   the chunked form of the recurrence and of training steps against the sequential definition
 length    tokens/s and temporary memory of a training step at two lengths
 decode    time per written token early and late in a text
-products  products with a transposed operand as ``memory.products`` and the memories avoid them
+products  a^T b and x W^T, against the ways round them of ``memory.products`` and of how memories are stored
 
 Every number is the best of ``--repeats`` interleaved repetitions. Minutes on a CPU. The aim: chunked 10 times and more
 ahead of sequential, and a decode time that does not depend on the position.
@@ -256,9 +256,9 @@ def transposed(config: BenchmarkConfig) -> Iterator[Row]:
     for rows, columns in ((16, 32), (32, 32), (64, 64)):
         a, b = jax.random.normal(jax.random.key(0), (2, 256, rows, columns))
         w = jax.random.normal(jax.random.key(1), (256, columns, columns))
-        pairs = {"a^T b": ((plain, a, b), (tn, a, b)), "x W^T": ((nt, a, w), (nn, a, w))}
-        for product, pair in pairs.items():
-            calls = {name: functools.partial(*call) for name, call in zip(("plain", "ours"), pair, strict=True)}
+        pairs = {"a^T b": (plain, tn, b), "x W^T": (nt, nn, w)}
+        for product, (theirs, ours, right) in pairs.items():
+            calls = {"plain": functools.partial(theirs, a, right), "ours": functools.partial(ours, a, right)}
             seconds = best_seconds(calls, 10 * config.repeats)
             times = {f"{name}_us": round(1e6 * value, 1) for name, value in seconds.items()}
             ratio = round(seconds["plain"] / seconds["ours"], 2)

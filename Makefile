@@ -12,7 +12,7 @@ STAMP   := .venv/installed
 .PHONY: install format lint types test check smoke train clean help
 
 train: $(STAMP)  ## train hope-tiny on text into runs/hope-tiny; the same command resumes
-	$(BIN)/python -m experiments pretrain --run $(RUN) $(ARGS)
+	$(BIN)/python -m hope_jax pretrain --run $(RUN) $(ARGS)
 
 test: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
@@ -29,7 +29,7 @@ format: $(STAMP)  ## rewrite the sources in the one format
 	$(BIN)/ruff format && $(BIN)/ruff check --fix
 
 smoke: $(STAMP)  ## train six tiny steps from nothing
-	rm -rf runs/smoke && $(BIN)/python -m experiments pretrain --run runs/smoke --steps 6 --batch 2 --length 64 $(ARGS)
+	rm -rf runs/smoke && $(BIN)/python -m hope_jax pretrain --run runs/smoke --steps 6 --batch 2 --length 64 $(ARGS)
 
 install: $(STAMP)  ## create .venv and install the project with its development tools
 

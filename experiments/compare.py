@@ -25,13 +25,13 @@ import jax
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments import parse
-from experiments.checks import at_least_one
 from experiments.recall import without_writes
-from experiments.results import Row, append, deviation, open_results
-from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig, model_named
 from hope_jax import train as training
+from hope_jax.cli.checks import at_least_one
+from hope_jax.cli.parse import parse
+from hope_jax.cli.results import Row, append, deviation, open_results
+from hope_jax.cli.running import keep_programs, progress_interval
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.train.optimizer import OptimizerConfig
@@ -93,7 +93,7 @@ class CompareConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(CompareConfig, arguments, "compare")
+    config = parse(CompareConfig, arguments, "python -m experiments compare")
     if config.table and not (config.results / FILE).exists():
         raise UserError(f"There is no {config.results / FILE}; compare something first or name another --results.")
     path = open_results(config.results, FILE)

@@ -19,15 +19,15 @@ from typing import Any
 
 import jax
 
-from experiments import parse
-from experiments.benchmark import Trainer
-from experiments.checks import at_least_one, must_divide
-from experiments.measuring import best_seconds, machine
-from experiments.results import append, open_results
 from hope_jax import LanguageModel, ModelConfig, context, model_named
 from hope_jax import train as training
+from hope_jax.cli.benchmark import Trainer
+from hope_jax.cli.checks import at_least_one, must_divide
+from hope_jax.cli.measuring import best_seconds, machine
+from hope_jax.cli.parse import parse
+from hope_jax.cli.results import append, open_results
+from hope_jax.context.stream import learn
 from hope_jax.models import with_in_context
-from hope_jax.streams import learn
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ContextBenchmarkConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(ContextBenchmarkConfig, arguments, "context_benchmark")
+    config = parse(ContextBenchmarkConfig, arguments, "python -m experiments context_benchmark")
     path = open_results(config.results, "context_benchmark.jsonl")
     training.split_host(config.devices)
     of_batch, of_streams = config.batch * config.length, config.streams * config.length

@@ -32,17 +32,17 @@ import optax
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments import parse
-from experiments.checks import at_least_one, known
-from experiments.results import Row, append, open_results, settings, spread
-from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
+from hope_jax.cli.checks import at_least_one, known
+from hope_jax.cli.parse import parse
+from hope_jax.cli.results import Row, append, open_results, settings, spread
+from hope_jax.cli.running import keep_programs, progress_interval
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, Size
-from hope_jax.nn.cms import CMSConfig
+from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.optim.by_level import STATIC, level_labels
 from hope_jax.train.optimizer import OptimizerConfig
 from hope_jax.train.run_folder import flatten
@@ -136,7 +136,7 @@ class DomainsConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(DomainsConfig, arguments, "domains")
+    config = parse(DomainsConfig, arguments, "python -m experiments domains")
     before = training.read_rows(config.results / FILE, NEEDED)  # a damaged line is better known now than after training
     if config.table and not before:
         raise UserError(f"There is nothing in {config.results / FILE}; run something or name another --results.")

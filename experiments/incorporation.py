@@ -14,8 +14,8 @@ import optax
 
 from experiments.facts import ASKED, Facts
 from hope_jax import context
+from hope_jax.context.writes import cross_entropy
 from hope_jax.types import Array, Float, Int
-from hope_jax.writes import cross_entropy
 
 Predict = Callable[[Int[Array, "R T"]], Float[Array, "R T vocab"]]
 

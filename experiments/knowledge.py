@@ -29,23 +29,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments import parse
-from experiments.checks import at_least_one
 from experiments.facts import LINE, WORDS, Facts, draw_facts, episodes, names
 from experiments.incorporation import Method, Predict, bits_per_byte, recall, stored, tuned, untouched
-from experiments.results import Row, append, deviation, open_results, settings
-from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
+from hope_jax.cli.checks import at_least_one
+from hope_jax.cli.parse import parse
+from hope_jax.cli.results import Row, append, deviation, open_results, settings
+from hope_jax.cli.running import keep_programs, progress_interval
+from hope_jax.context.writes import plan_of
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.nn.attention import AttentionConfig
-from hope_jax.nn.cms import CMSConfig
-from hope_jax.nn.fast import Writes
+from hope_jax.nn.feed_forward.cms import CMSConfig
+from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.train.optimizer import OptimizerConfig
 from hope_jax.train.run_folder import flatten
-from hope_jax.writes import plan_of
 
 FILE = "knowledge.jsonl"
 TEST, CHOICE = 1_000_003, 1_000_033
@@ -141,7 +141,7 @@ class KnowledgeConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(KnowledgeConfig, arguments, "knowledge")
+    config = parse(KnowledgeConfig, arguments, "python -m experiments knowledge")
     before = training.read_rows(config.results / FILE, NEEDED)  # a damaged line is better known now than after training
     if config.table and not before:
         raise UserError(f"There is nothing in {config.results / FILE}; run something or name another --results.")

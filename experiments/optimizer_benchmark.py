@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from experiments import parse
-from experiments.checks import at_least_one, known
-from experiments.measuring import best_seconds, machine
-from experiments.results import Row, append, open_results
-from experiments.running import progress_interval
 from hope_jax import LanguageModel, model_named, optim
 from hope_jax import train as training
+from hope_jax.cli.checks import at_least_one, known
+from hope_jax.cli.measuring import best_seconds, machine
+from hope_jax.cli.parse import parse
+from hope_jax.cli.results import Row, append, open_results
+from hope_jax.cli.running import progress_interval
 from hope_jax.optim.matrices import ADAMW, MATRIX
 from hope_jax.train.optimizer import MATRICES
 
@@ -81,7 +81,7 @@ class OptimizerBenchmarkConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(OptimizerBenchmarkConfig, arguments, "optimizer_benchmark")
+    config = parse(OptimizerBenchmarkConfig, arguments, "python -m experiments optimizer_benchmark")
     path = open_results(config.results, "optimizer_benchmark.jsonl")
     for row in measure(config):
         append(path, {**row, **machine()})

@@ -31,13 +31,13 @@ import optax
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments import parse
-from experiments.checks import at_least_one, known
-from experiments.results import append, open_results
-from experiments.running import progress_interval
 from experiments.toy_problems import START, Surface, descend, learn, stream
 from hope_jax import optim
 from hope_jax import train as training
+from hope_jax.cli.checks import at_least_one, known
+from hope_jax.cli.parse import parse
+from hope_jax.cli.results import append, open_results
+from hope_jax.cli.running import progress_interval
 from hope_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -144,7 +144,7 @@ class OptimizersToyConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(OptimizersToyConfig, arguments, "optimizers_toy")
+    config = parse(OptimizersToyConfig, arguments, "python -m experiments optimizers_toy")
     path = open_results(config.results, "optimizers_toy.jsonl")
     training.read_rows(path, NEEDED)  # a damaged line is better known now than later
     with jax.enable_x64(True):

@@ -28,12 +28,12 @@ import optax
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments import parse
-from experiments.checks import at_least_one, known
-from experiments.results import Row, append, deviation, open_results
-from experiments.running import keep_programs, progress_interval
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
+from hope_jax.cli.checks import at_least_one, known
+from hope_jax.cli.parse import parse
+from hope_jax.cli.results import Row, append, deviation, open_results
+from hope_jax.cli.running import keep_programs, progress_interval
 from hope_jax.data.synthetic import IGNORE, mqar
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
@@ -121,7 +121,7 @@ def without_writes(config: ModelConfig) -> ModelConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(RecallConfig, arguments, "recall")
+    config = parse(RecallConfig, arguments, "python -m experiments recall")
     rows = recall(config)
     print("\n".join(summary(rows)))
     print(f"written: {config.results / 'recall.jsonl'}, {draw(config)}")

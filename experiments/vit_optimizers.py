@@ -28,14 +28,14 @@ import optax
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments import parse
-from experiments.checks import at_least_one, known
 from experiments.images import ImageSet, Split, digits, from_tfds, mnist
-from experiments.results import Row, append, deviation, open_results
-from experiments.running import progress_interval
 from experiments.vit import ViT, matrices
 from hope_jax import optim
 from hope_jax import train as training
+from hope_jax.cli.checks import at_least_one, known
+from hope_jax.cli.parse import parse
+from hope_jax.cli.results import Row, append, deviation, open_results
+from hope_jax.cli.running import progress_interval
 from hope_jax.errors import UserError
 
 NEEDED = ("phase", "optimizer", "learning_rate", "seed", "task", "curve", "validation_accuracy", "test_accuracy")
@@ -141,7 +141,7 @@ class VitOptimizersConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(VitOptimizersConfig, arguments, "vit_optimizers")
+    config = parse(VitOptimizersConfig, arguments, "python -m experiments vit_optimizers")
     path = open_results(config.results, "vit_optimizers.jsonl")
     training.read_rows(path, NEEDED)  # a damaged line is better known now than after training
     images = config.images()

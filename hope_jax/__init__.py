@@ -1,5 +1,42 @@
-"""hope_jax: Hope and Nested Learning in JAX. Start with ``memory/recurrence.py``; the README has the map."""
+"""hope_jax: Hope and Nested Learning in JAX. Start with ``memory/recurrence.py``; the README has the map.
 
-from hope_jax.models import MODELS, LanguageModel, ModelConfig, model_named
+Public names and submodules are imported when they are first used, so that ``import hope_jax`` is quick.
+"""
 
-__all__ = ["MODELS", "LanguageModel", "ModelConfig", "model_named"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hope_jax import context, data, generate, interop, memory, optim, stacking, trace, train
+    from hope_jax.models import MODELS, LanguageModel, ModelConfig, model_named
+
+_NAMES = ("MODELS", "LanguageModel", "ModelConfig", "model_named")
+_MODULES = ("context", "data", "generate", "interop", "memory", "optim", "stacking", "trace", "train")
+
+__all__ = [
+    "MODELS",
+    "LanguageModel",
+    "ModelConfig",
+    "context",
+    "data",
+    "generate",
+    "interop",
+    "memory",
+    "model_named",
+    "optim",
+    "stacking",
+    "trace",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module("hope_jax.models"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"hope_jax.{name}")
+    raise AttributeError(f"module 'hope_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

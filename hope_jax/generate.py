@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax import context
+from hope_jax.context.writes import plan_of
 from hope_jax.errors import UserError
-from hope_jax.nn.attention import room_left
 from hope_jax.nn.language_model import check_tokens
+from hope_jax.nn.mixers.attention import room_left
 from hope_jax.types import Array, Bool, Float, Int, PRNGKeyArray, Scalar, Tokens
-from hope_jax.writes import plan_of
 
 READS = (512, 64, 8, 1)  # lengths of the pieces a prompt is read in
 PIECE = 32  # most tokens written between two looks at them

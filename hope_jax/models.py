@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from hope_jax.errors import UserError, closest
 from hope_jax.levels import Level, check_multiples
 from hope_jax.memory import RULES
-from hope_jax.nn.attention import AttentionConfig
-from hope_jax.nn.cms import CMSConfig, Wiring
 from hope_jax.nn.config import ModelConfig
-from hope_jax.nn.fast import Writes
+from hope_jax.nn.feed_forward.cms import CMSConfig, Wiring
+from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.language_model import LanguageModel
-from hope_jax.nn.memory_mixer import MemoryMixerConfig
-from hope_jax.nn.self_modifying import SelfModifyingConfig
-from hope_jax.nn.swiglu import SwiGLUConfig
+from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.nn.mixers.memory import MemoryMixerConfig
+from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 
 @dataclass(frozen=True)

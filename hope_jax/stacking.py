@@ -15,8 +15,8 @@ import numpy as np
 from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
 from hope_jax.nn.config import ModelConfig
-from hope_jax.nn.fast import Writes
-from hope_jax.nn.swiglu import SwiGLUConfig
+from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 
 
 def stack_levels(

@@ -9,12 +9,12 @@ import numpy as np
 
 from hope_jax import context
 from hope_jax.levels import Level
-from hope_jax.nn.attention import AttentionConfig
-from hope_jax.nn.cms import CMSConfig
 from hope_jax.nn.config import ModelConfig
-from hope_jax.nn.fast import Writes
+from hope_jax.nn.feed_forward.cms import CMSConfig
+from hope_jax.nn.feed_forward.fast import Writes
 from hope_jax.nn.language_model import LanguageModel
-from hope_jax.nn.self_modifying import SelfModifyingConfig
+from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 WIDTH, VOCAB = 8, 11
 

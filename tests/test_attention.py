@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hope_jax.errors import UserError
-from hope_jax.nn.attention import AttentionConfig, room_left
+from hope_jax.nn.mixers.attention import AttentionConfig, room_left
 
 B, T, D, HEADS = 2, 11, 12, 3
 ROWS = {

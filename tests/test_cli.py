@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import experiments
-from experiments import pretrain
-from experiments.__main__ import main
-from experiments.running import without
 from hope_jax import MODELS
 from hope_jax import train as training
+from hope_jax.cli import pretrain
+from hope_jax.cli.main import main
+from hope_jax.cli.parse import parse
+from hope_jax.cli.running import without
 from hope_jax.levels import Level
 
 ROW = MODELS["hope_attention-tiny"]
@@ -128,7 +128,7 @@ INTERRUPTED = """
 import signal, sys
 sys.path[:0] = [".", "tests"]
 import test_cli
-from experiments.__main__ import main
+from hope_jax.cli.main import main
 test_cli.MODELS["small"] = test_cli.SMALL
 test_cli.training.Monitor = test_cli.stop_at(3, signal.SIGINT)
 sys.exit(main(sys.argv[1:]))
@@ -147,7 +147,7 @@ def test_ctrl_c_in_another_process_saves_prints_how_to_go_on_and_the_rerun_equal
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr and "Stopping after this step" in done.stderr
     assert "Stopped at step 4 of 6" in done.stdout
-    assert f"-m experiments pretrain --run {run}" in done.stdout.strip().splitlines()[-1]
+    assert f"-m hope_jax pretrain --run {run}" in done.stdout.strip().splitlines()[-1]
     assert main(arguments) == 0
     assert_same_run(run, finished, 6)
 
@@ -252,7 +252,7 @@ def test_another_text_is_another_run_but_another_path_to_it_is_not(command, fini
         (["--stepz", "3"], "There is no flag --stepz; did you mean '--steps'"),
         (["--optimizer.learning_rte=3"], "did you mean '--optimizer.learning-rate'"),
         (["--no-compile-cach"], "did you mean '--no-compile-cache'"),
-        (["--steps", "many"], "'many'; expected --steps INT; see python -m experiments pretrain --help."),
+        (["--steps", "many"], "'many'; expected --steps INT; see python -m hope_jax pretrain --help."),
         (["--steps"], "Missing value for argument '--steps'"),
         (["--dtype", "float8"], "'float8' for argument '--dtype'; expected one of ('float32', 'bfloat16')"),
         (["--steps", "3", "4"], "Unrecognized options: 4"),
@@ -291,5 +291,5 @@ def test_the_command_to_go_on_drops_resume_from():
 
 
 def test_the_default_run_needs_no_flags_but_the_folder():
-    config = experiments.parse(pretrain.PretrainConfig, ["--run", "x"], "pretrain")
+    config = parse(pretrain.PretrainConfig, ["--run", "x"], "python -m hope_jax pretrain")
     assert config.model in MODELS and config.data.path == ()

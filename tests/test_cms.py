@@ -7,8 +7,8 @@ import pytest
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.nn.cms import CMSConfig
-from hope_jax.nn.fast import FastState
+from hope_jax.nn.feed_forward.cms import CMSConfig
+from hope_jax.nn.feed_forward.fast import FastState
 
 WIDTH = 6
 

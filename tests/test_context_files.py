@@ -12,8 +12,8 @@ from contexts import VOCAB, close, config, made, read, started, stream
 from hope_jax import context, generate
 from hope_jax.errors import UserError
 from hope_jax.models import MODELS
+from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.language_model import LanguageModel
-from hope_jax.nn.swiglu import SwiGLUConfig
 
 
 def test_fresh_and_finished_states_can_be_saved_and_nothing_beside_them_is_touched(tmp_path):

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.__main__ import main
 from hope_jax import MODELS as NAMED
 from hope_jax import train as training
+from hope_jax.cli.main import main
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, LanguageModel, Size, with_in_context

@@ -15,7 +15,7 @@ from hope_jax import LanguageModel
 from hope_jax import train as training
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
-from hope_jax.nn.cms import CMSConfig
+from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.train.optimizer import OptimizerConfig
 
 SMALL = {"width": 16, "layers": 1, "heads": 2, "length": 16, "batch": 2, "steps": 4, "every": (2,), "eval_batches": 1}

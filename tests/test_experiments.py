@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from test_cli import mistake
 
-from experiments import benchmark, compare, recall
+from experiments import compare, recall
 from experiments.__main__ import main
 from hope_jax import LanguageModel
+from hope_jax.cli import benchmark
+from hope_jax.cli.main import main as commands
 from hope_jax.data import DataConfig
 from hope_jax.data.synthetic import IGNORE
 from hope_jax.errors import UserError
@@ -260,7 +262,7 @@ def test_every_part_of_the_benchmark_prints_and_leaves_its_lines(part, tmp_path,
     monkeypatch.setattr(benchmark, "CHUNKED", ("deltanet",))
     flags = "--models deltanet --width 16 --layers 1 --heads 2 --length 16 --batch 1 --tokens 16 --repeats 1"
     more = "--lengths 16 64 --segment 8 --positions 2 4 --model deltanet-nano --results r"
-    assert main(f"benchmark {part} {flags} {more}".split()) == 0
+    assert commands(f"benchmark {part} {flags} {more}".split()) == 0
     rows, printed = lines(tmp_path / "r" / "benchmark.jsonl"), capsys.readouterr().out.splitlines()
     assert [row["part"] for row in rows] == [part] * MEASURED[part]
     assert all(row.items() >= json.loads(line).items() for row, line in zip(rows, printed, strict=True))

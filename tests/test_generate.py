@@ -13,12 +13,12 @@ from flax import linen as nn
 from hope_jax import generate
 from hope_jax.errors import UserError
 from hope_jax.memory import RULES
-from hope_jax.nn.attention import AttentionConfig
 from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.language_model import LanguageModel
-from hope_jax.nn.memory_mixer import MemoryMixerConfig
-from hope_jax.nn.self_modifying import SelfModifyingConfig
-from hope_jax.nn.swiglu import SwiGLUConfig
+from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.nn.mixers.memory import MemoryMixerConfig
+from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 VOCAB, PROMPT, ROOM = 13, 66, 140
 MIXERS = {

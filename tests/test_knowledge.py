@@ -12,8 +12,8 @@ from experiments import facts, incorporation, knowledge
 from experiments.__main__ import main
 from experiments.incorporation import Method
 from hope_jax import LanguageModel, context
+from hope_jax.context.writes import cross_entropy
 from hope_jax.errors import UserError
-from hope_jax.writes import cross_entropy
 
 CONFIG = knowledge.KnowledgeConfig(levels=(2,), periods=(16, 32), width=8, layers=1, length=64, readers=2)
 

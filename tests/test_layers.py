@@ -8,9 +8,9 @@ import pytest
 
 from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
-from hope_jax.nn.fast import FastState
+from hope_jax.nn.feed_forward.fast import FastState
+from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.layers import RMSNorm, ShortConv, apply_rope, shifted_sum, taps_at
-from hope_jax.nn.swiglu import SwiGLUConfig
 
 
 def test_unit_has_length_one_keeps_zero_and_widens_bfloat16(x64, key):

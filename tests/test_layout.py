@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-import experiments
-from experiments.__main__ import main
+from experiments import EXPERIMENTS
 from hope_jax import optim
+from hope_jax.cli import COMMANDS
+from hope_jax.cli.main import main
+from hope_jax.cli.parse import _flags
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, MODELS, Size
 
@@ -27,19 +29,18 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *EVERYTHING]
 
 # A part imports parts of earlier rows, and itself. `hope_jax` is the front door: it collects public names.
 RANKS = [
-    {"errors", "types", "levels"},
-    {"memory", "optim", "data"},
+    {"errors", "types", "levels", "config"},
+    {"memory", "optim", "data", "storage"},
     {"nn"},
-    {"models", "writes", "pretrained", "pretrained_config", "stacking"},
-    {"train"},
-    {"context", "context_checks", "streams"},
-    {"generate", "inspect"},
-    {"evals"},
+    {"models"},
+    {"context", "train", "interop"},
+    {"generate", "trace", "stacking", "evals"},
     {"hope_jax"},
+    {"cli", "__main__"},
     {"experiments"},
 ]
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
-STRANGERS = {"memory", "optim", "data"}  # none of these imports another
+STRANGERS = {"memory", "optim", "data", "storage"}  # none of these imports another
 
 
 def module_name(path: Path) -> str:
@@ -163,27 +164,29 @@ def test_the_readme_names_only_functions_and_tests_that_exist():
         assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / path).read_text(), flags=re.MULTILINE), (path, name)
 
 
-def test_an_unknown_experiment_is_answered_with_the_closest_name(capsys):
+def test_an_unknown_command_is_answered_with_the_closest_name(capsys):
     assert main(["pretrian"]) == 2
-    assert "no experiment 'pretrian'; did you mean 'pretrain'" in capsys.readouterr().err
+    assert "no command 'pretrian'; did you mean 'pretrain'" in capsys.readouterr().err
 
 
-def test_the_list_of_experiments_appears_without_importing_jax():
-    code = "import sys; from experiments.__main__ import main; main(['--help']); sys.exit('jax' in sys.modules)"
+@pytest.mark.parametrize(("program", "table"), [("hope_jax", COMMANDS), ("experiments", EXPERIMENTS)])
+def test_the_list_of_a_program_appears_without_importing_jax(program, table):
+    code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('{program}', run_name='__main__')\n"
+    code += "except SystemExit: sys.exit('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in experiments.EXPERIMENTS:
+    for name in table:
         line = next(line for line in done.stdout.splitlines() if line.split()[:1] == [name])
         assert len(line.split()) > 3
 
 
-@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
-def test_the_help_explains_every_flag_that_can_be_given(name, capsys):
+@pytest.mark.parametrize(("name", "target"), (COMMANDS | EXPERIMENTS).items())
+def test_the_help_explains_every_flag_that_can_be_given(name, target, capsys):
+    module = importlib.import_module(target.split(":")[0])
     with pytest.raises(SystemExit) as caught:
-        main([name, "--help"])
+        module.main(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    module = importlib.import_module(f"experiments.{name}")
-    flags = [flag for flag, _ in experiments._flags(getattr(module, f"{name.title().replace('_', '')}Config"))]
+    flags = [flag for flag, _ in _flags(getattr(module, f"{name.title().replace('_', '')}Config"))]
     assert len(flags) == len(set(flags)) >= 5
     for flag in flags:
         assert re.search(rf"{flag}[ ,]", shown), flag

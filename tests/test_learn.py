@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from trained_run import mistake
 
-from experiments import learn, runs
-from experiments.__main__ import main
-from experiments.runs import load_run
 from hope_jax import context
+from hope_jax.cli import learn, runs
+from hope_jax.cli.main import main
+from hope_jax.cli.runs import load_run
+from hope_jax.context.writes import cross_entropy
 from hope_jax.errors import UserError
-from hope_jax.writes import cross_entropy
 
 
 def test_reading_a_document_lowers_surprise_and_is_kept(learned, document):

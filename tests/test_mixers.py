@@ -8,8 +8,8 @@ import references
 from references import sigmoid
 
 from hope_jax.memory import RULES
-from hope_jax.nn.memory_mixer import MemoryMixerConfig
-from hope_jax.nn.self_modifying import SelfModifyingConfig
+from hope_jax.nn.mixers.memory import MemoryMixerConfig
+from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 WIDTH, HEADS, T = 8, 2, 11
 SIZE = WIDTH // HEADS

@@ -12,11 +12,11 @@ from references_llama import llama
 
 from hope_jax import optim
 from hope_jax.errors import UserError
-from hope_jax.nn.attention import AttentionConfig
+from hope_jax.interop.llama import INDEX, WEIGHTS, load_llama
 from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.language_model import LanguageModel
-from hope_jax.nn.swiglu import SwiGLUConfig
-from hope_jax.pretrained import INDEX, WEIGHTS, load_llama
+from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.train.optimizer import MATRICES
 
 UNTIED = {"tie_word_embeddings": False}

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import benchmark
-from experiments.results import append, open_results
 from hope_jax import train as training
+from hope_jax.cli import benchmark
+from hope_jax.cli.results import append, open_results
 from hope_jax.errors import UserError
 from hope_jax.memory.triangular import solve_unit_lower
 

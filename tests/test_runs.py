@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from trained_run import SMALL
 
-from experiments.__main__ import main
-from experiments.runs import TOKENIZER, keep_tokenizer, load_run, with_levels
 from hope_jax import MODELS, context, generate
 from hope_jax import train as training
+from hope_jax.cli.main import main
+from hope_jax.cli.runs import TOKENIZER, keep_tokenizer, load_run, with_levels
 from hope_jax.data import DataConfig, JsonTokenizer
 from hope_jax.errors import UserError
-from hope_jax.train.digests import describe
+from hope_jax.storage.digests import describe
 
 
 def test_a_run_folder_is_all_that_one_needs_of_a_trained_model(trained, bpe):

@@ -12,7 +12,7 @@ import references
 from hope_jax.errors import UserError
 from hope_jax.memory import architectures, objectives
 from hope_jax.memory.self_modifying import Boxes, Streams, Tuning, scan
-from hope_jax.nn.self_modifying import SelfModifyingConfig
+from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 D, H, T = 4, 6, 21
 SMALL = dict(heads=1, c_memory=8, c_projections=4, hidden=2)

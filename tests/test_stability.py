@@ -11,7 +11,7 @@ import pytest
 from hope_jax.memory import architectures
 from hope_jax.memory.rule import Gates, MemoryState, Rule
 from hope_jax.memory.rule import scan as scan_rule
-from hope_jax.nn.self_modifying import SelfModifyingConfig
+from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 
 def fresh_call(module, u):

@@ -11,11 +11,11 @@ from contexts import read, started
 from hope_jax import context
 from hope_jax.errors import UserError
 from hope_jax.models import MODELS
-from hope_jax.nn.attention import AttentionConfig
 from hope_jax.nn.config import ModelConfig
-from hope_jax.nn.fast import Writes
+from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.language_model import LanguageModel
-from hope_jax.nn.swiglu import SwiGLUConfig
+from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.stacking import stack_levels
 from hope_jax.train.step import next_token_loss
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from contexts import HOPE, VOCAB, WIDTH, close, config, made, stream
 
-from experiments.__main__ import main
 from hope_jax import context
+from hope_jax.cli.main import main
+from hope_jax.context.writes import reading_loss
 from hope_jax.errors import UserError
 from hope_jax.models import MODELS, with_in_context
-from hope_jax.nn.fast import FastState
+from hope_jax.nn.feed_forward.fast import FastState
 from hope_jax.nn.language_model import BlockState, LanguageModel
 from hope_jax.train.step import next_token_loss
-from hope_jax.writes import reading_loss
 
 # Compiled once for a model and a length: most tests below read the same 24 tokens, six chunks.
 T = 24

@@ -10,9 +10,9 @@ import pytest
 from references_writes import by_hand
 
 from hope_jax import context
-from hope_jax.nn.fast import FastState, Writes
+from hope_jax.context.writes import reading_loss
+from hope_jax.nn.feed_forward.fast import FastState, Writes
 from hope_jax.nn.language_model import BlockState
-from hope_jax.writes import reading_loss
 
 read = jax.jit(reading_loss, static_argnums=0)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import learn
-from experiments.__main__ import main
 from hope_jax import MODELS
+from hope_jax.cli import learn
+from hope_jax.cli.main import main
 from hope_jax.levels import Level
 
 ROW = MODELS["hope_attention-tiny"]

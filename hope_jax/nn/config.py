@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
-from hope_jax.nn.cms import CMSConfig
+from hope_jax.nn.feed_forward.cms import CMSConfig
 
 
 @runtime_checkable

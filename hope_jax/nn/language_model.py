@@ -15,7 +15,7 @@ from jax.core import Tracer
 from hope_jax.errors import UserError
 from hope_jax.memory.products import by_rows
 from hope_jax.nn.config import ModelConfig
-from hope_jax.nn.fast import ContextState, InterruptedState
+from hope_jax.nn.feed_forward.fast import ContextState, InterruptedState
 from hope_jax.nn.layers import RMSNorm, param_dtype
 from hope_jax.types import Array, Logits, Stream, Tokens
 

@@ -16,7 +16,7 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
-from hope_jax.train.digests import (
+from hope_jax.storage.digests import (
     changed_array,
     changed_file,
     describe,

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hope_jax.context.writes import learns_in_context, reading_loss
 from hope_jax.errors import UserError
 from hope_jax.train.optimizer import Schedule
 from hope_jax.train.state import TrainState
 from hope_jax.types import Array, Int, Scalar
-from hope_jax.writes import learns_in_context, reading_loss
 
 
 class Mean(NamedTuple):

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.nn.fast import Fast, FastState, Writes, blank, moved
+from hope_jax.nn.feed_forward.fast import Fast, FastState, Writes, blank, moved
 from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
 from hope_jax.types import Array, Stream
 
@@ -85,7 +85,7 @@ class SwiGLU(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch: int, capacity: int) -> FastState:
-        """The static model: whoever learns in context adds the fast weights (``hope_jax/writes.py``)."""
+        """The static model: whoever learns in context adds the fast weights (``hope_jax/context/writes.py``)."""
         return FastState()
 
     @light

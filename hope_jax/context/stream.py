@@ -10,11 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hope_jax.context_checks import is_finite
-from hope_jax.nn.fast import ContextState, InterruptedState
-from hope_jax.nn.language_model import BlockState
-from hope_jax.types import Array, Bool, Float, Int, Tokens
-from hope_jax.writes import (
+from hope_jax.context.checks import is_finite
+from hope_jax.context.writes import (
     Carry,
     Nats,
     Plan,
@@ -28,6 +25,9 @@ from hope_jax.writes import (
     write,
     write_rest,
 )
+from hope_jax.nn.feed_forward.fast import ContextState, InterruptedState
+from hope_jax.nn.language_model import BlockState
+from hope_jax.types import Array, Bool, Float, Int, Tokens
 
 Open = ContextState | InterruptedState
 

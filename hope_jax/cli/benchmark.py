@@ -1,8 +1,8 @@
 """Speed and memory of this machine as JSON lines: ratios side by side in one process, never absolute promises.
 
-    python -m experiments benchmark                      # all parts
-    python -m experiments benchmark train --size 30m --length 1024 --batch 1
-    python -m experiments benchmark length --segment 512
+    python -m hope_jax benchmark                      # all parts
+    python -m hope_jax benchmark train --size 30m --length 1024 --batch 1
+    python -m hope_jax benchmark length --segment 512
 
 train     Hope and the Transformer of equal parameters: tokens/s, forward pass, compile time, temporary memory, and the
           arithmetic they reach against a large matrix product
@@ -30,12 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments import parse
-from experiments.checks import at_least_one, known, must_divide
-from experiments.measuring import best_seconds, machine, operations
-from experiments.results import Row, append, open_results
 from hope_jax import LanguageModel, ModelConfig, generate, model_named
 from hope_jax import train as training
+from hope_jax.cli.checks import at_least_one, known, must_divide
+from hope_jax.cli.measuring import best_seconds, machine, operations
+from hope_jax.cli.parse import parse
+from hope_jax.cli.results import Row, append, open_results
 from hope_jax.errors import UserError
 from hope_jax.memory import gated_delta, products
 from hope_jax.models import ARCHITECTURES, SIZES, Size
@@ -115,7 +115,7 @@ class BenchmarkConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(BenchmarkConfig, arguments, "benchmark")
+    config = parse(BenchmarkConfig, arguments, "python -m hope_jax benchmark")
     path = open_results(config.results, "benchmark.jsonl")
     training.split_host(config.devices)
     for part in config.chosen:

@@ -18,18 +18,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hope_jax import streams
-from hope_jax.context_checks import check_room, require_finite, same_kinds
+from hope_jax.context import stream as streams
+from hope_jax.context.checks import check_room, require_finite, same_kinds
+from hope_jax.context.stream import carry_of, inside_of, state_of
+from hope_jax.context.writes import Nats, begin, plan_of
 from hope_jax.errors import UserError
-from hope_jax.nn.attention import slots_of
-from hope_jax.nn.fast import ContextState, FastState, InterruptedState, as_matrix
+from hope_jax.nn.feed_forward.fast import ContextState, FastState, InterruptedState, as_matrix
 from hope_jax.nn.language_model import BlockState, check_tokens
-from hope_jax.streams import carry_of, inside_of, state_of
-from hope_jax.train.array_file import another_model, load_arrays, read_about, save_arrays
-from hope_jax.train.digests import digest_arrays, first_difference
+from hope_jax.nn.mixers.attention import slots_of
+from hope_jax.storage.array_file import another_model, load_arrays, read_about, save_arrays
+from hope_jax.storage.digests import digest_arrays, first_difference
 from hope_jax.train.run_folder import flatten
 from hope_jax.types import Array, Float, Scalar
-from hope_jax.writes import Nats, begin, plan_of
 
 State = BlockState | ContextState | InterruptedState
 

@@ -1,7 +1,7 @@
 """Train a language model on text and show that it learned.
 
-    python -m experiments pretrain --run runs/hope-tiny
-    python -m experiments pretrain --run runs/mine --model hope-tiny --data.path books/*.txt --steps 2000
+    python -m hope_jax pretrain --run runs/hope-tiny
+    python -m hope_jax pretrain --run runs/mine --model hope-tiny --data.path books/*.txt --steps 2000
 
 The first command needs no data: its text is the Python standard library of the running interpreter. It measures
 held-out bits per byte before, during and after training, and writes into the run folder ``metrics.jsonl``, TensorBoard
@@ -27,13 +27,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments import parse
-from experiments.checks import flag, must_divide
-from experiments.in_context import InContextConfig
-from experiments.running import keep_programs, without
-from experiments.runs import keep_tokenizer
 from hope_jax import LanguageModel, generate, model_named
 from hope_jax import train as training
+from hope_jax.cli.checks import flag, must_divide
+from hope_jax.cli.in_context import InContextConfig
+from hope_jax.cli.parse import parse
+from hope_jax.cli.running import keep_programs, without
+from hope_jax.cli.runs import keep_tokenizer
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.train.optimizer import OptimizerConfig
@@ -108,11 +108,11 @@ class Outcome(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     """The command line: train until done or asked to stop; returns the exit status."""
-    config, stop = parse(PretrainConfig, arguments, "pretrain"), training.Interrupt()
+    config, stop = parse(PretrainConfig, arguments, "python -m hope_jax pretrain"), training.Interrupt()
     outcome = pretrain(config, stop)
     if outcome.finished:
         return 0
-    again = shlex.join([sys.executable, "-m", "experiments", "pretrain", *without(arguments, "--resume-from")])
+    again = shlex.join([sys.executable, "-m", "hope_jax", "pretrain", *without(arguments, "--resume-from")])
     print(f"Stopped at step {outcome.step} of {config.steps}; nothing is lost. To go on:\n  {again}")
     return 128 + (stop.signal or 0)
 

@@ -1,8 +1,8 @@
 """Let a model write with what it has learned: the run of ``pretrain`` and the context that ``learn`` saved.
 
-    python -m experiments ask --checkpoint runs/hope-tiny "def main("
-    python -m experiments ask --checkpoint runs/hope-tiny --clear "def main("     # with what the levels stored alone
-    python -m experiments ask --checkpoint runs/hope-tiny --learn "def main("     # and keep this exchange too
+    python -m hope_jax ask --checkpoint runs/hope-tiny "def main("
+    python -m hope_jax ask --checkpoint runs/hope-tiny --clear "def main("     # with what the levels stored alone
+    python -m hope_jax ask --checkpoint runs/hope-tiny --learn "def main("     # and keep this exchange too
 
 Without a saved context the model writes as it was trained. Nothing is changed unless ``--learn`` says so.
 """
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments import parse
-from experiments.checks import at_least_one
-from experiments.runs import Source, Trained, readings
 from hope_jax import context, generate
+from hope_jax.cli.checks import at_least_one
+from hope_jax.cli.parse import parse
+from hope_jax.cli.runs import Source, Trained, readings
 from hope_jax.errors import UserError
-from hope_jax.nn.attention import room_left
+from hope_jax.nn.mixers.attention import room_left
 
 UNFINISHED = "\ufffd"
 """What a character becomes whose last bytes are not written yet: shown once it is whole."""
@@ -58,7 +58,7 @@ class AskConfig(Source):
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(AskConfig, arguments, "ask")
+    config = parse(AskConfig, arguments, "python -m hope_jax ask")
     trained = config.trained()
     prompt = jnp.asarray(trained.tokenizer.encode(config.prompt))[None]
     if not config.learn:

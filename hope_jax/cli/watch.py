@@ -1,7 +1,7 @@
 """Look into a model while it reads a document: surprise, inner rate and retention, what each level stores; one figure.
 
-    python -m experiments watch --checkpoint runs/hope-tiny --data.path notes.txt
-    python -m experiments watch --checkpoint runs/hope-tiny --data.path notes.txt --periods 64 256 --tokens 8192
+    python -m hope_jax watch --checkpoint runs/hope-tiny --data.path notes.txt
+    python -m hope_jax watch --checkpoint runs/hope-tiny --data.path notes.txt --periods 64 256 --tokens 8192
 
 Draws into ``--figure`` (PNG), and writes the numbers beside it, with ``.json`` after its name. The second curve of
 surprise is that of the same model when nothing is written. Begins with what ``learn`` saved, if there is any, and an
@@ -17,12 +17,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import parse
-from experiments.checks import at_least_one
-from experiments.learn import DocumentConfig, read_only, texts, unread
-from experiments.results import open_results
-from experiments.runs import Source, Trained
-from hope_jax import context, inspect
+from hope_jax import context
+from hope_jax import trace as tracing
+from hope_jax.cli.checks import at_least_one
+from hope_jax.cli.learn import DocumentConfig, read_only, texts, unread
+from hope_jax.cli.parse import parse
+from hope_jax.cli.results import open_results
+from hope_jax.cli.runs import Source, Trained
 from hope_jax.errors import UserError
 
 
@@ -47,7 +48,7 @@ class WatchConfig(Source):
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config = parse(WatchConfig, arguments, "watch")
+    config = parse(WatchConfig, arguments, "python -m hope_jax watch")
     trained = config.trained()
     figure = trained.run / "watch.png" if config.figure is None else config.figure
     ids = np.concatenate([trained.tokenizer.encode(text) for text in texts(config.data.path)])
@@ -57,16 +58,16 @@ def main(arguments: Sequence[str]) -> int:
     trace = _watched(trained, config, tokens)
     static, _ = read_only(trained.model, trained.params, tokens, unread(trained, tokens.shape[1]))
     title = f"{trained.run.name} reads {Path(config.data.path[0]).name}"
-    inspect.draw(trace, figure, title, compare=np.asarray(static))
+    tracing.draw(trace, figure, title, compare=np.asarray(static))
     numbers.write_text(json.dumps(trace.numbers()))
     print(f"written: {figure}, {numbers}")
     return 0
 
 
-def _watched(trained: Trained, config: WatchConfig, tokens: Any) -> inspect.Trace:
+def _watched(trained: Trained, config: WatchConfig, tokens: Any) -> tracing.Trace:
     """Read on an empty context, with what the levels have stored."""
     model, params, room = trained.model, trained.params, tokens.shape[1]
     state = None if config.fresh else config.saved(trained)
     begin = context.start(model, params, 1, room) if state is None else context.clear(model, params, state, room)
-    trace, _ = inspect.watch(model, params, begin, tokens, progress=True)
+    trace, _ = tracing.watch(model, params, begin, tokens, progress=True)
     return trace

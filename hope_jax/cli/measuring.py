@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from jax.extend.core import jaxprs_in_params
 
-from experiments.results import Row
 from hope_jax import train as training
+from hope_jax.cli.results import Row
 
 
 def machine() -> Row:

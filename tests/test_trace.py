@@ -12,10 +12,11 @@ import pytest
 from contexts import HOPE, VOCAB, close, config, made, stream
 from references import sigmoid
 
-from hope_jax import context, inspect
+from hope_jax import context
+from hope_jax import trace as tracing
 from hope_jax.errors import UserError
 from hope_jax.models import MODELS
-from hope_jax.nn.fast import sizes
+from hope_jax.nn.feed_forward.fast import sizes
 from hope_jax.nn.language_model import LanguageModel
 
 # ---------------------------------------------------------------- losses, states, writes
@@ -48,7 +49,7 @@ def test_watching_is_learning_with_the_same_losses_and_the_same_state(how, first
     state, read = before(model, params, tokens, how)
     kept, document = jax.tree.map(np.array, state), tokens[:, read : read + 10]
     expected, end = context.surprise(model, params, state, document)
-    trace, after = inspect.watch(model, params, state, document)
+    trace, after = tracing.watch(model, params, state, document)
     np.testing.assert_allclose(trace.surprise, expected, rtol=1e-9)
     close(after, end, rtol=1e-7, atol=1e-9)
     jax.tree.map(np.testing.assert_array_equal, state, kept)
@@ -59,7 +60,7 @@ def test_watching_is_learning_with_the_same_losses_and_the_same_state(how, first
 
 def test_writes_are_where_periods_end_and_have_the_size_of_what_changed(x64):
     model, params, tokens = made()
-    trace, _ = inspect.watch(model, params, context.start(model, params, 2), tokens[:, :18])
+    trace, _ = tracing.watch(model, params, context.start(model, params, 2), tokens[:, :18])
     assert trace.starts.tolist() == [0, 4, 8, 12, 16] and trace.written.shape == trace.drift.shape == (2, 5, 1, 2)
     assert [trace.starts[level[:, 0, 1] > 0].tolist() for level in trace.written] == [[4, 8, 12, 16], [8, 16]]
     fast = [stream(model, params, tokens[:, :n], (n,))[1].blocks.feed_forward.fast[0] for n in (8, 10)]
@@ -98,7 +99,7 @@ def test_the_gates_of_a_stream_are_those_of_its_tokens_at_the_weights_they_are_r
     params = random_params(model.init, tokens[:, :1])
     params["blocks"]["feed_forward"]["rate"] = jnp.full((2, 1), 100.0)
     _, state = context.surprise(model, params, context.start(model, params, 2), tokens[:, :2])
-    trace, after = inspect.watch(model, params, state, tokens[:, 2:])
+    trace, after = tracing.watch(model, params, state, tokens[:, 2:])
     assert trace.rate is not None and trace.retention is not None
     assert trace.starts.tolist() == [0, 2] and trace.rate.shape == trace.retention.shape == (2, 2, 2, 6)
     read = jax.jit(lambda t, state: model.apply({"params": params}, t, state, mutable=["intermediates"]))
@@ -185,7 +186,7 @@ def drawn_trace(gates, periods=((4,) * 3, (8,) * 3), tokens=120, written=1.0) ->
     gate = lambda: size(layers, 2, 2, tokens) if gates else None  # noqa: E731
     starts = np.arange(0, tokens, 4)
     levels = (written * size(len(periods), len(starts), layers, 2) for _ in range(2))
-    return inspect.Trace(size(2, tokens - 1), 1, gate(), gate(), starts, *levels, periods)
+    return tracing.Trace(size(2, tokens - 1), 1, gate(), gate(), starts, *levels, periods)
 
 
 ALL = ["surprise, nats", "eta", "1 - alpha", "drift, rms", "write, rms"]
@@ -198,16 +199,16 @@ ALL = ["surprise, nats", "eta", "1 - alpha", "drift, rms", "write, rms"]
     (drawn_trace(gates=False, tokens=1, written=0.0), [ALL[3]]),
 ], ids=["all", "no gates", "no retention and no writes", "one token"])  # fmt: skip
 def test_there_is_a_panel_for_whatever_there_is(trace, panels, tmp_path):
-    drawn = inspect.figure(trace, "A document")
+    drawn = tracing.figure(trace, "A document")
     assert [axes.get_ylabel() for axes in drawn.axes] == panels
     assert drawn.axes[0].get_title() == "A document" and drawn.axes[-1].get_xlim() == (0, trace.tokens)
-    path = inspect.draw(trace, tmp_path / "new" / "document", "A document")
+    path = tracing.draw(trace, tmp_path / "new" / "document", "A document")
     assert path == tmp_path / "new" / "document" and path.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_curves_are_at_their_tokens_and_levels_at_their_writes():
     trace = drawn_trace(gates=True)
-    drawn = inspect.figure(trace, "", compare=trace.surprise[:, 20:] + 5)
+    drawn = tracing.figure(trace, "", compare=trace.surprise[:, 20:] + 5)
     lines = [[np.array(line.get_data()) for line in axes.lines] for axes in drawn.axes]
     thin, _, other, _ = lines[0]
     assert [line[0, [0, -1]].tolist() for line in (thin, other)] == [[1, 119], [21, 119]]
@@ -232,11 +233,11 @@ def test_mistakes_are_those_of_learning_and_leave_the_state_as_it_was(untyped, x
     ]
     for weights, start, text, message in mistakes:
         with pytest.raises(UserError, match=message):
-            inspect.watch(model, weights, start, text)
+            tracing.watch(model, weights, start, text)
     jax.tree.map(np.testing.assert_array_equal, state, kept)
     plain = LanguageModel(MODELS["transformer_pp-tiny"])
     with pytest.raises(UserError, match="no level that can be written in context; use a hope or stacked model"):
-        inspect.watch(plain, {}, state.blocks, tokens)
+        tracing.watch(plain, {}, state.blocks, tokens)
     for shape in ((1, 5), (2, 121), (2, 0), (119,)):
         with pytest.raises(UserError, match="expected nats of these tokens, \\[2, 1 to 120\\]"):
-            inspect.figure(drawn_trace(gates=False), "", compare=np.ones(shape))
+            tracing.figure(drawn_trace(gates=False), "", compare=np.ones(shape))

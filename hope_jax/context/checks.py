@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from hope_jax.errors import UserError
-from hope_jax.nn.attention import room_left
-from hope_jax.nn.fast import ContextState, InterruptedState
-from hope_jax.train.digests import first_difference, kinds
+from hope_jax.nn.feed_forward.fast import ContextState, InterruptedState
+from hope_jax.nn.mixers.attention import room_left
+from hope_jax.storage.digests import first_difference, kinds
 from hope_jax.types import Array, Bool
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from hope_jax import ModelConfig
 from hope_jax.errors import UserError
 from hope_jax.models import with_in_context
-from hope_jax.nn.cms import Wiring
-from hope_jax.nn.fast import Inner, Writes
+from hope_jax.nn.feed_forward.cms import Wiring
+from hope_jax.nn.feed_forward.fast import Inner, Writes
 
 
 @dataclass(frozen=True)

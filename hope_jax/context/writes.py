@@ -23,7 +23,7 @@ from jax import lax
 
 from hope_jax.errors import UserError
 from hope_jax.levels import check_multiples, scan_periods
-from hope_jax.nn.fast import FastState, LevelsConfig, Writes
+from hope_jax.nn.feed_forward.fast import FastState, LevelsConfig, Writes
 from hope_jax.nn.language_model import BlockState
 from hope_jax.optim import muon_step
 from hope_jax.types import Array, Bool, Float, Int, Tokens

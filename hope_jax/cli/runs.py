@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from experiments.in_context import InContextConfig
-from experiments.running import keep_programs
 from hope_jax import LanguageModel, ModelConfig, context, model_named
 from hope_jax import train as training
+from hope_jax.cli.in_context import InContextConfig
+from hope_jax.cli.running import keep_programs
 from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
 from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
-from hope_jax.nn.cms import CMSConfig
-from hope_jax.train.array_file import empty_part, is_saved
-from hope_jax.train.digests import first_difference
+from hope_jax.nn.feed_forward.cms import CMSConfig
+from hope_jax.storage.array_file import empty_part, is_saved
+from hope_jax.storage.digests import first_difference
 from hope_jax.train.optimizer import OptimizerConfig
 from hope_jax.train.run_folder import flatten, hold
 

@@ -1,7 +1,7 @@
 """See what a memory does while it reads: surprise, inner rate and retention per token, what every level stores.
 
->>> trace, state = inspect.watch(model, params, model.init_state(params, batch=1), document)
->>> inspect.draw(trace, "document.png", "what was stored of it")
+>>> trace, state = trace.watch(model, params, model.init_state(params, batch=1), document)
+>>> trace.draw(trace, "document.png", "what was stored of it")
 
 A document is read in pieces that end where chunks end, so that every write lies between two of them.
 """
@@ -20,12 +20,13 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from hope_jax import context
-from hope_jax.context_checks import check_room
+from hope_jax.context.api import State
+from hope_jax.context.checks import check_room
+from hope_jax.context.writes import plan_of
 from hope_jax.errors import UserError
-from hope_jax.nn.fast import ContextState, InterruptedState, sizes
+from hope_jax.nn.feed_forward.fast import ContextState, InterruptedState, sizes
 from hope_jax.nn.language_model import BlockState, check_tokens
 from hope_jax.types import Array, Float, Int
-from hope_jax.writes import plan_of
 
 
 class Trace(NamedTuple):
@@ -72,9 +73,7 @@ class Trace(NamedTuple):
         return {"first": self.first, "surprise": surprise, **means, "starts": starts, "levels": levels}
 
 
-def watch(
-    model: Any, params: Any, state: context.State, tokens: Any, progress: bool = False
-) -> tuple[Trace, ContextState]:
+def watch(model: Any, params: Any, state: State, tokens: Any, progress: bool = False) -> tuple[Trace, ContextState]:
     """Read and store ``tokens`` as ``context.surprise`` does: the same losses and final state, up to rounding.
 
     Args:

@@ -1,7 +1,7 @@
 """Let a trained model read documents and keep what it read: surprise goes down, and the levels are saved.
 
-    python -m experiments learn --checkpoint runs/hope-tiny --data.path notes.txt
-    python -m experiments learn --checkpoint runs/hope-tiny --data.path notes.txt --passes 3 --periods 64 256
+    python -m hope_jax learn --checkpoint runs/hope-tiny --data.path notes.txt
+    python -m hope_jax learn --checkpoint runs/hope-tiny --data.path notes.txt --passes 3 --periods 64 256
 
 Each level of the model's continuum memory is rewritten whenever its period is over (``hope_jax/context.py``). Printed
 are bits per byte as the text is read, beside those of the same model when nothing is written: what the levels are
@@ -23,19 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import parse
-from experiments.checks import at_least_one
-from experiments.running import progress_interval
-from experiments.runs import Source, Trained, readings
 from hope_jax import context
 from hope_jax import train as training
+from hope_jax.cli.checks import at_least_one
+from hope_jax.cli.parse import parse
+from hope_jax.cli.running import progress_interval
+from hope_jax.cli.runs import Source, Trained, readings
+from hope_jax.context.writes import Nats, cross_entropy, plan_of
 from hope_jax.data.corpus import from_files
 from hope_jax.errors import UserError
-from hope_jax.nn.attention import slots_of
-from hope_jax.train.array_file import is_saved
-from hope_jax.train.digests import digest_arrays
+from hope_jax.nn.mixers.attention import slots_of
+from hope_jax.storage.array_file import is_saved
+from hope_jax.storage.digests import digest_arrays
 from hope_jax.types import Array, Int, Tokens
-from hope_jax.writes import Nats, cross_entropy, plan_of
 
 PIECE = 512
 """Tokens read at a time; as many more as make whole periods of the fastest level."""
@@ -77,7 +77,7 @@ class LearnConfig(Source):
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    config, stop = parse(LearnConfig, arguments, "learn"), training.Interrupt()
+    config, stop = parse(LearnConfig, arguments, "python -m hope_jax learn"), training.Interrupt()
     trained = config.trained()
     documents = [trained.tokenizer.encode(text) for text in texts(config.data.path)]
     task = _task(config, documents)
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         raise _said(reading.error, reading.done, "they are kept")
     print(f"saved: {place}")
     if reading.finished:
-        print(f'To ask: python -m experiments ask {shlex.join(config.flags())} "..."')
+        print(f'To ask: python -m hope_jax ask {shlex.join(config.flags())} "..."')
         return 0
     again = "the same command without --fresh" if config.fresh else "the same command"
     print(f"Stopped after {reading.done:,} tokens, which are kept; to go on: {again}.")

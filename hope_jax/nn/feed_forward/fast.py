@@ -1,8 +1,8 @@
 """Fast weights: what a sequence adds to the matrices of its levels while it is read ("in-context", SPEC 3.1).
 
 A level's matrices are ``theta_0 + Delta``: theta_0 are parameters, Delta belongs to one sequence and starts at 0. The
-feed-forward parts here only *read* Delta, from their state; ``hope_jax/context/writes.py`` writes it, from the loss of the
-whole model. A state without Delta is the static model, and Delta = 0 equals it to the bit.
+feed-forward parts here only *read* Delta, from their state; ``context/writes.py`` writes it, from the loss of the whole
+model. A state without Delta is the static model, and Delta = 0 equals it to the bit.
 """
 
 from collections.abc import Mapping

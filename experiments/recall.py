@@ -4,7 +4,7 @@
     python -m experiments recall --no-writes              # the same models with the inner learning rate at 0
     python -m experiments recall --length 128 --pairs 8 --rows hope --learning-rates 3e-3 --seeds 0
 
-A sequence shows pairs of key and value and later asks for the value of each key (``data.synthetic``). Every batch is
+A sequence shows pairs of key and value and later asks for the value of each key (``data.tasks``). Every batch is
 new, so nothing can be learned by heart. A model that holds no pair can at best name one of the values it saw: about
 1 / pairs, less if it misses those too. A run ends at 99.5% or after ``--steps``; over several learning rates the best
 counts. Each run appends a JSON line to ``recall.jsonl`` in ``--results``, from which the curves are drawn, so runs can
@@ -34,7 +34,7 @@ from hope_jax.cli.checks import at_least_one, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, append, deviation, open_results
 from hope_jax.cli.running import keep_programs, progress_interval
-from hope_jax.data.synthetic import IGNORE, mqar
+from hope_jax.data import IGNORE, mqar
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, Size

@@ -10,7 +10,7 @@ from hope_jax.data import (
     TrainBatches,
     open_text,
 )
-from hope_jax.data.pipeline import Order
+from hope_jax.data.batches import Order
 
 TEXT = "def naïve(x):\n\treturn  x + 1  # 東京 🙂\r\n\n\n"
 LETTERS = "abcdefghijklmnopqrst"

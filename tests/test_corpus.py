@@ -14,10 +14,10 @@ from hope_jax.data import (
     ByteTokenizer,
     DataConfig,
     JsonTokenizer,
-    corpus,
     make_tokenizer,
 )
-from hope_jax.data import tokenizers as our_tokenizers
+from hope_jax.data.text import corpus
+from hope_jax.data.text import tokenizers as our_tokenizers
 from hope_jax.errors import UserError
 
 # ---------------------------------------------------------------- tokenizers

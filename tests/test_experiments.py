@@ -16,8 +16,7 @@ from experiments.__main__ import main
 from hope_jax import LanguageModel
 from hope_jax.cli import benchmark
 from hope_jax.cli.main import main as commands
-from hope_jax.data import DataConfig
-from hope_jax.data.synthetic import IGNORE
+from hope_jax.data import IGNORE, DataConfig
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, MODELS, Size

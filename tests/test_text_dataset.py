@@ -11,10 +11,10 @@ from hope_jax.data import (
     ByteTokenizer,
     DataConfig,
     JsonTokenizer,
-    corpus,
     open_text,
-    text_dataset,
 )
+from hope_jax.data.text import corpus
+from hope_jax.data.text import windows as text_dataset
 from hope_jax.errors import UserError
 
 # ---------------------------------------------------------------- windows on disk

@@ -30,7 +30,7 @@ from hope_jax.cli.parse import parse
 from hope_jax.cli.running import progress_interval
 from hope_jax.cli.runs import Source, Trained, readings
 from hope_jax.context.writes import Nats, cross_entropy, plan_of
-from hope_jax.data.corpus import from_files
+from hope_jax.data.text.corpus import from_files
 from hope_jax.errors import UserError
 from hope_jax.nn.mixers.attention import slots_of
 from hope_jax.storage.array_file import is_saved

@@ -1,13 +1,13 @@
-"""One call from a configuration to batches: open_text. Read corpus.py next, then text_dataset.py and pipeline.py."""
+"""One call from a configuration to batches: open_text. Read corpus.py next, then windows.py and ../batches.py."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from hope_jax.data import corpus, text_dataset, tfds_source
-from hope_jax.data.config import DataConfig
-from hope_jax.data.pipeline import HeldoutBatches, Order, TrainBatches
-from hope_jax.data.text_dataset import Windows
-from hope_jax.data.tokenizers import Tokenizer
+from hope_jax.data.batches import HeldoutBatches, Order, TrainBatches
+from hope_jax.data.text import corpus, tfds_corpus, windows
+from hope_jax.data.text.config import DataConfig
+from hope_jax.data.text.tokenizers import Tokenizer
+from hope_jax.data.text.windows import Windows
 from hope_jax.errors import UserError
 
 
@@ -61,14 +61,14 @@ def open_text(
     """
     if length < 1:
         raise UserError(f"length must be at least 1 token, got {length}")
-    found = corpus.from_files(config.path) if config.tfds is None else tfds_source.from_tfds(config.tfds)
+    found = corpus.from_files(config.path) if config.tfds is None else tfds_corpus.from_tfds(config.tfds)
     pieces = corpus.split(found, config.heldout, config.seed)
-    fingerprint = text_dataset.fingerprint(found, pieces, tokenizer, length)
+    fingerprint = windows.fingerprint(found, pieces, tokenizer, length)
     folder = Path(cache_dir) / fingerprint
-    windows = text_dataset.load(folder)
-    if windows is None:
-        text_dataset.build(folder, found, pieces, tokenizer, length, progress)
-        windows = text_dataset.load(folder)
-    if windows is None:
+    splits = windows.load(folder)
+    if splits is None:
+        windows.build(folder, found, pieces, tokenizer, length, progress)
+        splits = windows.load(folder)
+    if splits is None:
         raise UserError(f"the prepared corpus in {folder} cannot be read back: check the disk and the permissions")
-    return TextData(windows["train"], windows["heldout"], fingerprint, found.skipped)
+    return TextData(splits["train"], splits["heldout"], fingerprint, found.skipped)

@@ -2,7 +2,7 @@
 
 Training order is one endless stream, a fresh permutation of all windows per epoch, of which process i of n
 takes every n-th batch row: n processes with batches of B see exactly what one process with batches of nB sees.
-Read synthetic.py next for tasks that need no text.
+Read tasks/recall.py next for a task that needs no text.
 """
 
 from collections.abc import Iterator, Sequence

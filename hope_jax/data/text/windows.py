@@ -3,7 +3,7 @@
 Documents follow one another without a separator; window k of a split holds tokens kT .. kT + T, so each token
 is predicted exactly once and the last tokens, fewer than T, are left out. Train and held-out windows never
 share a document. The dataset lies in a folder named by a fingerprint of everything that shaped it, appears
-there only when it is complete, and is opened without work the next time. Read pipeline.py next.
+there only when it is complete, and is opened without work the next time. Read ../batches.py next.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from google.protobuf.json_format import ParseError
 from jaxtyping import Int32
 from tqdm import tqdm
 
-from hope_jax.data.corpus import Corpus, Piece, Split
-from hope_jax.data.tokenizers import Tokenizer
+from hope_jax.data.text.corpus import Corpus, Piece, Split
+from hope_jax.data.text.tokenizers import Tokenizer
 from hope_jax.errors import UserError
 
 FORMAT = 1

@@ -1,7 +1,7 @@
-"""Synthetic tasks: example = function of (seed, index), so nothing is stored and any step can be replayed.
+"""Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): find the value bound to a key.
 
-Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): a context binds keys to values, and later
-each key comes back once; the model must say its value. What a model scores here is what its memory holds.
+A context binds keys to values, and later each key comes back once; the model must predict its value. A model can only
+score with what its memory holds.
 """
 
 import numpy as np

@@ -1,11 +1,9 @@
 """Text to token ids and back: plain bytes, or a JSON file of the `tokenizers` library.
 
-Both report how many bytes of text each token stands for, so that losses of different tokenizers can be
-compared in bits per byte. Read text_dataset.py next.
+Both report how many bytes of text each token stands for (byte_lengths.py). Read windows.py next.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +13,8 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32, Int64
 
-from hope_jax.data.config import DataConfig
+from hope_jax.data.text.byte_lengths import byte_lengths
+from hope_jax.data.text.config import DataConfig
 from hope_jax.errors import UserError
 
 PIECE_CHARACTERS = 1 << 16
@@ -97,7 +96,7 @@ class JsonTokenizer:
         self._tokenizer.no_padding()
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        self.byte_lengths = _byte_lengths(self._tokenizer, self.vocab_size)
+        self.byte_lengths = byte_lengths(self._tokenizer, self.vocab_size)
         if self.vocab_size == 0:
             raise UserError(f"tokenizer {str(path)!r} has no tokens: give one that has been trained")
 
@@ -151,31 +150,3 @@ def _pieces(text: str) -> Iterator[str]:
         start = stop
     if start < len(text):
         yield text[start:]
-
-
-def _byte_lengths(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Int64[np.ndarray, " vocab"]:
-    """Exact for byte-level and byte-fallback vocabularies; unused ids have 0."""
-    added = tokenizer.get_added_tokens_decoder()
-    byte_level = _is_byte_level(json.loads(tokenizer.to_str()))
-    lengths = np.zeros(vocab_size, np.int64)
-    for token, index in tokenizer.get_vocab().items():
-        lengths[index] = len(token) if byte_level and index not in added else _plain_length(token)
-    return lengths
-
-
-def _is_byte_level(definition: dict) -> bool:
-    """Byte-level vocabularies write each byte as one printable character."""
-    steps = [definition.get("pre_tokenizer"), definition.get("decoder")]
-    while steps:
-        step = steps.pop() or {}
-        if step.get("type") == "ByteLevel":
-            return True
-        steps += step.get("pretokenizers", []) + step.get("decoders", [])
-    return False
-
-
-def _plain_length(token: str) -> int:
-    """Other vocabularies write text as it is, but for the blank (one symbol) and for single bytes (<0x0A>)."""
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return 1
-    return len(token.replace("\u2581", " ").encode())

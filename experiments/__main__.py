@@ -9,7 +9,7 @@ from hope_jax.cli.main import run
 
 def main(arguments: Sequence[str]) -> int:
     """Run the experiment that ``arguments`` name; returns the exit status."""
-    return run("experiments", "experiment", EXPERIMENTS, arguments)
+    return run("experiments", "experiment", EXPERIMENTS, "experiments", arguments)
 
 
 if __name__ == "__main__":

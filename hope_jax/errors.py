@@ -1,7 +1,8 @@
-"""One class for mistakes of the caller, and the closest-name hint its messages use."""
+"""The errors a caller can mend: mistakes of their own, and a package of an extra that is not installed."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -15,3 +16,24 @@ def closest(name: str, names: Iterable[str]) -> str:
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
     return "known names: " + ", ".join(known)
+
+
+class MissingExtra(UserError, ImportError):
+    """A package that only an extra of hope_jax installs is missing."""
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of packages that the extra ``name`` of hope_jax installs (``setup.cfg`` lists them).
+
+    Raises:
+        MissingExtra: one of them is not installed; the sentence names the package and the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "hope_jax":  # a mistake of ours
+            raise
+        how = f"it comes with the extra [{name}]: pip install 'hope_jax[{name}]'"
+        raise MissingExtra(f"The package {package!r} is not installed; {how}") from error

@@ -7,23 +7,19 @@ A document is read in pieces that end where chunks end, so that every write lies
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from hope_jax import context
 from hope_jax.context.api import State
 from hope_jax.context.checks import check_room
 from hope_jax.context.writes import plan_of
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, extra
 from hope_jax.nn.feed_forward.fast import ContextState, InterruptedState, sizes
 from hope_jax.nn.language_model import BlockState, check_tokens
 from hope_jax.types import Array, Float, Int
@@ -91,7 +87,7 @@ def watch(model: Any, params: Any, state: State, tokens: Any, progress: bool = F
     now: Any = state
     length, starts, seen = tokens.shape[1], _starts(model, state, tokens.shape[1]), []
     ends = [*starts[1:], length]
-    for at, end in tqdm(zip(starts, ends, strict=True), "reading", len(starts), unit="chunk", disable=not progress):
+    for at, end in _shown(list(zip(starts, ends, strict=True)), progress):
         before = now.blocks.feed_forward.fast
         nats, now = context.surprise(model, params, now, tokens[:, at:end])
         seen.append((nats, _gates(model, params, now), *_sizes(before, now.blocks.feed_forward.fast)))
@@ -102,6 +98,15 @@ def watch(model: Any, params: Any, state: State, tokens: Any, progress: bool = F
     rate, retention = joined or (None, None)
     periods = model.config.feed_forward.periods(model.config.layers)
     return Trace(nats, length - nats.shape[1], rate, retention, np.array(starts), written, drift, periods), now
+
+
+def _shown(pieces: list[tuple[int, int]], progress: bool) -> Iterable[tuple[int, int]]:
+    """The pieces, counted by a bar if asked for."""
+    if not progress:
+        return pieces
+    with extra("train"):
+        from tqdm import tqdm
+    return tqdm(pieces, "reading", unit="chunk")
 
 
 def _starts(model: Any, state: ContextState | InterruptedState, length: int) -> list[int]:
@@ -128,15 +133,15 @@ def _sizes(before: Any, after: Any) -> tuple[Float[Array, "trees L B"], Float[Ar
 
 
 def draw(trace: Trace, path: str | Path, title: str, compare: Any = None) -> Path:
-    """``figure`` as a PNG in the file ``path``, which is returned; its folder is made."""
+    """``figure`` as a PNG in the file ``path``, which is returned; its folder is made. Needs the extra [train]."""
     path, drawn = Path(path), figure(trace, title, compare)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=120, format="png")
     return path
 
 
-def figure(trace: Trace, title: str, compare: Any = None) -> Figure:
-    """Surprise, eta, 1 - alpha, drift and sizes of writes above each other, as far as there are any.
+def figure(trace: Trace, title: str, compare: Any = None) -> Any:
+    """A matplotlib figure of one panel each: surprise, eta, 1 - alpha, drift and sizes of writes, where there are any.
 
     Of the gates, median and quartiles over heads and sequences; otherwise means over sequences, and a level's layers.
     Curves of tokens are running means over a fiftieth of the document.
@@ -145,8 +150,10 @@ def figure(trace: Trace, title: str, compare: Any = None) -> Figure:
       compare: nats of the same tokens read without learning, [B, n]: of the last n of them.
 
     Raises:
-      UserError: ``compare`` has another shape.
+      UserError: ``compare`` has another shape, or matplotlib (the extra [train]) is missing.
     """
+    with extra("train"):
+        from matplotlib.figure import Figure
     batch, length = len(trace.surprise), trace.tokens
     if compare is not None and np.shape(compare) not in [(batch, n + 1) for n in range(length)]:
         raise UserError(
@@ -164,7 +171,7 @@ def figure(trace: Trace, title: str, compare: Any = None) -> Figure:
     return drawn
 
 
-def _panels(trace: Trace, compare: Any) -> Iterator[Callable[[Axes], None]]:
+def _panels(trace: Trace, compare: Any) -> Iterator[Callable[[Any], None]]:
     curves = {"learning": trace.surprise} | ({} if compare is None else {"without": np.asarray(compare)})
     if trace.surprise.size:
         yield functools.partial(_draw_surprise, curves, trace.tokens)
@@ -177,7 +184,7 @@ def _panels(trace: Trace, compare: Any) -> Iterator[Callable[[Axes], None]]:
         yield functools.partial(_draw_writes, trace)
 
 
-def _draw_surprise(curves: dict[str, np.ndarray], length: int, axes: Axes) -> None:
+def _draw_surprise(curves: dict[str, np.ndarray], length: int, axes: Any) -> None:
     for i, (name, nats) in enumerate(curves.items()):
         mean, start = nats.mean(axis=0), length - nats.shape[1]
         at, smooth = _smooth(mean)
@@ -186,7 +193,9 @@ def _draw_surprise(curves: dict[str, np.ndarray], length: int, axes: Axes) -> No
     axes.set(ylabel="surprise, nats", ylim=(0, None))
 
 
-def _draw_gate(gate: Float[np.ndarray, "L B H T"], name: str, scale: str, axes: Axes) -> None:
+def _draw_gate(gate: Float[np.ndarray, "L B H T"], name: str, scale: str, axes: Any) -> None:
+    from matplotlib import colormaps
+
     named = np.linspace(0, len(gate) - 1, min(len(gate), 6)).round()
     for layer, values in enumerate(gate):
         quartiles = np.quantile(values, (0.25, 0.5, 0.75), axis=(0, 1))
@@ -203,14 +212,14 @@ def _smooth(values: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(len(values) - width + 1) + width // 2, np.convolve(values, np.full(width, 1 / width), "valid")
 
 
-def _draw_drift(trace: Trace, axes: Axes) -> None:
+def _draw_drift(trace: Trace, axes: Any) -> None:
     for period, _, drift in trace.levels():
         at, values = [*trace.starts, trace.tokens], [*drift, drift[-1]]
         axes.step(at, values, where="post", label=f"every {period:,} tokens")
     axes.set(ylabel="drift, rms", ylim=(0, None))
 
 
-def _draw_writes(trace: Trace, axes: Axes) -> None:
+def _draw_writes(trace: Trace, axes: Any) -> None:
     for period, written, _ in trace.levels():
         at, some = trace.starts[written > 0], written[written > 0]
         axes.plot(at, some, ".", label=f"every {period:,} tokens" if at.size else None)

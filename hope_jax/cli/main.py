@@ -16,23 +16,31 @@ from hope_jax.cli import COMMANDS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``hope-jax NAME [FLAGS]``, or ``python -m hope_jax``; None: the flags of this process."""
-    return run("hope_jax", "command", COMMANDS, sys.argv[1:] if arguments is None else arguments)
+    return run("hope_jax", "command", COMMANDS, "train", sys.argv[1:] if arguments is None else arguments)
 
 
-def run(program: str, kind: str, table: Mapping[str, str], arguments: Sequence[str]) -> int:
-    """Run the row of ``table`` that ``arguments`` name; returns the exit status. ``kind``: what a row is called."""
+def run(program: str, kind: str, table: Mapping[str, str], needs: str, arguments: Sequence[str]) -> int:
+    """Run the row of ``table`` that ``arguments`` name; returns the exit status.
+
+    Args:
+      program: what follows ``python -m``.
+      kind: what a row is called.
+      needs: the extra of hope_jax whose packages the rows import.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_listing(program, table), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     # Here and not above, so that the list appears at once.
-    from hope_jax.errors import UserError, closest
+    from hope_jax.errors import UserError, closest, extra
 
     name, *rest = arguments
     try:
         if name not in table:
             raise UserError(f"There is no {kind} {name!r}; {closest(name, table)}")
         module, function = table[name].split(":")
-        status = getattr(importlib.import_module(module), function)(rest) or 0
+        with extra(needs):
+            command = getattr(importlib.import_module(module), function)
+        status = command(rest) or 0
         sys.stdout.flush()
         return status
     except UserError as error:

@@ -9,18 +9,21 @@
 A sequence is a window of T + 1 tokens: the first T are read, the last T are predicted. Read text/__init__.py next.
 """
 
-from hope_jax.data.batches import HeldoutBatches, TrainBatches
-from hope_jax.data.tasks import IGNORE, mqar
-from hope_jax.data.text import (
-    ByteTokenizer,
-    Continuation,
-    DataConfig,
-    JsonTokenizer,
-    TextData,
-    Tokenizer,
-    make_tokenizer,
-    open_text,
-)
+from hope_jax.errors import extra
+
+with extra("train"):
+    from hope_jax.data.batches import HeldoutBatches, TrainBatches
+    from hope_jax.data.tasks import IGNORE, mqar
+    from hope_jax.data.text import (
+        ByteTokenizer,
+        Continuation,
+        DataConfig,
+        JsonTokenizer,
+        TextData,
+        Tokenizer,
+        make_tokenizer,
+        open_text,
+    )
 
 __all__ = [
     "IGNORE",

@@ -26,14 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, extra
 from hope_jax.interop.llama_config import Llama, read_json, read_llama
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.layers import EPS, param_dtype
 from hope_jax.nn.mixers.attention import AttentionConfig
+
+with extra("train"):
+    from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

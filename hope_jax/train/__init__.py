@@ -4,26 +4,29 @@ Read ``optimizer.py``, ``state.py``, ``step.py``, ``loop.py`` in this order; ``c
 ``record.py`` and ``interrupt.py`` are what the loop is handed.
 """
 
-from hope_jax.train.checkpoint import (
-    DamagedCheckpoint,
-    Manifest,
-    Saver,
-    check_room,
-    last_good,
-    read_manifest,
-    restore,
-    saved_steps,
-    set_aside,
-)
-from hope_jax.train.devices import cores, data_mesh, replicate, share, split_host
-from hope_jax.train.interrupt import Interrupt
-from hope_jax.train.loop import Plan, train
-from hope_jax.train.monitor import Diverged, Monitor
-from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
-from hope_jax.train.record import Record, draw_curve, read_rows
-from hope_jax.train.resume import IDENTITY, resume, step_to_resume
-from hope_jax.train.state import TrainState, abstract_state, count_parameters, init_state
-from hope_jax.train.step import Mean, evaluator, next_token_loss, train_step
+from hope_jax.errors import extra
+
+with extra("train"):
+    from hope_jax.train.checkpoint import (
+        DamagedCheckpoint,
+        Manifest,
+        Saver,
+        check_room,
+        last_good,
+        read_manifest,
+        restore,
+        saved_steps,
+        set_aside,
+    )
+    from hope_jax.train.devices import cores, data_mesh, replicate, share, split_host
+    from hope_jax.train.interrupt import Interrupt
+    from hope_jax.train.loop import Plan, train
+    from hope_jax.train.monitor import Diverged, Monitor
+    from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
+    from hope_jax.train.record import Record, draw_curve, read_rows
+    from hope_jax.train.resume import IDENTITY, resume, step_to_resume
+    from hope_jax.train.state import TrainState, abstract_state, count_parameters, init_state
+    from hope_jax.train.step import Mean, evaluator, next_token_loss, train_step
 
 __all__ = [
     "IDENTITY",

@@ -70,7 +70,7 @@ def imported(path: Path) -> set[str]:
 def test_every_package_that_is_imported_is_declared(folder, extras):
     declared = CORE.union(*(EXTRAS[name] for name in extras))
     # orbax and google are folders that several distributions share.
-    of = packages_distributions() | {"orbax": ["orbax-checkpoint"], "google": ["tensorflow-datasets"]}
+    of = dict(packages_distributions()) | {"orbax": ["orbax-checkpoint"], "google": ["tensorflow-datasets"]}
     for path in (ROOT / folder).rglob("*.py"):
         for name in imported(path):
             owners = {owner.lower().replace("_", "-") for owner in of[name]}

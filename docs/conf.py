@@ -6,7 +6,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # notebooks are written for two cores
 
 project = "hope_jax"
 author = "The hope_jax authors"
-copyright = "The hope_jax authors"  # noqa: A001, the name is Sphinx's
+copyright = "The hope_jax authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 

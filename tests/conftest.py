@@ -82,3 +82,20 @@ def bpe(tmp_path_factory):
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture
+def llama_like(tmp_path):
+    """Tokens hold the blank before a word; the decoder strips the one that every text gets in front."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"Onceupatimï", "▁a", "▁t"]
+    vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    model = tokenizers.models.BPE(vocab, [("▁", "a"), ("▁", "t")], byte_fallback=True, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    steps = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(list(steps))
+    d = tokenizers.decoders
+    tokenizer.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    tokenizer.save(str(tmp_path / "llama.json"))
+    from hope_jax.data import JsonTokenizer  # after the import hook
+
+    return JsonTokenizer(tmp_path / "llama.json")

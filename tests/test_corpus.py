@@ -7,79 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tokenizers
-from corpora import LETTERS, TEXT, open_folder
+from corpora import LETTERS, open_folder
 
 from hope_jax.data import (
-    ByteTokenizer,
     DataConfig,
-    JsonTokenizer,
-    make_tokenizer,
 )
 from hope_jax.data.text import corpus
-from hope_jax.data.text import tokenizers as our_tokenizers
+from hope_jax.data.text.files import from_files
 from hope_jax.errors import UserError
-
-# ---------------------------------------------------------------- tokenizers
-
-
-def test_bytes_round_trip_and_ids_are_the_utf8_bytes():
-    tokenizer = ByteTokenizer()
-    assert tokenizer.encode(TEXT).tolist() == list(TEXT.encode())
-    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-    assert tokenizer.encode(TEXT.encode()).tolist() == tokenizer.encode(TEXT).tolist()
-    assert tokenizer.decode([0xC3, ord("a")]) == "\ufffda"
-
-
-def test_byte_lengths_of_a_byte_level_json_sum_to_the_utf8_length(bpe):
-    tokenizer = make_tokenizer(DataConfig(tokenizer=str(bpe)))
-    ids = tokenizer.encode(TEXT + "the lazy fox<|énd|>")
-    assert tokenizer.vocab_size > 256 and len(ids) < len((TEXT + "the lazy fox").encode())
-    assert tokenizer.byte_lengths[ids].sum() == len((TEXT + "the lazy fox<|énd|>").encode())
-    assert tokenizer.decode(ids[:-1]) == TEXT + "the lazy fox"
-
-
-def test_byte_lengths_of_a_byte_fallback_json_sum_to_the_utf8_length(tmp_path):
-    symbols = [f"<0x{byte:02X}>" for byte in range(256)] + ["\u2581", "a", "b", "é", "<unk>"]
-    model = tokenizers.models.BPE({s: i for i, s in enumerate(symbols)}, [], byte_fallback=True, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
-    tokenizer.save(str(tmp_path / "t.json"))
-    loaded = JsonTokenizer(tmp_path / "t.json")
-    assert loaded.byte_lengths[loaded.encode("ab é 東京\n")].sum() == len("ab é 東京\n".encode())
-
-
-def test_long_texts_get_the_same_ids_as_in_one_piece(bpe, monkeypatch):
-    text = "".join(f"{TEXT}the {i} dogs\n\n  jump\n" for i in range(40))
-    whole = JsonTokenizer(bpe).encode(text)
-    monkeypatch.setattr(our_tokenizers, "PIECE_CHARACTERS", 200)
-    assert len(list(our_tokenizers._pieces(text))) > 5
-    assert JsonTokenizer(bpe).encode(text).tolist() == whole.tolist()
-    assert "".join(our_tokenizers._pieces("x" * 1000)) == "x" * 1000
-
-
-def test_many_texts_at_once_get_the_ids_of_each(bpe):
-    texts = [b"", TEXT.encode(), b"the fox", b""]
-    for tokenizer in (ByteTokenizer(), JsonTokenizer(bpe)):
-        assert [ids.tolist() for ids in tokenizer.encode_many(texts)] == [tokenizer.encode(t).tolist() for t in texts]
-
-
-@pytest.mark.parametrize("content, message", [(None, "is not a file"), ("{}", "not a JSON file"), ("[", "not a JSON")])
-def test_unusable_tokenizer_files_are_refused(tmp_path, content, message):
-    path = tmp_path / "t.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError, match=message):
-        make_tokenizer(DataConfig(tokenizer=str(path)))
-
-
-@pytest.mark.parametrize("ids", [[256], [-1], [0.5]])
-def test_ids_outside_the_vocabulary_are_refused(ids):
-    with pytest.raises(UserError, match="must be integers in 0..255"):
-        ByteTokenizer().decode(ids)
-
-
-# ---------------------------------------------------------------- corpus
 
 
 def test_a_folder_is_read_recursively_without_hidden_binary_and_empty_files(folder):
@@ -88,7 +23,7 @@ def test_a_folder_is_read_recursively_without_hidden_binary_and_empty_files(fold
     (folder / "image.png").write_bytes(b"\x89PNG\0\0")
     (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     (folder / "empty.txt").write_bytes(b"")
-    found = corpus.from_files([str(folder)])
+    found = from_files([str(folder)])
     assert sorted(found.names) == sorted(f"part{i % 3}/{letter}.txt" for i, letter in enumerate(LETTERS))
     assert found.skipped == 3
     assert found.size == sum(100 + i for i in range(20))
@@ -96,12 +31,12 @@ def test_a_folder_is_read_recursively_without_hidden_binary_and_empty_files(fold
 
 def test_files_folders_and_globs_that_overlap_count_each_file_once(folder):
     paths = [str(folder / "part0"), str(folder / "part0" / "a.txt"), str(folder / "*" / "[ab].txt"), str(folder / "**")]
-    assert len(corpus.from_files(paths).names) == 20
-    assert corpus.from_files([str(folder / "*" / "[abc].txt")]).names == ("part0/a.txt", "part1/b.txt", "part2/c.txt")
+    assert len(from_files(paths).names) == 20
+    assert from_files([str(folder / "*" / "[abc].txt")]).names == ("part0/a.txt", "part1/b.txt", "part2/c.txt")
 
 
 def test_default_corpus_is_the_standard_library_of_this_interpreter():
-    found = corpus.from_files(())
+    found = from_files(())
     library = Path(sysconfig.get_paths()["stdlib"])
     assert found.read(found.names.index("argparse.py")) == (library / "argparse.py").read_bytes()
     assert all(name.endswith(".py") and "site-packages" not in name for name in found.names)
@@ -109,7 +44,7 @@ def test_default_corpus_is_the_standard_library_of_this_interpreter():
 
 
 def test_every_document_is_either_trained_on_or_held_out(folder):
-    found = corpus.from_files([str(folder)])
+    found = from_files([str(folder)])
     pieces = corpus.split(found, heldout=0.25, seed=0)
     train, heldout = ({piece.document for piece in part} for part in pieces)
     assert not train & heldout and train | heldout == set(range(20))
@@ -123,14 +58,14 @@ def test_every_document_is_either_trained_on_or_held_out(folder):
 def test_the_held_out_choice_follows_names_not_places(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "0.txt").write_text("one more")
-    first, second = (corpus.from_files([str(path)]) for path in (folder, tmp_path / "elsewhere"))
+    first, second = (from_files([str(path)]) for path in (folder, tmp_path / "elsewhere"))
     chosen = [{c.names[piece.document] for piece in corpus.split(c, 0.5, 0).heldout} for c in (first, second)]
     assert chosen[1] - {"0.txt"} == chosen[0]
 
 
 def test_a_single_file_holds_out_its_last_bytes_at_a_character(tmp_path):
     (tmp_path / "one.txt").write_text("é" * 101)
-    found = corpus.from_files([str(tmp_path / "one.txt")])
+    found = from_files([str(tmp_path / "one.txt")])
     pieces = corpus.split(found, heldout=0.1, seed=0)
     text = found.read(0)
     train, heldout = (text[p.start : p.stop] for (p,) in pieces)
@@ -173,7 +108,7 @@ def test_a_folder_that_cannot_be_listed_is_refused_and_not_passed_over(folder, m
 
     monkeypatch.setattr(os, "scandir", scandir)  # as root, no mode of a folder forbids anything
     with pytest.raises(UserError, match="folder '.*part1' cannot be read: Permission denied"):
-        corpus.from_files([str(folder / given)])
+        from_files([str(folder / given)])
 
 
 @pytest.mark.parametrize(
@@ -192,3 +127,77 @@ def test_contradictory_configurations_are_refused(fields, message):
 def test_a_path_given_as_one_string_is_refused():
     with pytest.raises(UserError, match="must be a tuple of strings, got the string 'a.txt'"):
         DataConfig.__post_init__(SimpleNamespace(path="a.txt"))  # not by the constructor: tests check its types
+
+
+# ---------------------------------------------------------------- what is left out, links, names, pipes
+
+
+def test_what_is_left_out_is_said_with_files_bytes_and_reasons(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_bytes("Zwölf".encode("latin-1"))
+    (tmp_path / "b.bin").write_bytes(b"ab\0")
+    (tmp_path / "empty").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    found = from_files([str(tmp_path)])
+    assert found.skipped == 14
+    assert found.left_out == (
+        "Left out 14 of 15 files: 1 a broken link (0 bytes), 1 a pipe (0 bytes), 1 binary (3 bytes), 1 empty "
+        "(0 bytes), 10 not UTF-8 (50 bytes)."
+    )
+    assert from_files([str(tmp_path / "a.txt")]).left_out == ""
+
+
+def test_linked_folders_are_read_like_a_glob_reads_them_and_circles_end(tmp_path):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "b.txt").write_text("book")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "books")
+    (tmp_path / "texts" / "again").symlink_to(tmp_path / "books")
+    (tmp_path / "books" / "circle").symlink_to(tmp_path / "texts")
+    found = from_files([str(tmp_path / "texts")])
+    assert found.names == ("a.txt", "again/b.txt")
+    assert from_files([str(tmp_path / "texts" / "**" / "*.txt")]).names == found.names
+
+
+def test_a_file_name_that_is_not_utf8_is_a_name_like_any_other(tmp_path):
+    root = tmp_path / "texts"
+    root.mkdir()
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.txt")).write_text("x" * 200)
+    (root / "b.txt").write_text("y" * 200)
+    data = open_folder(root, tmp_path / "cache", heldout=0.5)
+    assert {chr(t) for windows in (data.train, data.heldout) for window in windows for t in window} == {"x", "y"}
+
+
+@pytest.mark.parametrize("kind", ["named pipe", "pipe", "device"])
+def test_a_pipe_or_device_is_refused_as_such_at_once(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    reader, writer = os.pipe()
+    path = {"named pipe": tmp_path / "pipe", "pipe": f"/dev/fd/{reader}", "device": "/dev/zero"}[kind]
+    with pytest.raises(UserError, match="is a device" if kind == "device" else "is a pipe .it can be read only once"):
+        from_files([str(path)])
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    found = from_files([str(tmp_path)])
+    (tmp_path / "a.txt").write_text("texts")
+    with pytest.raises(UserError, match="a.txt' has changed since"):
+        found.read(0)
+
+
+@pytest.mark.parametrize("heldout", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("sizes", [(3, 2000), (2000, 3), (1, 2000, 1), (1000, 1000), (5, 5, 5, 9000, 5)], ids=str)
+def test_both_parts_get_their_share_of_the_bytes_whatever_the_sizes(sizes, heldout):
+    documents = [bytes([97 + i]) * size for i, size in enumerate(sizes)]
+    for seed in range(5):
+        for known in (sizes, None):
+            found = corpus.Corpus([str(i) for i in range(len(sizes))], documents.__getitem__, "", known)
+            parts = corpus.split(found, heldout, seed)
+            texts = [b"".join(documents[p.document][p.start : p.stop] for p in part) for part in parts]
+            assert sorted(b"".join(texts)) == sorted(b"".join(documents)), "every byte is in one part"
+            assert len(texts[1]) >= heldout / 4 * sum(sizes) and len(texts[0]) >= (1 - heldout) / 4 * sum(sizes)

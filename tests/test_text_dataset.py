@@ -1,6 +1,11 @@
 """The tokenized windows on disk: complete, cached, rebuilt when damaged."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +18,8 @@ from hope_jax.data import (
     JsonTokenizer,
     open_text,
 )
-from hope_jax.data.text import corpus
-from hope_jax.data.text import windows as text_dataset
+from hope_jax.data.text import building, corpus, windows
+from hope_jax.data.text.files import from_files
 from hope_jax.errors import UserError
 
 # ---------------------------------------------------------------- windows on disk
@@ -22,11 +27,11 @@ from hope_jax.errors import UserError
 
 @pytest.mark.parametrize("kind", ["bytes", "json"])
 def test_windows_hold_every_token_of_the_training_text_in_order(folder, tmp_path, bpe, monkeypatch, kind):
-    monkeypatch.setattr(text_dataset, "SHARD_WINDOWS", 7)  # several files
-    monkeypatch.setattr(text_dataset, "GROUP_BYTES", 300)
+    monkeypatch.setattr(windows, "SHARD_WINDOWS", 7)  # several files
+    monkeypatch.setattr(building, "GROUP_BYTES", 300)
     tokenizer = ByteTokenizer() if kind == "bytes" else JsonTokenizer(bpe)
     data = open_folder(folder, tmp_path / "cache", tokenizer=tokenizer)
-    found = corpus.from_files([str(folder)])
+    found = from_files([str(folder)])
     train = corpus.split(found, 0.05, 0).train
     tokens = np.concatenate([tokenizer.encode(found.read(piece.document)) for piece in train])
     assert len(data.train) == (len(tokens) - 1) // LENGTH
@@ -58,7 +63,7 @@ def test_fingerprint_depends_on_content_tokenizer_length_and_split_but_not_on_pl
 
 def test_second_opening_reads_the_cache(folder, tmp_path, monkeypatch):
     first = open_folder(folder, tmp_path / "cache")
-    monkeypatch.delattr(text_dataset, "build")
+    monkeypatch.delattr(building, "build")
     second = open_folder(folder, tmp_path / "cache")
     np.testing.assert_array_equal(stream(second.train), stream(first.train))
 
@@ -95,7 +100,7 @@ def test_an_incomplete_cache_is_built_again(folder, tmp_path, damage):
     first = open_folder(folder, tmp_path / "cache")
     expected = stream(first.train)
     damage(next((tmp_path / "cache").glob("*/text_windows/1.0.0")))
-    assert text_dataset.load(tmp_path / "cache" / first.fingerprint) is None
+    assert windows.load(tmp_path / "cache" / first.fingerprint) is None
     second = open_folder(folder, tmp_path / "cache")
     np.testing.assert_array_equal(stream(second.train), expected)
     assert len(list(second.heldout)) == len(second.heldout) > 0
@@ -105,7 +110,7 @@ def test_an_interrupted_build_leaves_nothing_behind(folder, tmp_path, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(text_dataset.TextWindows, "_examples", interrupt)
+    monkeypatch.setattr(windows.TextWindows, "_examples", interrupt)
     with pytest.raises(KeyboardInterrupt):
         open_folder(folder, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -114,7 +119,7 @@ def test_an_interrupted_build_leaves_nothing_behind(folder, tmp_path, monkeypatc
 def test_a_dataset_that_another_process_finished_first_is_used(folder, tmp_path):
     data = open_folder(folder, tmp_path / "cache")
     shutil.copytree(tmp_path / "cache" / data.fingerprint, tmp_path / "mine")
-    text_dataset._install(tmp_path / "mine", tmp_path / "cache" / data.fingerprint)
+    building._install(tmp_path / "mine", tmp_path / "cache" / data.fingerprint)
     assert (tmp_path / "mine").exists()
 
 
@@ -178,3 +183,71 @@ def test_a_full_disk_is_refused_before_anything_is_written(folder, tmp_path, mon
     with pytest.raises(UserError, match="0 MB are free"):
         open_folder(folder, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+# ---------------------------------------------------------------- leftovers, advice, places
+
+
+def test_what_a_dead_process_left_is_cleared_but_not_what_a_living_one_builds(folder, tmp_path):
+    cache = tmp_path / "cache"
+    (cache / ".building-dead").mkdir(parents=True)
+    (cache / ".building-dead" / "train.tokens").write_bytes(b"x" * 1000)
+    with building._unfinished(cache) as mine:
+        building.clear_unfinished(cache)
+        assert mine.exists() and (cache / ".building-dead").exists(), "somebody is building"
+    data = open_folder(folder, cache)
+    assert [path.name for path in cache.iterdir()] == [data.fingerprint]
+
+
+def test_a_killed_process_frees_the_lock(tmp_path):
+    code = "import os, signal, sys; from pathlib import Path; from hope_jax.data.text.building import _unfinished\n"
+    code += "with _unfinished(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGTERM)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parent.parent)
+    assert done.returncode == -signal.SIGTERM and len(list(tmp_path.iterdir())) == 1
+    building.clear_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blanks_in_front_of_many_tiny_files_are_named_as_the_cause(llama_like, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(50):
+        (tmp_path / "texts" / f"{i}.txt").write_text("a time")
+    with pytest.raises(UserError, match="puts a blank in front of each of 50 texts.*join the texts"):
+        open_folder(tmp_path / "texts", tmp_path / "cache", tokenizer=llama_like)
+    (tmp_path / "one.txt").write_text("a time\n" * 50)
+    assert len(open_folder(tmp_path / "one.txt", tmp_path / "cache", tokenizer=llama_like, heldout=0.3).train)
+
+
+@pytest.mark.parametrize(
+    ("size", "heldout", "advice"),
+    [
+        (400, 0.01, "or a larger --data.heldout"),
+        (400, 0.99, "or a smaller --data.heldout"),
+        (20, 0.5, "or a smaller --length$"),
+    ],
+)
+def test_the_advice_on_a_text_that_is_too_short_helps(tmp_path, size, heldout, advice):
+    (tmp_path / "a.txt").write_text("x" * size)
+    with pytest.raises(UserError, match=advice):
+        open_folder(tmp_path / "a.txt", tmp_path / "cache", heldout=heldout)
+
+
+@pytest.mark.parametrize("name", ["lr [0.1]", "a*b", "50%", "späß 日本"])
+def test_every_place_of_the_cache_works(folder, tmp_path, name):
+    cache = tmp_path / name
+    first = open_folder(folder, cache)
+    np.testing.assert_array_equal(stream(open_folder(folder, cache).train), stream(first.train))
+
+
+def test_a_place_whose_name_is_not_utf8_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="udce9' has a name that is not UTF-8"):
+        open_folder(folder, tmp_path / os.fsdecode(b"caf\xe9"))
+
+
+def test_what_is_left_out_is_said_on_stderr_with_progress_alone(folder, tmp_path, capfd):
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    assert open_folder(folder, tmp_path / "cache").left_out == "Left out 1 of 21 files: 1 not UTF-8 (4 bytes)."
+    assert capfd.readouterr() == ("", "")
+    config = DataConfig(path=(str(folder),))
+    open_text(config, ByteTokenizer(), length=LENGTH, cache_dir=tmp_path / "cache", progress=True)
+    assert "Left out 1 of 21 files: 1 not UTF-8 (4 bytes)." in capfd.readouterr().err

@@ -30,7 +30,7 @@ from hope_jax.cli.parse import parse
 from hope_jax.cli.running import progress_interval
 from hope_jax.cli.runs import Source, Trained, readings
 from hope_jax.context.writes import Nats, cross_entropy, plan_of
-from hope_jax.data.text.corpus import from_files
+from hope_jax.data.text.files import from_files
 from hope_jax.errors import UserError
 from hope_jax.nn.mixers.attention import slots_of
 from hope_jax.storage.array_file import is_saved
@@ -128,6 +128,8 @@ def _begin(trained: Trained, config: LearnConfig, task: str) -> tuple["Reading",
 def texts(paths: Sequence[str]) -> list[bytes]:
     """The documents. Raises UserError where there is nothing to read."""
     corpus = from_files(paths)
+    if corpus.left_out:
+        print(corpus.left_out, file=sys.stderr)
     return [corpus.read(i) for i in range(len(corpus.names))]
 
 

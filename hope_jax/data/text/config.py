@@ -10,13 +10,15 @@ class DataConfig:
     """Text, tokenizer and held-out split. Raises UserError for values outside the ranges given below."""
 
     path: tuple[str, ...] = ()
-    """Text files, folders (read recursively) or globs. Empty: the Python standard library of this interpreter."""
+    """Text files, folders or globs. Folders are read recursively, links too; hidden files and folders are not read.
+    Empty: the Python standard library of this interpreter."""
     tfds: str | None = None
     """Name (or folder) of a TFDS dataset with a text feature, instead of path. Documents play the role of files."""
     tokenizer: str | None = None
     """Path of a JSON file of the `tokenizers` library. None: bytes, 256 tokens."""
     heldout: float = 0.05
-    """Fraction of the files, between 0 and 1, that is never trained on. Of a single file: the last bytes of it."""
+    """Fraction of the files, between 0 and 1, that is never trained on. Of a single file, or where one file is most of
+    the text: the last bytes of it."""
     seed: int = 0
     """Chooses which files are held out. The order of training windows has its own seed."""
 

@@ -1,11 +1,15 @@
 """One call from a configuration to batches: open_text. Read corpus.py next, then windows.py and ../batches.py."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from hope_jax.data.batches import HeldoutBatches, Order, TrainBatches
-from hope_jax.data.text import corpus, tfds_corpus, windows
+from hope_jax.data.text import building, corpus, tfds_corpus, windows
 from hope_jax.data.text.config import DataConfig
+from hope_jax.data.text.files import from_files
 from hope_jax.data.text.tokenizers import Tokenizer
 from hope_jax.data.text.windows import Windows
 from hope_jax.errors import UserError
@@ -15,15 +19,17 @@ from hope_jax.errors import UserError
 class TextData:
     """A tokenized corpus, ready to be read.
 
-    train, heldout: windows of T + 1 tokens, int32; they share no document (no byte, if there is only one).
+    train, heldout: windows of T + 1 tokens, int32; they share no document, or no byte where one document was cut.
     fingerprint:    changes when the corpus, the held-out choice, the tokenizer or the length changes.
-    skipped:        files of folders and globs that were left out because they are empty or not UTF-8 text.
+    skipped:        files of folders and globs that were left out.
+    left_out:       one sentence: how many files and bytes were left out, and why; empty if none were.
     """
 
     train: Windows
     heldout: Windows
     fingerprint: str
     skipped: int
+    left_out: str
 
     def train_batches(self, *, batch: int, seed: int, process_index: int = 0, process_count: int = 1) -> TrainBatches:
         """Endless int32 [B, T + 1], with get_state and set_state.
@@ -54,21 +60,25 @@ def open_text(
         tokenizer: of make_tokenizer(config).
         length: T, tokens predicted per window, at least 1.
         cache_dir: folder that keeps tokenized corpora; made if needed.
-        progress: show a bar on stderr while tokenizing.
+        progress: show on stderr what was left out, and a bar while tokenizing.
 
     Raises:
         UserError: no such text, too little of it, or nowhere to write.
     """
     if length < 1:
         raise UserError(f"length must be at least 1 token, got {length}")
-    found = corpus.from_files(config.path) if config.tfds is None else tfds_corpus.from_tfds(config.tfds)
+    found = from_files(config.path) if config.tfds is None else tfds_corpus.from_tfds(config.tfds)
+    if progress and found.left_out:
+        tqdm.write(found.left_out, file=sys.stderr)
+    building.check_place(Path(cache_dir))
+    building.clear_unfinished(Path(cache_dir))
     pieces = corpus.split(found, config.heldout, config.seed)
-    fingerprint = windows.fingerprint(found, pieces, tokenizer, length)
+    fingerprint = building.fingerprint(found, pieces, tokenizer, length)
     folder = Path(cache_dir) / fingerprint
     splits = windows.load(folder)
     if splits is None:
-        windows.build(folder, found, pieces, tokenizer, length, progress)
+        building.build(folder, found, pieces, tokenizer, length, progress)
         splits = windows.load(folder)
     if splits is None:
         raise UserError(f"the prepared corpus in {folder} cannot be read back: check the disk and the permissions")
-    return TextData(splits["train"], splits["heldout"], fingerprint, found.skipped)
+    return TextData(splits["train"], splits["heldout"], fingerprint, found.skipped, found.left_out)

@@ -30,7 +30,7 @@ def from_tfds(name: str) -> Corpus:
         names=[f"{split}/{i}" for i in range(len(source))],
         read=lambda document: _to_bytes(source[document][feature]),
         digest=_digest(builder, split, feature),
-        size=None,
+        sizes=None,
     )
 
 

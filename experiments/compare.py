@@ -32,10 +32,10 @@ from hope_jax.cli.checks import at_least_one
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, append, deviation, open_results
 from hope_jax.cli.running import keep_programs, progress_interval
+from hope_jax.config import flatten
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.train.optimizer import OptimizerConfig
-from hope_jax.train.run_folder import flatten
 
 FILE = "compare.jsonl"
 CONTROL = "_without_writes"
@@ -127,7 +127,7 @@ def run(config: CompareConfig, row: str, seed: int, tokenizer: Any, data: Any, p
     batches = data.train_batches(batch=config.batch, seed=seed)
     state = jax.jit(functools.partial(training.init_state, model, tx))(jax.random.key(seed))
     about = {name: getattr(config, name) for name in ("size", "length", "batch", "steps", "eval_batches")}
-    about |= {"text": config.name, "row": row, "seed": seed, **flatten(config.optimizer, "optimizer")}
+    about |= {"text": config.name, "row": row, "seed": seed, **flatten({"optimizer": config.optimizer})}
     about |= {"parameters": training.count_parameters(state.params), "fingerprint": data.fingerprint}
     interval, since = progress_interval(), time.monotonic()
     with tqdm(total=config.steps, desc=f"{row}, seed {seed}", unit="step", mininterval=interval) as bar:

@@ -38,6 +38,7 @@ from hope_jax.cli.checks import at_least_one, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, append, open_results, settings, spread
 from hope_jax.cli.running import keep_programs, progress_interval
+from hope_jax.config import flatten
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
@@ -45,7 +46,6 @@ from hope_jax.models import ARCHITECTURES, Size
 from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.optim.by_level import STATIC, level_labels
 from hope_jax.train.optimizer import OptimizerConfig
-from hope_jax.train.run_folder import flatten
 
 FILE = "domains.jsonl"
 KINDS = {"levels": (True, True), "together": (False, False), "later": (False, True)}
@@ -130,7 +130,7 @@ class DomainsConfig:
 
     def setting(self, texts: Sequence[Any]) -> Row:
         """What must agree before two runs are compared."""
-        about = {name: value for name, value in flatten(self, "").items() if name.split(".")[0] not in VARIED}
+        about = {name: value for name, value in flatten(self).items() if name.split(".")[0] not in VARIED}
         return about | {"first": texts[0].fingerprint, "second": texts[1].fingerprint}
 
 

@@ -37,6 +37,7 @@ from hope_jax.cli.checks import at_least_one
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, append, deviation, open_results, settings
 from hope_jax.cli.running import keep_programs, progress_interval
+from hope_jax.config import flatten
 from hope_jax.context.writes import plan_of
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
@@ -45,7 +46,6 @@ from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.nn.feed_forward.fast import Writes
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.train.optimizer import OptimizerConfig
-from hope_jax.train.run_folder import flatten
 
 FILE = "knowledge.jsonl"
 TEST, CHOICE = 1_000_003, 1_000_033
@@ -121,7 +121,7 @@ class KnowledgeConfig:
 
     def setting(self, text: str) -> Row:
         """What must agree before two runs are compared; ``text`` is its fingerprint."""
-        about = {name: value for name, value in flatten(self, "").items() if name.split(".")[0] not in VARIED}
+        about = {name: value for name, value in flatten(self).items() if name.split(".")[0] not in VARIED}
         return about | {"rates": {name: list(rates) for name, rates in RATES.items()}, "text fingerprint": text}
 
     @property

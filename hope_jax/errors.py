@@ -37,3 +37,14 @@ def extra(name: str) -> Iterator[None]:
             raise
         how = f"it comes with the extra [{name}]: pip install 'hope_jax[{name}]'"
         raise MissingExtra(f"The package {package!r} is not installed; {how}") from error
+
+
+class Stopped(Exception):
+    """Work that was asked to stop has stopped, and what it had done is saved; the message says how far it came.
+
+    ``signal``: number of the signal that asked, such as SIGTERM.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

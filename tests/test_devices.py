@@ -95,7 +95,7 @@ def test_a_run_goes_on_on_other_devices_and_says_so(tmp_path, monkeypatch, capsy
         assert main([*flags, "--run", str(tmp_path / "moved"), "--steps", steps, "--devices", devices]) == 0
         said = capsys.readouterr().out
         assert f"{devices} of {jax.device_count()}" in said
-    assert "It was saved on 1 and goes on on 2 devices: the same up to rounding." in said
+    assert "It was saved on 1 devices and goes on on 2: sums are rounded differently there." in said
     for steps in ("2", "4"):
         assert main([*flags, "--run", str(tmp_path / "stayed"), "--steps", steps, "--devices", "1"]) == 0
     assert "was saved on" not in capsys.readouterr().out

@@ -16,12 +16,12 @@ from experiments.__main__ import main
 from hope_jax import LanguageModel
 from hope_jax.cli import benchmark
 from hope_jax.cli.main import main as commands
+from hope_jax.config import flatten
 from hope_jax.data import IGNORE, DataConfig
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, MODELS, Size
 from hope_jax.train.optimizer import OptimizerConfig
-from hope_jax.train.run_folder import flatten
 
 TASK = {"width": 16, "layers": 1, "length": 16, "pairs": 2, "vocab": 16, "batch": 8, "seeds": (0,), "eval_batches": 1}
 
@@ -180,7 +180,7 @@ def result(bits=2.0, seed=0, step=5, **changes):
         "parameters": 7,
         "steps": 5,
         "eval_batches": 1,
-        **flatten(OptimizerConfig(learning_rate=1e-3), "optimizer"),
+        **flatten({"optimizer": OptimizerConfig(learning_rate=1e-3)}),
     }
     return about | {"seed": seed, "step": step, "tokens": 8 * step, "bits_per_byte": bits} | changes
 

@@ -97,7 +97,7 @@ def test_only_a_last_line_without_its_end_may_be_left_out(tmp_path):
     [
         (json.dumps(ROW)[:-5], "is not JSON"),
         ("", "is not JSON"),
-        ("3", "has no step, tokens, split, bits_per_byte"),
+        ("3", "has no step, tokens, split:"),
         (json.dumps({name: value for name, value in ROW.items() if name != "step"}), "has no step:"),
     ],
 )
@@ -125,6 +125,9 @@ class FakeBatches:
     def get_state(self):
         return {"given": self.given}
 
+    def set_state(self, state):
+        self.given = state["given"]
+
 
 class StopAfter:
     """Asks to stop once ``count`` batches were given out."""
@@ -137,7 +140,7 @@ class StopAfter:
         return self._batches.given == self._count
 
 
-def fake_run(tmp_path, plan, *, poison=None, stop_after=None, heldout=(3.0,) * 9):
+def fake_run(tmp_path, steps, *, poison=None, stop_after=None, heldout=(3.0,) * 9, until=lambda _: False):
     """Train a counter through the real loop, saver, record and monitor; returns the events and the final state."""
     events, heldout = [], iter(heldout)
 
@@ -147,9 +150,9 @@ def fake_run(tmp_path, plan, *, poison=None, stop_after=None, heldout=(3.0,) * 9
             super().train(done, metrics)
 
     class Saving(training.Saver):
-        def save(self, state, data):
+        def save(self, state, data, **about):
             events.append(("saved", int(state.step), data["given"]))
-            super().save(state, data)
+            super().save(state, data, **about)
 
     def step_fn(state, batch):
         events.append(("dispatched", batch))
@@ -166,19 +169,23 @@ def fake_run(tmp_path, plan, *, poison=None, stop_after=None, heldout=(3.0,) * 9
     stop = StopAfter(batches, stop_after)
     with (
         training.Record(tmp_path, 0) as record,
-        Watching(record, 0, plan.steps, 10) as monitor,
+        Watching(record, 0, steps.total, 10) as monitor,
         Saving(tmp_path, {}, 2) as saver,
     ):
-        handed = {"step_fn": step_fn, "evaluate": evaluate, "saver": saver, "monitor": monitor, "stop": stop}
+
+        def save(state):
+            saver.save(state, batches.get_state())
+
+        handed = {"step_fn": step_fn, "evaluate": evaluate, "save": save, "monitor": monitor, "stop": stop}
         try:
-            state = training.train(plan, state, batches, **handed)
+            state = training.run_steps(steps, state, batches, until=until, **handed)
         except training.Diverged as error:
             events.append(("diverged", str(error)))
     return events, state
 
 
 def test_the_loop_looks_at_step_n_minus_1_after_dispatching_n_and_pauses_only_where_planned(tmp_path):
-    events, _ = fake_run(tmp_path, training.Plan(steps=4, eval_every=4, save_every=3))
+    events, _ = fake_run(tmp_path, training.Steps(total=4, eval_every=4, save_every=3))
     assert events == [
         ("measured",),
         ("dispatched", 1),
@@ -196,7 +203,7 @@ def test_the_loop_looks_at_step_n_minus_1_after_dispatching_n_and_pauses_only_wh
 
 
 def test_a_request_to_stop_finishes_the_step_and_saves_it_with_the_data_position(tmp_path):
-    events, state = fake_run(tmp_path, training.Plan(steps=9, eval_every=9, save_every=9), stop_after=2)
+    events, state = fake_run(tmp_path, training.Steps(total=9, eval_every=9, save_every=9), stop_after=2)
     assert int(state.step) == 2
     assert events[-2:] == [("seen", 2), ("saved", 2, 2)]
     assert training.read_manifest(tmp_path, 2).data == {"given": 2}
@@ -204,15 +211,15 @@ def test_a_request_to_stop_finishes_the_step_and_saves_it_with_the_data_position
 
 @pytest.mark.parametrize("poison", [2, 3, 4])
 def test_nan_stops_before_anything_is_saved_over_the_last_good_step_and_names_the_step(tmp_path, poison):
-    events, _ = fake_run(tmp_path, training.Plan(steps=9, eval_every=9, save_every=2), poison=poison)
+    events, _ = fake_run(tmp_path, training.Steps(total=9, eval_every=9, save_every=2), poison=poison)
     assert events[-1][0] == "diverged" and f"step {poison}: the loss became nan" in events[-1][1]
     assert training.saved_steps(tmp_path) == [step for step in (2, 4) if step < poison]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_held_out_measurement_that_is_not_finite_stops_before_its_step_is_saved(tmp_path, value):
-    plan = training.Plan(steps=9, eval_every=2, save_every=2)
-    events, _ = fake_run(tmp_path, plan, heldout=(3.0, 3.0, value))
+    steps = training.Steps(total=9, eval_every=2, save_every=2)
+    events, _ = fake_run(tmp_path, steps, heldout=(3.0, 3.0, value))
     assert events[-2] == ("measured",) and f"step 4: the held-out loss became {value}" in events[-1][1]
     assert training.saved_steps(tmp_path) == [2]
     rows = training.read_rows(tmp_path / "metrics.jsonl")

@@ -1,8 +1,6 @@
 """The flags of levels that learn in context, for experiments that train a model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from hope_jax import ModelConfig
 from hope_jax.errors import UserError
@@ -37,16 +35,6 @@ class InContextConfig:
         writes = Writes(self.rate, self.inner, self.bptt, self.rank)
         return with_in_context(model, self.in_context, self.wiring, writes)
 
-    @classmethod
-    def of(cls, identity: Mapping[str, Any]) -> "InContextConfig":
-        """The flags that a run was trained with, from what it is known by (see ``identity``)."""
-        part = "model.feed_forward."
-        if f"{part}in_context" not in identity:
-            return cls()
-        periods = tuple(identity[f"{part}levels.{i}.period"] for i in range(identity[f"{part}in_context"]))
-        rate, inner, bptt, rank = (identity[f"{part}writes.{name}"] for name in ("rate", "optimizer", "bptt", "rank"))
-        return cls(periods, identity[f"{part}wiring"], rate, inner, tuple(bptt), rank)
-
     def check(self, length: int, segment: int | None) -> None:
         """Raise UserError where these levels and the sequences do not fit."""
         if not self.in_context:
@@ -60,11 +48,3 @@ class InContextConfig:
             raise UserError(f"--cms.in-context {slowest} is never written in sequences of --length {length}.")
         if segment is not None:
             raise UserError("--segment is for models that learn nothing in context; leave out it or --cms.in-context.")
-
-    def identity(self, sizes: dict[str, Any]) -> dict[str, Any]:
-        """What of a model's sizes a run folder has to agree with: older ones do not know these levels."""
-        if self.in_context:
-            return sizes
-        later = ("model.feed_forward.in_context", "model.feed_forward.writes")
-        kept = {name: value for name, value in sizes.items() if not name.startswith(later)}
-        return {name: value for name, value in kept.items() if name != "model.feed_forward.levels" or value}

@@ -1,17 +1,19 @@
-"""Programs with named parts: find the one that is asked for, run it, turn a user's mistake into one sentence.
+"""Programs with named parts: find the part that is asked for, run it, turn a user's mistake into one sentence.
 
-Exit status: 0 done; 2 a mistake of the caller (one sentence on stderr); 130 and 143 stopped by Ctrl-C or SIGTERM; 141
-the reader of the output went away.
+Exit status: 0 done; 2 a mistake of the caller (one sentence on stderr); 128 + the number of the signal that stopped it:
+130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 141 the reader of the output went away.
 """
 
 import ast
 import importlib
 import importlib.util
-import os
+import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hope_jax.cli import COMMANDS
+from hope_jax.cli.output import say, signals_as_exceptions, silence, write_anything
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,32 +32,56 @@ def run(program: str, kind: str, table: Mapping[str, str], needs: str, arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_listing(program, table), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    write_anything()
+    name, *rest = arguments
+    with signals_as_exceptions():
+        return _status(lambda: _start(kind, table, needs, name, rest), [program, name, *rest])
+
+
+def _start(kind: str, table: Mapping[str, str], needs: str, name: str, rest: Sequence[str]) -> int:
     # Here and not above, so that the list appears at once.
     from hope_jax.errors import UserError, closest, extra
 
-    name, *rest = arguments
+    if name not in table:
+        raise UserError(f"There is no {kind} {name!r}; {closest(name, table)}")
+    module, function = table[name].split(":")
+    with extra(needs):
+        command = getattr(importlib.import_module(module), function)
+    return command(rest) or 0
+
+
+def _status(work: Callable[[], int], command: Sequence[str]) -> int:
+    """Do ``work``, which ``command`` asked for; every way to end that is no mistake of ours becomes a status."""
+    from hope_jax.errors import Stopped, UserError
+
     try:
-        if name not in table:
-            raise UserError(f"There is no {kind} {name!r}; {closest(name, table)}")
-        module, function = table[name].split(":")
-        with extra(needs):
-            command = getattr(importlib.import_module(module), function)
-        status = command(rest) or 0
+        status = work()
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        say(" ".join(str(error).split()), sys.stderr)
         return 2
+    except Stopped as stopped:
+        again = shlex.join([sys.executable, "-m", *without(command, "--resume-from")])
+        say(f"{stopped} To go on:\n  {again}")
+        return 128 + stopped.signal
     except BrokenPipeError:  # who read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        silence(sys.stdout)
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a full or vanished disk, wherever it is noticed
         where = f" {error.filename}" if error.filename else ""
-        print(f"Cannot read or write{where}: {error.strerror or error}; mend that and run it again.", file=sys.stderr)
+        say(f"Cannot read or write{where}: {error.strerror or error}; mend that and run it again.", sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Stopped at once; what was saved before is intact.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        say("Stopped at once; what was saved before is intact.", sys.stderr)
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
+
+
+def without(arguments: Sequence[str], flag: str) -> list[str]:
+    """``arguments`` less one flag and its value: going back once is enough."""
+    spelled = [argument.split("=")[0].replace("_", "-") == flag for argument in arguments]
+    values = [False, *(hit and "=" not in argument for hit, argument in zip(spelled, arguments, strict=True))]
+    return [argument for argument, hit, value in zip(arguments, spelled, values, strict=False) if not hit and not value]
 
 
 def _listing(program: str, table: Mapping[str, str]) -> str:

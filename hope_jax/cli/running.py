@@ -1,7 +1,6 @@
-"""What experiments do alike while they run: progress lines, compiled programs that are kept, how to go on."""
+"""What experiments do alike while they run: progress lines, compiled programs that are kept."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,10 +15,3 @@ def keep_programs(folder: Path) -> None:
     """Compile once for all seeds and processes, unless the environment says where compiled programs are kept."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "jax"))
-
-
-def without(arguments: Sequence[str], flag: str) -> list[str]:
-    """``arguments`` less one flag and its value: going back once is enough."""
-    spelled = [argument.split("=")[0].replace("_", "-") == flag for argument in arguments]
-    values = [False, *(hit and "=" not in argument for hit, argument in zip(spelled, arguments, strict=True))]
-    return [argument for argument, hit, value in zip(arguments, spelled, values, strict=False) if not hit and not value]

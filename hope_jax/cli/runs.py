@@ -1,41 +1,23 @@
-"""A trained model back from its run folder: for the commands that use one (``learn``, ``ask``, ``watch``)."""
+"""The flags of commands that use a trained model and what it has learned: ``learn``, ``ask``, ``watch``."""
 
 import contextlib
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 
-from hope_jax import LanguageModel, ModelConfig, context, model_named
-from hope_jax import train as training
-from hope_jax.cli.in_context import InContextConfig
+from hope_jax import LanguageModel, context
 from hope_jax.cli.running import keep_programs
-from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
 from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
 from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.storage.array_file import empty_part, is_saved
-from hope_jax.storage.digests import first_difference
-from hope_jax.train.optimizer import OptimizerConfig
-from hope_jax.train.run_folder import flatten, hold
-
-TOKENIZER = "tokenizer.json"
-"""File of a run folder; runs on bytes have none."""
-
-
-class Trained(NamedTuple):
-    """A model with its parameters and tokenizer, and the folder and step it comes from."""
-
-    model: LanguageModel
-    params: Any
-    tokenizer: Tokenizer
-    run: Path
-    step: int
+from hope_jax.train.run import hold
+from hope_jax.train.trained import Trained, load_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +38,18 @@ class Source:
         if self.rate is not None and not 0 <= self.rate < math.inf:
             raise UserError(f"--rate must be 0 or more, got {self.rate}.")
 
-    def trained(self) -> "Trained":
+    def trained(self) -> Trained:
         """The model. Raises UserError where there is none, or the levels are none of its own."""
         trained = load_run(self.checkpoint)
         keep_programs(trained.run.absolute().parent / ".cache")
         return with_levels(trained, self.periods, self.rate)
 
-    def place(self, trained: "Trained") -> Path:
+    def place(self, trained: Trained) -> Path:
         """Where its context is: it belongs to the parameters of one step."""
         return trained.run / "contexts" / str(trained.step) if self.context is None else self.context
 
     @contextlib.contextmanager
-    def alone(self, trained: "Trained") -> Iterator[Path]:
+    def alone(self, trained: Trained) -> Iterator[Path]:
         """That place, for this process to write. Raises UserError where it cannot be written or another one does."""
         place = self.place(trained)
         empty_part(place).rmdir()  # better known now than after the reading
@@ -75,7 +57,7 @@ class Source:
             hold(lock, f"Another command writes the context in {place}; wait for it or name another --context.")
             yield place
 
-    def saved(self, trained: "Trained") -> Any:
+    def saved(self, trained: Trained) -> Any:
         """The state of that context; None where nothing was learned yet.
 
         Raises UserError where it is damaged or of another model, or was named and is not there.
@@ -98,71 +80,6 @@ def readings(place: Path) -> dict[str, Any]:
     note = context.note_of(place) if is_saved(place) else None
     nothing = {"stopped": {}, "inside": None}
     return note if isinstance(note, dict) and note.keys() == nothing.keys() else nothing
-
-
-def load_run(checkpoint: Path) -> Trained:
-    """The latest step of a run folder, or the step that ``RUN/checkpoints/STEP`` names.
-
-    Raises:
-        UserError: there is no such step, it is damaged, or its model is none of this version.
-    """
-    run, step = _step(checkpoint)
-    manifest = training.read_manifest(run, step)
-    identity = manifest.config[training.IDENTITY]
-    tokenizer = _tokenizer(run, manifest.config)
-    config = _model(identity, tokenizer.vocab_size)
-    _check_same(config, identity, run)
-    model = LanguageModel(config)
-    settings = OptimizerConfig(**{name: identity[f"optimizer.{name}"] for name in _names(OptimizerConfig)})
-    every = config.update_every(identity["batch"] * identity["length"])
-    tx = training.optimizer(settings, manifest.config["steps"], every)
-    state = training.restore(run, step, training.abstract_state(model, tx))
-    return Trained(model, state.params, tokenizer, run, step)
-
-
-def _tokenizer(run: Path, trained: dict[str, Any]) -> Tokenizer:
-    """The one that the run was ``trained`` with. Runs of earlier versions say only how many tokens it has."""
-    file, sizes = run / TOKENIZER, trained[training.IDENTITY]["model.vocab_size"]
-    found = make_tokenizer(DataConfig(tokenizer=str(file) if file.exists() else None))
-    if found.vocab_size != sizes or trained.get("tokenizer", found.fingerprint) != found.fingerprint:
-        what = "that file" if file.exists() else "bytes"
-        raise UserError(
-            f"The run in {run} was trained with another tokenizer than {what}: put its JSON file at {file}."
-        )
-    return found
-
-
-def _step(checkpoint: Path) -> tuple[Path, int]:
-    if checkpoint.name.isdigit() and checkpoint.absolute().parent.name == "checkpoints":
-        run, wanted = checkpoint.absolute().parent.parent, int(checkpoint.name)
-    else:
-        run, wanted = checkpoint, None
-    saved = training.saved_steps(run)
-    if not saved:
-        raise UserError(f"There is no trained model in {run}; give the --run folder of a pretrain command.")
-    if wanted is not None and wanted not in saved:
-        raise UserError(f"There is no saved step {wanted} in {run}; saved steps: {saved}.")
-    return run, max(saved) if wanted is None else wanted
-
-
-def _names(config: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(config)]
-
-
-def _model(identity: dict[str, Any], vocab_size: int) -> ModelConfig:
-    """The architecture that an identity names."""
-    config = InContextConfig.of(identity).apply(model_named(identity["model"]))
-    return dataclasses.replace(config, vocab_size=vocab_size, dtype=jnp.dtype(identity["dtype"]))
-
-
-def _check_same(config: ModelConfig, identity: dict[str, Any], run: Path) -> None:
-    """Raise UserError where this version of the project builds another model of that name than trained in ``run``."""
-    sizes = flatten(config, "model")
-    here = {name: value for name, value in sizes.items() if name in identity}
-    there = {name: value for name, value in identity.items() if name.startswith("model.")}
-    if different := first_difference(there, here):
-        name, old, new = different
-        raise UserError(f"The run in {run} was trained with {name} {old}; here it is {new}.")
 
 
 def with_levels(trained: Trained, periods: tuple[int, ...], rate: float | None) -> Trained:
@@ -197,13 +114,3 @@ def _with_rate(params: Any, rate: float) -> Any:
         return params
     part = part | {"rate": jnp.full_like(part["rate"], rate)}
     return params | {"blocks": params["blocks"] | {"feed_forward": part}}
-
-
-def keep_tokenizer(run: Path, data: DataConfig) -> None:
-    """Copy the tokenizer's file into the run folder, so that the folder is all that one needs."""
-    kept = run / TOKENIZER
-    if data.tokenizer is None or (kept.exists() and kept.samefile(Path(data.tokenizer).expanduser())):
-        return
-    part = kept.with_name(f"{TOKENIZER}.part")
-    shutil.copyfile(Path(data.tokenizer).expanduser(), part)
-    part.replace(kept)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hope_jax.config import flatten
 from hope_jax.context import stream as streams
 from hope_jax.context.checks import check_room, require_finite, same_kinds
 from hope_jax.context.stream import carry_of, inside_of, state_of
@@ -28,7 +29,6 @@ from hope_jax.nn.language_model import BlockState, check_tokens
 from hope_jax.nn.mixers.attention import slots_of
 from hope_jax.storage.array_file import another_model, load_arrays, read_about, save_arrays
 from hope_jax.storage.digests import digest_arrays, first_difference
-from hope_jax.train.run_folder import flatten
 from hope_jax.types import Array, Float, Scalar
 
 State = BlockState | ContextState | InterruptedState
@@ -204,7 +204,7 @@ def note_of(path: str | Path) -> Any:
 def _identity(model: Any, params: Any) -> dict[str, Any]:
     """What a saved state belongs to: Delta means nothing beside other weights. The rate of its writes may change."""
     free = ("feed_forward.writes.rate", "feed_forward.writes.bptt")
-    sizes = {name: value for name, value in flatten(model.config, "").items() if not name.startswith(free)}
+    sizes = {name: value for name, value in flatten(model.config).items() if not name.startswith(free)}
     part = {name: leaf for name, leaf in params["blocks"]["feed_forward"].items() if name != "rate"}
     weights = params | {"blocks": params["blocks"] | {"feed_forward": part}}
     # Square memories do not show which way round they are; states saved before they were kernels have no such entry.

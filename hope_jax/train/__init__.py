@@ -1,12 +1,13 @@
 """Training: a pure step, a loop around it, checkpoints that can be trusted, and a record of what happened.
 
-Read ``optimizer.py``, ``state.py``, ``step.py``, ``loop.py`` in this order; ``checkpoint.py``, ``monitor.py``,
-``record.py`` and ``interrupt.py`` are what the loop is handed.
+``fit`` is the way in: read ``fit.py``, ``setup.py``, ``step.py`` and ``loop.py`` in this order; ``checkpoint.py``,
+``monitor.py``, ``record.py`` and ``interrupt.py`` are what the loop is handed.
 """
 
 from hope_jax.errors import extra
 
 with extra("train"):
+    from hope_jax.train.batches import Batches, ComputedBatches
     from hope_jax.train.checkpoint import (
         DamagedCheckpoint,
         Manifest,
@@ -15,21 +16,33 @@ with extra("train"):
         last_good,
         read_manifest,
         restore,
+        restore_params,
         saved_steps,
         set_aside,
     )
     from hope_jax.train.devices import cores, data_mesh, replicate, share, split_host
+    from hope_jax.train.fit import Result, fit
     from hope_jax.train.interrupt import Interrupt
-    from hope_jax.train.loop import Plan, train
+    from hope_jax.train.loop import Steps, run_steps
     from hope_jax.train.monitor import Diverged, Monitor
     from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
     from hope_jax.train.record import Record, draw_curve, read_rows
-    from hope_jax.train.resume import IDENTITY, resume, step_to_resume
-    from hope_jax.train.state import TrainState, abstract_state, count_parameters, init_state
+    from hope_jax.train.resume import resume, step_to_resume
+    from hope_jax.train.run import Run, TextRun, open_run
+    from hope_jax.train.setup import Setup, text_setup
+    from hope_jax.train.state import (
+        TrainState,
+        abstract_params,
+        abstract_state,
+        count_parameters,
+        init_params,
+        init_state,
+    )
     from hope_jax.train.step import Mean, evaluator, next_token_loss, train_step
 
 __all__ = [
-    "IDENTITY",
+    "Batches",
+    "ComputedBatches",
     "DamagedCheckpoint",
     "Diverged",
     "Interrupt",
@@ -37,10 +50,15 @@ __all__ = [
     "Mean",
     "Monitor",
     "OptimizerConfig",
-    "Plan",
     "Record",
+    "Result",
+    "Run",
     "Saver",
+    "Setup",
+    "Steps",
+    "TextRun",
     "TrainState",
+    "abstract_params",
     "abstract_state",
     "check_room",
     "cores",
@@ -48,21 +66,26 @@ __all__ = [
     "data_mesh",
     "draw_curve",
     "evaluator",
+    "fit",
+    "init_params",
     "init_state",
     "last_good",
     "next_token_loss",
+    "open_run",
     "optimizer",
     "read_manifest",
     "read_rows",
     "replicate",
     "restore",
+    "restore_params",
     "resume",
+    "run_steps",
     "saved_steps",
     "schedule",
     "set_aside",
     "share",
     "split_host",
     "step_to_resume",
-    "train",
+    "text_setup",
     "train_step",
 ]

@@ -1,18 +1,22 @@
 """Checkpoints that are whole or not there, and that say when they are damaged.
 
-A step is a folder ``checkpoints/<step>`` written by orbax, plus ``manifest.json``, written last and atomically: the
-run's configuration, the data position, and digests of every array and every file. A step without a manifest was never
-finished. Orbax loads flipped bytes without a word and answers truncated files with pages of logs, so files are
-compared with their digests before orbax reads them, and arrays after. Read ``loop.py`` next.
+A step is a folder ``checkpoints/<step>`` written by orbax, with the parameters and the rest of the state apart, plus
+``manifest.json``: the data position, and digests of every array and every file. The manifest is written last,
+atomically, and only after the step was read back and found equal; a step without one was never finished. Orbax loads
+flipped bytes without a word and answers truncated files with pages of logs, so files are compared with their digests
+before orbax reads them, and arrays after. Read ``loop.py`` next.
 """
 
 import contextlib
+import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
@@ -31,6 +35,8 @@ from hope_jax.train.state import TrainState, count_bytes
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+PARAMS, REST = "params", "training"
+"""Parts of a saved state: what using a model needs, and what only training it further needs."""
 
 
 class DamagedCheckpoint(UserError):
@@ -41,13 +47,14 @@ class DamagedCheckpoint(UserError):
 class Manifest:
     """What is saved beside the arrays.
 
-    ``config``: JSON of the run's configuration. ``data``: the iterator's state. ``arrays``: path of each array in the
-    state -> dtype, shape and digest. ``files``: path of each file in the step's folder -> digest.
+    ``data``: the position of the batches. ``about``: how the run was planned when it was saved, such as its number of
+    steps. ``arrays``: path of each array in the state -> dtype, shape and digest. ``files``: path of each file in the
+    step's folder -> digest.
     """
 
     step: int
-    config: dict[str, Any]
     data: dict[str, Any]
+    about: dict[str, Any]
     arrays: dict[str, str]
     files: dict[str, str]
 
@@ -78,16 +85,57 @@ def restore(run: Path, step: int, like: TrainState) -> TrainState:
         DamagedCheckpoint: a file or an array differs from its digest.
         UserError: the arrays are not those of ``like`` (another model or optimizer).
     """
-    manifest, folder = read_manifest(run, step), (run / FOLDER / str(step)).absolute()
-    _check_files(manifest, folder, run)
-    _check_structure(manifest, like, run)
+    manifest = read_manifest(run, step)
+    return _joined(_read(run, manifest, _parted(like)))
+
+
+def restore_params(run: Path, step: int, like: Any) -> Any:
+    """The parameters alone of a saved step, placed as ``like``. Raises as ``restore``."""
+    manifest = read_manifest(run, step)
+    return _read(run, manifest, {PARAMS: like})[PARAMS]
+
+
+def _parted(state: TrainState) -> dict[str, Any]:
+    """A state as orbax writes it: each part in a folder of its own."""
+    return {PARAMS: state.params, REST: {"step": state.step, "opt_state": state.opt_state}}
+
+
+def _joined(parts: Mapping[str, Any]) -> TrainState:
+    return TrainState(params=parts[PARAMS], **parts[REST])
+
+
+def _read(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str, Any]:
+    """The parts that ``like`` names, compared with the manifest."""
+    folder = run / FOLDER / str(manifest.step)
+    arrays = {path: entry for path, entry in manifest.arrays.items() if path.split("/")[0] in like}
+    unread = [part for part in (PARAMS, REST) if part not in like]
+    files = {name: entry for name, entry in manifest.files.items() if name.split("/")[0] not in unread}
+    _check_files(manifest, folder, files, run)
+    _check_structure(manifest, arrays, like, run)
     try:
-        state = ocp.load(str(folder), like)
+        with plain_path(folder) as place:
+            parts = ocp.load_checkpointables(place, like)
     except Exception as error:  # Orbax reports unreadable files by many classes; each means the same here.
-        raise _damaged(run, step, f"orbax cannot read it ({error})") from error
-    if path := changed_array(state, manifest.arrays):
-        raise _damaged(run, step, f"{path} differs from its digest")
-    return state
+        raise _damaged(run, manifest.step, f"orbax cannot read it ({error})") from error
+    if path := changed_array(parts, arrays):
+        raise _damaged(run, manifest.step, f"{path} differs from its digest")
+    return parts
+
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[str]:
+    """A path of ``folder`` that orbax cannot take for a pattern: where its own is not plain, a link to it.
+
+    Orbax reads brackets and backslashes in paths as patterns, and cannot write bytes that are not UTF-8.
+    """
+    folder = folder.absolute()
+    if re.fullmatch(r"[\w/. +,=@~-]*", str(folder)):
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="hope-jax-") as place:
+        link = Path(place) / "run"
+        link.symlink_to(folder, target_is_directory=True)
+        yield str(link)
 
 
 def last_good(run: Path, before: int, like: TrainState) -> int | None:
@@ -117,13 +165,18 @@ def _move_to(place: Path, path: Path) -> Path:
 
 
 class Saver:
-    """Writes the steps of one run and keeps the last ``keep`` of them; a context manager. ``keep``: at least 2."""
+    """Writes the steps of one run and keeps the last ``keep`` of them; a context manager. ``keep``: at least 2.
 
-    def __init__(self, run: Path, config: Mapping[str, Any], keep: int):
-        self._run, self._config = run, dict(config)
+    ``about``: what each manifest says beside the data position.
+    """
+
+    def __init__(self, run: Path, about: Mapping[str, Any], keep: int):
+        self._run, self._about = run, dict(about)
+        self._open = contextlib.ExitStack()
+        (run / FOLDER).mkdir(exist_ok=True)
         policy = ocp.training.preservation_policies.LatestN(keep)
         self._orbax = ocp.training.Checkpointer(
-            str((run / FOLDER).absolute()),
+            self._open.enter_context(plain_path(run / FOLDER)),
             preservation_policy=policy,  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
@@ -133,24 +186,35 @@ class Saver:
 
     def __exit__(self, *error: object) -> None:
         self._orbax.close()
+        self._open.close()
 
-    def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
-        """Save ``state`` and the data position as step ``state.step``; finished on disk when this returns.
+    def save(self, state: TrainState, data: Mapping[str, Any], **about: Any) -> None:
+        """Save ``state`` and the data position as step ``state.step``: on disk and read back when this returns.
+
+        ``about``: more that the manifest is to say.
 
         Raises:
-            UserError: it could not be written; the steps saved before are untouched.
+            UserError: it could not be written, or what was written reads otherwise; the steps saved before are
+                untouched.
         """
-        step = int(state.step)
+        step, parts = int(state.step), _parted(state)
         try:
-            self._orbax.save(step, state, force=True)
+            self._orbax.save_checkpointables(step, parts, force=True)
             folder = self._run / FOLDER / str(step)
-            manifest = Manifest(step, self._config, dict(data), describe(state), digest_files(folder, MANIFEST))
+            manifest = Manifest(step, dict(data), self._about | about, describe(parts), digest_files(folder, MANIFEST))
+            _read(self._run, manifest, _on_host(parts))
             write_sealed(folder / MANIFEST, vars(manifest))
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"Step {step} could not be saved in {self._run} ({error}); saved steps: {saved_steps(self._run)}. "
                 "Make room or repair the folder, then run the same command again."
             ) from error
+
+
+def _on_host(parts: Any) -> Any:
+    """Shapes like those of ``parts``, placed in the memory of this machine: reading back takes none of the device's."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), parts)
 
 
 def _damaged(run: Path, step: int, reason: str) -> DamagedCheckpoint:
@@ -173,14 +237,14 @@ def check_room(run: Path, state: TrainState, keep: int) -> None:
         )
 
 
-def _check_files(manifest: Manifest, folder: Path, run: Path) -> None:
-    if name := changed_file(folder, manifest.files):
+def _check_files(manifest: Manifest, folder: Path, files: Mapping[str, str], run: Path) -> None:
+    if name := changed_file(folder, files):
         what = "differs from its digest" if (folder / name).is_file() else "is missing"
         raise _damaged(run, manifest.step, f"{name} {what}")
 
 
-def _check_structure(manifest: Manifest, like: TrainState, run: Path) -> None:
-    if different := first_difference(described_kinds(manifest.arrays), kinds(like)):
+def _check_structure(manifest: Manifest, arrays: Mapping[str, str], like: Any, run: Path) -> None:
+    if different := first_difference(described_kinds(arrays), kinds(like)):
         path, there, here = different
         raise UserError(
             f"The checkpoint of step {manifest.step} in {run} belongs to another model or optimizer: {path} is "

@@ -59,5 +59,6 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def share(mesh: Mesh, batch: Any) -> Any:
-    """A batch [B, ...] with an equal part on every device; the whole on each, where B cannot be shared."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None if len(batch) % mesh.size else DATA)))
+    """A batch (arrays [B, ...]) with an equal part on every device; the whole on each, where B cannot be shared."""
+    size = len(jax.tree.leaves(batch)[0])
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None if size % mesh.size else DATA)))

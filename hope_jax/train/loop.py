@@ -1,29 +1,22 @@
 """The training loop: dispatch step n, then look at step n-1, so that the device never waits for the host.
 
-Everything it uses is handed to it: the step and evaluation functions (``step.py``), the saver (``checkpoint.py``), the
-monitor (``monitor.py``) and the wish to stop (``interrupt.py``). A state is saved only after the numbers of its own
-step, and its held-out text where that is measured, were seen to be finite: nothing bad is written over something good.
+Everything it uses is handed to it: the step and evaluation functions (``step.py``), the batches (``batches.py``), the
+monitor (``monitor.py``), what saves (``checkpoint.py``) and the wish to stop (``interrupt.py``). A state is saved only
+after the numbers of its own step, and its held-out means where they are measured, were seen to be finite: nothing bad
+is written over something good. Read ``fit.py`` next: it hands everything over.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from hope_jax.train.checkpoint import Saver
+from hope_jax.errors import UserError
+from hope_jax.train.batches import Batches
 from hope_jax.train.monitor import Monitor
 from hope_jax.train.state import TrainState
 from hope_jax.train.step import StepFn
 
-
-@runtime_checkable
-class Batches(Protocol):
-    """An endless iterator of ``[B, T+1]`` token ids that knows its position."""
-
-    def __next__(self) -> Any: ...
-
-    def get_state(self) -> dict[str, Any]:
-        """The position, as JSON."""
-        ...
+Means = Mapping[str, float]
 
 
 @runtime_checkable
@@ -37,61 +30,77 @@ class Stop(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How many updates to do, and after which to pause."""
+class Steps:
+    """How many batches to train on, and after which to pause.
 
-    steps: int
-    eval_every: int
-    save_every: int
+    Attributes:
+      total: batches to train on in all.
+      eval_every: batches between two measurements on held-out batches; 0 measures never.
+      save_every: batches between two checkpoints. The last state is always saved.
+    """
+
+    total: int
+    eval_every: int = 100
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name, least in (("total", 0), ("eval_every", 0), ("save_every", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}")
 
     def evaluates(self, done: int) -> bool:
-        """Whether held-out text is measured after ``done`` updates: before training, at intervals and at the end."""
-        return done % self.eval_every == 0 or done == self.steps
+        """Whether held-out batches are measured after ``done`` updates: before training, at intervals, at the end."""
+        return self.eval_every > 0 and (done % self.eval_every == 0 or done == self.total)
 
     def saves(self, done: int) -> bool:
         """Whether the state is saved after ``done`` updates: at intervals and at the end."""
-        return done % self.save_every == 0 or done == self.steps
+        return done % self.save_every == 0 or done == self.total
 
 
-def train(
-    plan: Plan,
+def run_steps(
+    steps: Steps,
     state: TrainState,
     batches: Batches,
     *,
     step_fn: StepFn,
-    evaluate: Callable[[Any], Mapping[str, float]],
-    saver: Saver,
+    evaluate: Callable[[Any], Means],
+    save: Callable[[TrainState], None],
     monitor: Monitor,
     stop: Stop,
+    until: Callable[[Means], bool] = lambda means: False,
 ) -> TrainState:
-    """Train from where ``state`` stands to the plan's last step, or until asked to stop; the result is saved.
+    """Train from where ``state`` stands to the last step, until asked to stop, or until ``until`` of a measurement.
 
-    ``evaluate`` takes the parameters and returns named means of the held-out text. ``state`` is donated.
+    ``evaluate`` takes the parameters and returns the means over the held-out batches. The state that is returned was
+    saved. ``state`` is donated.
 
     Raises:
         Diverged: a loss (held-out too), gradient or parameter is not finite; the last saved step stays as it is.
     """
 
-    def measure(done: int, state: TrainState) -> None:
+    def measure(done: int, state: TrainState) -> bool:
         # Also makes up for a measurement that was skipped because somebody asked to stop.
-        if plan.evaluates(done) and not monitor.measured(done):
+        if not steps.evaluates(done):
+            return False
+        if not monitor.measured(done):
             monitor.heldout(done, evaluate(state.params))
+        return until(monitor.means(done))
 
     done, unseen = int(state.step), None
-    measure(done, state)
+    ending = measure(done, state)
     monitor.restart_clock(done)
     leaving = stop.requested
-    while done < plan.steps and not leaving:
+    while done < steps.total and not (leaving or ending):
         state, metrics = step_fn(state, next(batches))
         if unseen is not None:
             monitor.train(done, unseen)
         done, unseen, leaving = done + 1, metrics, stop.requested
-        if leaving or plan.saves(done) or plan.evaluates(done):
+        if leaving or steps.saves(done) or steps.evaluates(done):
             monitor.train(done, unseen)
             unseen = None
-            if not leaving or done == plan.steps:
-                measure(done, state)
-            if leaving or plan.saves(done):
-                saver.save(state, batches.get_state())
+            if not leaving or done == steps.total:
+                ending = measure(done, state)
+            if leaving or ending or steps.saves(done):
+                save(state)
             monitor.restart_clock(done)
     return state

@@ -6,40 +6,71 @@ Read ``record.py`` next: it writes down what this one saw.
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from hope_jax.errors import UserError
 from hope_jax.train.record import Record
-from hope_jax.train.step import Metrics
+from hope_jax.train.step import MEASURED_BY_STEP, Metrics
 
 
 class Diverged(UserError):
-    """A loss, gradient or parameter became infinite or NaN; nothing was saved over an earlier step."""
+    """A loss, gradient or parameter became infinite or NaN; nothing was saved over an earlier step.
+
+    ``heldout``: what held-out batches gave before, means by step.
+    """
+
+    heldout: Mapping[int, Mapping[str, float]] = MappingProxyType({})
 
 
 class Monitor:
     """Progress of a run of ``steps`` updates that stands at ``done``; a context manager.
 
-    ``tokens_per_step``: targets of one batch.
+    ``tokens``: targets of one batch. ``label``: what the progress line is called. ``when_closed`` is called once when
+    nobody reads that line any more, because its terminal or pipe is gone.
     """
 
-    def __init__(self, record: Record, done: int, steps: int, tokens_per_step: int):
+    def __init__(
+        self,
+        record: Record,
+        done: int,
+        steps: int,
+        tokens: int,
+        label: str | None = None,
+        when_closed: Callable[[], object] = lambda: None,
+    ):
         # In a log file a line now and then instead of twice a second.
         interval = 0.5 if sys.stderr.isatty() else 20.0
-        self._bar = tqdm(initial=done, total=steps, unit="step", mininterval=interval, dynamic_ncols=True)
-        self._bar.set_postfix_str("compiling")
-        self._record, self._tokens_per_step = record, tokens_per_step
+        self._closed, self._when_closed = False, when_closed
+        self._record, self._tokens = record, tokens
         self._compiled = False
+        self._bar: Any = None
+        self._show(self._begin, desc=label, initial=done, total=steps, mininterval=interval)
         self.restart_clock(done)
+
+    def _begin(self, **about: Any) -> None:
+        self._bar = tqdm(unit="step", dynamic_ncols=True, **about)
+        self._bar.set_postfix_str("compiling")
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        self._show(lambda: self._bar.close())
+
+    def _show(self, action: Callable[..., object], *arguments: Any, **options: Any) -> None:
+        """Write to the terminal. One that is gone is no mistake: training has still to be saved."""
+        if self._closed:
+            return
+        try:
+            action(*arguments, **options)
+        except OSError:
+            self._closed = True
+            self._when_closed()
 
     def train(self, done: int, metrics: Metrics) -> None:
         """Wait for the metrics of update number ``done``, check and show them.
@@ -48,11 +79,15 @@ class Monitor:
             Diverged: one of them is not finite.
         """
         means = {name: float(mean.value) for name, mean in jax.device_get(metrics).items()}
-        _check_finite(done, means)
+        self._check_finite(done, means)
         speed = self._speed(done)
-        self._record.add(done, done * self._tokens_per_step, "train", means | {"tokens_per_second": speed})
-        shown = f"loss {means['loss']:.3f}, {means['bits_per_byte']:.3f} bits/byte, {speed:,.0f} tokens/s"
-        self._bar.set_postfix_str(shown, refresh=False)
+        self._record.add(done, done * self._tokens, "train", means | {"tokens_per_second": speed})
+        shown = _shown({name: value for name, value in means.items() if name not in MEASURED_BY_STEP})
+        unit = "tokens" if self._tokens > 1 else "steps"
+        self._show(self._advance, f"{shown}, {speed:,.0f} {unit}/s")
+
+    def _advance(self, postfix: str) -> None:
+        self._bar.set_postfix_str(postfix, refresh=False)
         self._bar.update(1)
 
     def restart_clock(self, done: int) -> None:
@@ -62,33 +97,42 @@ class Monitor:
     def _speed(self, done: int) -> float:
         """Tokens per second since the clock was started; the first update, which waits for the compiler, apart."""
         seconds = max(time.monotonic() - self._clock, 1e-9)
-        speed = (done - self._since) * self._tokens_per_step / seconds
+        speed = (done - self._since) * self._tokens / seconds
         if not self._compiled:
             self._compiled = True
             self.restart_clock(done)
         return speed
 
     def measured(self, done: int) -> bool:
-        """Whether the held-out text was measured after ``done`` updates, in this run or before it was resumed."""
+        """Whether held-out batches were measured after ``done`` updates, in this run or before it was resumed."""
         return done in self._record.heldout
 
+    def means(self, done: int) -> Mapping[str, float]:
+        """What they gave then."""
+        return self._record.heldout[done]
+
     def heldout(self, done: int, means: Mapping[str, float]) -> None:
-        """Check and note what the held-out text gave after ``done`` updates.
+        """Check and note what held-out batches gave after ``done`` updates.
 
         Raises:
             Diverged: one of the means is not finite.
         """
-        _check_finite(done, {f"held-out {name}": value for name, value in means.items()})
-        self._record.add(done, done * self._tokens_per_step, "heldout", means)
-        self._bar.write(f"step {done}: held-out {means['bits_per_byte']:.3f} bits per byte", file=sys.stderr)
+        self._check_finite(done, {f"held-out {name}": value for name, value in means.items()})
+        self._record.add(done, done * self._tokens, "heldout", means)
+        self._show(tqdm.write, f"step {done}: held-out {_shown(means)}", file=sys.stderr)
+
+    def _check_finite(self, step: int, means: Mapping[str, float]) -> None:
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            name = next((name for name in bad if name.endswith("loss")), bad[0])
+            error = Diverged(
+                f"Training stopped at step {step}: the {name.replace('_', ' ')} became {means[name]}. Nothing was "
+                "saved since, and the checkpoints that exist are untouched. Start again in a new run folder with a "
+                "lower --optimizer.learning-rate, a longer --optimizer.warmup or --dtype float32."
+            )
+            error.heldout = dict(self._record.heldout)
+            raise error
 
 
-def _check_finite(step: int, means: Mapping[str, float]) -> None:
-    bad = [name for name, value in means.items() if not math.isfinite(value)]
-    if bad:
-        name = next((name for name in bad if name.endswith("loss")), bad[0])
-        raise Diverged(
-            f"Training stopped at step {step}: the {name.replace('_', ' ')} became {means[name]}. Nothing was saved "
-            "since, and the checkpoints that exist are untouched. Start again in a new run folder with a lower "
-            "--optimizer.learning-rate, a longer --optimizer.warmup or --dtype float32."
-        )
+def _shown(means: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in means.items())

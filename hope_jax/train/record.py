@@ -1,4 +1,4 @@
-"""What a run writes down: ``metrics.jsonl`` (one row per event), TensorBoard events, the loss curve.
+"""What a run writes down: ``metrics.jsonl`` (a row for each event), TensorBoard events, the loss curve.
 
 Rows are ``{"step", "tokens", "split": "train" | "heldout", ...means}``, ``step`` counting updates done. A resumed run
 drops the rows beyond the restored step, so the file reads as if the run had never stopped. Read ``loop.py`` next.
@@ -28,7 +28,7 @@ CURVE_FILE = "loss.png"
 Row = dict[str, Any]
 
 
-def read_rows(path: Path, needed: Collection[str] = ("step", "tokens", "split", "bits_per_byte")) -> list[Row]:
+def read_rows(path: Path, needed: Collection[str] = ("step", "tokens", "split")) -> list[Row]:
     """The rows of a file of JSON lines in order; none if it is missing. A last line cut by a kill is left out.
 
     Raises:
@@ -56,20 +56,31 @@ def _lacks(line: str, needed: Collection[str]) -> str | None:
 
 
 class Record:
-    """The open logs of a run that stands at ``step``, empty if that is 0; a context manager."""
+    """The open logs of a run that stands at ``step``, empty if that is 0; a context manager.
 
-    def __init__(self, folder: Path, step: int):
-        self._path = folder / METRICS_FILE
-        kept = [row for row in read_rows(self._path) if row["step"] <= step] if step else []
-        _replace(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.heldout = {row["step"]: row["bits_per_byte"] for row in kept if row["split"] == "heldout"}
-        self._file = self._path.open("a")
+    ``heldout``: the means over held-out batches by step. ``folder``: of the run; None writes nothing down.
+    """
+
+    def __init__(self, folder: Path | None, step: int):
+        self.heldout: dict[int, dict[str, float]] = {}
+        self._file, self._board = None, None
+        if folder is not None:
+            self._open(folder, step)
+
+    def _open(self, folder: Path, step: int) -> None:
+        path = folder / METRICS_FILE
+        kept = [row for row in read_rows(path) if row["step"] <= step] if step else []
+        _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.heldout = {row["step"]: _means(row) for row in kept if row["split"] == "heldout"}
+        self._file = path.open("a")
         self._board = Board(folder / "tensorboard", step + 1 if step else 0)
 
     def __enter__(self) -> "Record":
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._file is None or self._board is None:
+            return
         try:
             self._file.close()
         finally:  # a full disk refuses the last rows here too
@@ -77,11 +88,17 @@ class Record:
 
     def add(self, step: int, tokens: int, split: str, means: Mapping[str, float]) -> None:
         """One row, on disk when this returns."""
+        if split == "heldout":
+            self.heldout[step] = dict(means)
+        if self._file is None or self._board is None:
+            return
         self._file.write(json.dumps({"step": step, "tokens": tokens, "split": split, **means}) + "\n")
         self._file.flush()
-        if split == "heldout":
-            self.heldout[step] = means["bits_per_byte"]
         self._board.add(step, {f"{split}/{name}": value for name, value in means.items()})
+
+
+def _means(row: Row) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name not in ("step", "tokens", "split")}
 
 
 class Board:
@@ -133,15 +150,15 @@ def _replace(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def draw_curve(folder: Path, title: str) -> Path:
-    """Train and held-out bits per byte against tokens, from the metrics file, as a PNG; its path."""
-    rows = read_rows(folder / METRICS_FILE)
+def draw_curve(folder: Path, title: str, metric: str = "bits_per_byte") -> Path:
+    """``metric`` in training and on held-out batches against tokens, from the metrics file, as a PNG; its path."""
+    rows = [row for row in read_rows(folder / METRICS_FILE) if metric in row]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for split, style in {"train": {"linewidth": 0.8, "alpha": 0.7}, "heldout": {"marker": "o"}}.items():
-        points = [(row["tokens"], row["bits_per_byte"]) for row in rows if row["split"] == split]
+        points = [(row["tokens"], row[metric]) for row in rows if row["split"] == split]
         axes.plot(*zip(*points, strict=True), label=split, **style) if points else None
-    axes.set(xlabel="tokens", ylabel="bits per byte", title=title)
+    axes.set(xlabel="tokens", ylabel=metric.replace("_", " "), title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / CURVE_FILE, dpi=120)

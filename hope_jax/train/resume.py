@@ -3,17 +3,13 @@
 Read ``checkpoint.py`` next: it knows what is saved and whether it is whole.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from hope_jax.config import check_same, flatten, flatten_json
 from hope_jax.errors import UserError
 from hope_jax.train.checkpoint import DamagedCheckpoint, Manifest, last_good, read_manifest, restore, saved_steps
-from hope_jax.train.run_folder import check_same
+from hope_jax.train.run import Run, read_config
 from hope_jax.train.state import TrainState
-
-IDENTITY = "identity"
-"""Entry of a manifest's configuration that must be the same when the run is continued."""
 
 
 def step_to_resume(run: Path, wanted: int | None, steps: int) -> int | None:
@@ -34,18 +30,17 @@ def step_to_resume(run: Path, wanted: int | None, steps: int) -> int | None:
     return step
 
 
-def resume(run: Path, step: int, like: TrainState, identity: Mapping[str, Any]) -> tuple[TrainState, Manifest]:
-    """The state and manifest of a saved step of the run that ``identity`` describes; ``like`` as in ``restore``.
+def resume(run: Run, step: int, like: TrainState) -> tuple[TrainState, Manifest]:
+    """The state and manifest of a saved step of ``run``; ``like`` as in ``restore``.
 
     Raises:
         DamagedCheckpoint: naming what is damaged and the last step before it that is not.
         UserError: the folder belongs to another configuration; the fields that differ are named.
     """
+    check_same(flatten_json(read_config(run.folder)), flatten(run.config), run.folder)
     try:
-        manifest = read_manifest(run, step)
-        check_same(manifest.config[IDENTITY], identity, run)
-        return restore(run, step, like), manifest
+        return restore(run.folder, step, like), read_manifest(run.folder, step)
     except DamagedCheckpoint as error:
-        good = last_good(run, step, like)
+        good = last_good(run.folder, step, like)
         advice = "No earlier step is good." if good is None else f"Step {good} is good: add --resume-from {good}."
         raise DamagedCheckpoint(f"{error} {advice}") from error

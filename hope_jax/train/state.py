@@ -4,6 +4,7 @@ The number of tokens seen is not stored: it is ``step * batch * length``, exact 
 The data position belongs to the iterator and is saved beside this state (``checkpoint.py``).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,17 +27,36 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
 
 
-def init_state(model: Any, tx: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
-    """The state before the first batch; its parameters depend on ``key`` alone."""
-    params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+def fresh_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first batch."""
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
 
 
-def abstract_state(model: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Shapes, dtypes and placement of ``init_state`` without computing it: what a checkpoint is restored into."""
+def init_params(model: Any, key: PRNGKeyArray) -> Any:
+    """Parameters of a language model; they depend on ``key`` alone."""
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def init_state(model: Any, tx: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
+    """The state of a language model before the first batch."""
+    return fresh_state(init_params(model, key), tx)
+
+
+def abstract(make: Callable[[], Any]) -> Any:
+    """Shapes, dtypes and placement (the first device) of what ``make`` returns, without computing it."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0)))
+    shapes = jax.eval_shape(make)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
+
+def abstract_state(model: Any, tx: optax.GradientTransformation) -> TrainState:
+    """``abstract`` of ``init_state``."""
+    return abstract(lambda: init_state(model, tx, jax.random.key(0)))
+
+
+def abstract_params(model: Any) -> Any:
+    """``abstract`` of ``init_params``."""
+    return abstract(lambda: init_params(model, jax.random.key(0)))
 
 
 def count_parameters(params: Any) -> int:

@@ -1,9 +1,10 @@
 """Loss, gradient accumulation and the training step: pure functions ``(state, batch) -> (state, metrics)``.
 
-A batch is ``[B, T+1]`` token ids: inputs are all but the last, targets all but the first. Every sequence starts from a
-fresh context *inside* the loss, so gradients reach the initial states of the memories. Read ``loop.py`` next.
+A batch of text is ``[B, T+1]`` token ids: inputs are all but the last, targets all but the first. Every sequence starts
+from a fresh context *inside* the loss, so gradients reach the initial states of the memories. Read ``loop.py`` next.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -32,9 +33,11 @@ class Mean(NamedTuple):
 
 
 Metrics = dict[str, Mean]
-Batch = Int[Array, "B window"]
-LossFn = Callable[[Any, Array], tuple[Scalar, Metrics]]
-StepFn = Callable[[TrainState, Array], tuple[TrainState, Metrics]]
+LossFn = Callable[[Any, Any], tuple[Scalar, Metrics]]
+"""``(parameters, batch) -> (mean loss, metrics)``; a batch is an array [B, ...] or a pytree of such arrays."""
+StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+MEASURED_BY_STEP = ("gradient_norm", "parameter_norm", "learning_rate")
+"""Metrics of a training step beside those of its loss."""
 
 
 def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = None) -> LossFn:
@@ -53,7 +56,7 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = 
         raise UserError("a model whose levels learn in context is read chunk by chunk already; leave out segment")
     sizes = np.asarray(byte_lengths, np.float32)
 
-    def loss(params: Any, batch: Batch) -> tuple[Scalar, Metrics]:
+    def loss(params: Any, batch: Int[Array, "B window"]) -> tuple[Scalar, Metrics]:
         inputs, targets = batch[:, :-1], batch[:, 1:]
 
         def piece(state: Any, cut: tuple[Array, Array]) -> tuple[Any, Scalar]:
@@ -82,7 +85,7 @@ def _over_segments(piece: Callable, state: Any, tokens: tuple[Array, Array], seg
     return jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), state, cuts)[1].sum()
 
 
-def mean_gradient(loss: LossFn, params: Any, batch: Batch, accumulate: int) -> tuple[Any, Metrics]:
+def mean_gradient(loss: LossFn, params: Any, batch: Any, accumulate: int) -> tuple[Any, Metrics]:
     """Gradient of the mean loss and merged metrics, over ``accumulate`` equal slices of the batch one after another.
 
     Equal to the gradient of the whole batch up to rounding, with the memory of one slice. A slice is every so many-th
@@ -91,12 +94,13 @@ def mean_gradient(loss: LossFn, params: Any, batch: Batch, accumulate: int) -> t
     gradient = jax.grad(loss, has_aux=True)
     if accumulate == 1:
         return gradient(params, batch)
-    slices = batch.reshape(-1, accumulate, batch.shape[1]).swapaxes(0, 1)
+    slices = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def add(total: tuple[Any, Metrics], part: Array) -> tuple[tuple[Any, Metrics], None]:
+    def add(total: tuple[Any, Metrics], part: Any) -> tuple[tuple[Any, Metrics], None]:
         return jax.tree.map(jnp.add, total, gradient(params, part)), None
 
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, params, slices[0]))
+    first = jax.tree.map(lambda x: x[0], slices)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, params, first))
     (total, metrics), _ = jax.lax.scan(add, zero, slices)
     return jax.tree.map(lambda leaf: leaf / accumulate, total), metrics
 
@@ -108,31 +112,33 @@ def train_step(loss: LossFn, tx: optax.GradientTransformation, rate: Schedule, a
     with the loss they are finite exactly as long as the run is sound) and ``learning_rate`` of this update.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         gradient, metrics = mean_gradient(loss, state.params, batch, accumulate)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        single = {
-            "gradient_norm": optax.tree.norm(gradient),
-            "parameter_norm": optax.tree.norm(params),
-            "learning_rate": rate(state.step),
-        }
-        metrics |= {name: Mean(value, jnp.float32(1)) for name, value in single.items()}
+        single = optax.tree.norm(gradient), optax.tree.norm(params), rate(state.step)
+        pairs = zip(MEASURED_BY_STEP, single, strict=True)
+        metrics |= {name: Mean(value, jnp.float32(1)) for name, value in pairs}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
+def measurement(loss: LossFn) -> Callable[[Any, Any], Metrics]:
+    """The metrics of a batch without a gradient, compiled: ``(params, batch) -> metrics``."""
+    return jax.jit(lambda params, batch: loss(params, batch)[1])
+
+
+def mean_over(measure: Callable[[Any, Any], Metrics], batches: Iterable[Any], params: Any) -> dict[str, float]:
+    """Means of the metrics over ``batches`` together. Waits for the device once, at the end."""
+    parts = [measure(params, batch) for batch in batches]
+    sums = jax.tree.map(lambda *leaves: sum(float(leaf) for leaf in leaves), *jax.device_get(parts))
+    return {name: mean.value for name, mean in sums.items()}
+
+
 def evaluator(loss: LossFn, batches: Iterable[Any]) -> Callable[[Any], dict[str, float]]:
     """Held-out means: ``evaluate(params) -> {"loss": nats per token, "bits_per_byte": ...}``.
 
-    ``batches`` are iterated anew at each call. Waits for the device once, at the end.
+    ``batches`` are iterated anew at each call.
     """
-    measure = jax.jit(lambda params, batch: loss(params, batch)[1])
-
-    def evaluate(params: Any) -> dict[str, float]:
-        parts = [measure(params, batch) for batch in batches]
-        sums = jax.tree.map(lambda *leaves: sum(float(leaf) for leaf in leaves), *jax.device_get(parts))
-        return {name: mean.value for name, mean in sums.items()}
-
-    return evaluate
+    return functools.partial(mean_over, measurement(loss), batches)

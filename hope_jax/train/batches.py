@@ -1,0 +1,50 @@
+"""What training reads: endless batches that know their position, so that a run can go on where it was.
+
+``data.TextData.train_batches`` gives batches of text; ``ComputedBatches`` makes them from a number. Read ``loop.py``
+next.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from hope_jax.errors import UserError
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """An endless iterator of batches."""
+
+    def __next__(self) -> Any: ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a position. Raises UserError for what is no position of these batches."""
+        ...
+
+
+class ComputedBatches:
+    """The batches ``make(0), make(1), ...``; ``make`` gives the same batch for the same number."""
+
+    def __init__(self, make: Callable[[int], Any]):
+        self._make, self._next = make, 0
+
+    def __iter__(self) -> "ComputedBatches":
+        return self
+
+    def __next__(self) -> Any:
+        self._next += 1
+        return self._make(self._next - 1)
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of the next batch."""
+        return {"next": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from such a number."""
+        number = state.get("next")
+        if state.keys() != {"next"} or not isinstance(number, int) or number < 0:
+            raise UserError(f"{state} is no position of computed batches; expected the number of the next batch")
+        self._next = number

@@ -1,0 +1,120 @@
+"""What is trained and how, before the first step: a loss, parameters, an optimizer, and the programs made of them.
+
+Anything with a loss can be trained; ``text_setup`` fills the slots for a language model. Programs are compiled once per
+``Setup``, whatever the number of runs. Read ``fit.py`` next: it trains a setup.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from hope_jax.models import LanguageModel
+from hope_jax.train.devices import replicate, share
+from hope_jax.train.optimizer import Schedule, optimizer, schedule
+from hope_jax.train.run import TextRun
+from hope_jax.train.state import TrainState, abstract, fresh_state, init_params
+from hope_jax.train.step import LossFn, StepFn, mean_over, measurement, next_token_loss, train_step
+from hope_jax.types import PRNGKeyArray
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A training problem.
+
+    Attributes:
+      init: ``key -> parameters``.
+      loss: ``(parameters, batch) -> (loss, metrics)``; metrics are ``Mean``s by name, one of them "loss".
+      tx: the training optimizer.
+      rate: learning rate of batch 0, 1, ...: what is recorded.
+      tokens: targets of one batch: what speed and progress are counted in.
+      accumulate: slices of a batch that are computed one after another; must divide the batch.
+      mesh: devices that share each batch; None: the first device.
+    """
+
+    init: Callable[[PRNGKeyArray], Any]
+    loss: LossFn
+    tx: optax.GradientTransformation
+    rate: Schedule
+    tokens: int = 1
+    accumulate: int = 1
+    mesh: Mesh | None = None
+
+    @property
+    def devices(self) -> int:
+        """How many devices share each batch."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    @functools.cached_property
+    def step(self) -> StepFn:
+        """The compiled training step on placed batches."""
+        return train_step(self.loss, self.tx, self.rate, self.accumulate)
+
+    @functools.cached_property
+    def _measure(self) -> Callable[[Any, Any], Any]:
+        return measurement(self.loss)
+
+    @functools.cached_property
+    def _start(self) -> Callable[[PRNGKeyArray], TrainState]:
+        return jax.jit(lambda key: fresh_state(self.init(key), self.tx))
+
+    @functools.cached_property
+    def _continue(self) -> Callable[[Any], TrainState]:
+        return jax.jit(lambda params: fresh_state(jax.tree.map(jnp.copy, params), self.tx))
+
+    def start(self, seed: int, params: Any = None) -> TrainState:
+        """The state before the first batch; it begins with a copy of ``params``, None: with what ``init`` draws."""
+        return self._start(jax.random.key(seed)) if params is None else self._continue(params)
+
+    def shapes(self) -> TrainState:
+        """Shapes, dtypes and placement of ``start`` without computing it: what a checkpoint is restored into."""
+        return abstract(lambda: fresh_state(self.init(jax.random.key(0)), self.tx))
+
+    def place(self, batch: Any) -> Any:
+        """A batch where the step wants it."""
+        return batch if self.mesh is None else share(self.mesh, batch)
+
+    def spread(self, state: TrainState) -> TrainState:
+        """A state where the step wants it."""
+        return state if self.mesh is None else replicate(self.mesh, state)
+
+    def evaluator(self, batches: Iterable[Any]) -> Callable[[Any], dict[str, float]]:
+        """``parameters -> means by name`` over these held-out ``batches``, which are read once."""
+        placed = [self.place(batch) for batch in batches]
+        return functools.partial(mean_over, self._measure, placed)
+
+
+def text_setup(
+    run: TextRun,
+    steps: int,
+    byte_lengths: np.ndarray,
+    *,
+    accumulate: int = 1,
+    segment: int | None = None,
+    mesh: Mesh | None = None,
+) -> Setup:
+    """The setup of a language model on text.
+
+    Args:
+      run: model, optimizer and batch.
+      steps: batches in all, which the learning-rate schedule is for.
+      byte_lengths: bytes of each token of the vocabulary.
+      accumulate, mesh: as in ``Setup``.
+      segment: tokens of one piece in rematerialised training, see ``next_token_loss``.
+    """
+    model, tokens = LanguageModel(run.model), run.batch * run.length
+    return Setup(
+        init=functools.partial(init_params, model),
+        loss=next_token_loss(model, byte_lengths, segment),
+        tx=optimizer(run.optimizer, steps, run.model.update_every(tokens)),
+        rate=schedule(run.optimizer, steps),
+        tokens=tokens,
+        accumulate=accumulate,
+        mesh=mesh,
+    )

@@ -23,6 +23,14 @@ CONFIG = {
     "attention_bias": False,
     "tie_word_embeddings": True,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 20,
+}
+UNTIED = {"tie_word_embeddings": False}
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 

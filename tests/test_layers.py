@@ -10,7 +10,8 @@ from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
 from hope_jax.nn.feed_forward.fast import FastState
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
-from hope_jax.nn.layers import RMSNorm, ShortConv, apply_rope, shifted_sum, taps_at
+from hope_jax.nn.layers import RMSNorm, ShortConv, shifted_sum, taps_at
+from hope_jax.nn.rotary import apply_rope
 
 
 def test_unit_has_length_one_keeps_zero_and_widens_bfloat16(x64, key):

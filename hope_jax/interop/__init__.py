@@ -1,1 +1,14 @@
-"""Weights of other libraries: read ``llama.py``."""
+"""Weights of other libraries, in and out of the models of this one.
+
+>>> config, params = interop.load_llama("llama-folder", dtype=jnp.bfloat16)
+>>> logits, _ = LanguageModel(config).apply({"params": params}, tokens)
+
+Read llama.py next.
+"""
+
+from hope_jax.errors import extra
+
+with extra("train"):
+    from hope_jax.interop.llama import load_llama
+
+__all__ = ["load_llama"]

@@ -13,7 +13,7 @@ The two architectures compute the same function, with three differences that the
 * **Grouped queries.** A key or value head that serves g query heads is stored g times, one for each. Attention is the
   same; its cache is g times as large as theirs.
 
-Rotary positions pair feature i with i + K/2 in both.
+Rotary positions pair feature i with i + K/2 in both, with the scaling of Llama 3 where a checkpoint has it.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ with extra("train"):
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 SPEEDS = "rotary_emb.inv_freq"  # older files hold the rotary speeds, which follow from the base
 
@@ -54,11 +55,12 @@ def load_llama(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Mode
       dtype: of the model's activations and matrix products; the stored tensors may be of any floating type.
 
     Raises:
-      UserError: a file is missing or unreadable; the configuration is not Llama's, or has scaled rotary positions,
-        biases, heads of another size or another activation; a tensor is missing, left over, of another shape or not
-        of floats.
+      UserError: a file is missing or unreadable; the configuration is not Llama's, contradicts itself, or has other
+        rotary positions, biases, heads of another size, another activation or a field that is not known; a tensor is
+        missing, left over, of another shape or not of floats; dtype is none of floats.
     """
     folder = Path(folder)
+    _check_dtype(dtype)
     llama = read_llama(folder / "config.json")
     config = _model(llama, dtype)
     with contextlib.ExitStack() as stack:
@@ -72,7 +74,7 @@ def load_llama(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Mode
 
 def _model(llama: Llama, dtype: DTypeLike) -> ModelConfig:
     return ModelConfig(
-        mixer=AttentionConfig(llama.heads, rope_base=llama.rope_base),
+        mixer=AttentionConfig(llama.heads, rope_base=llama.rope_base, rope_scaling=llama.rope_scaling),
         feed_forward=SwiGLUConfig(llama.hidden),
         width=llama.width,
         layers=llama.layers,
@@ -108,9 +110,9 @@ def _parts(llama: Llama) -> list[_Part]:
         heads = kernel.reshape(llama.kv_heads, llama.head_size, width)
         return np.repeat(heads, llama.heads // llama.kv_heads, axis=0).reshape(width, width).T
 
-    head = [] if llama.tied else [_Part("head", "lm_head.weight", table)]
+    head = [] if llama.tied else [_Part("head", HEAD, table)]
     return [
-        _Part("embedding", "model.embed_tokens.weight", table, np.asarray, stream / root),
+        _Part("embedding", EMBEDDING, table, np.asarray, stream / root),
         _Part("blocks/norm/scale", "model.layers.{}.input_layernorm.weight", (width,)),
         _Part("blocks/mixer/query/kernel", attention + "q_proj.weight", (width, width)),
         _Part("blocks/mixer/key/kernel", attention + "k_proj.weight", shared, repeated),
@@ -180,11 +182,28 @@ def _check(files: dict[str, Any], parts: list[_Part], llama: Llama) -> None:
             raise UserError(f"The tensor {name} has the shape {list(found)}; config.json asks for {list(shape)}.")
         if kind not in FLOATS:
             raise UserError(f"The tensor {name} is of type {kind}; expected one of {', '.join(FLOATS)}.")
-    speeds = {name for name in over if name.endswith(SPEEDS) and _speeds_follow(files[name].get_tensor(name), llama)}
-    over = [name for name in over if name not in speeds]
-    if over:
-        tied = " (config.json says that the head is tied)" if "lm_head.weight" in over else ""
-        raise UserError(f"The tensor {over[0]} is left over ({len(over)} in all){tied}; the model would lack it.")
+    for name in over:
+        if not (name.endswith(SPEEDS) and _speeds_follow(files[name].get_tensor(name), llama)):
+            _refuse_left_over(name, files, llama)
+
+
+def _refuse_left_over(name: str, files: dict[str, Any], llama: Llama) -> None:
+    """A tied model's file may hold the head too, if it equals the embedding."""
+    if name != HEAD or not llama.tied:
+        raise UserError(f"The tensor {name} is left over; the model would lack it.")
+    if not np.array_equal(files[HEAD].get_tensor(HEAD), files[EMBEDDING].get_tensor(EMBEDDING)):
+        raise UserError(
+            f"The tensor {HEAD} is left over: config.json says that the head is tied, and it differs from {EMBEDDING}."
+        )
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    try:
+        floats = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floats = False
+    if not floats:
+        raise UserError(f"dtype is {dtype!r}; expected a type of floats, such as jnp.float32 or jnp.bfloat16.")
 
 
 def _speeds_follow(stored: np.ndarray, llama: Llama) -> bool:

@@ -1,4 +1,4 @@
-"""The small parts every mixer is built from: norms, a short convolution with state, SwiGLU, rotary positions.
+"""The small parts every mixer is built from: norms, a short convolution with state, SwiGLU.
 
 Whatever sees a sequence is ``(x[B,T,D], state) -> (y[B,T,D], state)``; a layer without memory has the state ``()``.
 Parameters are float32 (float64 in a float64 model); ``dtype`` is what the matrix products and activations use;
@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.memory.architectures import unit
 from hope_jax.memory.products import by_rows, given, keep
-from hope_jax.types import Array, Float, Int, PRNGKeyArray, Stream
+from hope_jax.types import Array, Float, PRNGKeyArray, Stream
 
 EPS = 1e-6
 
@@ -56,22 +56,6 @@ def dense(
 def near_identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "D D"]:
     """The identity, slightly blurred: queries start in the space of the keys they have to find."""
     return jnp.eye(*shape, dtype=dtype) + 0.02 * jax.random.normal(key, shape, dtype)
-
-
-def apply_rope(
-    x: Float[Array, "B T H K"], positions: Int[Array, " T"], base: float = 10_000.0
-) -> Float[Array, "B T H K"]:
-    """Rotary positions: feature i and i + K/2 of each head turn by ``position * base^(-2i/K)``; K must be even.
-
-    The score of a rotated query and a rotated key then depends on the distance of their positions only.
-    """
-    wide = param_dtype(x.dtype)
-    half = x.shape[-1] // 2
-    speeds = base ** (-jnp.arange(half, dtype=wide) / half)
-    angles = jnp.outer(positions.astype(wide), speeds)[None, :, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    left, right = jnp.split(x.astype(wide), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1).astype(x.dtype)
 
 
 def scaled(x: Float[Array, "*batch D"], scale: Float[Array, " D"]) -> Float[Array, "*batch D"]:

@@ -17,7 +17,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
-from hope_jax.nn.layers import ShortConv, apply_rope, dense, param_dtype
+from hope_jax.nn.layers import ShortConv, dense, param_dtype
+from hope_jax.nn.rotary import RopeScaling, apply_rope
 from hope_jax.types import Array, Bool, Float, Int, Stream
 
 
@@ -126,12 +127,14 @@ class AttentionConfig:
     window: tokens a token sees, itself included, at least 1; None: all earlier ones.
     conv: width of causal convolutions on the inputs of the query, key and value maps, as Hope has them; 0: none.
     rope_base: the slowest rotary feature turns by about ``1 / rope_base`` per token.
+    rope_scaling: slower rotary features for contexts longer than those of the training; None: none.
     """
 
     heads: int
     window: int | None = None
     conv: int = 0
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         if self.heads < 1:
@@ -194,5 +197,5 @@ class Attention(nn.Module):
         split = (*streams[0].shape[:2], self.config.heads, self.width // self.config.heads)
         q, k, v = (to(stream).reshape(split) for to, stream in zip(maps, streams, strict=True))
         at = position + jnp.arange(split[1])
-        q, k = (apply_rope(z, at, self.config.rope_base) for z in (q, k))
+        q, k = (apply_rope(z, at, self.config.rope_base, self.config.rope_scaling) for z in (q, k))
         return [jnp.swapaxes(z, 1, 2) for z in (q, k, v)]

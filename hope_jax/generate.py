@@ -13,32 +13,25 @@ sequence gives the same result), the decoding loop takes any number of steps, an
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 
 from hope_jax import context
 from hope_jax.context.writes import plan_of
 from hope_jax.errors import UserError
 from hope_jax.nn.language_model import check_tokens
-from hope_jax.nn.mixers.attention import room_left
-from hope_jax.types import Array, Bool, Float, Int, PRNGKeyArray, Scalar, Tokens
+from hope_jax.nn.mixers.attention import room_left, slots_of
+from hope_jax.sampling import Choice, check_key, choice, choose, whole
+from hope_jax.storage.digests import first_difference, kinds
+from hope_jax.types import Array, Bool, Float, Int, PRNGKeyArray, Tokens
 
 READS = (512, 64, 8, 1)  # lengths of the pieces a prompt is read in
 PIECE = 32  # most tokens written between two looks at them
-
-
-class Choice(NamedTuple):
-    """How a token is chosen. ``mode``: 0 the likeliest, 1 at random, 2 at random among the likeliest few."""
-
-    mode: Int[Array, ""]
-    temperature: Scalar
-    top_k: Int[Array, ""]
-    top_p: Scalar
 
 
 def sample(
@@ -61,7 +54,8 @@ def sample(
       model, params, state: as in ``model.apply({"params": params}, tokens, state)``. The state may have read before.
       prompt: token ids ``[B, T]`` to read first, at least one per sequence.
       steps: tokens to write, at least 1.
-      temperature: 0 takes the likeliest token (``key`` is then not used), 1 draws from the model's distribution.
+      temperature: 0 takes the likeliest token (``key`` is then not used), 1 draws from the model's distribution. So
+        small a number that float32 has no full precision for it counts as 0.
       top_k: draw among the ``top_k`` likeliest tokens only, 1 to vocabulary size.
       top_p: draw among the likeliest tokens that together hold this probability (of those ``top_k`` leaves), in (0, 1].
       key: random key. Equal keys give equal text; a longer call starts like a shorter one.
@@ -73,9 +67,12 @@ def sample(
       The written tokens, int32, and the state (which has not read the last of them; see the module docstring).
 
     Raises:
-      UserError: a prompt no model can read, a setting out of range, more tokens than the attention caches have room
-        for, a model whose logits are not finite, or ``learn`` and a model without levels.
+      UserError: a prompt no model can read, a setting out of range or of another type, a state of another batch size,
+        more tokens than the attention caches have room for, a model whose logits are not finite, or ``learn`` and a
+        model without levels.
     """
+    if on_token is not None and not callable(on_token):
+        raise UserError(f"on_token is a {type(on_token).__name__}; give a function of the tokens [B], or None.")
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key, "learn": learn}
     written, end = [], state
     for piece, end in stream(model, params, state, prompt, steps=steps, **settings):  # noqa: B007, the last state is returned
@@ -104,32 +101,47 @@ def stream(
     The first piece is one token, so that it comes as soon as the prompt is read. Mistakes raise at the call. With
     ``learn``, the prompt is read by ``context.expect``: each number of unfinished and new tokens compiles.
     """
-    prompt, vocab = jnp.asarray(prompt), model.config.vocab_size
-    check_tokens(prompt, vocab)
+    prompt, vocab = _prompt(prompt), model.config.vocab_size
+    check_tokens(prompt, vocab, "prompt")
+    check_key(key)
     if learn:
         plan_of(model, trained=False)
-    how = _choice(vocab, temperature, top_k, top_p)
-    _check_room(state, prompt.shape[1], steps)
+    how = choice(vocab, temperature, top_k, top_p)
+    _check_state(model, params, state, prompt.shape[0])
+    _check_room(state, prompt.shape[1], whole("steps", steps))
     pieces = _learning_pieces if learn else _pieces
-    return pieces(model, params, state, prompt.astype(jnp.int32), steps, how, key)
+    return pieces(model, params, state, jnp.asarray(prompt, jnp.int32), steps, how, key)
 
 
-def _choice(vocab: int, temperature: float, top_k: int | None, top_p: float | None) -> Choice:
-    """The settings, checked, as arrays."""
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature is {temperature}; give 0 for the likeliest token, or a positive number.")
-    if top_k is not None and not 1 <= top_k <= vocab:
-        raise UserError(f"top_k is {top_k}; give 1 to {vocab} (the vocabulary), or None for all tokens.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; give a probability above 0 and at most 1, or None for all tokens.")
-    mode = 0 if temperature == 0 else 1 if top_k is None and top_p is None else 2
-    whole, real = functools.partial(jnp.asarray, dtype=jnp.int32), functools.partial(jnp.asarray, dtype=jnp.float32)
-    return Choice(whole(mode), real(temperature or 1), whole(top_k or vocab), real(top_p or 1))
+def _prompt(given: Any) -> np.ndarray:
+    """On the host as it came: a device would cut large ids to 32 bits before anybody looks at them."""
+    try:
+        return np.asarray(given)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"prompt is no array ({error}); give token ids [batch, time], rows of equal length.") from error
+
+
+def _check_state(model: Any, params: Any, state: Any, batch: int) -> None:
+    """Raise UserError unless the mixers' states are such as ``model.init_state`` makes for so many sequences."""
+    if not hasattr(model, "init_state"):  # any model will do; this one says nothing about its states
+        return
+    inside = getattr(state, "state", state)
+    blocks = getattr(inside, "blocks", inside)
+    if not hasattr(blocks, "mixer"):
+        raise UserError(f"state is a {type(state).__name__}; give one of model.init_state or context.start.")
+    slots = slots_of(blocks.mixer)
+    try:
+        expected = jax.eval_shape(lambda: model.init_state(params, batch, slots)).mixer
+    except (KeyError, TypeError, FlaxError) as error:
+        raise UserError(f"params are not those of this model: {str(error).splitlines()[0]}") from error
+    if different := first_difference(kinds(blocks.mixer), kinds(expected)):
+        name, there, here = different
+        raise UserError(
+            f"state is not of this model with a prompt of {batch} sequences: {name} is {there}; expected {here}."
+        )
 
 
 def _check_room(state: Any, time: int, steps: int) -> None:
-    if steps < 1:
-        raise UserError(f"steps is {steps}; ask for at least 1 token.")
     room, needed = room_left(state), time + steps - 1
     if room is not None and needed > room:
         raise UserError(
@@ -200,7 +212,7 @@ def _next(
     logits: Float[Array, "B vocab"], key: PRNGKeyArray, index: Any, how: Choice
 ) -> tuple[Int[Array, " B"], Bool[Array, ""]]:
     """Written token number ``index``, and whether the logits are finite."""
-    return _choose(logits, jax.random.fold_in(key, index), how), jnp.isfinite(logits).all()
+    return choose(logits, jax.random.fold_in(key, index), how), jnp.isfinite(logits).all()
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -215,33 +227,9 @@ def _write(
     def step(i, carry):
         tokens, last, finite, state = carry
         logits, state = _read(model, params, last[:, None], state)
-        last = _choose(logits, jax.random.fold_in(key, start + i), how)
+        last = choose(logits, jax.random.fold_in(key, start + i), how)
         return tokens.at[:, i].set(last), last, finite & jnp.isfinite(logits).all(), state
 
     tokens = jnp.zeros((last.shape[0], PIECE), jnp.int32)
     tokens, _, finite, state = jax.lax.fori_loop(0, count, step, (tokens, last, jnp.array(True), state))
     return tokens, finite, state
-
-
-def _choose(logits: Float[Array, "B vocab"], key: PRNGKeyArray, how: Choice) -> Int[Array, " B"]:
-    tokens = jax.lax.switch(how.mode, (_likeliest, _draw, _draw_among_few), logits, key, how)
-    return tokens.astype(jnp.int32)
-
-
-def _likeliest(logits: Float[Array, "B vocab"], key: PRNGKeyArray, how: Choice) -> Int[Array, " B"]:
-    return jnp.argmax(logits, axis=-1)
-
-
-def _draw(logits: Float[Array, "B vocab"], key: PRNGKeyArray, how: Choice) -> Int[Array, " B"]:
-    return jax.random.categorical(key, logits / how.temperature)
-
-
-def _draw_among_few(logits: Float[Array, "B vocab"], key: PRNGKeyArray, how: Choice) -> Int[Array, " B"]:
-    """Draw a rank, not a token, so that ties never let more than ``top_k`` tokens through."""
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / how.temperature
-    ranked = jnp.where(jnp.arange(ranked.shape[-1])[None] < how.top_k, ranked, -jnp.inf)
-    chances = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(chances, axis=-1) - chances
-    rank = jax.random.categorical(key, jnp.where(before < how.top_p, ranked, -jnp.inf))
-    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]

@@ -196,14 +196,38 @@ def test_other_lengths_and_settings_of_a_second_call_compile_nothing_new():
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"steps": ROOM}, "room for 205 tokens.*room for 140"),
+        ({"steps": 2.5}, "steps is 2.5; give a whole number"),
+        ({"steps": True}, "steps is True"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"temperature": 1e39}, "temperature is 1e[+]39"),
+        ({"top_k": 2.0}, "top_k is 2.0; give a whole number"),
+        ({"top_p": 1e-50}, "top_p is 1e-50"),
+        ({"key": 0}, "key is a int.*jax.random.key"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, r"shape \(3,\); give one random key"),
+        ({"prompt": "text"}, "prompt: dtype is"),
+        ({"prompt": [[1, 2], [3]]}, "prompt is no array"),
+        ({"prompt": np.array([[2**32 + 1]])}, "prompt: ids run from 4294967297"),
+        ({"prompt": jnp.zeros((3, 4), jnp.int32)}, "state is not of this model with a prompt of 3 sequences"),
+        ({"state": ()}, "state is a tuple; give one of model.init_state"),
+        ({"params": {}}, "params are not those of this model"),
     ],
     ids=str,
 )
-def test_mistakes_are_told_before_anything_runs(key, changes, words):
+def test_mistakes_are_told_before_anything_runs(key, untyped, changes, words):
     model, params, state, prompt = tiny(MIXERS["attention"], key)
-    arguments = {"prompt": prompt, "steps": 5, "key": key, **changes}
+    arguments = {"params": params, "state": state, "prompt": prompt, "steps": 5, "key": key, **changes}
     with pytest.raises(UserError, match=words):
-        generate.stream(model, params, state, arguments.pop("prompt"), **arguments)
+        generate.stream(model, **arguments)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-40, 1.2e-38, 1e-30])
+def test_however_cold_the_likeliest_token_is_written(temperature):
+    assert frequencies(temperature=temperature)[1] == frequencies(temperature=temperature, top_k=3)[1] == 1
+
+
+def test_a_function_of_tokens_is_asked_for_before_anything_is_written(key, untyped):
+    with pytest.raises(UserError, match="on_token is a int; give a function"):
+        generate.sample(FIXED, {}, (), jnp.zeros((1, 1), jnp.int32), steps=1, key=key, on_token=3)
 
 
 def test_the_last_free_slot_can_be_used_and_room_counts_what_was_read(key):

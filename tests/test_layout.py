@@ -34,7 +34,7 @@ RANKS = [
     {"nn"},
     {"models"},
     {"context", "train", "interop"},
-    {"generate", "trace", "stacking", "evals"},
+    {"generate", "sampling", "trace", "stacking", "evals"},
     {"hope_jax"},
     {"cli", "__main__"},
     {"experiments"},

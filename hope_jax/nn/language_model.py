@@ -123,14 +123,14 @@ class LanguageModel(nn.Module):
         return x.astype(self.config.dtype)
 
 
-def check_tokens(tokens: Array, vocab_size: int) -> None:
+def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "tokens") -> None:
     """Raise UserError for tokens no model can read; ids are checked where their values are known."""
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise UserError(f"tokens have dtype {tokens.dtype}; expected integers (token ids)")
+        raise UserError(f"{name}: dtype is {tokens.dtype}; expected integers (token ids)")
     if tokens.ndim != 2 or 0 in tokens.shape:
-        raise UserError(f"tokens have shape {tokens.shape}; expected [batch, time] with at least one token")
+        raise UserError(f"{name}: shape is {tokens.shape}; expected [batch, time] with at least one token")
     if not isinstance(tokens, Tracer):
         values = np.asarray(tokens)  # not jnp: inside a jitted function even a constant's minimum is traced
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= vocab_size:
-            raise UserError(f"token ids run from {low} to {high}; the vocabulary has ids 0 to {vocab_size - 1}")
+            raise UserError(f"{name}: ids run from {low} to {high}; the vocabulary has ids 0 to {vocab_size - 1}")

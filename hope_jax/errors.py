@@ -2,7 +2,9 @@
 
 import contextlib
 import difflib
+import operator
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -48,3 +50,14 @@ class Stopped(Exception):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """The integer. UserError, naming the argument, for anything else and for numbers below ``least``."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise UserError(f"{name} is {value!r}; give a whole number of at least {least}.")
+    return number

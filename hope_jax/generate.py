@@ -23,10 +23,10 @@ from flax.errors import FlaxError
 
 from hope_jax import context
 from hope_jax.context.writes import plan_of
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 from hope_jax.nn.language_model import check_tokens
 from hope_jax.nn.mixers.attention import room_left, slots_of
-from hope_jax.sampling import Choice, check_key, choice, choose, whole
+from hope_jax.sampling import Choice, check_key, choice, choose
 from hope_jax.storage.digests import first_difference, kinds
 from hope_jax.types import Array, Bool, Float, Int, PRNGKeyArray, Tokens
 

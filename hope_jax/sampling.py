@@ -3,14 +3,13 @@
 Read ``generate.py`` next: it writes text with these functions.
 """
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 from hope_jax.types import Array, Float, Int, PRNGKeyArray, Scalar
 
 SMALLEST = float(np.finfo(np.float32).tiny)
@@ -47,17 +46,6 @@ def choice(vocab: int, temperature: Any, top_k: Any = None, top_p: Any = None) -
     reals = (jnp.asarray(number, jnp.float32) for number in (max(heat, SMALLEST), limit))
     (which, few), (heat, limit) = integers, reals
     return Choice(which, heat, few, limit)
-
-
-def whole(name: str, value: Any, least: int = 1) -> int:
-    """The integer. UserError, naming the argument, for anything else and for numbers below ``least``."""
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise UserError(f"{name} is {value!r}; give a whole number of at least {least}.")
-    return number
 
 
 def check_key(key: Any) -> None:

@@ -88,6 +88,7 @@ def test_a_batch_is_a_function_of_seed_and_index():
         ({"seed": -1}, "seed and index must be at least 0"),
         ({"index": -1}, "seed and index must be at least 0"),
         ({"power_a": 0.0}, "power_a must be positive"),
+        ({"power_a": float("nan")}, "power_a must be positive"),
     ],
 )
 def test_impossible_tasks_are_refused(wrong, message):

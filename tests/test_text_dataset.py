@@ -158,9 +158,18 @@ def test_a_text_of_exactly_one_window_is_enough(tmp_path):
     assert len(data.train) == len(data.heldout) == 1
 
 
-def test_length_below_one_is_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="at least 1 token, got 0"):
-        open_folder(folder, tmp_path, length=0)
+@pytest.mark.parametrize("length", [0, 2.5, "16", True])
+def test_a_length_that_is_no_number_of_tokens_is_refused(folder, tmp_path, untyped, length):
+    with pytest.raises(UserError, match=f"length is {length!r}; give a whole number of at least 1"):
+        open_folder(folder, tmp_path, length=length)
+
+
+def test_numbers_of_batches_are_whole(folder, tmp_path, untyped):
+    data = open_folder(folder, tmp_path / "cache")
+    with pytest.raises(UserError, match="batch is 2.5"):
+        data.train_batches(batch=2.5, seed=0)
+    with pytest.raises(UserError, match="limit is 0"):
+        data.heldout_batches(batch=2, limit=0)
 
 
 def test_a_tokenizer_that_loses_text_is_refused(folder, tmp_path):

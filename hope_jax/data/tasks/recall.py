@@ -98,5 +98,7 @@ def _check(seed: int, index: int, batch: int, length: int, pairs: int, vocab: in
         raise UserError(f"length must be even and at least 4 * pairs = {4 * pairs}, got {length}")
     if pairs > vocab // 2 - 1:
         raise UserError(f"{pairs} pairs need a vocabulary of at least {2 * pairs + 2} ids, got {vocab}")
-    if power_a <= 0:
-        raise UserError(f"power_a must be positive, got {power_a}: 0.01 asks soon after the context, 1 anywhere")
+    if not 0 < power_a < np.inf:
+        raise UserError(
+            f"power_a must be positive and finite, got {power_a}: 0.01 asks soon after the context, 1 anywhere"
+        )

@@ -12,7 +12,7 @@ from hope_jax.data.text.config import DataConfig
 from hope_jax.data.text.files import from_files
 from hope_jax.data.text.tokenizers import Tokenizer
 from hope_jax.data.text.windows import Windows
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ class TextData:
         Raises:
             UserError: a number outside its range.
         """
-        order = Order(int(batch), int(seed), int(process_count), self.fingerprint)
+        order = Order(
+            whole("batch", batch), whole("seed", seed, 0), whole("process_count", process_count), self.fingerprint
+        )
         return TrainBatches(self.train, order, process_index)
 
     def heldout_batches(self, *, batch: int, limit: int | None = None) -> HeldoutBatches:
         """Re-iterable int32 [B, T + 1], at most `limit` of them, evenly spread. UserError when a number is below 1."""
-        return HeldoutBatches(self.heldout, int(batch), limit)
+        return HeldoutBatches(self.heldout, whole("batch", batch), None if limit is None else whole("limit", limit))
 
 
 def open_text(
@@ -65,8 +67,7 @@ def open_text(
     Raises:
         UserError: no such text, too little of it, or nowhere to write.
     """
-    if length < 1:
-        raise UserError(f"length must be at least 1 token, got {length}")
+    length = whole("length", length)
     found = from_files(config.path) if config.tfds is None else tfds_corpus.from_tfds(config.tfds)
     if progress and found.left_out:
         tqdm.write(found.left_out, file=sys.stderr)

@@ -1,34 +1,60 @@
-"""Settings of every test: CPU only, no silent broadcasting between ranks, compiled programs kept between runs.
+"""Settings of every test: CPU only, no silent broadcasting between ranks, programs that compile quickly and are kept.
 
 ``x64`` gives a test float64, ``key`` a fixed random key. Shapes in signatures are checked (see ``setup.cfg``).
 """
 
+import importlib.metadata
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight simulated devices for the sharding tests. ``pretrain`` takes no more than cores, everything else the first one.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# A test runs its programs a few times, so most of its time goes into compiling: the other flags ask for code that is
+# quick to make, not quick to run. Operations and types are the same, and so are the tolerances.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # newer ones have no other emitters
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 import jax
 import pytest
 import tokenizers
 from corpora import LETTERS, TEXT
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import config as type_checker
 from trained_run import document, learned, rows, trained  # noqa: F401, fixtures
+
+# Files that take longest, longest first: two workers then end together. The rest follow in the order of their names.
+LONGEST = ("test_models", "test_self_modifying", "test_train", "test_generate", "test_rules", "test_optimizers")
 
 
 def pytest_configure(config):
     """JAX settings of the whole run."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    # One folder per worker: JAX does not write cache entries atomically.
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    jax.config.update("jax_compilation_cache_dir", str(config.rootpath / ".pytest_cache" / "jax" / worker))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    config.option.loadscopereorder = False  # pytest-xdist hands out files as they are listed, see below
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_programs_of_other_files():
-    """Compiled programs go when their file is done: each holds memory maps, and a process may have 65,530 of them."""
+def programs_of_this_file(request):
+    """Compiled programs are kept on disk by file, and leave memory when their file is done.
+
+    JAX does not write cache entries atomically: two processes must not share a folder, and one process runs a file.
+    In memory each program holds memory maps, of which a process may have 65,530.
+    """
+    folder = request.config.rootpath / ".pytest_cache" / "jax" / request.path.stem
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation_cache.reset_cache()
     yield
     jax.clear_caches()
 

@@ -5,6 +5,7 @@ import graphlib
 import importlib
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -78,12 +79,15 @@ def test_every_module_is_on_the_map():
     assert not unknown, f"not in RANKS of this test nor in the layout of the design: {unknown}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down_the_layers(module):
-    mine = part_of(module)
-    for other in map(part_of, GRAPH[module]):
-        assert RANK[other] <= RANK[mine], f"{module} imports {other}, which stands above it"
-        assert other == mine or not {other, mine} <= STRANGERS, f"{module} and {other} must not know each other"
+def _against_the_layers(module: str, other: str) -> bool:
+    """Whether ``module`` may not import ``other``: it stands above, or both are strangers."""
+    mine, theirs = part_of(module), part_of(other)
+    return RANK[theirs] > RANK[mine] or (theirs != mine and {theirs, mine} <= STRANGERS)
+
+
+def test_imports_point_down_the_layers_and_strangers_do_not_meet():
+    wrong = [f"{a} imports {b}" for a, others in GRAPH.items() for b in sorted(others) if _against_the_layers(a, b)]
+    assert not wrong
 
 
 def test_no_import_cycles():
@@ -104,25 +108,59 @@ def test_importing_does_no_work():
     assert _run_without_a_backend("import jax.numpy as jnp; jnp.zeros(3)").returncode != 0
 
 
-@pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_and_functions_stay_short(path):
-    text = path.read_text()
-    assert len(text.splitlines()) < 300
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or 0) - node.lineno + 1
-            assert lines < 60, f"{path.name}: {node.name} has {lines} lines"
+# ---------------------------------------------------------------- sizes and text of the files
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+TEXTS = {p: p.read_text() for p in DOCUMENTS}
 
 
-@pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_file_says_what_it_is(path):
-    assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no module docstring"
+def functions_of(path: Path) -> list[Function]:
+    """Every function and method of a file, the inner ones too."""
+    return [node for node in ast.walk(ast.parse(TEXTS[path])) if isinstance(node, Function)]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_documents_name_no_machine_paths(path):
-    found = re.findall(r"(?<![\w.:/-])/(?:home|Users|root|work|opt|mnt)/\S*", path.read_text())
-    assert not found
+def lines_of(node: Function | ast.stmt) -> int:
+    """Lines from the first to the last, without decorators."""
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def code_lines(function: Function) -> int:
+    """Lines of a function but for its docstring."""
+    described = ast.get_docstring(function) is not None
+    return lines_of(function) - (lines_of(function.body[0]) if described else 0)
+
+
+def too_long(paths: list[Path], limit: int) -> dict[str, int]:
+    """Files of more than ``limit`` lines."""
+    counts = {str(p.relative_to(ROOT)): len(TEXTS[p].splitlines()) for p in paths}
+    return {path: count for path, count in counts.items() if count > limit}
+
+
+def test_files_stay_short():
+    assert not too_long(EVERYTHING, 299)
+
+
+def test_no_function_is_long():
+    lengths = [(lines_of(f), f.name, str(p.relative_to(ROOT))) for p in EVERYTHING for f in functions_of(p)]
+    assert not [found for found in lengths if found[0] >= 60]
+
+
+def test_most_functions_of_the_source_are_very_short():
+    lengths = [code_lines(f) for path in SOURCES for f in functions_of(path)]
+    assert statistics.median(lengths) <= 6
+    assert statistics.quantiles(lengths, n=10)[-1] <= 20
+
+
+def test_every_file_says_what_it_is():
+    assert not [p for p in EVERYTHING if not ast.get_docstring(ast.parse(TEXTS[p]))]
+
+
+def test_documents_name_no_machine_paths():
+    machine = re.compile(r"(?<![\w.:/-])/(?:home|Users|root|work|opt|mnt)/\S*")
+    assert not {(p, found) for p in DOCUMENTS for found in machine.findall(TEXTS[p])}
+
+
+# ---------------------------------------------------------------- the README and the command line
 
 
 def readme(section: str) -> dict:

@@ -3,22 +3,12 @@
 ``x64`` gives a test float64, ``key`` a fixed random key. Shapes in signatures are checked (see ``setup.cfg``).
 """
 
-import importlib.metadata
 import os
 
+from compiling import FLAGS
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Eight simulated devices for the sharding tests. ``pretrain`` takes no more than cores, everything else the first one.
-# A test runs its programs a few times, so most of its time goes into compiling: the other flags ask for code that is
-# quick to make, not quick to run. Operations and types are the same, and so are the tolerances.
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # newer ones have no other emitters
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = FLAGS + " " + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import pytest

@@ -25,7 +25,6 @@ import jax
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments.recall import without_writes
 from hope_jax import LanguageModel, ModelConfig, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least_one
@@ -35,6 +34,7 @@ from hope_jax.cli.running import keep_programs, progress_interval
 from hope_jax.config import flatten
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
+from hope_jax.models import without_writes
 from hope_jax.train.optimizer import OptimizerConfig
 
 FILE = "compare.jsonl"

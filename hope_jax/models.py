@@ -143,6 +143,20 @@ def with_in_context(
     return replace(config, feed_forward=cms)
 
 
+def without_writes(config: ModelConfig) -> ModelConfig:
+    """The same model, parameters included, whose memories never write: the inner learning rate is 0.
+
+    Retention goes on: Hope's memories then fade from their learned start, at first by 1/horizon per token.
+
+    Raises:
+      UserError: the mixer is no memory.
+    """
+    mixer = config.mixer
+    if not isinstance(mixer, SelfModifyingConfig | MemoryMixerConfig):
+        raise UserError(f"{type(mixer).__name__} has no inner learning rate; only memories can stop writing.")
+    return replace(config, mixer=replace(mixer, rate_max=0.0))
+
+
 def model_named(name: str) -> ModelConfig:
     """The row of that name; UserError with the closest names otherwise."""
     if name not in MODELS:
@@ -150,4 +164,14 @@ def model_named(name: str) -> ModelConfig:
     return MODELS[name]
 
 
-__all__ = ["ARCHITECTURES", "MODELS", "SIZES", "LanguageModel", "ModelConfig", "Size", "model_named", "with_in_context"]
+__all__ = [
+    "ARCHITECTURES",
+    "MODELS",
+    "SIZES",
+    "LanguageModel",
+    "ModelConfig",
+    "Size",
+    "model_named",
+    "with_in_context",
+    "without_writes",
+]

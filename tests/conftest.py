@@ -16,7 +16,7 @@ import tokenizers
 from corpora import LETTERS, TEXT
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import config as type_checker
-from trained_run import document, learned, rows, trained  # noqa: F401, fixtures
+from trained_run import document, learned, short_pieces, trained  # noqa: F401, fixtures
 
 # Files that take longest, longest first: two workers then end together. The rest follow in the order of their names.
 LONGEST = ("test_models", "test_self_modifying", "test_train", "test_generate", "test_rules", "test_optimizers")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from test_cli import mistake
 
@@ -16,12 +15,14 @@ from experiments.__main__ import main
 from hope_jax import LanguageModel
 from hope_jax.cli import benchmark
 from hope_jax.cli.main import main as commands
+from hope_jax.cli.results import Results
+from hope_jax.cli.trials import at_best_rate, percent
 from hope_jax.config import flatten
 from hope_jax.data import IGNORE, DataConfig
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.models import ARCHITECTURES, MODELS, Size
-from hope_jax.train.optimizer import OptimizerConfig
+from hope_jax.models import ARCHITECTURES, MODELS, Size, without_writes
+from hope_jax.train import OptimizerConfig, answer_loss
 
 TASK = {"width": 16, "layers": 1, "length": 16, "pairs": 2, "vocab": 16, "batch": 8, "seeds": (0,), "eval_batches": 1}
 
@@ -39,19 +40,24 @@ def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+def results_of(config):
+    """The results of a configuration of ``recall``."""
+    return Results(config.results, "recall", config.cache)
+
+
 def test_a_recall_run_learns_and_leaves_one_line_and_a_curve(tmp_path):
     settings = TASK | {"batch": 32, "eval_batches": 4}
     config = recall.RecallConfig(
         **settings, rows=("deltanet",), steps=200, eval_every=100, learning_rates=(1e-2,),
         optimizer=OptimizerConfig(warmup=10), results=tmp_path / "results",
     )  # fmt: skip
-    returned = recall.recall(config)
+    returned = recall.recall(config, results_of(config))
     (row,) = lines(tmp_path / "results" / "recall.jsonl")
     assert row == json.loads(json.dumps(returned[0]))
     assert (row["row"], row["writes"], row["length"], row["pairs"], row["seed"]) == ("deltanet", True, 16, 2, 0)
-    assert [step for step, _ in row["curve"]] == [100, 200] and row["accuracy"] == row["curve"][-1][1]
+    assert [step for step, _ in row["curve"]] == [0, 100, 200] and row["accuracy"] == row["curve"][-1][1]
     assert row["accuracy"] > 1 / 6, "naming any of the 8 values at random is right once in 8"
-    assert recall.draw(config).read_bytes()[:4] == b"\x89PNG"
+    assert recall.draw(config, [row]).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_recall_command_says_what_each_model_reached_at_its_best_rate(tmp_path, capsys):
@@ -66,28 +72,32 @@ def test_the_recall_command_says_what_each_model_reached_at_its_best_rate(tmp_pa
 def test_the_summary_takes_the_best_rate_by_its_mean_over_seeds():
     runs = [(1e-3, 0.5, True), (1e-3, 0.7, True), (1e-2, 0.9, True), (1e-2, 0.1, True), (1e-3, 0.2, False)]
     rows = [{"row": "hope", "writes": w, "learning_rate": rate, "accuracy": a} for rate, a, w in runs]
-    written, control = (" ".join(line.split()) for line in recall.summary(rows))
-    assert written == "hope 60.00% +- 14.14% (2 seeds, rate 0.001)"
-    assert control == "hope without writes 20.00% +- nan% (1 seeds, rate 0.001)"
+    best = at_best_rate(rows, "accuracy")
+    assert list(best) == ["hope", "hope without writes"]
+    written, control = (percent(of_name, "accuracy").strip() for of_name in best.values())
+    assert written == "60.00% +- 14.14% (2 seeds, rate 0.001)"
+    assert control == "20.00% +- nan% (1 seeds, rate 0.001)"
 
 
 @pytest.mark.parametrize("other", [{"vocab": 32}, {"width": 32}, {"layers": 2}, {"pairs": 1}, {"heads": 4}], ids=str)
-def test_only_runs_of_the_same_task_and_size_are_drawn_together(other):
-    config = recall.RecallConfig(**TASK)
-    row = {name: getattr(config, name) for name in recall.TASK}
-    assert recall.same_task(config, [row, row | other]) == [row]
+def test_only_runs_of_the_same_task_and_size_are_drawn_together(other, tmp_path, monkeypatch):
+    config = recall.RecallConfig(**TASK, results=tmp_path)
+    row = {name: getattr(config, name) for name in recall.TASK} | {"row": "hope", "curve": [[1, 0.5]]}
+    drawn = []
+    monkeypatch.setattr(recall, "draw_curves", lambda axes, rows, order: drawn.extend(rows))
+    recall.draw(config, [row, row | other])
+    assert drawn == [row]
 
 
 def test_a_run_stops_as_soon_as_the_task_is_solved(tmp_path, monkeypatch):
     monkeypatch.setattr(recall, "SOLVED", 0.0)
     config = recall.RecallConfig(**TASK, rows=("deltanet",), steps=4, eval_every=2, results=tmp_path)
-    assert [row["steps"] for row in recall.recall(config)] == [2]
+    assert [row["steps"] for row in recall.recall(config, results_of(config))] == [0]
 
 
 def test_accuracy_counts_only_the_positions_that_ask():
     config = recall.RecallConfig(**TASK)
-    batch = recall.batch(config, 0, 0)
-    inputs, targets = np.split(batch, 2, axis=1)
+    inputs, targets = config.examples(0, 0)
 
     class Oracle:
         """Knows every value asked for and is wrong everywhere else."""
@@ -95,7 +105,7 @@ def test_accuracy_counts_only_the_positions_that_ask():
         def apply(self, variables, tokens):
             return 20.0 * jax.nn.one_hot(jnp.where(targets == IGNORE, 0, targets), config.vocab), None
 
-    loss, metrics = recall.recall_loss(Oracle())({}, jnp.asarray(batch))
+    loss, metrics = answer_loss(Oracle(), IGNORE)({}, (jnp.asarray(inputs), jnp.asarray(targets)))
     assert (float(metrics["accuracy"].value), float(metrics["accuracy"].count)) == (1.0, 8 * 2)
     assert float(loss) < 1e-6
 
@@ -286,6 +296,6 @@ def test_a_mistake_in_what_to_measure_is_one_sentence(flags, expected, capfd):
 
 def test_replacing_the_rate_changes_nothing_else():
     config = recall.RecallConfig(**TASK).model("hope")
-    control = recall.without_writes(config)
+    control = without_writes(config)
     assert dataclasses.replace(control.mixer, rate_max=config.mixer.rate_max) == config.mixer
     assert control.feed_forward == config.feed_forward

@@ -1,4 +1,7 @@
-"""A small model's run folder and what it learned from a document: fixtures of the tests of commands that use one."""
+"""A small model's run folder and what it learned from a document: fixtures of the tests of commands that use one.
+
+The model is put together by hand and has no name: a run folder is all that the commands need.
+"""
 
 import contextlib
 import dataclasses
@@ -9,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from hope_jax import MODELS
+from hope_jax import train as training
 from hope_jax.cli import learn
 from hope_jax.cli.main import main
+from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.levels import Level
+from hope_jax.models import with_in_context
+from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.train.trained import keep_tokenizer
 
 ROW = MODELS["hope_attention-tiny"]
 # Quick to compile; full attention with room for 64 tokens, so that longer documents are read in several windows.
@@ -26,25 +34,35 @@ SMALL = dataclasses.replace(
 
 
 @pytest.fixture(scope="module")
-def rows():
-    """A small model, known to the command line by name."""
+def short_pieces():
+    """Documents are read in several pieces."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "small", SMALL)
         patch.setattr(learn, "PIECE", 16)
         yield
 
 
 @pytest.fixture(scope="module")
-def trained(rows, bpe, tmp_path_factory):
+def trained(short_pieces, bpe, tmp_path_factory):
     """A run folder of four steps, with a tokenizer of its own and a level in context; to be looked at only."""
     place = tmp_path_factory.mktemp("trained")
-    text = place / "text.txt"
-    text.write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(20)))
-    flags = ["--model", "small", "--steps", "4", "--batch", "2", "--length", "32", "--eval-batches", "1"]
-    flags += ["--cms.in-context", "16", "--cms.rate", "2", "--sample-tokens", "0", "--no-compile-cache"]
-    flags += ["--data.path", str(text), "--data.tokenizer", str(bpe)]
-    assert main(["pretrain", "--run", str(place / "run"), *flags]) == 0
-    return place / "run"
+    path = place / "text.txt"
+    path.write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(20)))
+    data = DataConfig(path=(str(path),), tokenizer=str(bpe))
+    tokenizer = make_tokenizer(data)
+    text = open_text(data, tokenizer, length=32, cache_dir=place / "cache")
+    model = dataclasses.replace(with_in_context(SMALL, (16,), writes=Writes(2.0)), vocab_size=tokenizer.vocab_size)
+    of_text, of_tokenizer = text.fingerprint, tokenizer.fingerprint
+    config = training.TextRun(model, training.OptimizerConfig(), 2, 32, 0, of_text, of_tokenizer)
+    heldout = text.heldout_batches(batch=2, limit=1)
+    with training.open_run(place / "run") as folder:
+        keep_tokenizer(folder, data)
+        for total in (2, 4):  # the second one goes on from the first
+            setup, batches = (
+                training.text_setup(config, total, tokenizer.byte_lengths),
+                text.train_batches(batch=2, seed=0),
+            )
+            training.fit(setup, batches, heldout, training.Steps(total), run=training.Run(folder, config))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,12 @@ def at_least_one(config: Any, *names: str) -> None:
             raise UserError(f"{flag(name)} must be at least 1, got {getattr(config, name)}.")
 
 
+def given(config: Any, *names: str) -> None:
+    """Raise UserError unless each of the fields, which are tuples, has something in it."""
+    if not all(getattr(config, name) for name in names):
+        raise UserError(f"Give at least one of each: {', '.join(map(flag, names))}.")
+
+
 def flag(name: str) -> str:
     """A field's name as the command line spells it."""
     return f"--{name.replace('_', '-')}"

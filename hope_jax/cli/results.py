@@ -1,17 +1,61 @@
-"""Files of JSON lines that many processes append to: one line per result, whole even after a kill or a full disk."""
+"""Results of experiments: files of JSON lines that many processes append to, and runs that can be stopped.
+
+A line is one result, whole even after a kill or a full disk. Read ``plots.py`` next.
+"""
 
 import fcntl
+import hashlib
 import json
 import math
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hope_jax import train as training
 from hope_jax.errors import UserError
 
 Row = dict[str, Any]
+
+
+class Results:
+    """The lines of an experiment, one for each finished run, and the folders of runs that were stopped.
+
+    Args:
+      folder: of ``<name>.jsonl``.
+      name: of the experiment.
+      cache: where unfinished runs are kept.
+      needed: what every line must have.
+
+    Raises:
+      UserError: nothing can be written there, or a line is damaged: better known now than after training.
+    """
+
+    def __init__(self, folder: Path, name: str, cache: Path, needed: Sequence[str] = ()):
+        self.path = open_results(folder, f"{name}.jsonl")
+        self._runs, self._needed = cache / "runs" / name, needed
+        self.rows()
+
+    def rows(self) -> list[Row]:
+        """All lines, in the order they were written."""
+        return training.read_rows(self.path, self._needed)
+
+    def complete(self, setting: Row, work: Callable[[training.Run], Row]) -> Row:
+        """The line of the run of ``setting``: the last one on file, or ``setting | work(run)``, which is written down.
+
+        ``work`` trains in the folder of ``run``. When it is stopped the folder stays, and the next call goes on from
+        there; it is removed when the line is on file.
+        """
+        text = json.dumps(setting, sort_keys=True)
+        if found := [row for row in self.rows() if row | json.loads(text) == row]:
+            return found[-1]
+        with training.open_run(self._runs / hashlib.sha256(text.encode()).hexdigest()[:16]) as folder:
+            row = setting | work(training.Run(folder, {"setting": text}))
+            append(self.path, row)
+        shutil.rmtree(folder, ignore_errors=True)
+        return row
 
 
 def open_results(folder: Path, name: str, flag: str = "--results") -> Path:

@@ -29,7 +29,7 @@ with extra("train"):
     from hope_jax.train.record import Record, draw_curve, read_rows
     from hope_jax.train.resume import resume, step_to_resume
     from hope_jax.train.run import Run, TextRun, open_run
-    from hope_jax.train.setup import Setup, text_setup
+    from hope_jax.train.setup import Setup, model_setup, text_setup
     from hope_jax.train.state import (
         TrainState,
         abstract_params,
@@ -38,7 +38,7 @@ with extra("train"):
         init_params,
         init_state,
     )
-    from hope_jax.train.step import Mean, evaluator, next_token_loss, train_step
+    from hope_jax.train.step import Mean, answer_loss, evaluator, next_token_loss, train_step
 
 __all__ = [
     "Batches",
@@ -60,6 +60,7 @@ __all__ = [
     "TrainState",
     "abstract_params",
     "abstract_state",
+    "answer_loss",
     "check_room",
     "cores",
     "count_parameters",
@@ -70,6 +71,7 @@ __all__ = [
     "init_params",
     "init_state",
     "last_good",
+    "model_setup",
     "next_token_loss",
     "open_run",
     "optimizer",

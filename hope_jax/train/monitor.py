@@ -53,7 +53,8 @@ class Monitor:
         self.restart_clock(done)
 
     def _begin(self, **about: Any) -> None:
-        self._bar = tqdm(unit="step", dynamic_ncols=True, **about)
+        # With a delay nothing is written before the bar is kept, so that a terminal that is gone can be told.
+        self._bar = tqdm(unit="step", dynamic_ncols=True, delay=1e-9, **about)
         self._bar.set_postfix_str("compiling")
 
     def __enter__(self) -> "Monitor":
@@ -69,7 +70,7 @@ class Monitor:
         try:
             action(*arguments, **options)
         except OSError:
-            self._closed = True
+            self._closed = self._bar.disable = True
             self._when_closed()
 
     def train(self, done: int, metrics: Metrics) -> None:

@@ -1,7 +1,7 @@
 """What is trained and how, before the first step: a loss, parameters, an optimizer, and the programs made of them.
 
-Anything with a loss can be trained; ``text_setup`` fills the slots for a language model. Programs are compiled once per
-``Setup``, whatever the number of runs. Read ``fit.py`` next: it trains a setup.
+Anything with a loss can be trained; ``model_setup`` and ``text_setup`` fill the slots for language models. Programs are
+compiled once per ``Setup``, whatever the number of runs. Read ``fit.py`` next: it trains a setup.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from hope_jax.models import LanguageModel
 from hope_jax.train.devices import replicate, share
-from hope_jax.train.optimizer import Schedule, optimizer, schedule
+from hope_jax.train.optimizer import OptimizerConfig, Schedule, optimizer, schedule
 from hope_jax.train.run import TextRun
 from hope_jax.train.state import TrainState, abstract, fresh_state, init_params
 from hope_jax.train.step import LossFn, StepFn, mean_over, measurement, next_token_loss, train_step
@@ -81,8 +81,8 @@ class Setup:
         return batch if self.mesh is None else share(self.mesh, batch)
 
     def spread(self, state: TrainState) -> TrainState:
-        """A state where the step wants it."""
-        return state if self.mesh is None else replicate(self.mesh, state)
+        """A state where the step wants it; placed alike whether it is fresh or restored, so that one program does."""
+        return jax.device_put(state, jax.devices()[0]) if self.mesh is None else replicate(self.mesh, state)
 
     def evaluator(self, batches: Iterable[Any]) -> Callable[[Any], dict[str, float]]:
         """``parameters -> means by name`` over these held-out ``batches``, which are read once."""
@@ -90,31 +90,39 @@ class Setup:
         return functools.partial(mean_over, self._measure, placed)
 
 
-def text_setup(
-    run: TextRun,
+def model_setup(
+    model: LanguageModel,
+    loss: LossFn,
+    config: OptimizerConfig,
     steps: int,
-    byte_lengths: np.ndarray,
+    tokens: int,
     *,
     accumulate: int = 1,
-    segment: int | None = None,
     mesh: Mesh | None = None,
 ) -> Setup:
+    """The setup of a language model with any loss.
+
+    Args:
+      model, loss: what is trained, and at what.
+      config: the training optimizer; the model's levels have a copy each.
+      steps: batches in all, which the learning-rate schedule is for.
+      tokens: of one batch.
+      accumulate, mesh: as in ``Setup``.
+    """
+    tx, rate = optimizer(config, steps, model.config.update_every(tokens)), schedule(config, steps)
+    return Setup(functools.partial(init_params, model), loss, tx, rate, tokens, accumulate, mesh)
+
+
+def text_setup(run: TextRun, steps: int, byte_lengths: np.ndarray, *, segment: int | None = None, **more: Any) -> Setup:
     """The setup of a language model on text.
 
     Args:
       run: model, optimizer and batch.
-      steps: batches in all, which the learning-rate schedule is for.
+      steps: as in ``model_setup``.
       byte_lengths: bytes of each token of the vocabulary.
-      accumulate, mesh: as in ``Setup``.
       segment: tokens of one piece in rematerialised training, see ``next_token_loss``.
+      more: as in ``model_setup``.
     """
-    model, tokens = LanguageModel(run.model), run.batch * run.length
-    return Setup(
-        init=functools.partial(init_params, model),
-        loss=next_token_loss(model, byte_lengths, segment),
-        tx=optimizer(run.optimizer, steps, run.model.update_every(tokens)),
-        rate=schedule(run.optimizer, steps),
-        tokens=tokens,
-        accumulate=accumulate,
-        mesh=mesh,
-    )
+    model = LanguageModel(run.model)
+    loss = next_token_loss(model, byte_lengths, segment)
+    return model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)

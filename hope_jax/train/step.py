@@ -79,6 +79,24 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = 
     return loss
 
 
+def answer_loss(model: Any, ignore: int) -> LossFn:
+    """Mean cross-entropy in nats and accuracy over the positions that are scored, of a batch (inputs, targets) [B, T].
+
+    ``ignore``: the target of all other positions. The loss of ``data.tasks``.
+    """
+
+    def loss(params: Any, batch: tuple[Int[Array, "B T"], Int[Array, "B T"]]) -> tuple[Scalar, Metrics]:
+        inputs, targets = batch
+        logits, _ = model.apply({"params": params}, inputs)
+        scored = targets != ignore
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(scored, targets, 0))
+        count = scored.sum().astype(jnp.float32)
+        total, right = jnp.sum(nats * scored), jnp.sum(scored & (logits.argmax(-1) == targets)).astype(jnp.float32)
+        return total / count, {"loss": Mean(total, count), "accuracy": Mean(right, count)}
+
+    return loss
+
+
 def _over_segments(piece: Callable, state: Any, tokens: tuple[Array, Array], segment: int) -> Scalar:
     """The sum of ``piece`` over the whole sequence, in rematerialised cuts of ``segment`` tokens."""
     cuts = jax.tree.map(lambda z: jnp.moveaxis(z.reshape(z.shape[0], -1, segment), 1, 0), tokens)

@@ -15,7 +15,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def run(path: Path, codes: list[str]) -> dict[str, Any]:
     """The names that the blocks leave behind, run one after another."""
-    names: dict[str, Any] = {"__name__": path.stem}
+    names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     for code in codes:
         exec(compile(code, str(path), "exec"), names)
     return names

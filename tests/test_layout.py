@@ -1,4 +1,4 @@
-"""The rules of the house, read off the sources: imports, sizes, paths; README and --help tell the truth."""
+"""The rules of the house, read off the sources: imports, sizes, paths; --help tells the truth."""
 
 import ast
 import graphlib
@@ -10,20 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from experiments import EXPERIMENTS
-from hope_jax import optim
 from hope_jax.cli import COMMANDS
 from hope_jax.cli.main import main
 from hope_jax.cli.parse import _flags
-from hope_jax.levels import Level
-from hope_jax.models import ARCHITECTURES, MODELS, Size
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 SOURCES = sorted(p for top in ("hope_jax", "experiments") for p in (ROOT / top).rglob("*.py"))
 EVERYTHING = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py")])
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *EVERYTHING])
@@ -161,45 +155,6 @@ def test_documents_name_no_machine_paths():
 
 
 # ---------------------------------------------------------------- the README and the command line
-
-
-def readme(section: str) -> dict:
-    """The names of the section's code after it ran."""
-    (block,) = re.findall(rf"^## {section}.*?```python\n(.*?)```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
-    names = {}
-    exec(compile(block, str(README), "exec"), names)
-    return names
-
-
-def test_the_session_of_the_readme_runs_and_going_on_equals_one_go(monkeypatch):
-    monkeypatch.setitem(MODELS, "hope-tiny", ARCHITECTURES["hope"](Size(16, 1, 2, 256, 32, (Level(32),))))
-    names = readme("A session")
-    whole, _ = names["model"].apply({"params": names["params"]}, names["whole"])
-    np.testing.assert_allclose(names["logits"], whole[:, -names["logits"].shape[1] :], atol=1e-4)
-    assert names["written"].shape == (1, 8)
-
-
-def test_the_memory_of_the_readme_finds_the_document_less_surprising_the_second_time():
-    names = readme("A memory that keeps learning")
-    assert names["second"] < 0.9 * names["first"] and names["written"].shape == (1, 8)
-    read = lambda params, state: names["model"].apply({"params": params}, names["document"][:, :16], state)[0]  # noqa: E731
-    fresh = names["model"].init_state(names["params"], batch=1)
-    assert np.abs(read(names["merged"], fresh) - read(names["params"], fresh)).max() > 1e-3
-
-
-def test_the_swapped_optimizer_of_the_readme_learns_and_is_m3():
-    names = readme("Swap the optimizer")
-    assert names["losses"][-1] < 0.2 * names["losses"][0]
-    parts = jax.tree.leaves(names["state"], is_leaf=lambda part: isinstance(part, optim.M3State))
-    assert any(isinstance(part, optim.M3State) for part in parts)
-
-
-def test_the_readme_names_only_functions_and_tests_that_exist():
-    text = README.read_text()
-    paths = set(re.findall(r"`((?:hope_jax|experiments|tests)/[\w/]+\.py)", text))
-    assert paths and not [path for path in paths if not (ROOT / path).exists()]
-    for path, name in re.findall(r"`([\w/]+\.py)::(\w+)`", text):
-        assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / path).read_text(), flags=re.MULTILINE), (path, name)
 
 
 def test_an_unknown_command_is_answered_with_the_closest_name(capsys):

@@ -72,14 +72,14 @@ def bars(axes: Any, names: list[str], values: list[list[float]]) -> None:
     axes.tick_params(axis="x", labelsize="small")
 
 
-def main() -> None:
-    """Write ``docs/figures/overview.png``."""
+def main(path: Path = ROOT / "docs" / "figures" / "overview.png") -> None:
+    """Write the figure."""
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     for axes, panel in zip(figure.subplots(1, 3), (recall, knowledge, valley), strict=True):
         panel(axes)
         axes.grid(alpha=0.3, axis="y")
         axes.title.set_fontsize("medium")
-    figure.savefig(ROOT / "docs" / "figures" / "overview.png", dpi=80)
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,9 @@ def learned_preconditioner(rate: Any = 0.01, eps: Any = 1e-8) -> optax.GradientT
         P <- P - rate grad_P L(P),    L(P) = 1/2 ||P * sign(g) - g||^2,    starting from the first |g| that is not 0
         update: g / (P + eps)
 
-    The key of Eq. 38-41 is left open; with the sign (g/|g| where complex) the minimiser is the size of the gradient, so
-    P^-1 g is scale-free as Adam's step is, with the mean of |g| where Adam has the root of the mean of g^2. A gradient
-    of 0 has no sign and teaches nothing: P is the mean size of the gradients that there were, however rare.
+    The key of Eq. 38-41 is left open. With the sign (of a complex number, ``g/|g|``) the minimiser is the size of the
+    gradient. So P^-1 g is free of scale like Adam's step, with the mean of ``|g|`` where Adam has the root of the mean
+    of g^2. A gradient of 0 has no sign and teaches nothing: P is the mean size of the gradients that are not 0.
 
     State: one real value per parameter, 4 bytes at float32. FLOPs: about 6 per parameter.
 

@@ -7,16 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hope_jax import context, data, generate, interop, memory, optim, stacking, trace, train
+    from hope_jax import config, context, data, generate, interop, memory, optim, stacking, trace, train
     from hope_jax.models import MODELS, LanguageModel, ModelConfig, model_named
 
 _NAMES = ("MODELS", "LanguageModel", "ModelConfig", "model_named")
-_MODULES = ("context", "data", "generate", "interop", "memory", "optim", "stacking", "trace", "train")
+_MODULES = ("config", "context", "data", "generate", "interop", "memory", "optim", "stacking", "trace", "train")
 
 __all__ = [
     "MODELS",
     "LanguageModel",
     "ModelConfig",
+    "config",
     "context",
     "data",
     "generate",

@@ -66,12 +66,21 @@ def test_baselines_are_within_three_percent_of_hope(size):
 
 
 @functools.cache
+def started(name):
+    """Tokens that differ from one another inside a row; of a bfloat16 model: logits of them, and its parameters."""
+    tokens = np.stack([np.random.default_rng(i).permutation(VOCAB - 1)[:T] + 1 for i in range(B)]).astype(np.int32)
+    model = LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.bfloat16))
+    with jax.enable_x64(False):
+        (logits, _), variables = jax.jit(model.init_with_output)(jax.random.key(0), tokens)
+    return tokens, logits, variables["params"]
+
+
+@functools.cache
 def small(name):
-    """Model, parameters and tokens that differ from one another inside a row."""
-    model = LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.float64))
-    rows = [np.random.default_rng(i).permutation(VOCAB - 1)[:T] + 1 for i in range(B)]
-    tokens = jnp.asarray(np.stack(rows), jnp.int32)
-    return model, jax.jit(model.init)(jax.random.key(0), tokens[:, :1])["params"], tokens
+    """The float64 model, parameters and tokens."""
+    tokens, _, params = started(name)
+    in_float64 = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
+    return LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.float64)), in_float64, jnp.asarray(tokens)
 
 
 @functools.cache
@@ -130,27 +139,18 @@ def test_the_loss_falls_over_twenty_steps(x64, name):
     assert losses[-1] < 0.8 * losses[0], losses
 
 
-def float32_parameters(name):
-    """Those of ``small``: another program to make them would take longer than to read with them."""
-    with jax.enable_x64(True):
-        return jax.tree.map(lambda p: np.asarray(p, np.float32), small(name)[1])
-
-
 @architectures
 def test_a_bfloat16_model_gives_finite_float32_logits_and_has_float32_parameters(name):
-    model = LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.bfloat16))
-    tokens, params = jnp.arange(T)[None] % VOCAB, float32_parameters(name)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens[:, :1])["params"]
-    assert jax.tree.map(lambda p: (p.shape, jnp.float32), params) == jax.tree.map(lambda p: (p.shape, p.dtype), shapes)
-    logits, _ = jax.jit(model.apply)({"params": params}, tokens)
+    _, logits, params = started(name)
+    assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype("float32")}
     assert logits.dtype == jnp.float32
     assert np.all(np.isfinite(logits)) and np.std(logits) > 0.1
     assert np.any(logits != logits.astype(jnp.bfloat16)), "rounded before the loss sees them"
 
 
 def test_a_float32_hope_reads_any_length_where_float64_is_enabled(x64):
-    model, tokens = LanguageModel(ARCHITECTURES["hope"](SMALL)), jnp.arange(T)[None] % VOCAB
-    logits, _ = jax.jit(model.apply)({"params": float32_parameters("hope")}, tokens)
+    tokens, _, params = started("hope")
+    logits, _ = jax.jit(LanguageModel(ARCHITECTURES["hope"](SMALL)).apply)({"params": params}, tokens)
     assert logits.dtype == jnp.float32 and np.all(np.isfinite(logits))
 
 

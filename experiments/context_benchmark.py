@@ -26,7 +26,6 @@ from hope_jax.cli.checks import at_least_one, must_divide
 from hope_jax.cli.measuring import best_seconds, machine
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import append, open_results
-from hope_jax.context.stream import learn
 from hope_jax.models import with_in_context
 
 
@@ -114,4 +113,4 @@ def _learning(config: ContextBenchmarkConfig, period: int) -> Callable[[], Any]:
     model, params, tokens = _streams(config, config.written(period))
     state = context.start(model, params, config.streams, capacity=config.length + 1)
     _, state = context.surprise(model, params, state, tokens[:, :1])
-    return functools.partial(learn, model, params, state, tokens)
+    return functools.partial(context.surprise, model, params, state, tokens)

@@ -38,7 +38,7 @@ from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, append, deviation, open_results, settings
 from hope_jax.cli.running import keep_programs, progress_interval
 from hope_jax.config import flatten
-from hope_jax.context.writes import plan_of
+from hope_jax.context.writes import schedule_of
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
@@ -208,7 +208,10 @@ def _by_levels(
     config: KnowledgeConfig, model: LanguageModel, params: Any, facts: Facts
 ) -> Iterator[tuple[Row, Predict]]:
     """What was read by writes into levels; with the recall that is left when one of them is set back."""
-    count, read = len(plan_of(model, trained=True).periods), functools.partial(stored, model, params, _documents(facts))
+    count, read = (
+        len(schedule_of(model, trained=True).periods),
+        functools.partial(stored, model, params, _documents(facts)),
+    )
     without = [recall(read(forget=level), facts) for level in range(count)] if count > 1 else []
     yield {"how": "levels", "without": without}, read()
 

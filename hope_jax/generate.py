@@ -22,15 +22,16 @@ import numpy as np
 from flax.errors import FlaxError
 
 from hope_jax import context
-from hope_jax.context.writes import plan_of
+from hope_jax.context.writes import schedule_of
 from hope_jax.errors import UserError, whole
+from hope_jax.nn.feed_forward.fast import BlockState, ContextState
 from hope_jax.nn.language_model import check_tokens
 from hope_jax.nn.mixers.attention import room_left, slots_of
 from hope_jax.sampling import Choice, check_key, choice, choose
 from hope_jax.storage.digests import first_difference, kinds
 from hope_jax.types import Array, Bool, Float, Int, PRNGKeyArray, Tokens
 
-READS = (512, 64, 8, 1)  # lengths of the pieces a prompt is read in
+READS = (512, 64)  # lengths of the pieces a prompt is read in; the last one is filled up with padding
 PIECE = 32  # most tokens written between two looks at them
 
 
@@ -98,19 +99,18 @@ def stream(
 ) -> Iterator[tuple[Int[np.ndarray, "B n"], Any]]:
     """As ``sample``, but yields pairs (the next few tokens, the state that belongs to them): stop after any of them.
 
-    The first piece is one token, so that it comes as soon as the prompt is read. Mistakes raise at the call. With
-    ``learn``, the prompt is read by ``context.expect``: each number of unfinished and new tokens compiles.
+    The first piece is one token, so that it comes as soon as the prompt is read. Mistakes raise at the call.
     """
     prompt, vocab = _prompt(prompt), model.config.vocab_size
     check_tokens(prompt, vocab, "prompt")
     check_key(key)
     if learn:
-        plan_of(model, trained=False)
+        schedule_of(model, trained=False)
     how = choice(vocab, temperature, top_k, top_p)
     _check_state(model, params, state, prompt.shape[0])
     _check_room(state, prompt.shape[1], whole("steps", steps))
     pieces = _learning_pieces if learn else _pieces
-    return pieces(model, params, state, jnp.asarray(prompt, jnp.int32), steps, how, key)
+    return pieces(model, params, state, prompt.astype(np.int32), steps, how, key)
 
 
 def _prompt(given: Any) -> np.ndarray:
@@ -125,8 +125,7 @@ def _check_state(model: Any, params: Any, state: Any, batch: int) -> None:
     """Raise UserError unless the mixers' states are such as ``model.init_state`` makes for so many sequences."""
     if not hasattr(model, "init_state"):  # any model will do; this one says nothing about its states
         return
-    inside = getattr(state, "state", state)
-    blocks = getattr(inside, "blocks", inside)
+    blocks = getattr(state, "blocks", state)
     if not hasattr(blocks, "mixer"):
         raise UserError(f"state is a {type(state).__name__}; give one of model.init_state or context.start.")
     slots = slots_of(blocks.mixer)
@@ -151,36 +150,49 @@ def _check_room(state: Any, time: int, steps: int) -> None:
 
 
 def _pieces(
-    model: Any, params: Any, state: Any, prompt: Tokens, steps: int, how: Choice, key: PRNGKeyArray
+    model: Any, params: Any, state: Any, prompt: Int[np.ndarray, "B T"], steps: int, how: Choice, key: PRNGKeyArray
 ) -> Iterator[tuple[Int[np.ndarray, "B n"], Any]]:
-    at = 0
-    for size in READS:
-        while prompt.shape[1] - at >= size:
-            logits, state = _read(model, params, prompt[:, at : at + size], state)
-            at += size
+    blocks: BlockState = state.blocks if isinstance(state, ContextState) else state
+
+    def after() -> Any:
+        return state.read_on(blocks.mixer) if isinstance(state, ContextState) else blocks
+
+    logits = None
+    for tokens, count in _padded(prompt):
+        logits, blocks = _read(model, params, tokens, blocks, count)
     last, finite = _next(logits, key, 0, how)
-    yield _checked(last[:, None], finite, 0), state
+    yield _checked(last[:, None], finite, 0), after()
     for start in range(1, steps, PIECE):
         count = min(PIECE, steps - start)
-        tokens, finite, state = _write(model, params, state, last, key, start, count, how)
+        tokens, finite, blocks = _write(model, params, blocks, last, key, start, count, how)
         last = tokens[:, count - 1]
-        yield _checked(tokens[:, :count], finite, start), state
+        yield _checked(tokens[:, :count], finite, start), after()
+
+
+def _padded(prompt: Int[np.ndarray, "B T"]) -> Iterator[tuple[Int[np.ndarray, "B piece"], np.ndarray]]:
+    """Pieces of the lengths ``READS``, and how many of their tokens are real."""
+    at, (large, small) = 0, READS
+    while at < prompt.shape[1]:
+        size = large if prompt.shape[1] - at > large - small else small
+        piece = prompt[:, at : at + size]
+        yield np.pad(piece, ((0, 0), (0, size - piece.shape[1]))), np.asarray(piece.shape[1], np.int32)
+        at += size
 
 
 def _learning_pieces(
-    model: Any, params: Any, state: Any, prompt: Tokens, steps: int, how: Choice, key: PRNGKeyArray
+    model: Any, params: Any, state: Any, prompt: Int[np.ndarray, "B T"], steps: int, how: Choice, key: PRNGKeyArray
 ) -> Iterator[tuple[Int[np.ndarray, "B n"], Any]]:
     """As ``_pieces``, and levels are written whenever a chunk is over: inside it the weights stand still."""
     logits, state = context.expect(model, params, state, prompt)
     last, finite = _next(logits, key, 0, how)
     yield _checked(last[:, None], finite, 0), state
-    start, chunk = 1, plan_of(model, trained=False).chunk
+    start, chunk = 1, schedule_of(model, trained=False).chunk
     while start < steps:
-        count = min(PIECE, steps - start, chunk - state.tokens.shape[1])
+        count = min(PIECE, steps - start, chunk - int(state.unfinished))
         if count:
             tokens, finite, blocks = _write(model, params, state.blocks, last, key, start, count, how)
             tokens = tokens[:, :count]
-            state = state.within_chunk(jnp.concatenate([last[:, None], tokens[:, :-1]], axis=1), blocks)
+            state = state.within_chunk(np.concatenate([last[:, None], tokens[:, :-1]], axis=1), blocks.mixer)
         else:  # the last token completes the chunk before it, and is itself read with what that chunk taught
             logits, state = context.expect(model, params, state, last[:, None])
             chosen, finite = _next(logits, key, start, how)
@@ -201,10 +213,12 @@ def _checked(tokens: Array, finite: Bool[Array, ""], start: int) -> Int[np.ndarr
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(model: Any, params: Any, tokens: Tokens, state: Any) -> tuple[Float[Array, "B vocab"], Any]:
-    """Logits after the last of ``tokens``."""
-    logits, state = model.apply({"params": params}, tokens, state)
-    return logits[:, -1], state
+def _read(
+    model: Any, params: Any, tokens: Tokens, state: BlockState, count: Int[Array, ""]
+) -> tuple[Float[Array, "B vocab"], BlockState]:
+    """Logits after the last of the first ``count`` tokens, and the state then."""
+    logits, state = model.apply({"params": params}, tokens, state, count)
+    return logits[:, count - 1], state
 
 
 @jax.jit
@@ -226,8 +240,8 @@ def _write(
 
     def step(i, carry):
         tokens, last, finite, state = carry
-        logits, state = _read(model, params, last[:, None], state)
-        last = choose(logits, jax.random.fold_in(key, start + i), how)
+        logits, state = model.apply({"params": params}, last[:, None], state)
+        last = choose(logits[:, -1], jax.random.fold_in(key, start + i), how)
         return tokens.at[:, i].set(last), last, finite & jnp.isfinite(logits).all(), state
 
     tokens = jnp.zeros((last.shape[0], PIECE), jnp.int32)

@@ -70,7 +70,13 @@ def check_periods(periods: tuple[int, ...]) -> None:
 
 
 def scan_levels(
-    segment: Segment, state: Any, tokens: Any, *, position: Int[Array, ""] | np.ndarray, periods: tuple[int, ...]
+    segment: Segment,
+    state: Any,
+    tokens: Any,
+    *,
+    position: Int[Array, ""] | np.ndarray,
+    periods: tuple[int, ...],
+    count: Int[Array, ""] | None = None,
 ) -> tuple[Any, Any]:
     """Run ``segment`` over T tokens, one call per period of the fastest level.
 
@@ -85,17 +91,19 @@ def scan_levels(
         depend on how a sequence is cut into calls. A numpy value (a fresh sequence) is known to the compiler, and
         whole periods then need no padding; the result is the same.
       periods: of every level, in tokens; all multiples of the smallest one.
+      count: only the first ``count`` tokens are real, the others are padding and inactive; None: all are real.
 
     Returns:
       ``(state, outputs)`` with outputs of leading axis T.
     """
     length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
-    if length == 1:  # decoding: a segment of one token needs no grid
+    if length == 1 and count is None:  # decoding: a segment of one token needs no grid
         return segment(state, tokens, None, tuple(due(position, p) for p in periods))
     known = isinstance(position, np.ndarray)
-    if known and position % fastest == 0 and length % fastest == 0:
+    if known and count is None and position % fastest == 0 and length % fastest == 0:
         return scan_periods(segment, state, tokens, position=int(position), periods=periods, remat=_but_kept)
-    return _scan_anywhere(segment, state, tokens, jnp.asarray(position), periods)
+    real = length if count is None else count
+    return _scan_anywhere(segment, state, tokens, jnp.asarray(position), periods, real)
 
 
 def scan_periods(
@@ -148,30 +156,32 @@ def _nested_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, each: 
     return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, others)
 
 
-def _scan_anywhere(segment: Segment, state: Any, tokens: Any, position: Array, periods: tuple[int, ...]):
-    """Tokens placed on the grid at the offset of the first one; the empty places around them are inactive."""
+def _scan_anywhere(
+    segment: Segment, state: Any, tokens: Any, position: Array, periods: tuple[int, ...], real: Int[Array, ""] | int
+):
+    """Tokens placed on the grid at the offset of the first one; what is around the ``real`` ones is inactive."""
     length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
-    count = (length + 2 * fastest - 2) // fastest  # enough for any offset inside the first period
+    rows = (length + 2 * fastest - 2) // fastest  # enough for any offset inside the first period
     offset = position % fastest
-    grid = jax.tree.map(lambda x: _on_grid(x, offset, count, fastest), tokens)
-    active = _on_grid(jnp.ones(length, jnp.float32), offset, count, fastest)
+    grid = jax.tree.map(lambda x: _on_grid(x, offset, rows, fastest), tokens)
+    active = _on_grid((jnp.arange(length) < real).astype(jnp.float32), offset, rows, fastest)
 
     @_but_kept
     def step(state, one):
         index, chunk, on = one
         start = position - offset + index * fastest
-        here = (start >= position) & (start < position + length)  # only who reads a period's first token refreshes
+        here = (start >= position) & (start < position + real)  # only who reads a period's first token refreshes
         return segment(state, chunk, on, tuple(here & due(start, p) for p in periods))
 
-    state, outputs = lax.scan(step, state, (jnp.arange(count), grid, active))
+    state, outputs = lax.scan(step, state, (jnp.arange(rows), grid, active))
     return state, jax.tree.map(lambda x: _off_grid(x, offset, length), outputs)
 
 
-def _on_grid(x: Array, offset: Int[Array, ""], count: int, width: int) -> Array:
-    """[T, ...] -> [count, width, ...] with the first token at ``offset`` and zeros around."""
-    room = jnp.zeros((count * width, *x.shape[1:]), x.dtype)
+def _on_grid(x: Array, offset: Int[Array, ""], rows: int, width: int) -> Array:
+    """[T, ...] -> [rows, width, ...] with the first token at ``offset`` and zeros around."""
+    room = jnp.zeros((rows * width, *x.shape[1:]), x.dtype)
     placed = lax.dynamic_update_slice_in_dim(room, x, offset, axis=0)
-    return placed.reshape(count, width, *x.shape[1:])
+    return placed.reshape(rows, width, *x.shape[1:])
 
 
 def _off_grid(x: Array, offset: Int[Array, ""], length: int) -> Array:

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax import context
-from hope_jax.context.api import State
-from hope_jax.context.checks import check_room
-from hope_jax.context.writes import plan_of
+from hope_jax.context.state import State, batch_of, entered
+from hope_jax.context.stream import check_room
+from hope_jax.context.writes import schedule_of
 from hope_jax.errors import UserError, extra
-from hope_jax.nn.feed_forward.fast import ContextState, InterruptedState, sizes
-from hope_jax.nn.language_model import BlockState, check_tokens
+from hope_jax.nn.feed_forward.fast import BlockState, ContextState, sizes
+from hope_jax.nn.language_model import check_tokens
 from hope_jax.types import Array, Float, Int
 
 
@@ -81,16 +81,16 @@ def watch(model: Any, params: Any, state: State, tokens: Any, progress: bool = F
     """
     tokens = jnp.asarray(tokens)
     check_tokens(tokens, model.config.vocab_size)
-    if not isinstance(state, ContextState | InterruptedState):
-        state = context.reset(model, state)  # the same, with a place for what will be stored
-    check_room(state, tokens)
-    now: Any = state
-    length, starts, seen = tokens.shape[1], _starts(model, state, tokens.shape[1]), []
+    batch_of(state)  # if it is one
+    now = entered(model, state)
+    check_room(now, tokens.shape[1])
+    length, starts, seen = tokens.shape[1], _starts(model, now, tokens.shape[1]), []
     ends = [*starts[1:], length]
     for at, end in _shown(list(zip(starts, ends, strict=True)), progress):
-        before = now.blocks.feed_forward.fast
+        before = now
         nats, now = context.surprise(model, params, now, tokens[:, at:end])
-        seen.append((nats, _gates(model, params, now), *_sizes(before, now.blocks.feed_forward.fast)))
+        gates = [gate[..., : int(now.unfinished)] for gate in _gates(model, params, now)]
+        seen.append((nats, gates, *_sizes(before.blocks.feed_forward, now.blocks.feed_forward)))
     nats, gates, written, drift = zip(*jax.device_get(seen), strict=True)
     nats, written, drift = np.concatenate(nats, axis=1), np.stack(written, axis=1), np.stack(drift, axis=1)
     # The first piece may complete a chunk: its gates begin with those of that chunk's earlier tokens.
@@ -109,18 +109,18 @@ def _shown(pieces: list[tuple[int, int]], progress: bool) -> Iterable[tuple[int,
     return tqdm(pieces, "reading", unit="chunk")
 
 
-def _starts(model: Any, state: ContextState | InterruptedState, length: int) -> list[int]:
+def _starts(model: Any, state: ContextState, length: int) -> list[int]:
     """Token 0, and the first of every chunk."""
-    chunk = plan_of(model, trained=False).chunk
-    unfinished = 0 if isinstance(state, InterruptedState) else state.tokens.shape[1]
+    chunk = schedule_of(model, trained=False).chunk
+    unfinished = 0 if state.interrupted else int(state.unfinished)
     return sorted({0, *range(-unfinished % chunk, length, chunk)})
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _gates(model: Any, params: Any, state: ContextState) -> tuple[Float[Array, "L B H unfinished"], ...]:
+def _gates(model: Any, params: Any, state: ContextState) -> tuple[Float[Array, "L B H C"], ...]:
     """eta and alpha of the unfinished chunk (or nothing), read once more from its start, with the same weights."""
     start = BlockState(state.anchor, state.blocks.feed_forward)
-    _, sown = model.apply({"params": params}, state.tokens, start, mutable=["intermediates"])
+    _, sown = model.apply({"params": params}, state.tokens, start, state.unfinished, mutable=["intermediates"])
     mixer = sown["intermediates"]["blocks"]["mixer"] if sown else {}
     return tuple(mixer[name][0] for name in ("rate", "retention") if mixer)
 
@@ -128,8 +128,8 @@ def _gates(model: Any, params: Any, state: ContextState) -> tuple[Float[Array, "
 @jax.jit
 def _sizes(before: Any, after: Any) -> tuple[Float[Array, "trees L B"], Float[Array, "trees L B"]]:
     """Of the change of Delta and of Delta itself, for every tree."""
-    of_trees = lambda fast: jnp.stack([sizes(tree) for tree in fast])  # noqa: E731
-    return of_trees(jax.tree.map(jnp.subtract, after, before)), of_trees(after)
+    changes = jax.tree.map(jnp.subtract, after, before)
+    return jnp.stack([sizes(delta) for delta in changes]), jnp.stack([sizes(delta) for delta in after])
 
 
 def draw(trace: Trace, path: str | Path, title: str, compare: Any = None) -> Path:

@@ -24,10 +24,14 @@ Scalar = Float[Array, ""]
 Tokens = Int[Array, "B T"]
 Logits = Float[Array, "B T vocab"]
 Stream = Float[Array, "B T D"]
+Count = Int[Array, ""] | None
+"""Of the T tokens of a call, the first ``count`` are real and the others padding: no state knows of those, and what is
+read there means nothing. None: all are real."""
 
 __all__ = [
     "Array",
     "Bool",
+    "Count",
     "Float",
     "Int",
     "Logits",

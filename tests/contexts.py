@@ -15,6 +15,7 @@ from hope_jax.nn.feed_forward.fast import Writes
 from hope_jax.nn.language_model import LanguageModel
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
+from hope_jax.optim import INNER
 
 WIDTH, VOCAB = 8, 11
 
@@ -25,7 +26,8 @@ HOPE = SelfModifyingConfig(2, conv=2, c_memory=4, c_projections=4)
 def config(periods=(4, 8), in_context=2, dtype=jnp.float64, mixer=None, layers=1, **cms):
     """A small model with levels that are written in context; attention compiles in a tenth of Hope's time."""
     rate = cms.pop("rate", 0.5)
-    writes = Writes(rate=rate, **{name: cms.pop(name) for name in ("optimizer", "bptt", "rank") if name in cms})
+    optimizer = INNER[cms.pop("optimizer", "sgd")]
+    writes = Writes(rate, optimizer, **{name: cms.pop(name) for name in ("bptt", "rank") if name in cms})
     part = CMSConfig(tuple(map(Level, periods)), 12, in_context=in_context, writes=writes, **cms)
     return ModelConfig(mixer or AttentionConfig(2), part, WIDTH, layers, VOCAB, 64, dtype)
 

@@ -9,7 +9,7 @@ import pytest
 from contexts import HOPE, close, made, read, started, stream
 
 from hope_jax import context
-from hope_jax.context.writes import plan_of
+from hope_jax.context.writes import schedule_of
 from hope_jax.errors import UserError
 from hope_jax.models import MODELS
 from hope_jax.nn.language_model import LanguageModel
@@ -17,7 +17,6 @@ from hope_jax.nn.language_model import LanguageModel
 # ---------------------------------------------------------------- Hope
 
 
-# How many tokens go with how many unfinished ones is a program of its own; tests that can do with the same share it.
 CUTS = [(21,), (5, 3, 1, 5, 7), (1, 7, 13)]
 
 
@@ -39,7 +38,7 @@ def test_rate_0_is_the_static_model_to_the_bit():
     params["blocks"]["feed_forward"]["rate"] *= 0
     static, plain = read(model, params, tokens[:, :16], model.init_state(params, 2))
     _, state = context.surprise(model, params, context.start(model, params, 2), tokens[:, :33])
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward.fast))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward))
     again, learned = read(model, params, tokens[:, :16], context.start(model, params, 2))
     np.testing.assert_array_equal(again, static)
     found, expected = (read(model, params, tokens[:, 16:32], state)[0] for state in (learned, plain))
@@ -59,7 +58,7 @@ def test_a_level_moves_at_multiples_of_its_period_alone_once_the_next_token_is_t
     state, before, moves = context.start(model, params, 2), None, {0: [], 1: []}
     for t in range(30):
         _, state = context.learn(model, params, state, tokens[:, t : t + 1])
-        now = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(f)]) for f in state.blocks.feed_forward.fast]
+        now = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(f)]) for f in state.blocks.feed_forward]
         for i in range(2):
             if before is not None and np.any(now[i] != before[i]):
                 moves[i].append(t)
@@ -71,7 +70,7 @@ def test_nested_levels_start_anew_when_the_slower_one_is_written(x64):
     model, params, tokens = made(wiring="nested")
     for cuts, moved in (((6,), True), ((6, 4), False), ((6, 4, 4), True)):
         _, state = stream(model, params, tokens[:, : sum(cuts)], cuts)
-        assert np.any(jax.tree.leaves(state.blocks.feed_forward.fast[0])[0] != 0) == moved
+        assert np.any(jax.tree.leaves(state.levels[0].delta)[0] != 0) == moved
 
 
 def test_sequences_of_a_batch_are_on_their_own(x64):
@@ -89,9 +88,9 @@ def test_a_model_whose_levels_are_slower_than_the_context_learns_too():
     tokens = jax.random.randint(jax.random.key(0), (1, 20), 0, 256)
     params = started(model, jax.random.key(1), tokens[:, :1])
     loss, state = context.learn(model, params, model.init_state(params, batch=1), tokens)
-    assert plan_of(model, trained=False).distinct == (2048, 8192) and 4 < loss < 12
+    assert schedule_of(model, trained=False).distinct == (2048, 8192) and 4 < loss < 12
     stored = context.finish(model, params, state)
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(stored.blocks.feed_forward.fast))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(stored.blocks.feed_forward))
 
 
 def test_what_was_read_between_is_context_and_ends_the_chunk(x64):
@@ -102,9 +101,9 @@ def test_what_was_read_between_is_context_and_ends_the_chunk(x64):
     _, after = context.learn(model, params, later, tokens[:, 11:17])
     # Chunk 4..7 ends with its three labels; its gradient counts, at the weights it was read with.
     _, ended = context.learn(model, params, later, tokens[:, 11:12])
-    slow = lambda s: jax.tree.leaves(s.blocks.feed_forward.fast[1])[0]  # noqa: E731
-    assert np.any(slow(ended) != slow(state))
-    assert int(ended.position) == 0 and ended.tokens.shape[1] == 1 and int(after.position) == 4
+    slow, before = (jax.tree.leaves(s.levels[1].delta)[0] for s in (ended, state))
+    assert np.any(slow != before)
+    assert int(ended.position) == 0 and int(ended.unfinished) == 1 and int(after.position) == 4
 
 
 def test_finish_counts_every_token_once(x64):
@@ -113,9 +112,9 @@ def test_finish_counts_every_token_once(x64):
     done = context.finish(model, params, state)
     _, longer = context.learn(model, params, state, tokens[:, 8:9])
     # Of the second chunk the label of the last token is missing; all else is written as after the ninth token.
-    small, large = (jax.tree.leaves(s.blocks.feed_forward.fast[1])[0] for s in (done, longer))
+    small, large = (jax.tree.leaves(s.levels[1].delta)[0] for s in (done, longer))
     assert 0.2 < float(jnp.linalg.norm(small) / jnp.linalg.norm(large)) < 2
-    assert done.tokens.shape[1] == 0 and int(done.position) == 0
+    assert int(done.unfinished) == 0 and not done.interrupted and int(done.position) == 0
     again, _ = context.surprise(model, params, done, tokens[:, 8:13])
     assert again.shape == (2, 4)
 
@@ -131,14 +130,14 @@ def test_merged_parameters_read_as_the_written_ones_did(x64):
         close(params, before, rtol=0)
         again, _ = read(model, merged, tokens[:1, 8:16], emptied)
         np.testing.assert_allclose(again, logits, rtol=1e-9, atol=1e-10)
-        assert not any(np.any(leaf) for leaf in jax.tree.leaves(emptied.blocks.feed_forward.fast))
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(emptied.blocks.feed_forward))
 
 
 def test_of_several_streams_the_mean_is_merged(x64):
     model, params, tokens = made()
     _, state = stream(model, params, tokens[:, :8], (1, 7))
     merged, _ = context.merge(model, params, state)
-    done = context.finish(model, params, state).blocks.feed_forward.fast[0]["up"]
+    done = context.finish(model, params, state).blocks.feed_forward[0]["up"]
     moved = (
         merged["blocks"]["feed_forward"]["level_0"]["up"]["kernel"]
         - params["blocks"]["feed_forward"]["level_0"]["up"]["kernel"]
@@ -162,12 +161,12 @@ def test_reset_forgets_one_level_or_all(x64):
     model, params, tokens = made()
     _, state = stream(model, params, tokens[:, :21], CUTS[2])
     one, every = context.reset(model, state, level=0), context.reset(model, state)
-    written = lambda s: [bool(np.any(jax.tree.leaves(f)[0])) for f in s.blocks.feed_forward.fast]  # noqa: E731
+    written = lambda s: [bool(np.any(jax.tree.leaves(f)[0])) for f in s.blocks.feed_forward]  # noqa: E731
     assert (written(state), written(one), written(every)) == ([True, True], [False, True], [False, False])
     close(every.blocks.mixer, state.blocks.mixer, rtol=0)
-    close(one.gathered[1], state.gathered[1], rtol=0)
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(one.gathered[1])), "the other level is inside a period"
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(context.reset(model, state, level=1).gathered[1]))
+    close(one.levels[1].gathered, state.levels[1].gathered, rtol=0)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(one.levels[1].gathered)), "the other level is inside a period"
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(context.reset(model, state, level=1).levels[1]))
     assert written(context.finish(model, params, every)) == [False, False], "nothing is gathered any more"
     with pytest.raises(UserError, match="level is 2; the model's levels are 0 to 1"):
         context.reset(model, state, level=2)

@@ -8,7 +8,6 @@ import pytest
 
 from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
-from hope_jax.nn.feed_forward.fast import FastState
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.layers import RMSNorm, ShortConv, shifted_sum, taps_at
 from hope_jax.nn.rotary import apply_rope
@@ -105,7 +104,7 @@ def test_swiglu_is_its_formula_with_norm_and_residual_inside(x64, key):
     assert gate.dtype == np.float64
     swish = u @ gate / (1 + np.exp(-u @ gate))
     np.testing.assert_allclose(y, x + (swish * (u @ up)) @ down, atol=1e-12)
-    assert new_state == state == FastState()
+    assert new_state == state == ()
 
 
 def test_swiglu_without_features_is_refused():
@@ -137,6 +136,6 @@ def test_rope_scores_depend_on_the_distance_only(x64, key):
 def test_parameters_stay_float32_in_a_bfloat16_model(key):
     x = jnp.ones((1, 2, 4), jnp.bfloat16)
     layer = SwiGLUConfig(hidden=6).build(4, jnp.bfloat16)
-    params = jax.jit(layer.init)(key, x, FastState())
+    params = jax.jit(layer.init)(key, x, ())
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    assert jax.jit(layer.apply)(params, x, FastState())[0].dtype == jnp.bfloat16
+    assert jax.jit(layer.apply)(params, x, ())[0].dtype == jnp.bfloat16

@@ -1,7 +1,6 @@
 """The command that reads a document and keeps it: what it stores and says, interruptions and mistakes."""
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from hope_jax import context
 from hope_jax.cli import learn, runs
 from hope_jax.cli.main import main
 from hope_jax.cli.runs import load_run
+from hope_jax.context.stream import read_without_learning
 from hope_jax.context.writes import cross_entropy
 from hope_jax.errors import UserError
 
@@ -28,20 +28,21 @@ def test_reading_a_document_lowers_surprise_and_is_kept(learned, document):
     assert lines[-1][:3] == ["0", "to", f"{2 * len(tokenizer.encode(document.read_text())):,}"]
     first, last = (float(line[3]) for line in (lines[0], lines[-2]))
     assert last < first and last < float(lines[-2][4]), "the levels, not the context, make the difference"
-    state = context.load(run / "contexts" / "4", model, params)
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward.fast)), "every level is written"
+    state = context.load(run / "contexts" / "4.safetensors", model, params)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward)), "every level is written"
 
 
 def test_what_is_printed_without_learning_is_the_loss_of_the_model_as_trained(trained):
     model, params, *_ = load_run(trained)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 17)))
     logits, _ = jax.jit(model.apply)({"params": params}, tokens)
-    static, parts = learn.Static(model.init_state(params, 1), tokens[:, :0]), []
+    static, parts = context.start(model, params, 1), []
     for piece in (tokens[:, :1], tokens[:, 1:9], tokens[:, 9:]):
-        nats, static = learn.read_only(model, params, piece, static)
+        nats, static = read_without_learning(model, params, static, piece)
         parts.append(nats)
     expected = cross_entropy(logits[:, :-1], tokens[:, 1:])
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=1e-4)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(static.levels))
 
 
 BEGIN = learn.Reading(None, 0)
@@ -81,10 +82,10 @@ def test_reading_that_was_stopped_goes_on_as_if_it_never_had(trained, tmp_path, 
     for known, window in learn.windows(documents, 48, 0):
         assert not known.size
         _, state = context.learn(one.model, one.params, context.clear(one.model, one.params, state, 48), window[None])
-    by_hand = context.finish(one.model, one.params, state).blocks.feed_forward.fast
+    by_hand = context.finish(one.model, one.params, state).blocks.feed_forward
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5),
-        straight.state.blocks.feed_forward.fast,
+        straight.state.blocks.feed_forward,
         by_hand,
     )
     for pieces in (2, 5):
@@ -115,7 +116,7 @@ def reading(trained, document, tmp_path):
     """The command that reads the document twice with a copy of the run, and where that keeps what it learned."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     command = ["learn", "--checkpoint", str(run), "--data.path", str(document), "--passes", "2", "--rate", "0.5"]
-    return command, run / "contexts" / "4"
+    return command, run / "contexts" / "4.safetensors"
 
 
 def interrupt_at(monkeypatch, owner, name, call):
@@ -144,9 +145,8 @@ def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(reading, monkey
     said = capfd.readouterr().out
     assert f"Going on from the context in {place}, after 48 tokens of this reading." in said
     assert min(int(line.split()[0].replace(",", "")) for line in said.splitlines() if " to " in line) == 48
-    arrays = [json.loads((folder / "about.json").read_text())["body"]["arrays"] for folder in (place, straight)]
-    assert arrays[0] == arrays[1], "to the bit"
-    assert context.note_of(place) == FINISHED
+    assert place.read_bytes() == straight.read_bytes(), "to the bit"
+    assert context.note(place) == FINISHED
 
 
 def test_what_is_done_in_between_takes_nothing_from_a_stopped_reading(reading, monkeypatch, tmp_path, capfd):
@@ -168,7 +168,7 @@ def test_what_is_done_in_between_takes_nothing_from_a_stopped_reading(reading, m
     assert main(["ask", "--checkpoint", str(place.parents[1]), "--tokens", "4", "--clear", "--learn", "The light"]) == 0
     assert main(command) == 0
     assert "after 48 tokens of this reading" in capfd.readouterr().out
-    assert context.note_of(place) == FINISHED
+    assert context.note(place) == FINISHED
 
 
 def test_one_command_at_a_time_writes_a_context(reading, capfd):
@@ -190,7 +190,7 @@ def test_who_hears_no_more_loses_nothing(reading, monkeypatch):
 
     monkeypatch.setattr(learn.tqdm, "write", closed)
     assert main(command) == 0
-    assert context.note_of(place) == FINISHED
+    assert context.note(place) == FINISHED
 
 
 @pytest.mark.parametrize("where", ["last piece", "save"])
@@ -204,7 +204,7 @@ def test_ctrl_c_at_the_end_loses_nothing(reading, monkeypatch, capfd, where):
     interrupt_at(monkeypatch, *spot[where])
     assert main(command) == 0
     assert f"0 to {total}" in capfd.readouterr().out.splitlines()[-3]
-    assert context.note_of(place) == FINISHED
+    assert context.note(place) == FINISHED
 
 
 def test_a_mistake_at_the_very_end_keeps_what_was_read(reading, monkeypatch, capfd):
@@ -217,9 +217,9 @@ def test_a_mistake_at_the_very_end_keeps_what_was_read(reading, monkeypatch, cap
         patch.setattr(learn.context, "finish", fails)
         assert main(command) == 2
     assert "(they are kept): not finite" in capfd.readouterr().err.splitlines()[-1]
-    assert len(context.note_of(place)["stopped"]) == 1
+    assert len(context.note(place)["stopped"]) == 1
     assert main(command) == 0
-    assert context.note_of(place) == FINISHED
+    assert context.note(place) == FINISHED
 
 
 def test_a_mistake_in_the_middle_keeps_what_was_read(reading, monkeypatch, capfd):
@@ -235,14 +235,14 @@ def test_a_mistake_in_the_middle_keeps_what_was_read(reading, monkeypatch, capfd
         patch.setattr(learn.context, "surprise", fails)
         assert main(command) == 2
     assert capfd.readouterr().err.splitlines()[-1] == "After 48 tokens (they are kept): not finite"
-    assert list(context.note_of(place)["stopped"].values()) == [48]
-    before = (place / "about.json").read_text()
+    assert list(context.note(place)["stopped"].values()) == [48]
+    before = place.read_bytes()
     with monkeypatch.context() as patch:
         calls = itertools.count()
         patch.setattr(learn.context, "surprise", fails)
         assert main([*command, "--fresh"]) == 2
     assert capfd.readouterr().err.splitlines()[-1] == "After 48 tokens (nothing was saved): not finite"
-    assert (place / "about.json").read_text() == before, "what is there is worth more than so little"
+    assert place.read_bytes() == before, "what is there is worth more than so little"
     assert main([*command, "--rate", "0.1"]) == 0
     assert "after 48 tokens of this reading" in capfd.readouterr().out
 

@@ -33,11 +33,11 @@ def test_a_run_folder_is_all_that_one_needs_of_a_trained_model(trained, bpe):
 def test_asking_writes_text_and_stores_it_only_if_told_so(learned, tmp_path, capfd):
     run = Path(shutil.copytree(learned[0], tmp_path / "run"))
     command, texts = ["ask", "--checkpoint", str(run), "--tokens", "12", "--clear", "The light"], []
-    before = (run / "contexts" / "4" / "about.json").read_text()
+    before = (run / "contexts" / "4.safetensors").read_bytes()
     for flags in ([], [], ["--learn"]):
         assert main([*command, *flags]) == 0
         texts.append(capfd.readouterr().out)
-        assert ((run / "contexts" / "4" / "about.json").read_text() == before) == (not flags)
+        assert ((run / "contexts" / "4.safetensors").read_bytes() == before) == (not flags)
     assert texts[0] == texts[1] and texts[0].startswith("The light") and len(texts[0]) > len("The light\n")
     shutil.rmtree(run / "contexts")
     assert main(command) == 0
@@ -60,7 +60,7 @@ def test_what_was_asked_and_written_is_stored_to_the_last_token(trained, tmp_pat
     written, state = generate.sample(model, params, model.init_state(params, 1, 64), prompt, **how)
     _, state = context.learn(model, params, state, written[:, -1:])
     expected = context.finish(model, params, state)
-    found = context.load(run / "contexts" / "4", model, params)
+    found = context.load(run / "contexts" / "4.safetensors", model, params)
     jax.tree.map(np.testing.assert_array_equal, found.blocks.feed_forward, expected.blocks.feed_forward)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(found.blocks.feed_forward.fast[0]))
     assert "The light" + tokenizer.decode(np.asarray(written)[0])[:8] in capfd.readouterr().out
@@ -68,7 +68,7 @@ def test_what_was_asked_and_written_is_stored_to_the_last_token(trained, tmp_pat
 
 def test_watching_draws_and_changes_nothing(learned, document, tmp_path):
     run, _ = learned
-    before = (run / "contexts" / "4" / "about.json").read_text()
+    before = (run / "contexts" / "4.safetensors").read_bytes()
     command = ["watch", "--checkpoint", str(run), "--data.path", str(document), "--tokens", "40", "--figure"]
     (tmp_path / "figure.json").write_text("mine")
     for name, flags in (("figure", ()), ("fresh", ["--fresh"])):
@@ -76,12 +76,12 @@ def test_watching_draws_and_changes_nothing(learned, document, tmp_path):
     numbers, fresh = (json.loads((tmp_path / "new" / f"{name}.png.json").read_text()) for name in ("figure", "fresh"))
     model, params, tokenizer, *_ = load_run(run)
     tokens = jnp.asarray(tokenizer.encode(document.read_text())[None, :40])
-    cleared = context.clear(model, params, context.load(run / "contexts" / "4", model, params), 40)
+    cleared = context.clear(model, params, context.load(run / "contexts" / "4.safetensors", model, params), 40)
     for found, state in ((numbers, cleared), (fresh, context.start(model, params, 1, 40))):
         nats, _ = context.surprise(model, params, state, tokens)
         np.testing.assert_allclose(found["surprise"], nats[0], rtol=1e-3, atol=1e-3)
     assert (tmp_path / "new" / "figure.png").stat().st_size > 10_000
-    assert (run / "contexts" / "4" / "about.json").read_text() == before and (tmp_path / "figure.json").exists()
+    assert (run / "contexts" / "4.safetensors").read_bytes() == before and (tmp_path / "figure.json").exists()
 
 
 def test_the_tokenizer_of_a_run_is_the_one_it_was_trained_with(trained, bpe, tmp_path):

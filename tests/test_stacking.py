@@ -37,7 +37,7 @@ def test_rate_0_is_the_transformer_to_the_bit():
         assert ours.shape == original.shape
     logits, _ = read(model, theirs, tokens, context.start(model, theirs, 2))
     np.testing.assert_array_equal(logits, expected)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward.fast))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward))
 
 
 def test_early_layers_are_written_often_later_ones_seldom_the_last_never():
@@ -49,7 +49,7 @@ def test_early_layers_are_written_often_later_ones_seldom_the_last_never():
     state = context.start(model, params, 1)
     for start, stop in ((0, 4), (4, 5), (5, 9)):
         _, state = context.learn(model, params, state, tokens[:1, start:stop])
-        sizes = [np.abs(leaf).max(axis=(1, 2, 3)) for leaf in state.blocks.feed_forward.fast[0].values()]
+        sizes = [np.abs(leaf).max(axis=(1, 2, 3)) for leaf in state.levels[0].delta.values()]
         written[stop] = tuple(bool(size) for size in np.max(sizes, axis=0))
     assert written == {4: (False,) * 3, 5: (True, False, False), 9: (True, True, False)}
 

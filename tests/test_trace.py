@@ -53,7 +53,7 @@ def test_watching_is_learning_with_the_same_losses_and_the_same_state(how, first
     np.testing.assert_allclose(trace.surprise, expected, rtol=1e-9)
     close(after, end, rtol=1e-7, atol=1e-9)
     jax.tree.map(np.testing.assert_array_equal, state, kept)
-    np.testing.assert_allclose(trace.drift[:, -1], [sizes(fast) for fast in after.blocks.feed_forward.fast], rtol=1e-9)
+    np.testing.assert_allclose(trace.drift[:, -1], [sizes(fast) for fast in after.blocks.feed_forward], rtol=1e-9)
     assert (trace.first, trace.tokens, trace.rate, trace.retention) == (first, 10, None, None)
     assert trace.starts.tolist() == starts and trace.starts[trace.written[0, :, 0, 0] > 0].tolist() == written
 
@@ -63,7 +63,7 @@ def test_writes_are_where_periods_end_and_have_the_size_of_what_changed(x64):
     trace, _ = tracing.watch(model, params, context.start(model, params, 2), tokens[:, :18])
     assert trace.starts.tolist() == [0, 4, 8, 12, 16] and trace.written.shape == trace.drift.shape == (2, 5, 1, 2)
     assert [trace.starts[level[:, 0, 1] > 0].tolist() for level in trace.written] == [[4, 8, 12, 16], [8, 16]]
-    fast = [stream(model, params, tokens[:, :n], (n,))[1].blocks.feed_forward.fast[0] for n in (8, 10)]
+    fast = [stream(model, params, tokens[:, :n], (n,))[1].blocks.feed_forward[0] for n in (8, 10)]
     moved = [(new - old)[0].reshape(2, -1) for old, new in zip(*map(jax.tree.leaves, fast), strict=True)]
     root = np.sqrt(np.mean(np.concatenate(moved, axis=1) ** 2, axis=1))
     np.testing.assert_allclose(trace.written[0, 2, 0], root, rtol=1e-9)

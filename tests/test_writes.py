@@ -14,8 +14,8 @@ from hope_jax.cli.main import main
 from hope_jax.context.writes import reading_loss
 from hope_jax.errors import UserError
 from hope_jax.models import MODELS, with_in_context
-from hope_jax.nn.feed_forward.fast import FastState
-from hope_jax.nn.language_model import BlockState, LanguageModel
+from hope_jax.nn.feed_forward.fast import BlockState
+from hope_jax.nn.language_model import LanguageModel
 from hope_jax.train.step import next_token_loss
 
 # Compiled once for a model and a length: most tests below read the same 24 tokens, six chunks.
@@ -115,13 +115,13 @@ def test_first_order_is_the_gradient_with_the_written_weights_held(x64):
     _, state = context.learn(model, params, context.start(model, params, 2), tokens[:, :1])
     states = []
     for k in range(T // 4):
-        states.append(state.blocks.feed_forward.fast)
+        states.append(state.blocks.feed_forward)
         _, state = context.learn(model, params, state, tokens[:, 4 * k + 1 : 4 * k + 5])
 
     def loss(params):
         def chunk(mixer, one):
             fast, inputs, labels = one
-            logits, after = model.apply({"params": params}, inputs, BlockState(mixer, FastState(fast)))
+            logits, after = model.apply({"params": params}, inputs, BlockState(mixer, fast))
             return after.mixer, -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1).sum()
 
         cut = lambda shifted: jnp.stack(jnp.split(shifted, T // 4, axis=1))  # noqa: E731

@@ -11,8 +11,8 @@ from references_writes import by_hand
 
 from hope_jax import context
 from hope_jax.context.writes import reading_loss
-from hope_jax.nn.feed_forward.fast import FastState, Writes
-from hope_jax.nn.language_model import BlockState
+from hope_jax.nn.feed_forward.fast import BlockState, Writes
+from hope_jax.optim import INNER
 
 read = jax.jit(reading_loss, static_argnums=0)
 
@@ -24,11 +24,11 @@ class Linear:
     config: Any
 
     def init_state(self, params, batch, capacity=None):
-        return BlockState((), FastState())
+        return BlockState((), ())
 
-    def apply(self, variables, tokens, state):
+    def apply(self, variables, tokens, state, count=None):
         p = variables["params"]
-        first, second = (delta for tree in state.feed_forward.fast for delta in tree["w"])
+        first, second = (delta for tree in state.feed_forward for delta in tree["w"])
         h = p["E"][tokens] @ p["W"][0] + jnp.einsum("bti,bij->btj", p["E"][tokens], first)
         return h @ p["W"][1] + jnp.einsum("bti,bij->btj", h, second), state
 
@@ -65,7 +65,7 @@ def linear(rates, nested, optimizer="sgd"):
     draw = np.random.default_rng(0)
     p = {"E": draw.normal(size=(5, 5)), "W": draw.normal(size=(2, 5, 5)) / 2}
     params = jax.tree.map(jnp.asarray, p) | {"blocks": {"feed_forward": {"rate": jnp.asarray(rates)[None]}}}
-    model: Any = Linear(LinearConfig(LinearLevels(Writes(optimizer=optimizer), nested)))
+    model: Any = Linear(LinearConfig(LinearLevels(Writes(optimizer=INNER[optimizer]), nested)))
     return model, params, p, draw.integers(0, 5, (2, 16))
 
 
@@ -78,7 +78,7 @@ def test_writes_of_other_optimizers_are_theirs_from_period_to_period(optimizer, 
         losses, deltas = by_hand(p, tokens[row], rates, True, optimizer=optimizer)
         np.testing.assert_allclose(found[row], losses, rtol=1e-7)
         for i in range(2):
-            np.testing.assert_allclose(state.blocks.feed_forward.fast[i]["w"][0, row], deltas[i], rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(state.levels[i].delta["w"][0, row], deltas[i], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["sequential", "nested"])
@@ -91,14 +91,14 @@ def test_two_levels_of_a_linear_model_are_the_equations_chunk_by_chunk(nested, x
         losses, deltas = by_hand(p, tokens[row], rates, nested)
         np.testing.assert_allclose(found[row], losses, rtol=1e-10)
         for i in range(2):
-            np.testing.assert_allclose(state.blocks.feed_forward.fast[i]["w"][0, row], deltas[i], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(state.levels[i].delta["w"][0, row], deltas[i], rtol=1e-9, atol=1e-12)
     # What is left inside a period is stored by finish: each token for eta / period, as in a full one.
     _, tail = context.surprise(model, params, context.start(model, params, 2), jnp.asarray(tokens[:, :6]))
     done = context.finish(model, params, tail)
     for row in range(2):
         _, (fast, slow) = by_hand(p, tokens[row, :6], rates, nested, ended=True)
-        np.testing.assert_allclose(done.blocks.feed_forward.fast[0]["w"][0, row], fast, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(done.blocks.feed_forward.fast[1]["w"][0, row], slow, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(done.levels[0].delta["w"][0, row], fast, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(done.levels[1].delta["w"][0, row], slow, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(read(model, params, tokens[:, :15], tokens[:, 1:]), found, rtol=1e-12)
 
 
@@ -108,7 +108,7 @@ def test_layers_of_one_tree_are_written_each_at_its_own_period(x64):
     layered: Any = Linear(LinearConfig(LinearLevels(Writes(), trained=1), layers=2))
     params = params | {"blocks": {"feed_forward": {"rate": jnp.asarray(rates)[:, None]}}}
     found, state = context.surprise(layered, params, context.start(layered, params, 2), jnp.asarray(tokens))
-    (tree,) = state.blocks.feed_forward.fast
+    (tree,) = state.blocks.feed_forward
     for row in range(2):
         losses, deltas = by_hand(p, tokens[row], rates, False)
         np.testing.assert_allclose(found[row], losses, rtol=1e-10)

@@ -21,11 +21,9 @@ from hope_jax import context, generate
 from hope_jax.cli.checks import at_least_one
 from hope_jax.cli.parse import parse
 from hope_jax.cli.runs import Source, Trained, readings
+from hope_jax.data.text.continuation import Continuation
 from hope_jax.errors import UserError
 from hope_jax.nn.mixers.attention import room_left
-
-UNFINISHED = "\ufffd"
-"""What a character becomes whose last bytes are not written yet: shown once it is whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +98,12 @@ def begin(trained: Trained, config: AskConfig, prompt: Any) -> Any:
 def answer(trained: Trained, config: AskConfig, prompt: Any, state: Any) -> Any:
     """Write to stdout as the tokens come; the state after them, the last one read too."""
     how: dict[str, Any] = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "learn")}
-    key, ids, shown = jax.random.key(config.seed), [], ""
-    begun = config.prompt
+    key, written = jax.random.key(config.seed), Continuation(trained.tokenizer, np.asarray(prompt)[0])
+    print(config.prompt, end="", flush=True)
     pieces = generate.stream(trained.model, trained.params, state, prompt, steps=config.tokens, key=key, **how)
     for piece, state in pieces:  # noqa: B007, the last state is returned
-        ids.extend(np.asarray(piece)[0].tolist())
-        text = trained.tokenizer.decode(ids).rstrip(UNFINISHED)
-        print(begun + text[len(shown) :], end="", flush=True)
-        begun, shown = "", text
+        print(written.add(piece[0]), end="", flush=True)
     print()
     if config.learn:
-        _, state = context.learn(trained.model, trained.params, state, jnp.asarray([ids[-1:]]))
+        _, state = context.learn(trained.model, trained.params, state, piece[:, -1:])
     return state

@@ -1,12 +1,16 @@
 """The flags of levels that learn in context, for experiments that train a model."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hope_jax import ModelConfig
 from hope_jax.errors import UserError
 from hope_jax.models import with_in_context
 from hope_jax.nn.feed_forward.cms import Wiring
-from hope_jax.nn.feed_forward.fast import Inner, Writes
+from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.optim import INNER
+
+Inner = Literal["sgd", "momentum", "adam", "muon"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class InContextConfig:
     """How levels are connected; nested sets a level back when the next slower one is written."""
     rate: float = Writes.rate
     """Inner learning rate that every level starts from; it is learned."""
-    inner: Inner = Writes.optimizer
+    inner: Inner = "sgd"
     """Optimizer of the writes."""
     bptt: tuple[int | None, ...] = ()
     """For each of these levels, how training differentiates its writes: None through all, 0 through none, n: every n-th
@@ -32,7 +36,7 @@ class InContextConfig:
         """The model with these levels."""
         if not self.in_context:
             return model
-        writes = Writes(self.rate, self.inner, self.bptt, self.rank)
+        writes = Writes(self.rate, INNER[self.inner], self.bptt, self.rank)
         return with_in_context(model, self.in_context, self.wiring, writes)
 
     def check(self, length: int, segment: int | None) -> None:

@@ -10,7 +10,6 @@ another document goes on from it. ``ask`` generates from it. Ctrl-C saves; the s
 """
 
 import contextlib
-import functools
 import math
 import shlex
 import sys
@@ -29,16 +28,13 @@ from hope_jax.cli.checks import at_least_one
 from hope_jax.cli.parse import parse
 from hope_jax.cli.running import progress_interval
 from hope_jax.cli.runs import Source, Trained, readings
-from hope_jax.context.writes import Nats, cross_entropy, plan_of
+from hope_jax.context.stream import piece_size, read_without_learning
 from hope_jax.data.text.files import from_files
 from hope_jax.errors import UserError
 from hope_jax.nn.mixers.attention import slots_of
-from hope_jax.storage.array_file import is_saved
 from hope_jax.storage.digests import digest_arrays
-from hope_jax.types import Array, Int, Tokens
+from hope_jax.types import Array, Int
 
-PIECE = 512
-"""Tokens read at a time; as many more as make whole periods of the fastest level."""
 LINES = 8
 """Lines printed per pass."""
 
@@ -115,7 +111,7 @@ def _task(config: LearnConfig, documents: Sequence[np.ndarray]) -> str:
 def _begin(trained: Trained, config: LearnConfig, task: str) -> tuple["Reading", dict[str, int]]:
     """Where to start, and how many tokens of which readings were read when they were stopped."""
     place = config.place(trained)
-    if config.fresh or not is_saved(place):
+    if config.fresh or not place.exists():
         return Reading(None, 0), {}
     state, note = config.saved(trained), readings(place)
     done = note["stopped"].get(task, 0)
@@ -151,16 +147,15 @@ def read(
     (``context.finish``); a reading that was stopped, or met a mistake, goes on from within.
     """
     model, params, size = trained.model, trained.params, _window(trained, config)
-    chunk = plan_of(model, trained=False).chunk
-    piece = -(-PIECE // chunk) * chunk
+    piece = piece_size(model)
     total, done = config.passes * sum(map(len, documents)), begun.done
     state = context.start(model, params, batch=1, capacity=size) if begun.state is None else begun.state
     report = Report(done, max(1, total // (LINES * config.passes)), trained.tokenizer.byte_lengths)
     with tqdm(total=total, initial=done, unit="token", unit_scale=True, mininterval=progress_interval()) as bar:
         for known, window in windows(list(documents) * config.passes, size, done):
-            static = unread(trained, size)
+            static = context.start(model, params, 1, size)
             for tokens in pieces(known, piece):  # read before it was stopped
-                _, static = read_only(model, params, tokens, static)
+                _, static = read_without_learning(model, params, static, tokens)
                 if stop.requested:
                     return Reading(state, done)
             if not known.size:
@@ -171,7 +166,7 @@ def read(
                 except Exception as error:  # whatever it is, what was read is worth keeping
                     return Reading(state, done, error=error)
                 done += tokens.shape[1]
-                as_trained, static = read_only(model, params, tokens, static)
+                as_trained, static = read_without_learning(model, params, static, tokens)
                 report.add(np.asarray(tokens)[0], np.asarray(nats)[0], np.asarray(as_trained)[0])
                 bar.update(tokens.shape[1])
                 if done < total and stop.requested:
@@ -207,28 +202,6 @@ def pieces(tokens: Int[np.ndarray, " T"], size: int) -> Iterator[Int[Array, "1 p
     """Up to ``size`` tokens at a time."""
     for at in range(0, len(tokens), size):
         yield jnp.asarray(tokens[None, at : at + size])
-
-
-class Static(NamedTuple):
-    """A reader that does not learn: the state after all tokens but the ``last`` one, [1, 1] (or none was read yet)."""
-
-    blocks: Any
-    last: Int[Array, "1 last"]
-
-
-def unread(trained: Trained, capacity: int | None) -> Static:
-    """Before the first token; ``capacity`` as in ``model.init_state``."""
-    return Static(trained.model.init_state(trained.params, 1, capacity), jnp.zeros((1, 0), jnp.int32))
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def read_only(model: Any, params: Any, tokens: Tokens, static: Static) -> tuple[Nats, Static]:
-    """What ``context.surprise`` gives for the same tokens where nothing is written."""
-    every = jnp.concatenate([static.last, tokens], axis=1)
-    if every.shape[1] == 1:
-        return jnp.zeros((1, 0)), static._replace(last=every)
-    logits, blocks = model.apply({"params": params}, every[:, :-1], static.blocks)
-    return cross_entropy(logits, every[:, 1:]), Static(blocks, every[:, -1:])
 
 
 class Report:

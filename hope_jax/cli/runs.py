@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from hope_jax import LanguageModel, context
 from hope_jax.cli.running import keep_programs
+from hope_jax.context.files import check_place
 from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
 from hope_jax.nn.feed_forward.cms import CMSConfig
-from hope_jax.storage.array_file import empty_part, is_saved
-from hope_jax.train.run import hold
+from hope_jax.storage.locks import locked
 from hope_jax.train.trained import Trained, load_run
 
 
@@ -27,7 +27,7 @@ class Source:
     checkpoint: Path
     """Run folder of a trained model, for its latest step; or one step of it, RUN/checkpoints/STEP."""
     context: Path | None = None
-    """Folder of what the model has learned since it was trained. None: contexts/STEP in the run folder."""
+    """File of what the model has learned since it was trained. None: contexts/STEP.safetensors in the run folder."""
     periods: tuple[int, ...] = ()
     """Write the model's levels at other periods in tokens than it was made with, fastest first, such as 64 256."""
     rate: float | None = None
@@ -46,15 +46,15 @@ class Source:
 
     def place(self, trained: Trained) -> Path:
         """Where its context is: it belongs to the parameters of one step."""
-        return trained.run / "contexts" / str(trained.step) if self.context is None else self.context
+        return trained.run / "contexts" / f"{trained.step}.safetensors" if self.context is None else self.context
 
     @contextlib.contextmanager
     def alone(self, trained: Trained) -> Iterator[Path]:
         """That place, for this process to write. Raises UserError where it cannot be written or another one does."""
         place = self.place(trained)
-        empty_part(place).rmdir()  # better known now than after the reading
-        with place.absolute().with_name(f".{place.name}.lock-context").open("ab") as lock:
-            hold(lock, f"Another command writes the context in {place}; wait for it or name another --context.")
+        check_place(place)  # better known now than after the reading
+        busy = f"Another command writes the context in {place}; wait for it or name another --context."
+        with locked(place.absolute().with_name(f".{place.name}.lock"), busy):
             yield place
 
     def saved(self, trained: Trained) -> Any:
@@ -63,7 +63,7 @@ class Source:
         Raises UserError where it is damaged or of another model, or was named and is not there.
         """
         place = self.place(trained)
-        if self.context is None and not is_saved(place):
+        if self.context is None and not place.exists():
             return None
         return context.load(place, trained.model, trained.params)
 
@@ -77,7 +77,7 @@ class Source:
 
 def readings(place: Path) -> dict[str, Any]:
     """Which readings of a saved context were stopped, after how many tokens, and inside which of them it is."""
-    note = context.note_of(place) if is_saved(place) else None
+    note = context.note(place) if place.exists() else None
     nothing = {"stopped": {}, "inside": None}
     return note if isinstance(note, dict) and note.keys() == nothing.keys() else nothing
 

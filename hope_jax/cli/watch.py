@@ -20,10 +20,11 @@ import numpy as np
 from hope_jax import context
 from hope_jax import trace as tracing
 from hope_jax.cli.checks import at_least_one
-from hope_jax.cli.learn import DocumentConfig, read_only, texts, unread
+from hope_jax.cli.learn import DocumentConfig, texts
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import open_results
 from hope_jax.cli.runs import Source, Trained
+from hope_jax.context.stream import read_without_learning
 from hope_jax.errors import UserError
 
 
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     # Better known now than after the reading.
     figure, numbers = (open_results(figure.parent, f"{figure.name}{end}", "--figure") for end in ("", ".json"))
     trace = _watched(trained, config, tokens)
-    static, _ = read_only(trained.model, trained.params, tokens, unread(trained, tokens.shape[1]))
+    unread = context.start(trained.model, trained.params, 1, tokens.shape[1])
+    static, _ = read_without_learning(trained.model, trained.params, unread, tokens)
     title = f"{trained.run.name} reads {Path(config.data.path[0]).name}"
     tracing.draw(trace, figure, title, compare=np.asarray(static))
     numbers.write_text(json.dumps(trace.numbers()))

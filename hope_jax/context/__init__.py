@@ -1,17 +1,10 @@
-"""A memory that keeps learning: levels that are written while a stream is read. Start with ``api.py``."""
+"""A memory that keeps learning: levels that are written while a stream is read.
 
-from hope_jax.context.api import (
-    clear,
-    expect,
-    finish,
-    learn,
-    load,
-    merge,
-    note_of,
-    reset,
-    save,
-    start,
-    surprise,
-)
+Reads in the order ``writes.py`` (one chunk), ``stream.py`` (texts that come in pieces), ``state.py``, ``files.py``.
+"""
 
-__all__ = ["clear", "expect", "finish", "learn", "load", "merge", "note_of", "reset", "save", "start", "surprise"]
+from hope_jax.context.files import load, note, save
+from hope_jax.context.state import reset, start
+from hope_jax.context.stream import clear, expect, finish, learn, merge, surprise
+
+__all__ = ["clear", "expect", "finish", "learn", "load", "merge", "note", "reset", "save", "start", "surprise"]

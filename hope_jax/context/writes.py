@@ -6,12 +6,12 @@ The text is cut into chunks of C tokens, C the period of the fastest level. Per 
     gathered_l += d loss / d Delta_l                                  the state carried in is a constant here
     every C_l tokens:  Delta_l -= eta_l optimizer(gathered_l C / C_l);  gathered_l = 0
 
-The label of a chunk's last token is the first of the next chunk, which is read with the new weights: causal. The chunks
-are ``levels.scan_periods``, nested loops, slowest level outside. Training differentiates through all of it, but for
-what ``bptt`` cuts. Read ``context.py`` next: the same for a stream that comes in pieces.
+The label of a chunk's last token is the first of the next chunk, which is read with the new weights: causal. Training
+(``reading_loss``) differentiates through all of it, but for what ``bptt`` cuts. Read ``stream.py`` next: the same for
+a text that comes in pieces.
 """
 
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,33 +23,21 @@ from jax import lax
 
 from hope_jax.errors import UserError
 from hope_jax.levels import check_multiples, scan_periods
-from hope_jax.nn.feed_forward.fast import FastState, LevelsConfig, Writes
-from hope_jax.nn.language_model import BlockState
-from hope_jax.optim import muon_step
-from hope_jax.types import Array, Bool, Float, Int, Tokens
+from hope_jax.nn.feed_forward.fast import BlockState, LevelsConfig, LevelState, Writes
+from hope_jax.types import Array, Bool, Count, Float, Int, Tokens
 
 Nats = Float[Array, "B predicted"]
-
-
-def _inner(name: str) -> optax.GradientTransformation:
-    """The inner optimizer of one matrix."""
-    muon = optax.stateless_with_tree_map(lambda u, _: muon_step(jnp.asarray(u)))
-    return {
-        "sgd": optax.identity(),
-        "momentum": optax.trace(0.9),
-        "adam": optax.scale_by_adam(0.9, 0.99, eps_root=1e-16),
-        "muon": optax.chain(optax.trace(0.9), muon),
-    }[name]
+Levels = tuple[LevelState, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """Which levels are written, and when.
 
     Attributes:
-      periods: for each tree of Delta the period in tokens of every layer; 0: that layer is never written.
+      periods: for each level the period in tokens of every layer; 0: that layer is never written.
       nested: a slower level's write sets the faster ones back.
-      writes: the rest.
+      writes: how.
     """
 
     periods: tuple[tuple[int, ...], ...]
@@ -75,9 +63,22 @@ class Plan:
         """See ``Writes.bptt``."""
         return self.writes.bptt[level] if level < len(self.writes.bptt) else None
 
+    def due(self, at: Int[Array, ""] | int) -> list[Array]:
+        """For every level, whether a period ends at token ``at``: of all layers alike, [], or of each, [L]."""
+        return [self.written(i) & (at % jnp.maximum(_each(periods), 1) == 0) for i, periods in enumerate(self.periods)]
 
-def plan_of(model: Any, *, trained: bool) -> Plan:
-    """The plan of a model: of the levels that training writes in context, or of all that it has.
+    def written(self, level: int) -> Array:
+        """Whether the level is ever written: [] or [L], as in ``due``."""
+        return jnp.asarray(_each(self.periods[level]) > 0)
+
+
+def _each(periods: tuple[int, ...]) -> np.ndarray:
+    """Periods of the layers, or the one that all of them have."""
+    return np.array(periods[0] if len(set(periods)) == 1 else periods)
+
+
+def schedule_of(model: Any, *, trained: bool) -> Schedule:
+    """The schedule of a model: of the levels that training writes in context, or of all that it has.
 
     Raises:
       UserError: it has none, or their periods are not multiples of one another.
@@ -87,7 +88,7 @@ def plan_of(model: Any, *, trained: bool) -> Plan:
         kind = type(part).__name__
         raise UserError(f"the model's feed-forward part is {kind}, which has no levels; use a hope or stacked model")
     periods = part.periods(model.config.layers)
-    return Plan(periods[: part.trained] if trained else periods, part.nested, part.writes)
+    return Schedule(periods[: part.trained] if trained else periods, part.nested, part.writes)
 
 
 def learns_in_context(model: Any) -> bool:
@@ -96,73 +97,80 @@ def learns_in_context(model: Any) -> bool:
     return isinstance(part, LevelsConfig) and part.trained > 0
 
 
-class Carry(NamedTuple):
-    """What a chunk leaves to the next: the mixers' states, Delta, gathered gradients, and the inner optimizers' states.
+def fresh_levels(model: Any, schedule: Schedule, batch: int) -> Levels:
+    """The levels of ``batch`` sequences before the first write."""
+    config = model.config
 
-    Leaves of Delta and ``gathered`` are [L, B, rows, columns].
+    def over_layers(leaf: Array) -> Array:
+        return jnp.zeros((config.layers, *leaf.shape), leaf.dtype)
+
+    trees = config.feed_forward.blank(batch, config.width, config.dtype)[: len(schedule.periods)]
+    return tuple(_fresh(schedule, jax.tree.map(over_layers, tree)) for tree in trees)
+
+
+def _fresh(schedule: Schedule, like: Any) -> LevelState:
+    """A level that was never written, Delta shaped as ``like``."""
+    zero = jax.tree.map(jnp.zeros_like, like)
+    return LevelState(zero, zero, jax.vmap(jax.vmap(schedule.writes.optimizer.build().init))(zero))
+
+
+class Chunk(NamedTuple):
+    """Up to C tokens and the token after each.
+
+    Attributes:
+      inputs, labels: [B, C].
+      count: tokens that are real, and labelled: labels that are known; None: all.
+      stored: whether the gradient is wanted; None: yes, and training may differentiate it.
     """
+
+    inputs: Tokens
+    labels: Tokens
+    count: Count = None
+    labelled: Count = None
+    stored: Bool[Array, ""] | None = None
+
+
+class Read(NamedTuple):
+    """What reading a chunk gives: the mixers' states after it, its nats, logits after its last token."""
 
     mixer: Any
-    fast: tuple[Any, ...]
-    gathered: tuple[Any, ...]
-    optimizer: tuple[Any, ...]
+    nats: Nats
+    logits: Float[Array, "B vocab"]
 
 
-def begin(model: Any, plan: Plan, blocks: BlockState, batch: int) -> Carry:
-    """Nothing written yet; ``blocks`` is a fresh state of ``model``."""
-    config = model.config
-    layers = lambda leaf: jnp.zeros((config.layers, *leaf.shape), leaf.dtype)  # noqa: E731
-    trees = config.feed_forward.blank(batch, config.width, config.dtype)
-    fast = tuple(jax.tree.map(layers, tree) for tree in trees[: len(plan.periods)])
-    return Carry(blocks.mixer, fast, jax.tree.map(jnp.zeros_like, fast), tuple(map(_begin(plan), fast)))
+def gather(
+    model: Any, params: Any, schedule: Schedule, mixer: Any, levels: Levels, chunk: Chunk
+) -> tuple[Levels, Read]:
+    """Read a chunk and add the gradient of its loss to what is gathered; nothing is written."""
+
+    def loss(deltas: tuple[Any, ...]) -> tuple[Array, Read]:
+        state = BlockState(mixer, _of_all_levels(model, deltas))
+        logits, after = model.apply({"params": params}, chunk.inputs, state, chunk.count)
+        nats = cross_entropy(logits, chunk.labels)
+        if chunk.labelled is not None:
+            nats = jnp.where(jnp.arange(nats.shape[1])[None] < chunk.labelled, nats, 0)
+        last = -1 if chunk.count is None else jnp.maximum(chunk.count - 1, 0)
+        return jnp.sum(nats) / schedule.chunk, Read(after.mixer, nats, logits[:, last])
+
+    deltas = tuple(level.delta for level in levels)
+    value, pullback, read = jax.vjp(loss, deltas, has_aux=True)
+    slopes = _slopes(pullback, jnp.ones_like(value), deltas, chunk.stored)
+    slopes = [lax.stop_gradient(s) if schedule.bptt(i) == 0 else s for i, s in enumerate(slopes)]
+    added = [jax.tree.map(jnp.add, level.gathered, slope) for level, slope in zip(levels, slopes, strict=True)]
+    return tuple(level._replace(gathered=gathered) for level, gathered in zip(levels, added, strict=True)), read
 
 
-def _begin(plan: Plan) -> Any:
-    return jax.vmap(jax.vmap(_inner(plan.writes.optimizer).init))
+def _slopes(pullback: Any, one: Array, deltas: Any, stored: Array | None) -> tuple[Any, ...]:
+    """The gradient, which is not computed where it is not wanted."""
+    if stored is None:
+        return pullback(one)[0]
+    return lax.cond(stored, lambda: pullback(one)[0], lambda: jax.tree.map(jnp.zeros_like, deltas))
 
 
-def reading_state(model: Any, carry: Carry) -> BlockState:
-    """The state of the blocks that belongs to ``carry``: Delta for the levels that have it, None for the others."""
+def _of_all_levels(model: Any, deltas: tuple[Any, ...]) -> tuple[Any, ...]:
+    """None for the levels without Delta."""
     count = len(model.config.feed_forward.periods(model.config.layers))
-    return BlockState(carry.mixer, FastState(carry.fast + (None,) * (count - len(carry.fast))))
-
-
-def read_chunks(
-    model: Any, params: Any, plan: Plan, carry: Carry, inputs: Tokens, labels: Tokens, position: Int[Array, ""] | int
-) -> tuple[Carry, Nats]:
-    """Read whole chunks and write what they teach.
-
-    Args:
-      inputs, labels: [B, T], T a multiple of the plan's chunk; label t is the token after input t.
-      position: tokens read with writes before, a multiple of the chunk.
-
-    Returns:
-      The carry after the last write, and the loss of every label in nats, at the weights it was read with.
-    """
-    rates = rates_of(model, params, plan)
-
-    def segment(carry: Any, tokens: Any, active: Any, due: Any) -> tuple[Any, Any]:
-        del active, due  # of the chunk's start; writes are due at its end
-        ours, theirs, at = tokens
-        carry, nats = gather(model, params, plan, carry, ours.T, theirs.T)
-        return write(plan, rates, carry, at[0] + plan.chunk), nats.T
-
-    at = position + jnp.arange(inputs.shape[1])
-    carry, nats = scan_periods(segment, carry, (inputs.T, labels.T, at), position=position, periods=plan.distinct)
-    return carry, nats.T
-
-
-def gather(model: Any, params: Any, plan: Plan, carry: Carry, inputs: Tokens, labels: Tokens) -> tuple[Carry, Nats]:
-    """Read up to one chunk and add the gradient of its loss to what is gathered; nothing is written."""
-
-    def loss(fast: tuple[Any, ...]) -> tuple[Array, tuple[Nats, Any]]:
-        logits, after = model.apply({"params": params}, inputs, reading_state(model, carry._replace(fast=fast)))
-        nats = cross_entropy(logits, labels)
-        return jnp.sum(nats) / plan.chunk, (nats, after.mixer)
-
-    slopes, (nats, mixer) = jax.grad(loss, has_aux=True)(carry.fast)
-    slopes = tuple(lax.stop_gradient(s) if plan.bptt(i) == 0 else s for i, s in enumerate(slopes))
-    return carry._replace(mixer=mixer, gathered=jax.tree.map(jnp.add, carry.gathered, slopes)), nats
+    return deltas + (None,) * (count - len(deltas))
 
 
 def cross_entropy(logits: Float[Array, "B T vocab"], labels: Tokens) -> Nats:
@@ -171,97 +179,96 @@ def cross_entropy(logits: Float[Array, "B T vocab"], labels: Tokens) -> Nats:
     return optax.softmax_cross_entropy_with_integer_labels(wide, labels)
 
 
-def write(plan: Plan, rates: tuple[Array, ...], carry: Carry, at: Int[Array, ""] | int) -> Carry:
-    """The writes that are due after token ``at``, a multiple of the chunk, and the nested set-backs."""
-    due = [_ends(periods, at) for periods in plan.periods]
-    levels = _write_where(plan, rates, carry, at, due)
-    if plan.nested:
-        slower = zip(due[1:], levels, strict=False)
-        levels = [*(_where(ends, functools.partial(_fresh, plan), mine) for ends, mine in slower), levels[-1]]
-    return Carry(carry.mixer, *zip(*levels, strict=True))
+def write(schedule: Schedule, rates: Sequence[Array], levels: Levels, at: Any, due: Sequence[Array]) -> Levels:
+    """The levels after token ``at``, written in those layers that are ``due`` (see ``Schedule.due``)."""
+    rows = enumerate(zip(levels, rates, due, strict=True))
+    return tuple(_where(now, _written(schedule, i, rate, at, level), level) for i, (level, rate, now) in rows)
 
 
-def write_rest(plan: Plan, rates: tuple[Array, ...], carry: Carry, at: Int[Array, ""], more: bool) -> Carry:
-    """Writes of what is gathered, though no period ends: of levels inside a period at ``at``, of all if there is more.
-
-    Nothing is set back: no slower period has ended.
-    """
-    waiting = [_has(periods) & (more | ~_ends(periods, at)) for periods in plan.periods]
-    return Carry(carry.mixer, *zip(*_write_where(plan, rates, carry, at, waiting), strict=True))
-
-
-Mine = tuple[Any, Any, Any]
-
-
-def _write_where(plan: Plan, rates: tuple[Array, ...], carry: Carry, at: Any, layers: list[Any]) -> list[Mine]:
-    """Delta, gathered gradients and optimizer of every level, written in those of its layers."""
-    levels = zip(layers, rates, carry.fast, carry.gathered, carry.optimizer, strict=True)
-    return [
-        _where(where, functools.partial(_written, plan, i, rate, at), tuple(mine))
-        for i, (where, rate, *mine) in enumerate(levels)
-    ]
+def set_back(schedule: Schedule, levels: Levels, due: Sequence[Array]) -> Levels:
+    """Nested levels: where the next slower level was ``due``, a level starts anew."""
+    if not schedule.nested:
+        return levels
+    faster = zip(levels, due[1:], strict=False)
+    return (
+        *(_where(now, lambda level=level: _fresh(schedule, level.delta), level) for level, now in faster),
+        levels[-1],
+    )
 
 
-def _each(periods: tuple[int, ...]) -> np.ndarray:
-    """Periods of the layers, or the one that all of them have."""
-    return np.array(periods[0] if len(set(periods)) == 1 else periods)
-
-
-def _has(periods: tuple[int, ...]) -> Bool[Array, ""] | Bool[Array, " L"]:
-    """Whether there is a period at all."""
-    return jnp.asarray(_each(periods) > 0)
-
-
-def _ends(periods: tuple[int, ...], at: Any) -> Bool[Array, ""] | Bool[Array, " L"]:
-    """Whether a period ends at token ``at``: of all layers alike, or of each."""
-    return _has(periods) & (jnp.asarray(at) % jnp.asarray(np.maximum(_each(periods), 1)) == 0)
-
-
-def _where(layers: Any, change: Any, mine: Mine) -> Mine:
-    """``change(mine)`` in those layers, ``mine`` in the others; leaves [L, ...]."""
+def _where(layers: Array, change: Any, level: LevelState) -> LevelState:
+    """``change()`` in those layers, ``level`` in the others; leaves [L, ...]."""
     if layers.ndim == 0:
-        return lax.cond(layers, change, lambda same: same, mine)
-    pick = lambda new, old: jnp.where(layers.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
-    return jax.tree.map(pick, change(mine), mine)
+        return lax.cond(layers, change, lambda: level)
+
+    def pick(new: Array, old: Array) -> Array:
+        return jnp.where(_along(layers, old), new, old)
+
+    return jax.tree.map(pick, change(), level)
 
 
-def _fresh(plan: Plan, mine: Mine) -> Mine:
-    zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)  # noqa: E731
-    return zero(mine[0]), zero(mine[1]), _begin(plan)(mine[0])
+def _along(layers: Array, leaf: Array) -> Array:
+    """[L] -> [L, 1, ...], to go with a leaf [L, ...]."""
+    return layers.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
-def _written(plan: Plan, level: int, rate: Float[Array, " L"], at: Any, mine: Mine) -> Mine:
-    """One write of one level in all its layers."""
-    fast, gathered, optimizer = mine
-    period = np.maximum(np.array(plan.periods[level]), plan.chunk)
-    per_layer = lambda scale, tree: jax.tree.map(lambda x: scale[:, None, None, None].astype(x.dtype) * x, tree)  # noqa: E731
-    mean = per_layer(jnp.asarray(plan.chunk / period), gathered)
-    count = plan.bptt(level)
-    if count is not None and count > 0:
-        cut = (jnp.asarray(at) // jnp.asarray(period)) % count == 0
-        constant = lambda x: jnp.where(cut.reshape(-1, *[1] * (x.ndim - 1)), lax.stop_gradient(x), x)  # noqa: E731
-        fast, optimizer = jax.tree.map(constant, (fast, optimizer))
-    directions, optimizer = jax.vmap(jax.vmap(_inner(plan.writes.optimizer).update))(mean, optimizer)
-    moved = jax.tree.map(jnp.subtract, fast, per_layer(rate, directions))
-    zero = jax.tree.map(jnp.zeros_like, gathered)
-    if count == 0:
-        moved, optimizer = lax.stop_gradient((moved, optimizer))
-    return moved, zero, optimizer
+def _written(schedule: Schedule, index: int, rate: Float[Array, " L"], at: Any, level: LevelState) -> Any:
+    """A function that writes one level in all its layers."""
+    period, count = np.maximum(np.array(schedule.periods[index]), schedule.chunk), schedule.bptt(index)
+    update = jax.vmap(jax.vmap(schedule.writes.optimizer.build().update))
+
+    def scaled(scale: Array, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: _along(scale, leaf).astype(leaf.dtype) * leaf, tree)
+
+    def change() -> LevelState:
+        delta, state = level.delta, level.optimizer
+        if count:
+            delta, state = _cut((jnp.asarray(at) // jnp.asarray(period)) % count == 0, (delta, state))
+        directions, state = update(scaled(jnp.asarray(schedule.chunk / period), level.gathered), state)
+        moved = jax.tree.map(jnp.subtract, delta, scaled(rate, directions))
+        if count == 0:
+            moved, state = lax.stop_gradient((moved, state))
+        return LevelState(moved, jax.tree.map(jnp.zeros_like, level.gathered), state)
+
+    return change
 
 
-def rates_of(model: Any, params: Any, plan: Plan) -> tuple[Float[Array, " L"], ...]:
+def _cut(where: Bool[Array, " L"], tree: Any) -> Any:
+    """``tree`` as a constant in those layers."""
+    return jax.tree.map(lambda leaf: jnp.where(_along(where, leaf), lax.stop_gradient(leaf), leaf), tree)
+
+
+def rates_of(model: Any, params: Any, schedule: Schedule) -> tuple[Float[Array, " L"], ...]:
     """eta of every level and layer: the learned ones, and the configured one for levels that training never wrote."""
-    ours = params["blocks"]["feed_forward"]
-    learned = [ours["rate"][:, i] for i in range(ours["rate"].shape[-1])] if "rate" in ours else []
-    fixed = jnp.full(model.config.layers, plan.writes.rate)
-    return (*learned, *[fixed] * (len(plan.periods) - len(learned)))
+    part = params["blocks"]["feed_forward"]
+    learned = [part["rate"][:, i] for i in range(part["rate"].shape[-1])] if "rate" in part else []
+    fixed = jnp.full(model.config.layers, schedule.writes.rate)
+    return (*learned, *[fixed] * (len(schedule.periods) - len(learned)))
 
 
 def reading_loss(model: Any, params: Any, inputs: Tokens, labels: Tokens) -> Nats:
-    """Nats of every label of fresh sequences that are read with writes: the loss that training differentiates."""
-    plan = plan_of(model, trained=True)
-    if inputs.shape[1] % plan.chunk:
-        raise UserError(f"sequences have {inputs.shape[1]} tokens; expected a multiple of the period {plan.chunk}")
-    blocks = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1])
-    carry = begin(model, plan, blocks, inputs.shape[0])
-    return read_chunks(model, params, plan, carry, inputs, labels, 0)[1]
+    """Nats of every label of fresh sequences that are read with writes: the loss that training differentiates.
+
+    Args:
+      inputs, labels: [B, T], T a multiple of the fastest period; label t is the token after input t.
+
+    Raises:
+      UserError: T is no such multiple, or no level is written in training.
+    """
+    schedule = schedule_of(model, trained=True)
+    if inputs.shape[1] % schedule.chunk:
+        raise UserError(f"sequences have {inputs.shape[1]} tokens; expected a multiple of the period {schedule.chunk}")
+    mixer = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1]).mixer
+    rates = rates_of(model, params, schedule)
+
+    def segment(carry: Any, tokens: Any, active: Any, due: Any) -> tuple[Any, Any]:
+        del active, due  # of the chunk's start; writes are due at its end
+        inputs, labels, at = tokens
+        levels, read = gather(model, params, schedule, *carry, Chunk(inputs.T, labels.T))
+        end = at[0] + schedule.chunk
+        levels = write(schedule, rates, levels, end, schedule.due(end))
+        return (read.mixer, set_back(schedule, levels, schedule.due(end))), read.nats.T
+
+    carry = mixer, fresh_levels(model, schedule, inputs.shape[0])
+    tokens = inputs.T, labels.T, jnp.arange(inputs.shape[1])
+    return scan_periods(segment, carry, tokens, position=0, periods=schedule.distinct)[1].T

@@ -147,23 +147,25 @@ def scan(
     gates: Gates,
     initial: Weights,
     impl: Impl = "chunked",
+    count: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "T V"], MemoryState]:
     """Read and write one memory over T tokens, with anchors on the grid of absolute positions.
 
     ``initial`` are the weights M_0 the sequence started from (used by ``retain_to="init"``). Any cut of the T
-    tokens into calls gives the same reads and final state.
+    tokens into calls gives the same reads and final state. ``count``: tokens that are real, from the first; None: all.
     """
-    count = keys.shape[0]
-    position = (state.position + count) % rule.period
+    position = (state.position + (keys.shape[0] if count is None else count)) % rule.period
     if rule.gradient_at != "anchor":
-        fast, reads = write(rule, state.fast, (keys, values, queries, gates), None, initial, impl)
+        active = None if count is None else (jnp.arange(keys.shape[0]) < count).astype(jnp.float32)
+        fast, reads = write(rule, state.fast, (keys, values, queries, gates), active, initial, impl)
         return reads, MemoryState(fast, position)
 
     def segment(fast, tokens, active, due):
         return write(rule, refresh(fast, due[0]), tokens, active, initial, impl)
 
     tokens = (keys, values, queries, gates)
-    fast, reads = scan_levels(segment, state.fast, tokens, position=state.position, periods=(rule.period,))
+    grid = {"position": state.position, "periods": (rule.period,), "count": count}
+    fast, reads = scan_levels(segment, state.fast, tokens, **grid)
     return reads, MemoryState(fast, position)
 
 

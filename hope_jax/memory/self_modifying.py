@@ -105,6 +105,7 @@ def scan(
     streams: Streams,
     position: Int[Array, ""] | np.ndarray,
     with_gates: bool = False,
+    count: Int[Array, ""] | None = None,
 ) -> (
     tuple[Boxes, Float[Array, "T V"], Float[Array, "T K"] | None]
     | tuple[Boxes, Float[Array, "T V"], Float[Array, "T K"] | None, Gates]
@@ -113,14 +114,14 @@ def scan(
 
     ``initial`` holds M_box,0 per group, ``fast`` the ``Fast`` weights per group, ``position`` the tokens since all
     anchors were last refreshed together. Any cut of the T tokens into calls gives the same result. ``with_gates``: the
-    gates of every token come fourth.
+    gates of every token come fourth. ``count``: tokens that are real, from the first; None: all.
     """
     head = _Head(spec, initial, tuning, with_gates)
 
     def segment(fast, tokens, active, due):
         return _segment(head, fast, tokens, active, due)
 
-    fast, outputs = scan_levels(segment, fast, streams, position=position, periods=spec.periods)
+    fast, outputs = scan_levels(segment, fast, streams, position=position, periods=spec.periods, count=count)
     return fast, *outputs
 
 

@@ -4,7 +4,7 @@ A block is ``x = x + mixer(RMSNorm(x))`` followed by the feed-forward part (whic
 Mixers and feed-forward parts are configs with ``build(width, dtype)``; ``models.py`` combines them.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,11 @@ from jax.core import Tracer
 from hope_jax.errors import UserError
 from hope_jax.memory.products import by_rows
 from hope_jax.nn.config import ModelConfig
-from hope_jax.nn.feed_forward.fast import ContextState, InterruptedState
+from hope_jax.nn.feed_forward.fast import BlockState, ContextState
 from hope_jax.nn.layers import RMSNorm, param_dtype
-from hope_jax.types import Array, Logits, Stream, Tokens
+from hope_jax.types import Array, Count, Logits, Stream, Tokens
 
-
-class BlockState(NamedTuple):
-    """States of the two parts of a block; in a model every leaf is stacked over layers, [L, ...]."""
-
-    mixer: Any
-    feed_forward: Any
-
-
-State = BlockState | ContextState | InterruptedState
+State = BlockState | ContextState
 
 
 class Block(nn.Module):
@@ -45,10 +37,10 @@ class Block(nn.Module):
         """State before the first token."""
         return BlockState(self.mixer.init_state(batch, capacity), self.feed_forward.init_state(batch, capacity))
 
-    def __call__(self, x: Stream, state: BlockState | None) -> tuple[Stream, BlockState]:
+    def __call__(self, x: Stream, state: BlockState | None, count: Count = None) -> tuple[Stream, BlockState]:
         if state is None:
             state = self.init_state(*x.shape[:2])
-        y, mixer = self.mixer(self.norm(x), state.mixer)
+        y, mixer = self.mixer(self.norm(x), state.mixer, count)
         x, feed_forward = self.feed_forward(x + y, state.feed_forward)
         return x, BlockState(mixer, feed_forward)
 
@@ -72,6 +64,7 @@ class LanguageModel(nn.Module):
             Block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
@@ -97,19 +90,20 @@ class LanguageModel(nn.Module):
 
         return jax.vmap(one_layer)(params["blocks"])
 
-    def __call__(self, tokens: Tokens, state: State | None = None) -> tuple[Logits, State]:
+    def __call__(self, tokens: Tokens, state: State | None = None, count: Count = None) -> tuple[Logits, State]:
         """Logits in at least float32. Without a state the sequence is fresh (and the caches hold just T tokens).
 
-        A state of ``context.py`` is read with the weights it has learned; reading writes nothing.
+        A state of ``hope_jax.context`` is read with the weights it has learned; reading writes nothing. ``count``: how
+        many tokens are real, from the first; the others are padding, so that one compiled program reads any number.
 
         Raises:
           UserError: tokens that are not integers, an empty batch or sequence, or ids outside the vocabulary
             (ids that are only known at run time give NaN logits instead).
         """
         x = self._embed(tokens)
-        learns = isinstance(state, ContextState | InterruptedState)
-        x, blocks = self.blocks(x, state.blocks if learns else state)
-        state = state.read_on(blocks) if learns else blocks
+        learns = isinstance(state, ContextState)
+        x, blocks = self.blocks(x, state.blocks if learns else state, count)
+        state = state.read_on(blocks.mixer) if learns else blocks
         table, product = (self.embedding, "rd,vd->rv") if self.config.tied else (self.head, "rd,dv->rv")
         table, wide = table.astype(self.config.dtype), param_dtype(self.config.dtype)
         score = lambda rows: jnp.einsum(product, rows, table, preferred_element_type=wide)  # noqa: E731

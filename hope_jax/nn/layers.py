@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.memory.architectures import unit
 from hope_jax.memory.products import by_rows, given, keep
-from hope_jax.types import Array, Float, PRNGKeyArray, Stream
+from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
 EPS = 1e-6
 
@@ -108,11 +108,20 @@ class ShortConv(nn.Module):
         return jnp.zeros((batch, self.width - 1, channels), self.dtype)
 
     @nn.compact
-    def __call__(self, x: Stream, tail: Float[Array, "B tail D"]) -> tuple[Stream, Float[Array, "B tail D"]]:
+    def __call__(
+        self, x: Stream, tail: Float[Array, "B tail D"], count: Count = None
+    ) -> tuple[Stream, Float[Array, "B tail D"]]:
         time, channels = x.shape[1:]
         kernel = self.param("kernel", self.start, (self.width, channels), param_dtype(self.dtype)).astype(self.dtype)
         seen = jnp.concatenate([tail, x.astype(self.dtype)], axis=1)
-        return shifted_sum(seen, kernel), seen[:, time:]
+        return shifted_sum(seen, kernel), last_of(seen, time, count, axis=1)
+
+
+def last_of(seen: Array, time: int, count: Count, axis: int) -> Array:
+    """What stays of ``seen``, older inputs and then ``time`` new ones: as many as were old, the last that are real."""
+    if count is None:
+        return jax.lax.slice_in_dim(seen, time, None, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(seen, count, seen.shape[axis] - time, axis)
 
 
 @jax.custom_vjp

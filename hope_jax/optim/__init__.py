@@ -15,6 +15,7 @@ from hope_jax.optim.generalized import (
     l2,
     scale_by_generalized_momentum,
 )
+from hope_jax.optim.inner import INNER, InnerOptimizer, inner
 from hope_jax.optim.m3 import M3State, MomentumScale, m3, scale_by_m3
 from hope_jax.optim.matrices import MatrixView, MuonDimensionNumbers, matrix_labels, matrix_views
 from hope_jax.optim.newton_schulz import NewtonSchulz, muon_step, orthogonalize
@@ -27,7 +28,9 @@ from hope_jax.optim.preconditioned import (
 )
 
 __all__ = [
+    "INNER",
     "GeneralizedMomentumState",
+    "InnerOptimizer",
     "KeyedMemory",
     "LearnedPreconditionerState",
     "LinearMemory",
@@ -48,6 +51,7 @@ __all__ = [
     "generalized_momentum",
     "ggd_step",
     "l2",
+    "inner",
     "learned_preconditioner",
     "m3",
     "matrix_labels",

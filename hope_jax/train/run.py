@@ -5,16 +5,16 @@ Read ``checkpoint.py`` next: it fills the folder.
 """
 
 import contextlib
-import fcntl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hope_jax.config import Json, to_json
 from hope_jax.errors import UserError
 from hope_jax.nn.config import ModelConfig
 from hope_jax.storage.digests import read_sealed, write_sealed
+from hope_jax.storage.locks import hold
 from hope_jax.train.checkpoint import FOLDER
 from hope_jax.train.optimizer import OptimizerConfig
 from hope_jax.train.record import METRICS_FILE
@@ -86,14 +86,6 @@ def open_run(folder: Path) -> Iterator[Path]:
     with lock:
         hold(lock, f"Another process is training in {folder}; wait for it or choose another --run.")
         yield folder
-
-
-def hold(lock: BinaryIO, busy: str) -> None:
-    """Lock a file until it is closed. Raises UserError, saying ``busy``, where another process has."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(busy) from error
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
-from hope_jax.nn.feed_forward.fast import Fast, FastState, Writes, bases, blank, moved
+from hope_jax.nn.feed_forward.fast import Fast, Writes, bases, blank, moved
 from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
 from hope_jax.types import Array, Stream
 
@@ -133,13 +133,13 @@ class ContinuumMemory(nn.Module):
             self.mixture = self.param("mixture", start, (count,), param_dtype(self.dtype))
 
     @nn.nowrap
-    def init_state(self, batch: int, capacity: int) -> FastState:
-        """The static model: whoever learns in context adds the fast weights (``hope_jax/context/writes.py``)."""
+    def init_state(self, batch: int, capacity: int) -> tuple[()]:
+        """The static model: whoever learns in context adds the fast weights (``context/writes.py``)."""
         del batch, capacity
-        return FastState()
+        return ()
 
-    def __call__(self, x: Stream, state: FastState) -> tuple[Stream, FastState]:
-        pairs = list(zip(self.levels, state.fast or (None,) * len(self.levels), strict=True))
+    def __call__(self, x: Stream, state: tuple[Any, ...]) -> tuple[Stream, tuple[Any, ...]]:
+        pairs = list(zip(self.levels, state or (None,) * len(self.levels), strict=True))
         if self.config.wiring == "independent":
             parts = [s * level(x, fast) for s, (level, fast) in zip(self.mixture.astype(x.dtype), pairs, strict=True)]
             return x + sum(parts), state

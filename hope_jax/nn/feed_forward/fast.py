@@ -1,13 +1,14 @@
 """Fast weights: what a sequence adds to the matrices of its levels while it is read ("in-context", SPEC 3.1).
 
 A level's matrices are ``theta_0 + Delta``: theta_0 are parameters, Delta belongs to one sequence and starts at 0. The
-feed-forward parts here only *read* Delta, from their state; ``context/writes.py`` writes it, from the loss of the whole
-model. A state without Delta is the static model, and Delta = 0 equals it to the bit.
+feed-forward parts here only *read* Delta: their state is a tuple with the Delta of every level, fastest first (None for
+a level that is not written in context), or () for the static model, which Delta = 0 equals to the bit.
+``context/writes.py`` writes Delta, from the loss of the whole model.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +17,11 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
-from hope_jax.types import Array, Float, Int
+from hope_jax.optim.inner import SGD, InnerOptimizer
+from hope_jax.types import Array, Bool, Float, Int
 
 Fast = Mapping[str, Float[Array, "..."]]
 """Delta of one level: name of a linear map -> a matrix for each sequence (and layer, in a model)."""
-Inner = Literal["sgd", "momentum", "adam", "muon"]
-
-
-class FastState(NamedTuple):
-    """Delta of every level, fastest first; None for a level that is not written in context, () where none is."""
-
-    fast: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,8 +30,8 @@ class Writes:
 
     Attributes:
       rate: eta that a level's learned rate starts from, and that of levels without one; 0 writes nothing.
-      optimizer: the inner optimizer of the mean gradient of a finished chunk: "sgd" is Eq. 71; "momentum" (0.9), "adam"
-        (0.9, 0.99) and "muon" (momentum 0.9, orthogonalised) carry their moments from chunk to chunk.
+      optimizer: what is made of the mean gradient of a finished period, an optax transformation of each matrix. The
+        gradient as it is is Eq. 71; others carry their moments from period to period (see ``optim/inner.py``).
       bptt: for each level written in context, fastest first, how training differentiates its writes: None through all,
         0 through none (first order: the rate is then not learned), n: every n-th write starts from a constant, so that
         the last 1 to n add up with gradients. (The gradients that are written still depend on the weights they were
@@ -46,15 +41,18 @@ class Writes:
     """
 
     rate: float = 1.0
-    optimizer: Inner = "sgd"
+    optimizer: InnerOptimizer = SGD
     bptt: tuple[int | None, ...] = ()
     rank: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < np.inf:
             raise UserError(f"the rate of writes is {self.rate}; expected 0 or more")
-        if self.optimizer not in get_args(Inner):
-            raise UserError(f"the optimizer of writes is {self.optimizer!r}; expected one of {get_args(Inner)}")
+        if not isinstance(self.optimizer, InnerOptimizer):
+            raise UserError(
+                f"the optimizer of writes is {self.optimizer!r}; expected an InnerOptimizer such as "
+                "optim.inner(optax.trace, decay=0.9)"
+            )
         if any(count is not None and count < 0 for count in self.bptt):
             raise UserError(f"bptt is {self.bptt}; expected 0 or more writes for each level, or None for all")
         if self.rank is not None and self.rank < 1:
@@ -82,47 +80,65 @@ class LevelsConfig(Protocol):
     def kernels(self, params: Any) -> tuple[dict[str, Any], ...]: ...
 
 
-class ContextState(NamedTuple):
-    """A model's state that can learn; ``context.start`` makes one. Reading with it does not write.
+class BlockState(NamedTuple):
+    """States of the two parts of a block; in a model every leaf is stacked over layers, [L, ...]."""
+
+    mixer: Any
+    feed_forward: Any
+
+
+class LevelState(NamedTuple):
+    """What one level holds besides its parameters; leaves [L, B, rows, columns] where they are shaped like Delta.
 
     Attributes:
-      blocks: state of the blocks after the last token read; Delta is in it. Leaves [L, B, ...].
-      anchor: states of the mixers at the start of the unfinished chunk.
-      tokens: of the unfinished chunk, [B, 0 to C]; those before have been taken up.
-      position: tokens taken up, a multiple of C, the period of the fastest level; int32.
-      gathered: sum of the gradients since each level's last write, shaped like Delta.
-      optimizer: state of each level's inner optimizer.
+      delta: what its writes have added up to.
+      gathered: sum of the gradients since its last write, shaped like ``delta``.
+      optimizer: state of its inner optimizer.
     """
 
-    blocks: Any
+    delta: Any
+    gathered: Any
+    optimizer: Any
+
+
+class ContextState(NamedTuple):
+    """The state of a model whose levels learn while it reads; ``context.start`` makes it.
+
+    The tokens of the unfinished chunk have been read, but not learned: they are read again when the chunk is complete.
+
+    Attributes:
+      mixer: states of the mixers after the last token that was read; leaves [L, B, ...].
+      anchor: states of the mixers at the start of the unfinished chunk.
+      levels: what each level holds, fastest first.
+      tokens: of the unfinished chunk, then zeros; C is the period of the fastest level.
+      unfinished: how many tokens the unfinished chunk has, 0 to C.
+      interrupted: whether ``mixer`` has read more than these tokens, by ``model.apply``: the chunk ends before that.
+      position: tokens learned since the periods of all levels began together, a multiple of C.
+    """
+
+    mixer: Any
     anchor: Any
-    tokens: Int[Array, "B unfinished"]
+    levels: tuple[LevelState, ...]
+    tokens: Int[Array, "B C"]
+    unfinished: Int[Array, ""]
+    interrupted: Bool[Array, ""]
     position: Int[Array, ""]
-    gathered: tuple[Any, ...]
-    optimizer: tuple[Any, ...]
-
-    def read_on(self, blocks: Any) -> "InterruptedState":
-        """The state after more tokens were read but not learned: the chunk before them ends there."""
-        return InterruptedState(self._replace(blocks=blocks))
-
-    def within_chunk(self, tokens: Int[Array, "B n"], blocks: Any) -> "ContextState":
-        """The state after ``tokens`` were read that belong to the unfinished chunk, which has room for them."""
-        return self._replace(tokens=jnp.concatenate([self.tokens, tokens], axis=1), blocks=blocks)
-
-
-class InterruptedState(NamedTuple):
-    """A ``ContextState`` whose ``blocks`` have read past its ``tokens`` without learning."""
-
-    state: ContextState
 
     @property
-    def blocks(self) -> Any:
-        """State of the blocks after the last token read."""
-        return self.state.blocks
+    def blocks(self) -> BlockState:
+        """State of the blocks after the last token that was read, Delta of every level in it."""
+        return BlockState(self.mixer, tuple(level.delta for level in self.levels))
 
-    def read_on(self, blocks: Any) -> "InterruptedState":
-        """As ``ContextState.read_on``."""
-        return InterruptedState(self.state._replace(blocks=blocks))
+    def within_chunk(self, tokens: Int[np.ndarray, "B n"], mixer: Any) -> "ContextState":
+        """The state after ``tokens`` were read, which the unfinished chunk has room for."""
+        held, count = np.array(self.tokens), int(self.unfinished)
+        held[:, count : count + tokens.shape[1]] = tokens
+        unfinished = jnp.asarray(count + tokens.shape[1], jnp.int32)
+        return self._replace(mixer=mixer, tokens=jnp.asarray(held), unfinished=unfinished)
+
+    def read_on(self, mixer: Any) -> "ContextState":
+        """The state after more tokens were read and not learned."""
+        return self._replace(mixer=mixer, interrupted=jnp.ones((), bool))
 
 
 def bases(module: nn.Module, rows: Mapping[str, int], rank: int | None, dtype: DTypeLike) -> dict[str, Any]:

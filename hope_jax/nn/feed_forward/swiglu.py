@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.nn.feed_forward.fast import Fast, FastState, Writes, blank, moved
+from hope_jax.nn.feed_forward.fast import Writes, blank, moved
 from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
 from hope_jax.types import Array, Stream
 
@@ -84,17 +84,13 @@ class SwiGLU(nn.Module):
             self.rate = self.param("rate", start, (1,), param_dtype(self.dtype))
 
     @nn.nowrap
-    def init_state(self, batch: int, capacity: int) -> FastState:
-        """The static model: whoever learns in context adds the fast weights (``hope_jax/context/writes.py``)."""
-        return FastState()
+    def init_state(self, batch: int, capacity: int) -> tuple[()]:
+        """The static model: whoever learns in context adds the fast weights (``context/writes.py``)."""
+        return ()
 
     @light
-    def __call__(self, x: Stream, state: FastState) -> tuple[Stream, FastState]:
-        u, fast = self.norm(x), _only(state)
+    def __call__(self, x: Stream, state: tuple[Any, ...]) -> tuple[Stream, tuple[Any, ...]]:
+        u, fast = self.norm(x), state[0] if state else None
         gate, up = moved(self.gate(u), u, fast, "gate"), moved(self.up(u), u, fast, "up")
         hidden = nn.silu(gate) * up
         return x + moved(self.down(hidden), hidden, fast, "down"), state
-
-
-def _only(state: FastState) -> Fast | None:
-    return state.fast[0] if state.fast else None

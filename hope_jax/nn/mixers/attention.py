@@ -17,9 +17,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
-from hope_jax.nn.layers import ShortConv, dense, param_dtype
+from hope_jax.nn.layers import ShortConv, dense, last_of, param_dtype
 from hope_jax.nn.rotary import RopeScaling, apply_rope
-from hope_jax.types import Array, Bool, Float, Int, Stream
+from hope_jax.types import Array, Bool, Count, Float, Int, Stream
 
 
 class FullCache(NamedTuple):
@@ -66,6 +66,18 @@ def slots_of(state: Any) -> int | None:
     return min((cache.keys.shape[-2] for cache in _full_caches(state)), default=None)
 
 
+def without_empty_slots(state: Any) -> Any:
+    """``state`` with full caches cut to the tokens they hold: what a file has to keep. Waits for the device."""
+
+    def cut(node: Any) -> Any:
+        if not isinstance(node, FullCache):
+            return node
+        held = int(jnp.max(node.position))
+        return node._replace(keys=node.keys[..., :held, :], values=node.values[..., :held, :])
+
+    return jax.tree.map(cut, state, is_leaf=lambda node: isinstance(node, FullCache))
+
+
 def _softmax_block(
     q: Float[Array, "B H t K"], k: Float[Array, "B H s K"], v: Float[Array, "B H s K"], visible: Bool[Array, "t s"]
 ) -> Float[Array, "B H t K"]:
@@ -87,8 +99,7 @@ def attend(q: Float[Array, "B H T K"], cache: Cache, window: int | None) -> Floa
 
     A full cache is filled from slot 0; a window's slots end with the present tokens, and slots of negative positions
     hold nothing. Queries go in blocks, and a block looks only at slots that can matter: whatever the position, queries
-    before b see no slot from ``slots - T + b`` on. With as many slots as queries that is the causal triangle. A full
-    cache that had no room for its last tokens gives NaN.
+    before b see no slot from ``slots - T + b`` on. With as many slots as queries that is the causal triangle.
     """
     time, slots = q.shape[2], cache.keys.shape[2]
     first_slot = 0 if window is None else cache.position - slots
@@ -102,21 +113,26 @@ def attend(q: Float[Array, "B H T K"], cache: Cache, window: int | None) -> Floa
         visible = (age >= 0) & (age < (window or slots)) & (slot_at[None, start:end] >= 0)
         block_of = (q[:, :, a:b], cache.keys[:, :, start:end], cache.values[:, :, start:end])
         blocks.append(_softmax_block(*block_of, visible))
-    mixed = jnp.concatenate(blocks, axis=2)
-    return mixed if window else jnp.where(cache.position <= slots, mixed, jnp.nan)
+    return jnp.concatenate(blocks, axis=2)
 
 
-def _push(cache: Cache, k: Float[Array, "B H T K"], v: Float[Array, "B H T K"]) -> tuple[Cache, Cache]:
+def _push(cache: Cache, k: Float[Array, "B H T K"], v: Float[Array, "B H T K"], count: Count) -> tuple[Cache, Cache]:
     """The cache with T more tokens in it: as those tokens look at it, and as it is kept for the next call."""
-    time, slots, position = k.shape[2], cache.keys.shape[2], cache.position + k.shape[2]
-    if isinstance(cache, WindowCache):
-        keys, values = (jnp.concatenate(pair, axis=2) for pair in ((cache.keys, k), (cache.values, v)))
-        return WindowCache(keys, values, position), WindowCache(keys[:, :, time:], values[:, :, time:], position)
-    if time > slots:
-        raise UserError(f"Attention got {time} tokens and a cache of {slots}; make the state with a larger capacity.")
+    time = k.shape[2]
+    end, position = cache.position + time, cache.position + (time if count is None else count)
     pairs = ((cache.keys, k), (cache.values, v))
-    keys, values = (jax.lax.dynamic_update_slice_in_dim(old, new, cache.position, axis=2) for old, new in pairs)
-    return (full := FullCache(keys, values, position)), full
+    if isinstance(cache, WindowCache):
+        seen = [jnp.concatenate(pair, axis=2) for pair in pairs]
+        kept = [last_of(x, time, count, axis=2) for x in seen]
+        return WindowCache(*seen, end), WindowCache(*kept, position)
+    slots = cache.keys.shape[2]
+    if count is None and time > slots:
+        raise UserError(f"Attention got {time} tokens and a cache of {slots}; make the state with a larger capacity.")
+    if count is not None:  # room for the padding after the last token; it leaves no trace
+        real = (jnp.arange(time) < count)[None, None, :, None]
+        pairs = [(jnp.pad(old, ((0, 0), (0, 0), (0, time), (0, 0))), jnp.where(real, new, 0)) for old, new in pairs]
+    seen = [jax.lax.dynamic_update_slice_in_dim(*pair, cache.position, axis=2) for pair in pairs]
+    return FullCache(*seen, end), FullCache(*(x[:, :, :slots] for x in seen), position)
 
 
 @dataclass(frozen=True)
@@ -177,18 +193,20 @@ class Attention(nn.Module):
         tails = 3 * (jnp.zeros((batch, config.conv - 1, self.width), self.dtype),) if config.conv else ()
         return AttentionState(kind(empty, empty, jnp.zeros((), jnp.int32)), tails)
 
-    def __call__(self, x: Stream, state: AttentionState) -> tuple[Stream, AttentionState]:
-        streams, tails = self._convolve(x, state.tails)
+    def __call__(self, x: Stream, state: AttentionState, count: Count = None) -> tuple[Stream, AttentionState]:
+        streams, tails = self._convolve(x, state.tails, count)
         q, k, v = self._project(streams, state.cache.position)
-        seen, kept = _push(state.cache, k, v)
+        seen, kept = _push(state.cache, k, v, count)
         y = attend(q, seen, self.config.window)
+        if isinstance(kept, FullCache):
+            y = jnp.where(kept.position <= kept.keys.shape[2], y, jnp.nan)
         return self.out(jnp.swapaxes(y, 1, 2).reshape(x.shape)), AttentionState(kept, tails)
 
-    def _convolve(self, x: Stream, tails: tuple[Array, ...]) -> tuple[list[Array], tuple[Array, ...]]:
+    def _convolve(self, x: Stream, tails: tuple[Array, ...], count: Count) -> tuple[list[Array], tuple[Array, ...]]:
         """The inputs of the query, key and value maps, each through its own convolution if there are any."""
         if not self.convs:
             return [x] * 3, ()
-        pairs = [conv(x, tail) for conv, tail in zip(self.convs, tails, strict=True)]
+        pairs = [conv(x, tail, count) for conv, tail in zip(self.convs, tails, strict=True)]
         return [y for y, _ in pairs], tuple(tail for _, tail in pairs)
 
     def _project(self, streams: list[Array], position: Int[Array, ""]) -> list[Array]:

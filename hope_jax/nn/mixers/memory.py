@@ -27,7 +27,7 @@ from hope_jax.nn.layers import (
     split_heads,
     unit_heads,
 )
-from hope_jax.types import Array, Int, Stream
+from hope_jax.types import Array, Count, Int, Stream
 
 
 @dataclass(frozen=True)
@@ -122,24 +122,25 @@ class MemoryMixer(nn.Module):
         tails = tuple(conv.init_state(batch, self.width) for conv in self.convs)
         return MemoryMixerState(tails, fast, np.zeros((), np.int32))
 
-    def __call__(self, u: Stream, state: MemoryMixerState) -> tuple[Stream, MemoryMixerState]:
-        (q, k, v), tails = self._streams(u, state.tails)
+    def __call__(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Stream, MemoryMixerState]:
+        (q, k, v), tails = self._streams(u, state.tails, count)
         rule, position = self.config.rule, state.position
 
         def head(initial, fast, k, v, q, gates):
-            reads, new = scan(rule, MemoryState(fast, position), k, v, q, gates, initial)
+            reads, new = scan(rule, MemoryState(fast, position), k, v, q, gates, initial, count=count)
             return reads, new.fast
 
         reads, fast = over_heads(head, (self._initial(),), (state.fast, k, v, q, self._gates(u)))
         found = (q, reads - q) if rule.architecture.residual else (reads,)
-        return self.out(u, *found), MemoryMixerState(tails, fast, (position + u.shape[1]) % rule.period)
+        position = (position + (u.shape[1] if count is None else count)) % rule.period
+        return self.out(u, *found), MemoryMixerState(tails, fast, position)
 
     @light
-    def _streams(self, u: Stream, tails: tuple[Array, ...]) -> tuple[list[Array], tuple[Array, ...]]:
+    def _streams(self, u: Stream, tails: tuple[Array, ...], count: Count) -> tuple[list[Array], tuple[Array, ...]]:
         """Queries, keys and values per head [B,H,T,K]: projection, convolution, SiLU, then unit norm."""
         streams, new_tails = [], []
         for name, project, conv, tail in zip("qkv", self.projections, self.convs, tails, strict=True):
-            x, tail = conv(project(u), tail)
+            x, tail = conv(project(u), tail, count)
             make = unit_heads if name != "v" or self.config.unit_values else split_heads
             streams.append(make(nn.silu(x), self.config.heads).astype(param_dtype(x.dtype)))
             new_tails.append(tail)

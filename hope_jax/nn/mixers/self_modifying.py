@@ -39,7 +39,7 @@ from hope_jax.nn.layers import (
     short_convs,
     unit_heads,
 )
-from hope_jax.types import Array, Float, Int, Stream
+from hope_jax.types import Array, Count, Float, Int, Stream
 
 Projection = Literal["k", "v", "q"]
 Momentum = Literal["none", "const", "gated"]
@@ -206,29 +206,29 @@ class SelfModifyingMixer(nn.Module):
         tails = tuple(conv.init_state(batch, self.width) for conv in self.convs)
         return SelfModifyingState(tails, fast, np.zeros((), np.int32))
 
-    def __call__(self, u: Stream, state: SelfModifyingState) -> tuple[Stream, SelfModifyingState]:
-        streams, tails = self._streams(u, state.tails)
+    def __call__(self, u: Stream, state: SelfModifyingState, count: Count = None) -> tuple[Stream, SelfModifyingState]:
+        streams, tails = self._streams(u, state.tails, count)
         spec, watched = self.config.spec(), self.is_mutable_collection("intermediates")
 
         def head(initial, tuning, fast, streams):
-            return scan(spec, initial, tuning, fast, streams, state.position, with_gates=watched)
+            return scan(spec, initial, tuning, fast, streams, state.position, watched, count)
 
         fast, reads, queries, *gates = over_heads(head, (self.initial, self.tuning), (state.fast, streams))
         if watched:
             self.sow("intermediates", "rate", gates[0].rate)
             self.sow("intermediates", "retention", gates[0].retention)
         queries = streams.q if queries is None else queries
-        position = (state.position + u.shape[1]) % max(spec.periods)
+        position = (state.position + (u.shape[1] if count is None else count)) % max(spec.periods)
         answers = reads - queries if self.config.memory.residual else reads
         return self.out(u, queries, answers), SelfModifyingState(tails, fast, position)
 
     @light
-    def _streams(self, u: Stream, tails) -> tuple[Streams, tuple[Array, ...]]:
+    def _streams(self, u: Stream, tails, count: Count) -> tuple[Streams, tuple[Array, ...]]:
         """Inputs of the memories per head, [B,H,T,K] and of unit norm, and the convolutions' new tails."""
         heads = self.config.heads
         inputs, new_tails = {"x": unit_heads(u, heads)}, []
         for name, conv, tail in zip("qkv", self.convs, tails, strict=True):
-            x, tail = conv(u, tail)
+            x, tail = conv(u, tail, count)
             inputs[name] = unit_heads(nn.silu(x), heads)
             new_tails.append(tail)
         for name, project in self.static.items():

@@ -57,6 +57,38 @@ def test_a_state_comes_back_bit_for_bit_with_its_dtypes_and_the_data_position(ru
     assert training.read_manifest(run, 6).data == {"position": 6}
 
 
+NAMES = ("lr [0.1]", "a*b", "a?", "{a,b}", "50%", "back\\slash", "späß 日本", "new\nline", "$HOME ~", "bytes \udcff")
+"""Of folders, with characters that patterns, shells and encodings know."""
+
+
+def test_every_path_of_a_run_works(tmp_path):
+    for name in NAMES:
+        run = tmp_path / name
+        with open_run(run), training.Saver(run, {}, keep=2) as saver:
+            saver.save(make_state(6), {"position": 6})
+        found = training.restore(run, 6, like(make_state(6)))
+        assert np.asarray(found.params["kernel"]).tobytes() == np.asarray(make_state(6).params["kernel"]).tobytes()
+        assert training.saved_steps(run) == [6], name
+
+
+def test_a_save_that_reads_otherwise_than_it_was_written_is_told_at_once_and_not_finished(run, monkeypatch):
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lambda folder, like: checkpoint._parted(make_state(8)))
+    with training.Saver(run, {}, keep=2) as saver, pytest.raises(UserError, match="Step 9 could not be saved.*differs"):
+        saver.save(make_state(9), {})
+    assert training.saved_steps(run) == [3, 6]
+
+
+def test_parameters_are_read_without_the_state_of_the_optimizer(run):
+    for path in files_of(run, 6):
+        if path.is_relative_to(run / "checkpoints" / "6" / "training"):
+            path.unlink()
+    found = training.restore_params(run, 6, like(make_state(6)).params)
+    for a, b in zip(jax.tree.leaves(make_state(6).params), jax.tree.leaves(found), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    with pytest.raises(training.DamagedCheckpoint):
+        training.restore(run, 6, like(make_state(6)))
+
+
 def test_a_flipped_bit_in_any_file_is_found_and_the_file_named(run):
     for path in files_of(run, 6):
         good = path.read_bytes()

@@ -171,15 +171,11 @@ class Saver:
     """
 
     def __init__(self, run: Path, about: Mapping[str, Any], keep: int):
-        self._run, self._about = run, dict(about)
+        self._run, self._about, self._keep = run, dict(about), keep
         self._open = contextlib.ExitStack()
         (run / FOLDER).mkdir(exist_ok=True)
-        policy = ocp.training.preservation_policies.LatestN(keep)
-        self._orbax = ocp.training.Checkpointer(
-            self._open.enter_context(plain_path(run / FOLDER)),
-            preservation_policy=policy,  # pyright: ignore[reportArgumentType]
-            cleanup_tmp_directories=True,
-        )
+        place = self._open.enter_context(plain_path(run / FOLDER))
+        self._orbax = ocp.training.Checkpointer(place, cleanup_tmp_directories=True)
 
     def __enter__(self) -> "Saver":
         return self
@@ -204,11 +200,19 @@ class Saver:
             manifest = Manifest(step, dict(data), self._about | about, describe(parts), digest_files(folder, MANIFEST))
             _read(self._run, manifest, _on_host(parts))
             write_sealed(folder / MANIFEST, vars(manifest))
+            self._prune()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"Step {step} could not be saved in {self._run} ({error}); saved steps: {saved_steps(self._run)}. "
                 "Make room or repair the folder, then run the same command again."
             ) from error
+
+    def _prune(self) -> None:
+        """Remove the oldest steps, now that one more is known to be good."""
+        for step in saved_steps(self._run)[: -self._keep]:
+            folder = self._run / FOLDER / str(step)
+            (folder / MANIFEST).unlink()  # first: what is half removed is not a saved step
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _on_host(parts: Any) -> Any:

@@ -8,10 +8,8 @@ before orbax reads them, and arrays after. Read ``loop.py`` next.
 """
 
 import contextlib
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from hope_jax.storage.digests import (
     read_sealed,
     write_sealed,
 )
+from hope_jax.train.paths import plain_path
 from hope_jax.train.state import TrainState, count_bytes
 
 FOLDER = "checkpoints"
@@ -120,22 +119,6 @@ def _read(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str, Any]
     if path := changed_array(parts, arrays):
         raise _damaged(run, manifest.step, f"{path} differs from its digest")
     return parts
-
-
-@contextlib.contextmanager
-def plain_path(folder: Path) -> Iterator[str]:
-    """A path of ``folder`` that orbax cannot take for a pattern: where its own is not plain, a link to it.
-
-    Orbax reads brackets and backslashes in paths as patterns, and cannot write bytes that are not UTF-8.
-    """
-    folder = folder.absolute()
-    if re.fullmatch(r"[\w/. +,=@~-]*", str(folder)):
-        yield str(folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="hope-jax-") as place:
-        link = Path(place) / "run"
-        link.symlink_to(folder, target_is_directory=True)
-        yield str(link)
 
 
 def last_good(run: Path, before: int, like: TrainState) -> int | None:

@@ -30,7 +30,7 @@ class Setup:
 
     Attributes:
       init: ``key -> parameters``.
-      loss: ``(parameters, batch) -> (loss, metrics)``; metrics are ``Mean``s by name, one of them "loss".
+      loss: ``(parameters, batch) -> (loss, metrics)``; every metric is a ``Mean``, one is called "loss".
       tx: the training optimizer.
       rate: learning rate of batch 0, 1, ...: what is recorded.
       tokens: targets of one batch: what speed and progress are counted in.

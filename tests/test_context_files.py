@@ -126,7 +126,7 @@ def test_a_file_is_small_and_says_what_it_belongs_to(tmp_path):
     context.save(tmp_path / "read", model, params, state)
     assert load_file(tmp_path / "read")["mixer/cache/keys"].shape == (1, 2, 2, 9, 4)
     with safe_open(tmp_path / "learned", framework="numpy") as file:
-        about = json.loads(file.metadata()["hope_jax"])["about"]
+        about = json.loads(file.metadata()["hope_jax"])["body"]["about"]
     assert about["version"] == 1 and about["note"] == {"mine": [1]} and about["batch"] == 2
     assert about["levels"] == [{"periods": [4]}, {"periods": [8]}]
     assert about["model"]["width"] == 8 and about["model"]["parameters"].startswith("those of digest")

@@ -62,7 +62,7 @@ def test_what_was_asked_and_written_is_stored_to_the_last_token(trained, tmp_pat
     expected = context.finish(model, params, state)
     found = context.load(run / "contexts" / "4.safetensors", model, params)
     jax.tree.map(np.testing.assert_array_equal, found.blocks.feed_forward, expected.blocks.feed_forward)
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(found.blocks.feed_forward.fast[0]))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(found.levels[0].delta))
     assert "The light" + tokenizer.decode(np.asarray(written)[0])[:8] in capfd.readouterr().out
 
 

@@ -1,7 +1,8 @@
 """One portable file of named tensors: safetensors, with a sealed JSON header in its metadata.
 
-The metadata has two entries. ``hope_jax`` is JSON: ``{"about": ..., "tensors": {name: dtype, shape and digest}}``;
-``digest`` is its SHA-256. A file is on the disk, read back and compared before it gets its name.
+The metadata has one entry, ``hope_jax`` (the library orders several at random, and equal contents are equal files):
+JSON ``{"body": {"about": ..., "tensors": {name: dtype, shape and digest}}, "digest": SHA-256 of body}``. A file is on
+the disk, read back and compared before it gets its name.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import numpy as np
 from hope_jax.errors import extra
 from hope_jax.storage.digests import canonical, describe, digest
 
-HEADER, DIGEST = "hope_jax", "digest"
+HEADER = "hope_jax"
 
 
 class NotWhole(ValueError):
@@ -35,7 +36,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
       MissingExtra: safetensors is not installed.
     """
     body = {"about": about, "tensors": describe(dict(tensors))}
-    metadata = {HEADER: json.dumps(body), DIGEST: digest(canonical(body))}
+    metadata = {HEADER: json.dumps({"body": body, "digest": digest(canonical(body))})}
     part = path.with_name(f".{path.name}.part")
     with _library() as library:
         contiguous = {name: np.ascontiguousarray(tensor).reshape(tensor.shape) for name, tensor in tensors.items()}
@@ -71,17 +72,17 @@ def _header(path: Path) -> dict[str, Any]:
         size = int.from_bytes(file.read(8), "little")
         text = file.read(min(size, 2**26))
     try:
-        metadata = json.loads(text)["__metadata__"]
-        sealed, seal = metadata[HEADER], metadata[DIGEST]
+        sealed = json.loads(text)["__metadata__"][HEADER]
     except (ValueError, KeyError, TypeError) as error:
         raise Foreign("it is no safetensors file with a header of hope_jax") from error
     try:
-        body = json.loads(sealed)
-    except ValueError as error:
+        stored = json.loads(sealed)
+        whole = digest(canonical(stored["body"])) == stored["digest"]
+    except (ValueError, KeyError, TypeError) as error:
         raise NotWhole("its header was altered") from error
-    if digest(canonical(body)) != seal:
+    if not whole:
         raise NotWhole("its header was altered")
-    return body
+    return stored["body"]
 
 
 @contextlib.contextmanager

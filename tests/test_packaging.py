@@ -37,7 +37,8 @@ def status(arguments):
         return main(arguments), text.getvalue()
 
 listed = main(["--help"])
-names = [hope_jax.optim.m3, hope_jax.memory.gated_delta, hope_jax.MODELS]
+names = [hope_jax.optim.m3, hope_jax.context.learn, hope_jax.generate.sample, hope_jax.trace.watch]
+names += [hope_jax.memory.gated_delta, hope_jax.MODELS, hope_jax.config.to_json]
 import importlib
 missing = {{name: said(lambda: importlib.import_module(name)) for name in {doors}}}
 json.dump([quick, listed, missing, status(["pretrain"])], sys.stderr)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments import __main__ as experiments
 from hope_jax import MODELS
 from hope_jax import train as training
 from hope_jax.cli import pretrain
@@ -108,9 +109,10 @@ def flip_a_bit(run, step):
 
 
 def mistake(capfd, arguments):
-    """Run a command that must fail as a user's mistake; returns its one sentence."""
+    """Run a command or experiment that must fail as a user's mistake; returns its one sentence."""
     capfd.readouterr()
-    assert main(arguments) == 2
+    program = experiments.main if arguments[0] in experiments.EXPERIMENTS else main
+    assert program(arguments) == 2
     error = capfd.readouterr().err
     assert "Traceback" not in error and "╭" not in error and "-----" not in error, "one plain sentence, no frame"
     return error.strip().splitlines()[-1]
@@ -137,6 +139,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_another_process_saves_prints_how_to_go_on_and_the_rerun_equals_no_interruption(
     command, finished, tmp_path
 ):

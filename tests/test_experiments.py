@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import jax
@@ -13,8 +12,6 @@ from test_cli import mistake
 from experiments import compare, recall
 from experiments.__main__ import main
 from hope_jax import LanguageModel
-from hope_jax.cli import benchmark
-from hope_jax.cli.main import main as commands
 from hope_jax.cli.results import Results
 from hope_jax.cli.trials import at_best_rate, percent
 from hope_jax.config import flatten
@@ -161,6 +158,7 @@ def test_a_task_that_cannot_be_asked_is_one_sentence_and_exit_status_2(capfd):
     assert "at least 4 * pairs" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_comparison_measures_all_rows_at_the_same_steps_on_the_same_text(tmp_path):
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text(f"the cat {name} sat on the mat. " * 100)
@@ -246,52 +244,6 @@ def test_a_table_of_nothing_and_results_that_lack_a_field_are_told(capfd):
     (Path("nowhere") / compare.FILE).write_text('{"text": "prose", "step": 3}\n')
     message = mistake(capfd, ["compare", "--table", "--results", "nowhere"])
     assert "Line 1 of nowhere/compare.jsonl has no fingerprint" in message
-
-
-def test_operations_counts_loops_and_one_branch():
-    def program(a):
-        looped = jax.lax.scan(lambda x, _: (x @ a, None), a, None, length=3)[0]
-        return jax.lax.cond(looped[0, 0] > 0, lambda x: x @ a, lambda x: x @ a @ a, looped)
-
-    assert benchmark.operations(jax.make_jaxpr(program)(jnp.ones((4, 4))).jaxpr) == (3 + 2) * 2 * 4**3
-
-
-def test_a_benchmark_step_trains_and_reports_what_it_measured():
-    config = benchmark.BenchmarkConfig(models=("deltanet",), width=16, layers=1, heads=2, length=16, batch=1, repeats=1)
-    (row,) = benchmark.train(config)
-    assert row["ratio"] == 1.0 and row["model"] == "deltanet"
-    assert row["tokens_per_second"] > 0 and row["temp_bytes"] > 0 and row["gflops"] > 0
-
-
-MEASURED = {"train": 1, "chunked": 2, "length": 3, "decode": 2, "products": 6}
-
-
-@pytest.mark.parametrize("part", benchmark.PARTS)
-def test_every_part_of_the_benchmark_prints_and_leaves_its_lines(part, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "CHUNKED", ("deltanet",))
-    flags = "--models deltanet --width 16 --layers 1 --heads 2 --length 16 --batch 1 --tokens 16 --repeats 1"
-    more = "--lengths 16 64 --segment 8 --positions 2 4 --model deltanet-nano --results r"
-    assert commands(f"benchmark {part} {flags} {more}".split()) == 0
-    rows, printed = lines(tmp_path / "r" / "benchmark.jsonl"), capsys.readouterr().out.splitlines()
-    assert [row["part"] for row in rows] == [part] * MEASURED[part]
-    assert all(row.items() >= json.loads(line).items() for row, line in zip(rows, printed, strict=True))
-    assert 0 < rows[-1]["speed_ratio" if part == "length" else "ratio"] < math.inf
-
-
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        (["train", "--segment", "5", "--length", "32"], "--segment must divide every length, got 5 for 32"),
-        (["length", "--segment", "5", "--length", "25"], "--segment must divide every length, got 5 for 1024"),
-        (["--segment", "0"], "--segment must divide every length, got 0"),
-        (["--lengths", "64", "64"], "--lengths must be two numbers of tokens, ascending, got (64, 64)"),
-        (["trian"], "invalid choice 'trian' for argument 'parts'; expected one of ('train',"),
-        (["--parts", "train"], "There is no flag --parts;"),
-    ],
-    ids=str,
-)
-def test_a_mistake_in_what_to_measure_is_one_sentence(flags, expected, capfd):
-    assert expected in mistake(capfd, ["benchmark", *flags])
 
 
 def test_replacing_the_rate_changes_nothing_else():

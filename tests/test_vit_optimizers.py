@@ -183,6 +183,7 @@ def test_a_race_tunes_alike_reports_its_seeds_and_does_not_repeat_itself(folder,
     assert [(row["phase"], row["seed"]) for row in more[len(rows) :]] == [("final", 7)]
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_the_runs_alone(folder):
     config = vit_optimizers.VitOptimizersConfig(
         patch=4, width=8, layers=1, heads=2, steps=4, evaluate_every=2, warmup=1, batch=8

@@ -39,9 +39,8 @@ from hope_jax.train.optimizer import OptimizerConfig
 
 FILE = "compare.jsonl"
 CONTROL = "_without_writes"
-SETTINGS = tuple(f"optimizer.{one.name}" for one in dataclasses.fields(OptimizerConfig))
-IDENTITY = ("text", "fingerprint", "row", "size", "parameters", "length", "batch", "steps", "eval_batches", *SETTINGS)
-"""Fields of a JSON line that must agree before two runs are seeds of the same thing."""
+IDENTITY = ("text", "fingerprint", "row", "size", "parameters", "length", "batch", "steps", "eval_batches")
+"""Fields of a JSON line that must agree, as the optimizer's must, before two runs are seeds of the same thing."""
 NEEDED = (*IDENTITY, "seed", "step", "tokens", "bits_per_byte")
 
 
@@ -120,8 +119,9 @@ def run(config: CompareConfig, row: str, seed: int, tokenizer: Any, data: Any, p
     """Train one model and append what held-out text gave. Raises UserError if the loss is no longer finite."""
     architecture = dataclasses.replace(config.model(row), vocab_size=tokenizer.vocab_size)
     tokens_per_step = config.batch * config.length
-    tx = training.optimizer(config.optimizer, config.steps, architecture.update_every(tokens_per_step))
-    loss = training.next_token_loss(model := LanguageModel(architecture), tokenizer.byte_lengths)
+    model = LanguageModel(architecture)
+    tx = training.optimizer(config.optimizer, config.steps, architecture.update_every(tokens_per_step), model.axes())
+    loss = training.next_token_loss(model, tokenizer.byte_lengths)
     step = training.train_step(loss, tx, training.schedule(config.optimizer, config.steps))
     evaluate = training.evaluator(loss, data.heldout_batches(batch=config.batch, limit=config.eval_batches))
     batches = data.train_batches(batch=config.batch, seed=seed)
@@ -152,20 +152,25 @@ def _check(bits: float, row: str, seed: int, done: int) -> None:
 
 def key(row: Row) -> tuple[Any, ...]:
     """What a JSON line is about: equal for the seeds of one model, on one text, with one optimizer."""
-    return tuple(row[name] for name in IDENTITY)
+    return (*(row[name] for name in IDENTITY), *_settings(row, sorted(filter(_is_setting, row))))
+
+
+def _is_setting(name: str) -> bool:
+    return name.startswith("optimizer.")
 
 
 def _differing(rows: Sequence[Row], shown: Sequence[str]) -> list[str]:
-    """Names of ``IDENTITY`` beyond those ``shown`` in which ``rows`` differ; parameters only within one model."""
-    hidden = [name for name in IDENTITY if name not in (*shown, "parameters")]
+    """Names beyond those ``shown`` in which ``rows`` differ as of ``key``; parameters only within one model."""
+    settings = {name: None for row in rows for name in row if _is_setting(name)}
+    hidden = [name for name in (*IDENTITY, *settings) if name not in (*shown, "parameters")]
     models = {(row["row"], row["size"]) for row in rows}
     counted = {(row["row"], row["size"], row["parameters"]) for row in rows}
-    differing = [name for name in hidden if len({row[name] for row in rows}) > 1]
+    differing = [name for name in hidden if len({row.get(name) for row in rows}) > 1]
     return differing + ["parameters"] * (len(counted) > len(models))
 
 
 def _settings(row: Row, names: Sequence[str]) -> list[str]:
-    return [f"{name.removeprefix('optimizer.')}={row[name]}" for name in names]
+    return [f"{name.removeprefix('optimizer.').removeprefix('method.')}={row.get(name)}" for name in names]
 
 
 def table(rows: Sequence[Row]) -> list[str]:

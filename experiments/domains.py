@@ -192,7 +192,7 @@ class Learner:
     def _optimizer(self, periods: bool, rate: float) -> optax.GradientTransformation:
         """Levels that keep their periods, or move every batch. ``rate`` lies in the state: one program for all."""
         every = self._every if periods else dict.fromkeys(self._every, 1)
-        whole = training.optimizer(self._config.optimizer, self._config.steps, every)
+        whole = training.optimizer(self._config.optimizer, self._config.steps, every, self._model.axes())
         return optax.chain(whole, optax.inject_hyperparams(optax.scale)(step_size=rate))
 
     def start(self, seed: int) -> Phase:

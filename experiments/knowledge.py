@@ -174,7 +174,7 @@ def knowledge(config: KnowledgeConfig, path: Path) -> None:
 def train(config: KnowledgeConfig, model: LanguageModel, data: Any, seed: int, named: str) -> Any:
     """Parameters after training on text and episodes."""
     tokens = config.batch * config.length
-    tx = training.optimizer(config.optimizer, config.steps, model.config.update_every(tokens))
+    tx = training.optimizer(config.optimizer, config.steps, model.config.update_every(tokens), model.axes())
     loss = training.next_token_loss(model, np.ones(model.config.vocab_size))
     step = training.train_step(loss, tx, training.schedule(config.optimizer, config.steps))
     state = jax.jit(functools.partial(training.init_state, model, tx))(jax.random.key(seed))

@@ -21,40 +21,18 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from hope_jax import LanguageModel, model_named, optim
+from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least_one, known
 from hope_jax.cli.measuring import best_seconds, machine
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, append, open_results
 from hope_jax.cli.running import progress_interval
-from hope_jax.optim.matrices import ADAMW, MATRIX
-from hope_jax.train.optimizer import MATRICES
+from hope_jax.nn.axes import decays, matrices
+from hope_jax.optim import M3, OPTIMIZERS
 
-BLOCK = 100
+BLOCK = M3().slow_period or 1
 """Steps of M3 between two blocks of its slow momentum."""
-
-
-def _muon_axes(params: Any) -> Any:
-    """The matrices of ``MATRICES`` in optax's words: None for what is none."""
-    dimension = {ADAMW: None, MATRIX: optim.MuonDimensionNumbers()}
-    is_label = lambda label: isinstance(label, str | optim.MuonDimensionNumbers)  # noqa: E731
-    return jax.tree.map(lambda label: dimension.get(label, label), MATRICES(params), is_leaf=is_label)
-
-
-def _m3(rate: float) -> optax.GradientTransformation:
-    scales = (optim.MomentumScale(1, 0.9), optim.MomentumScale(BLOCK, 0.9))
-    return optim.m3(rate, scales, matrices=MATRICES)
-
-
-OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "sgd_momentum": lambda rate: optax.sgd(rate, momentum=0.9),
-    "adamw": optax.adamw,
-    "muon": lambda rate: optax.contrib.muon(rate, muon_weight_dimension_numbers=_muon_axes),
-    "m3": _m3,
-    "delta_momentum": lambda rate: optim.delta_momentum(rate, matrices=MATRICES),
-    "dmgd_mlp": lambda rate: optim.dmgd(rate, memory="mlp", matrices=MATRICES),
-}
 
 
 @dataclass(frozen=True)
@@ -92,9 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 class Stepper:
     """One optimizer's compiled step, with a state at the start of a block and one inside it."""
 
-    def __init__(self, name: str, params: Any):
-        tx = OPTIMIZERS[name](1e-3)
-
+    def __init__(self, tx: optax.GradientTransformation, params: Any):
         def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
             updates, state = tx.update(gradients, state, params)
             return optax.apply_updates(params, updates), state
@@ -124,10 +100,10 @@ class Stepper:
 def measure(config: OptimizerBenchmarkConfig) -> list[Row]:
     """All optimizers, with the ratio of mean step times to that of ``config.against``."""
     names = list(dict.fromkeys((*config.optimizers, config.against)))
-    params = random_parameters(config.model)
+    params, axes = random_parameters(config.model), LanguageModel(model_named(config.model)).axes()
     count = training.count_parameters(params)
     bar = tqdm(names, desc="compiling", dynamic_ncols=True, mininterval=progress_interval())
-    steppers = {name: Stepper(name, params) for name in bar}
+    steppers = {name: Stepper(OPTIMIZERS[name].build(1e-3, matrices(axes), decays(axes)), params) for name in bar}
     calls: dict[str, Callable[[], Any]] = {}
     for name, one in steppers.items():
         calls |= {f"{name} start": lambda one=one: one(one.start), name: lambda one=one: one(one.inside)}

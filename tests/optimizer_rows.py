@@ -1,7 +1,9 @@
 """The optimizers of the table: one row each, and the tree, gradients and loop that every property uses."""
 
+import functools
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -26,7 +28,6 @@ class Row:
       limit: the same where it should be a known optimizer, and that optimizer.
       rate: a learning rate that reaches the minimum of a small quadratic in ``steps`` updates, to ``tolerance``.
       valley: learning rate and updates that bring a Rosenbrock function from 24 below 0.1.
-      extra: arguments of ``update`` beyond optax's own that it reads.
       wide_state: bfloat16 parameters have float32 state.
       complex: it is defined for complex parameters (optax.MultiSteps, hence a level with n > 1, is not).
     """
@@ -37,7 +38,6 @@ class Row:
     steps: int = 400
     tolerance: float = 1e-3
     valley: tuple[Any, int] = (1e-3, 2000)
-    extra: Mapping[str, Any] = field(default_factory=dict)
     wide_state: bool = True
     complex: bool = True
 
@@ -59,6 +59,9 @@ def adamw(rate: Any) -> optax.GradientTransformation:
 def momentum(rate: Any) -> optax.GradientTransformation:
     """Gradient descent with momentum."""
     return optax.sgd(rate, momentum=0.9)
+
+
+MOMENTUM = momentum(1e-2)
 
 
 def limit(optimizer: Callable[[Any], optax.GradientTransformation]):
@@ -90,6 +93,9 @@ def known_muon(scale: Callable[[Any], Any]) -> optax.GradientTransformation:
 def to_rms(u):
     """0.2 root mean square, as M3 steps."""
     return 0.2 * u / jnp.sqrt(jnp.mean(u * u))
+
+
+MUON = known_muon(to_rms)
 
 
 def muon(rate: Any) -> optax.GradientTransformation:
@@ -133,7 +139,7 @@ NETWORK = optim.MLPMemory(hidden=8)
 FADING = optax.linear_schedule(1e-1, 0.0, 400)  # steps of one size need to fade
 SLOWLY = optax.linear_schedule(1e-1, 0.0, 1200)
 VALLEY = (optax.linear_schedule(1e-1, 0.0, 2000), 2000)
-SIGNS = optax.chain(optax.stateless_with_tree_map(lambda g, _: jnp.sign(g)), momentum(1e-2))
+SIGNS = optax.chain(optax.stateless_with_tree_map(lambda g, _: jnp.sign(g)), MOMENTUM)
 ROWS = {
     "adamw, all at once": Row(
         levels(ALL_AT_ONCE, adamw), limit(adamw), 3e-2, tolerance=1e-2, valley=VALLEY, wide_state=False
@@ -142,23 +148,21 @@ ROWS = {
         levels(LEVELS, adamw), limit(adamw), 3e-2, 1200, 1e-2, valley=VALLEY, wide_state=False, complex=False
     ),
     "momentum, levels": Row(levels(LEVELS, momentum), limit(momentum), 3e-2, 1200, wide_state=False, complex=False),
-    "m3": Row(m3, (m3(1e-2, slow=0.0, second="none"), known_muon(to_rms)), FADING, tolerance=2e-2, valley=VALLEY),
-    "m3, three scales": Row(
-        three_scales, (three_scales(1e-2, 0.0), known_muon(to_rms)), FADING, tolerance=2e-2, valley=VALLEY
-    ),
+    "m3": Row(m3, (m3(1e-2, slow=0.0, second="none"), MUON), FADING, tolerance=2e-2, valley=VALLEY),
+    "m3, three scales": Row(three_scales, (three_scales(1e-2, 0.0), MUON), FADING, tolerance=2e-2, valley=VALLEY),
     "m3, levels": Row(levels(LEVELS, m3), limit(m3), SLOWLY, 1200, tolerance=2e-2, valley=VALLEY, complex=False),
     "muon": Row(
         muon, (muon(1e-2), known_muon(lambda u: 0.2 * max(u.shape) ** 0.5 * u)), FADING, tolerance=2e-2, valley=VALLEY
     ),
     "generalized": Row(
-        lambda rate: optim.generalized_momentum(rate), (optim.generalized_momentum(1e-2), momentum(1e-2)), 3e-2
+        lambda rate: optim.generalized_momentum(rate), (optim.generalized_momentum(1e-2), MOMENTUM), 3e-2
     ),
-    "generalized, keyed": Row(lambda rate: keyed(rate), (keyed(1e-2, optim.dot), momentum(1e-2)), 3e-2),
+    "generalized, keyed": Row(lambda rate: keyed(rate), (keyed(1e-2, optim.dot), MOMENTUM), 3e-2),
     "preconditioned": Row(preconditioned, (preconditioned(1e-2, 1.0), SIGNS), FADING, tolerance=2e-2, valley=VALLEY),
-    "delta": Row(delta("gram"), (delta("gram", 0.0)(1e-2), momentum(1e-2)), 3e-2),
-    "delta, scalar": Row(delta("scalar"), (delta("scalar", 0.0)(1e-2), momentum(1e-2)), 3e-2),
+    "delta": Row(delta("gram"), (delta("gram", 0.0)(1e-2), MOMENTUM), 3e-2),
+    "delta, scalar": Row(delta("scalar"), (delta("scalar", 0.0)(1e-2), MOMENTUM), 3e-2),
     "delta, levels": Row(levels(LEVELS, delta("gram")), limit(delta("gram")), 3e-2, 1200, complex=False),
-    "dmgd, linear": Row(deep(), (deep()(1e-2), momentum(1e-2)), 3e-2),
+    "dmgd, linear": Row(deep(), (deep()(1e-2), MOMENTUM), 3e-2),
     "dmgd, mlp": Row(
         deep(NETWORK), (deep(NETWORK, 0.0)(1e-2), optax.sgd(1e-2)), 3e-2, valley=(1e-3, 4000), complex=False
     ),
@@ -179,27 +183,59 @@ def gradient(step: int, like: Any):
     return jax.tree.map(lambda p: jnp.zeros_like(p) + draw.normal(size=p.shape).astype(p.dtype), like)
 
 
-def run(tx: optax.GradientTransformation, params: Any, steps: int = 8, **extra: Any):
-    """Parameters and state after so many compiled updates, and the compiled update."""
-    tx = optax.with_extra_args_support(tx)
-    state, update = tx.init(params), jax.jit(tx.update)
+@functools.cache
+def compiled(make: Callable[[Any], optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
+    """A row's optimizer at a learning rate of 0.01; its update is one compiled program, whatever it is wrapped in."""
+    tx = optax.with_extra_args_support(make(1e-2))
+    return optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+
+
+def walk(tx: Any, params: Any, steps: int = 8, given: Callable[[int, Any], Any] = gradient) -> tuple[Any, Any]:
+    """Parameters and state after so many updates by the gradients ``given(step, params)``."""
+    state = tx.init(params)
     for step in range(steps):
-        updates, state = update(gradient(step, params), state, params, **extra)
+        updates, state = tx.update(given(step, params), state, params)
         params = optax.apply_updates(params, updates)
-    return params, state, update
+    return params, state
 
 
-def descend(row: Row, tx: optax.GradientTransformation, params: Any, slope: Callable[[Any], Any], steps: int) -> Any:
-    """Parameters after so many updates along a gradient, in one compiled scan."""
+def run(tx: optax.GradientTransformation, params: Any, steps: int = 8) -> tuple[Any, Any, Any]:
+    """Parameters and state after so many compiled updates, and the compiled update."""
+    update = jax.jit(optax.with_extra_args_support(tx).update)
+    return *walk(optax.GradientTransformation(tx.init, update), params, steps), update
+
+
+@functools.cache
+def plain_run(make: Callable[[Any], optax.GradientTransformation], steps: int = 8) -> tuple[Any, Any, int]:
+    """Parameters and state of a ``compiled`` row after so many updates, and how many programs that took."""
+    tx = compiled(make)
+    before = tx.update._cache_size()
+    params, state = walk(tx, parameters(), steps)
+    return params, state, tx.update._cache_size() - before
+
+
+def program(tx: Any, params: Any, **extra: Any) -> str:
+    """The whole computation of an update, as text: where two are equal, so are all results."""
     tx = optax.with_extra_args_support(tx)
+    state = jax.eval_shape(tx.init, params)
+    jaxpr = jax.make_jaxpr(lambda *given: tx.update(*given, **extra))(params, state, params)
+    return re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
+
+
+@functools.cache
+def descend(
+    make: Callable[[Any], optax.GradientTransformation], rate: Any, steps: int, loss: Callable[[Any], Any], start: Any
+) -> Any:
+    """Parameters after so many updates along the gradient of a loss, from ``start()``, in one compiled scan."""
+    tx = optax.with_extra_args_support(make(rate))
 
     @jax.jit
     def go(params):
         def step(carry, _):
             params, state = carry
-            updates, state = tx.update(slope(params), state, params, **row.extra)
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
             return (optax.apply_updates(params, updates), state), None
 
         return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0][0]
 
-    return go(params)
+    return go(start())

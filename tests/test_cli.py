@@ -231,7 +231,7 @@ def test_a_learning_rate_that_blows_up_ends_with_a_sentence_not_with_a_saved_nan
 def test_a_run_of_another_configuration_is_refused_with_the_fields_that_differ(command, finished, capfd):
     other = ["--batch", "4", "--optimizer.b2", "0.5"]
     message = mistake(capfd, command(finished, *other))
-    assert "batch is 2 there and 4 here" in message and "optimizer.b2 is 0.95 there and 0.5 here" in message
+    assert "batch is 2 there and 4 here" in message and "optimizer.method.b2 is 0.95 there and 0.5 here" in message
     assert "model" not in message.split("belongs to")[1]
 
 
@@ -250,7 +250,10 @@ def test_another_text_is_another_run_but_another_path_to_it_is_not(command, fini
         (["--keep", "1"], "--keep must be at least 2, got 1"),
         (["--accumulate", "3"], "--accumulate must divide --batch, got 3 for 2"),
         (["--segment", "5"], "--segment must divide --length, got 5 for 32"),
-        (["--optimizer.clip", "0"], "clip=0"),
+        (["--optimizer.clip", "0"], "clip is 0; expected above 0"),
+        (["--optimizer.b2", "1"], "b2 is 1; expected 0 or more and below 1"),
+        (["--optimizer.method", "adam"], "--optimizer.method is 'adam'; did you mean 'adamw'"),
+        (["--optimizer.slow-period", "9"], "--optimizer.slow-period belongs to --optimizer.method m3"),
         (["--length", "1000000"], "1000000"),
         (["--data.path", "/does/not/exist"], "/does/not/exist"),
         (["--run", os.devnull], "cannot be written"),

@@ -23,6 +23,7 @@ from hope_jax.memory import RULES, objectives
 from hope_jax.models import with_in_context
 from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.optim import AdamW
 from hope_jax.train import OptimizerConfig, TextRun
 
 TINY = MODELS["hope-tiny"]
@@ -31,7 +32,7 @@ ROWS = {
     **MODELS,
     **RULES,
     "in context": with_in_context(TINY, (64, 256), writes=Writes(bptt=(None, 2))),
-    "optimizer": OptimizerConfig(b1=0.5),
+    "optimizer": OptimizerConfig(AdamW(b1=0.5)),
     "pretrain": PretrainConfig(Path("runs/x"), resume_from=3),
     "run": RUN,
 }
@@ -152,7 +153,7 @@ def changed(path: str, value: Any) -> Any:
         ("model.feed_forward.levels", [3], "model.feed_forward.levels.0 is 3; expected Level"),
         ("model.dtype", {"dtype": "float33"}, "model.dtype is 'float33'; expected a dtype"),
         ("model.dtype", {}, "model.dtype has the entries"),
-        ("optimizer.learning_rate", -1.0, "optimizer is not valid: .*learning_rate=-1.0"),
+        ("optimizer.learning_rate", -1.0, "optimizer is not valid: .*learning_rate is -1"),
         ("class", "hope_jax.models:MODELS", "the configuration names 'hope_jax.models:MODELS'"),
     ],
 )

@@ -169,7 +169,7 @@ def test_forgetting_is_compared_where_levels_0_of_the_same_seed_learned_as_much(
     assert domains.table([mine | {"second": 4.5}, *half])[2].split()[-2:] == ["-", "1"]
 
 
-@pytest.mark.parametrize("other", [{"length": 9}, {"first": "another"}, {"optimizer.b1": 0.5}], ids=str)
+@pytest.mark.parametrize("other", [{"length": 9}, {"first": "another"}, {"optimizer.method.b1": 0.5}], ids=str)
 def test_other_settings_have_a_table_of_their_own_and_the_last_one_is_drawn(other, tmp_path, monkeypatch):
     lines = [line(first=3.0), line(first=7.0, seed=1, setting=other)]
     table = domains.table(lines)

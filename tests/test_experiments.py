@@ -205,7 +205,7 @@ def test_the_table_is_mean_and_sample_deviation_and_a_repeated_run_counts_once()
         ({"fingerprint": "9999"}, "9999"),
         ({"size": "30m"}, "30m"),
         ({"optimizer.learning_rate": 2e-3}, "2.0e-03"),
-        ({"optimizer.b2": 0.5}, "b2=0.5"),
+        ({"optimizer.method.b2": 0.5}, "b2=0.5"),
         ({"eval_batches": 3}, "eval_batches=3"),
         ({"parameters": 8}, "parameters=8"),
     ],

@@ -10,7 +10,6 @@ from experiments.__main__ import main
 from hope_jax import MODELS, optim
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, Size
-from hope_jax.train.optimizer import MATRICES
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,7 @@ def test_it_prints_and_leaves_a_line_per_optimizer(tmp_path, capsys):
 
 
 def test_the_two_states_of_m3_are_at_the_start_of_a_block_and_inside_it():
-    stepper = benchmark.Stepper("m3", benchmark.random_parameters("hope-nano"))
+    stepper = benchmark.Stepper(optim.M3().build(1e-3), benchmark.random_parameters("hope-nano"))
 
     def m3_state(state):
         is_m3 = lambda part: isinstance(part, optim.M3State)  # noqa: E731
@@ -41,15 +40,6 @@ def test_the_two_states_of_m3_are_at_the_start_of_a_block_and_inside_it():
     assert [int(m3_state(one).count) % benchmark.BLOCK for one in (stepper.start, stepper.inside)] == [0, 1]
     row = stepper.row(3.0, 1.0, 1)
     assert row["step_ms"] == pytest.approx(1e3 * (3.0 + 99 * 1.0) / 100)
-
-
-def test_muon_and_m3_have_the_same_matrices():
-    params = benchmark.random_parameters("hope-nano")
-    theirs = jax.tree.leaves(benchmark._muon_axes(params), is_leaf=lambda one: not isinstance(one, dict))
-    ours = jax.tree.leaves(optim.matrix_views(params, MATRICES), is_leaf=lambda one: not isinstance(one, dict))
-    assert [axes is None for axes in theirs] == [view is None for view in ours]
-    for axes, view in zip(theirs, ours, strict=True):
-        assert axes is None or view is None or (len(view.rows), len(view.columns)) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from hope_jax import optim
 from hope_jax.errors import UserError
 from hope_jax.interop import load_llama
 from hope_jax.interop.llama import INDEX, WEIGHTS
+from hope_jax.nn.axes import matrices
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.language_model import LanguageModel
 from hope_jax.nn.mixers.attention import AttentionConfig
-from hope_jax.train.optimizer import MATRICES
 
 TOKENS = np.random.default_rng(7).integers(0, CONFIG["vocab_size"], (2, 11))
 
@@ -220,5 +220,5 @@ def test_an_untied_model_scores_with_its_head_alone_and_trains_it_as_an_embeddin
     slopes = jax.jit(jax.grad(lambda params: jnp.sum(read(config, params, tokens)[0][..., 5])))(params)
     used = lambda table: np.flatnonzero(np.any(np.asarray(table) != 0, axis=1)).tolist()  # noqa: E731
     assert used(slopes["head"].T) == [5] and used(slopes["embedding"]) == [1, 2, 3]
-    labels = MATRICES(params)
+    labels = matrices(LanguageModel(config).axes())(params)
     assert labels["head"] == labels["embedding"] == optim.matrix_labels()(params)["head"] == "adamw"

@@ -130,7 +130,7 @@ class Trainer:
 
     def __init__(self, config: ModelConfig, batch: int, length: int, segment: int | None, devices: int = 1):
         model, settings, mesh = LanguageModel(config), OptimizerConfig(), training.data_mesh(batch, devices)
-        tx = training.optimizer(settings, 1000, config.update_every(batch * length))
+        tx = training.optimizer(settings, 1000, config.update_every(batch * length), model.axes())
         loss = training.next_token_loss(model, np.ones(config.vocab_size), segment)
         step: Any = training.train_step(loss, tx, training.schedule(settings, 1000))
         state = jax.jit(lambda key: training.init_state(model, tx, key))(jax.random.key(0))

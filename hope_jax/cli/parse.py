@@ -1,14 +1,17 @@
 """Flags from dataclasses: every field is a flag, its default and docstring are the help.
 
+A field with a table of ``rows`` in its metadata, such as the optimizer's ``method``, is chosen by name:
+``--optimizer.method m3``. The settings of the chosen row are flags beside it: ``--optimizer.slow-period 50``.
 What cannot be read becomes one sentence. Read ``main.py`` next.
 """
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_origin
 
 import tyro
@@ -24,13 +27,15 @@ def parse(config: type[Config], arguments: Sequence[str], prog: str) -> Config:
     Raises:
         UserError: a flag is unknown or missing, or its value cannot be read or was refused by its dataclass.
     """
+    chosen, arguments = _choose_rows(config, arguments)
+    settings = {"args": arguments, "prog": prog} | ({"default": _with_rows(config, chosen)} if chosen else {})
     if {"-h", "--help"} & set(arguments):
-        return tyro.cli(config, args=arguments, prog=prog)
-    _check_flags(config, arguments, prog)
+        return tyro.cli(config, description=_description(config), **settings)
+    _check_flags(config, chosen, arguments, prog)
     said = io.StringIO()
     try:  # silently: tyro frames what it refuses in a box; we want the sentence itself
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(config, args=arguments, prog=prog)
+            return tyro.cli(config, **settings)
     except SystemExit as exit_:
         cause: BaseException | None = exit_
         while cause is not None:
@@ -40,25 +45,92 @@ def parse(config: type[Config], arguments: Sequence[str], prog: str) -> Config:
     raise UserError(f"{_sentence(said.getvalue())}; see {prog} --help.")
 
 
-def _check_flags(config: Any, arguments: Sequence[str], prog: str) -> None:
-    flags = dict(_flags(config))
+def _description(config: type) -> str:
+    """The docstring of ``config``, and which rows there are to choose from."""
+    choices = [
+        f"{flag} NAME takes a row of the table {', '.join(rows)}; its settings are then flags, too."
+        for flag, rows in _tables(config)
+    ]
+    return "\n\n".join([inspect.getdoc(config) or "", *choices])
+
+
+def _choose_rows(config: Any, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The rows that ``arguments`` name, by flag, and the arguments without those flags."""
+    tables, chosen, rest = dict(_tables(config)), {}, []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, name = word.partition("=")
+        if flag not in tables:
+            rest.append(word)
+            continue
+        name = name if equals else next(words, "")
+        if name not in tables[flag]:
+            raise UserError(f"{flag} is {name!r}; {closest(name, tables[flag])}")
+        chosen[flag] = tables[flag][name]
+    return chosen, rest
+
+
+def _tables(config: Any, prefix: str = "--") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The flags that name a row, and their tables."""
+    for field in dataclasses.fields(config):
+        if "rows" in field.metadata:
+            yield prefix + field.name.replace("_", "-"), field.metadata["rows"]
+        elif dataclasses.is_dataclass(field.type):
+            yield from _tables(field.type, f"{prefix}{field.name.replace('_', '-')}.")
+
+
+def _with_rows(config: Any, chosen: Mapping[str, Any], prefix: str = "--") -> Any:
+    """The defaults of ``config`` with the ``chosen`` rows; what has no default is missing, as tyro says it."""
+    default = object.__new__(config if isinstance(config, type) else type(config))
+    for field in dataclasses.fields(config):
+        flag = prefix + field.name.replace("_", "-")
+        value = _default(field) if isinstance(config, type) else getattr(config, field.name)
+        if dataclasses.is_dataclass(field.type):
+            value = _with_rows(field.type if value is tyro.MISSING else value, chosen, f"{flag}.")
+        object.__setattr__(default, field.name, chosen.get(flag, value))
+    return default
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return tyro.MISSING if field.default is dataclasses.MISSING else field.default
+
+
+def _check_flags(config: Any, chosen: Mapping[str, Any], arguments: Sequence[str], prog: str) -> None:
+    flags = dict(_flags(config, chosen))
     given = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
     for flag in given:
         if flag not in flags:
+            _check_row(config, flag)
             raise UserError(f"There is no flag {flag}; {closest(flag, flags)}")
     for flag, required in flags.items():
         if required and flag not in given:
             raise UserError(f"The flag {flag} is missing: it has no default; see {prog} --help.")
 
 
-def _flags(config: Any, prefix: str = "--") -> Iterator[tuple[str, bool]]:
+def _check_row(config: Any, flag: str) -> None:
+    """Raise UserError for a flag that another row has than the chosen one."""
+    for chooser, rows in _tables(config):
+        prefix = chooser[: chooser.rindex(".") + 1] if "." in chooser else "--"
+        owners = [name for name, row in rows.items() if flag in dict(_flags(type(row), prefix=prefix))]
+        if owners:
+            raise UserError(f"The flag {flag} belongs to {chooser} {' or '.join(owners)}; add that, or leave it out.")
+
+
+def _flags(config: Any, chosen: Mapping[str, Any] = {}, prefix: str = "--") -> Iterator[tuple[str, bool]]:
     """Every flag of a dataclass and of those inside it, as tyro spells them, and whether it must be given."""
     for field in dataclasses.fields(config):
+        if "rows" in field.metadata:  # the row's own settings are flags beside it
+            chooser = prefix + field.name.replace("_", "-")
+            yield chooser, False
+            yield from _flags(type(chosen.get(chooser, field.default)), prefix=prefix)
+            continue
         if get_origin(field.type) is Annotated:  # a positional argument has no flag
             continue
         flag = field.name.replace("_", "-")
         if dataclasses.is_dataclass(field.type):
-            yield from _flags(field.type, f"{prefix}{flag}.")
+            yield from _flags(field.type, chosen, f"{prefix}{flag}.")
             continue
         yield f"{prefix}{flag}", field.default is field.default_factory is dataclasses.MISSING
         if field.type is bool:

@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from hope_jax.errors import UserError
 from hope_jax.memory.products import by_rows
+from hope_jax.nn.axes import Axes, norm_axes, stacked
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.fast import BlockState, ContextState
 from hope_jax.nn.layers import RMSNorm, param_dtype
@@ -32,6 +33,13 @@ class Block(nn.Module):
         self.norm = RMSNorm(c.dtype)
         self.mixer = c.mixer.build(c.width, c.dtype)
         self.feed_forward = c.feed_forward.build(c.width, c.dtype)
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        """See ``nn/axes.py``."""
+        c = self.config
+        parts = {"mixer": c.mixer, "feed_forward": c.feed_forward}
+        return {"norm": norm_axes()} | {name: part.build(c.width, c.dtype).axes() for name, part in parts.items()}
 
     def init_state(self, batch: int, capacity: int) -> BlockState:
         """State before the first token."""
@@ -71,6 +79,13 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(c.dtype)
         if not c.tied:
             self.head = self.param("head", start, (c.width, c.vocab_size), param_dtype(c.dtype))
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        """The logical axis names of every parameter, a tree shaped like the parameters: see ``nn/axes.py``."""
+        blocks = stacked("layers", Block(self.config, parent=None).axes())
+        head = {} if self.config.tied else {"head": ("embed", "vocab")}
+        return {"embedding": ("vocab", "embed"), "blocks": blocks, "norm": norm_axes(), **head}
 
     def init_state(self, params: Any, batch: int, capacity: int | None = None) -> BlockState:
         """State of ``batch`` fresh sequences.

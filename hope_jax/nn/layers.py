@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.memory.architectures import unit
 from hope_jax.memory.products import by_rows, given, keep
+from hope_jax.nn.axes import Axes, dense_axes
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
 EPS = 1e-6
@@ -188,6 +189,11 @@ def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), jax.vmap(head)(*shared, *own))
 
 
+def output_axes() -> Axes:
+    """Axis names of the two layers that every output has."""
+    return {"gate": dense_axes("embed", "all_heads"), "down": dense_axes("all_heads", "embed")}
+
+
 class HeadOutput(nn.Module):
     """What a mixer does with the reads of a plain memory: ``W_o(RMSNorm_head(reads) * silu(W_g u))`` (SPEC 2.8)."""
 
@@ -200,6 +206,11 @@ class HeadOutput(nn.Module):
         self.down = dense(self.width, self.dtype)
         shape = (self.heads, self.width // self.heads)
         self.scale = self.param("scale", nn.initializers.ones, shape, param_dtype(self.dtype))
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        """See ``nn/axes.py``."""
+        return {**output_axes(), "scale": ("heads", "head_dim")}
 
     @light
     def __call__(self, u: Stream, reads: Float[Array, "B H T V"]) -> Stream:
@@ -229,6 +240,11 @@ class AnswerOutput(nn.Module):
         size = self.width // self.heads
         constant = nn.initializers.constant(start * size**0.5)
         return self.param(f"scale_{name}", constant, (self.heads, size), param_dtype(self.dtype))
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        """See ``nn/axes.py``."""
+        return {**output_axes(), "scale_query": ("heads", "head_dim"), "scale_answer": ("heads", "head_dim")}
 
     @light
     def __call__(self, u: Stream, queries: Float[Array, "B H T K"], answers: Float[Array, "B H T V"]) -> Stream:

@@ -136,6 +136,15 @@ def partition_labels(labels: Labels) -> Labels:
     return lambda params: jax.tree.map(lambda _, view: MATRIX if view else ADAMW, params, matrix_views(params, labels))
 
 
+def dimension_numbers(labels: Labels) -> Callable[[Any], Any]:
+    """The same labels as optax's Muon wants them: dimension numbers, None for a leaf that is no matrix."""
+
+    def numbers(_: Any, view: MatrixView | None) -> MuonDimensionNumbers | None:
+        return MuonDimensionNumbers(view.rows, view.columns) if view else None
+
+    return lambda params: jax.tree.map(numbers, params, matrix_views(params, labels))
+
+
 def _name(entry: Any) -> str:
     """The name of one step of a path: a dictionary's key, an attribute or an index."""
     return str(next(getattr(entry, kind) for kind in ("key", "name", "idx") if hasattr(entry, kind)))

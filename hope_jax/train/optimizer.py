@@ -1,68 +1,54 @@
-"""AdamW or M3 with warmup and cosine decay, one copy per update level, behind one global-norm clip.
+"""The training optimizer: any row of ``optim.OPTIMIZERS`` with warmup and cosine decay, behind one global-norm clip.
 
-The levels are ``optim.by_level``: parameters of a slow level are stepped every n-th batch with the mean gradient
-(SPEC.md section 3), and their schedule is stretched by n so that every level steps with the learning rate of the batch
-at which it steps. Read ``state.py`` next: it holds the optimizer's state.
+Each update level has a copy of the row's optimizer. The levels are ``optim.by_level``: parameters of a slow level are
+stepped every n-th batch with the mean gradient (SPEC.md section 3), and their schedule is stretched by n so that every
+level steps with the learning rate of the batch at which it steps. Which parameters are matrices and which decay follows
+from the model's axis names (``nn/axes.py``). Read ``state.py`` next: it holds the optimizer's state.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import optax
-from jax.tree_util import tree_map_with_path
+import tyro
 
 from hope_jax import optim
-from hope_jax.errors import UserError
+from hope_jax.nn import axes as logical
+from hope_jax.optim.checks import check, check_whole
 from hope_jax.types import Scalar
 
 Schedule = Callable[[Any], Scalar]
-Method = Literal["adamw", "m3"]
-
-MATRICES = optim.matrix_labels(
-    batch_axes={"blocks": 1, "start_*": 1, "start_projections_*": 1, "start_gates_*": 1},
-    exclude=("embedding", "head", "conv*", "gate_*", "scale*", "momentum_kernel"),
-)
-"""Blocks are stacked over layers, initial memories over heads, those of projections and gates over memories too."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, its learning-rate schedule and the gradient clip."""
+    """The optimizer, its learning-rate schedule and the gradient clip.
 
-    method: Method = "adamw"
-    """m3 orthogonalises the momenta of all matrices, at two time scales (Eq. 75); the rest is AdamW's as well."""
+    On the command line ``--optimizer.method NAME`` takes the row of that name, and its settings are flags too.
+    """
+
+    method: Annotated[optim.Optimizer, tyro.conf.arg(name="")] = field(
+        default=optim.AdamW(), metadata={"rows": optim.OPTIMIZERS}
+    )
+    """A row of ``optim.OPTIMIZERS``, or one of the same kind with other settings."""
     learning_rate: float = 2e-3
     """Peak learning rate, reached after the warmup; greater than 0."""
     warmup: int = 20
     """Batches over which the learning rate grows linearly to its peak; 0 starts at the peak."""
     final_fraction: float = 0.1
     """Learning rate of the last batch as a fraction of the peak (cosine in between), 0 to 1."""
-    weight_decay: float = 0.1
-    """Decoupled decay of weight matrices; norms, biases, gates and initial memories are never decayed. 0 or more."""
-    b1: float = 0.9
-    """Decay of the first moment (of m3's fast one), from 0 up to but not including 1."""
-    b2: float = 0.95
-    """Decay of the second moment, from 0 up to but not including 1."""
     clip: float = 1.0
     """Largest global norm of a gradient; a longer one is scaled down to it. Greater than 0."""
 
     def __post_init__(self):
-        legal = {
-            "method": self.method in get_args(Method),
-            "learning_rate": 0 < self.learning_rate < math.inf,
-            "warmup": self.warmup >= 0,
-            "final_fraction": 0 <= self.final_fraction <= 1,
-            "weight_decay": 0 <= self.weight_decay < math.inf,
-            "b1": 0 <= self.b1 < 1,
-            "b2": 0 <= self.b2 < 1,
-            "clip": self.clip > 0,
-        }
-        for field, holds in legal.items():
-            if not holds:
-                raise UserError(f"The optimizer got {field}={getattr(self, field)}, which is outside its range.")
+        check("learning_rate", self.learning_rate, 0, open_low=True)
+        check_whole("warmup", self.warmup, 0, "batches")
+        check("final_fraction", self.final_fraction, 0, 1, open_high=False)
+        if self.clip != math.inf:
+            check("clip", self.clip, 0, open_low=True)
 
 
 def schedule(config: OptimizerConfig, steps: int) -> Schedule:
@@ -78,35 +64,24 @@ def schedule(config: OptimizerConfig, steps: int) -> Schedule:
     return rate
 
 
-def decays(path: tuple[Any, ...], value: Any) -> bool:
-    """Whether weight decay applies to the parameter (or its shape) at ``path``: the large matrices, by their name.
-
-    Rates and gates of the memories (``gate_rate``, ...) and the taps of convolutions (``conv_k``, ...) are left alone.
-    The rank alone does not tell: parameters stacked over layers have one axis more, so a norm's scale has two.
-    """
-    names = [str(getattr(entry, "key", entry)) for entry in path]
-    special = any(name.startswith(("gate_", "conv")) for name in names)
-    return value.ndim >= 2 and names[-1] in ("kernel", "embedding", "head") and not special
-
-
-def optimizer(config: OptimizerConfig, steps: int, every: Mapping[str, int]) -> optax.GradientTransformation:
+def optimizer(
+    config: OptimizerConfig, steps: int, every: Mapping[str, int], axes: logical.Axes
+) -> optax.GradientTransformation:
     """The training optimizer for a run of ``steps`` batches.
 
-    ``every`` maps a level's label to the number of batches between its updates, see ``optim.by_level``.
+    Args:
+      config: method, schedule and clip.
+      steps: batches of the run.
+      every: level's label -> batches between its updates, see ``optim.by_level``.
+      axes: the axis names of the parameters, ``model.axes()``.
+
+    Raises:
+      UserError: a level without parameters, or parameters without axis names (see ``nn.axes.of_parameters``).
     """
     peak = schedule(config, steps)
+    matrices, decays = logical.matrices(axes), logical.decays(axes)
 
     def level(period: int) -> optax.GradientTransformation:
-        return _method(config, lambda count: peak(count * period + period - 1))
+        return config.method.build(lambda count: peak(count * period + period - 1), matrices, decays)
 
     return optax.chain(optax.clip_by_global_norm(config.clip), optim.by_level(level, dict(every)))
-
-
-def _method(config: OptimizerConfig, rate: Schedule) -> optax.GradientTransformation:
-    """The optimizer of one level."""
-    decay = {"weight_decay": config.weight_decay, "mask": lambda params: tree_map_with_path(decays, params)}
-    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, **decay)
-    if config.method == "adamw":
-        return adamw
-    scales = (optim.MomentumScale(1, config.b1), optim.MomentumScale(100, 0.9))
-    return optim.m3(rate, scales, config.b2, matrices=MATRICES, fallback=adamw, **decay)

@@ -109,7 +109,8 @@ def model_setup(
       tokens: of one batch.
       accumulate, mesh: as in ``Setup``.
     """
-    tx, rate = optimizer(config, steps, model.config.update_every(tokens)), schedule(config, steps)
+    every = model.config.update_every(tokens)
+    tx, rate = optimizer(config, steps, every, model.axes()), schedule(config, steps)
     return Setup(functools.partial(init_params, model), loss, tx, rate, tokens, accumulate, mesh)
 
 

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
+from hope_jax.nn.axes import Axes, dense_axes, norm_axes
 from hope_jax.nn.feed_forward.fast import Fast, Writes, bases, blank, moved
 from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
 from hope_jax.types import Array, Stream
@@ -106,6 +107,13 @@ class LevelMLP(nn.Module):
         self.down = dense(self.width, self.dtype)
         self.bases = bases(self, {"up": self.width, "down": self.hidden}, self.rank, self.dtype)
 
+    @nn.nowrap
+    def axes(self) -> Axes:
+        """See ``nn/axes.py``."""
+        maps = {"up": dense_axes("embed", "hidden"), "down": dense_axes("hidden", "embed")}
+        low_rank = {"up_basis": ("embed", "rank"), "down_basis": ("hidden", "rank")} if self.rank is not None else {}
+        return {"norm": norm_axes(), **maps, **low_rank}
+
     @light
     def __call__(self, x: Stream, fast: Fast | None = None) -> Stream:
         u = self.norm(x)
@@ -131,6 +139,15 @@ class ContinuumMemory(nn.Module):
         if self.config.wiring == "independent":
             start = nn.initializers.constant(1 / count)
             self.mixture = self.param("mixture", start, (count,), param_dtype(self.dtype))
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        """See ``nn/axes.py``."""
+        c = self.config
+        level = LevelMLP(c.hidden, self.width, self.dtype, c.writes.rank, parent=None).axes()
+        shares = {"rate": bool(c.in_context), "mixture": c.wiring == "independent"}
+        levels = {f"level_{i}": level for i in range(len(c.levels))}
+        return levels | {name: ("levels",) for name, exists in shares.items() if exists}
 
     @nn.nowrap
     def init_state(self, batch: int, capacity: int) -> tuple[()]:

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
+from hope_jax.nn.axes import Axes, dense_axes, norm_axes
 from hope_jax.nn.feed_forward.fast import Writes, blank, moved
 from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
 from hope_jax.types import Array, Stream
@@ -82,6 +83,13 @@ class SwiGLU(nn.Module):
         if self.config.trained:
             start = nn.initializers.constant(self.config.writes.rate)
             self.rate = self.param("rate", start, (1,), param_dtype(self.dtype))
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        """See ``nn/axes.py``."""
+        maps = {"gate": dense_axes("embed", "hidden"), "up": dense_axes("embed", "hidden")}
+        rate = {"rate": ("levels",)} if self.config.trained else {}
+        return {"norm": norm_axes(), **maps, "down": dense_axes("hidden", "embed"), **rate}
 
     @nn.nowrap
     def init_state(self, batch: int, capacity: int) -> tuple[()]:

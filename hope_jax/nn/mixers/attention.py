@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
+from hope_jax.nn.axes import Axes, conv_axes, dense_axes
 from hope_jax.nn.layers import ShortConv, dense, last_of, param_dtype
 from hope_jax.nn.rotary import RopeScaling, apply_rope
 from hope_jax.types import Array, Bool, Count, Float, Int, Stream
@@ -182,6 +183,13 @@ class Attention(nn.Module):
     def setup(self):
         self.query, self.key, self.value, self.out = (dense(self.width, self.dtype) for _ in range(4))
         self.convs = [ShortConv(self.config.conv, self.dtype) for _ in range(3)] if self.config.conv else []
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        """See ``nn/axes.py``."""
+        maps = {name: dense_axes("embed", "all_heads") for name in ("query", "key", "value")}
+        convs = {f"convs_{i}": conv_axes("embed") for i in range(3)} if self.config.conv else {}
+        return {**maps, "out": dense_axes("all_heads", "embed"), **convs}
 
     @nn.nowrap
     def init_state(self, batch: int, capacity: int) -> AttentionState:

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.memory.rule import Fast, Gates, MemoryState, Rule, scan
+from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
 from hope_jax.nn.layers import (
     AnswerOutput,
     HeadOutput,
@@ -99,6 +100,20 @@ class MemoryMixer(nn.Module):
             self.momentum = self._gate("momentum", c.momentum_bias)
         layers = c.rule.architecture.layers if c.rule.learned_start else 0
         self.learned = tuple(self.param(f"start_memory_{i}", self._draw, i) for i in range(layers))
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        """See ``nn/axes.py``."""
+        c, rule = self.config, self.config.rule
+        gates = {"rate": c.rate_bias is not None, "retention": c.horizon is not None, "momentum": rule.momentum}
+        output = AnswerOutput if rule.architecture.residual else HeadOutput
+        return {
+            **{f"project_{n}": dense_axes("embed", "all_heads") for n in "qkv"},
+            **{f"conv_{n}": conv_axes("all_heads") for n in "qkv"},
+            **{f"gate_{name}": dense_axes("embed", "heads", bias=True) for name, exists in gates.items() if exists},
+            **(memory_axes("memory", rule.architecture.layers) if rule.learned_start else {}),
+            "out": output(c.heads, self.width, self.dtype, parent=None).axes(),
+        }
 
     def _gate(self, name: str, bias: float) -> nn.Dense:
         return dense(self.config.heads, param_dtype(self.dtype), f"gate_{name}", bias=bias)

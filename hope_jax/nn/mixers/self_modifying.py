@@ -28,6 +28,7 @@ from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture
 from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import Boxes, SelfModifying, Streams, Tuning, scan
+from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
 from hope_jax.nn.layers import (
     AnswerOutput,
     dense,
@@ -179,6 +180,23 @@ class SelfModifyingMixer(nn.Module):
             self.momentum_bias = self._constant("momentum_bias", c.momentum_bias)
         if c.momentum == "gated":
             self.momentum_kernel = self.param("momentum_kernel", nn.initializers.zeros, (c.heads, size), wide)
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        """See ``nn/axes.py``."""
+        c = self.config
+        constants = [f"log_rate_{name}" for name in Boxes._fields] + ["rate_bias", "retention_bias"]
+        constants += ["momentum_bias"] if c.momentum != "none" else []
+        return {
+            **{f"conv_{n}": conv_axes("embed") for n in "qkv"},
+            **{f"project_{n}": dense_axes("all_heads", "all_heads") for n in "qkv" if n not in c.inner_projection},
+            **memory_axes("memory", c.memory.layers),
+            **memory_axes("projections", c.projection.layers, ("memories",)),
+            **memory_axes("gates", c.gate.layers, ("memories",), answer="gate"),
+            **dict.fromkeys(constants, ("heads",)),
+            **({"momentum_kernel": ("heads", "head_dim")} if c.momentum == "gated" else {}),
+            "out": AnswerOutput(c.heads, self.width, self.dtype, parent=None).axes(),
+        }
 
     def _constant(self, name: str, value: float) -> Array:
         start = nn.initializers.constant(value)

@@ -55,12 +55,15 @@ def test_the_document_of_the_guide_is_less_surprising_the_second_time(tiny):
     assert np.abs(read[0] - read[1]).max() > 1e-3
 
 
-def test_the_swapped_optimizer_of_the_guide_learns_and_is_m3():
-    first, second = blocks(GUIDES / "swap_the_optimizer.md", "python")
+def test_the_swapped_optimizer_of_the_guide_learns_and_is_m3(tiny):
+    first, second, third = blocks(GUIDES / "swap_the_optimizer.md", "python")
     names = run(GUIDES / "swap_the_optimizer.md", [first])
     assert names["losses"][-1] < 0.2 * names["losses"][0]
     assert _holds(names["state"], optim.M3State)
     assert _holds(run(README, [second])["tx"].init({"blocks": {"w": jnp.ones((2, 3, 3))}}), optim.M3State)
+    names = run(README, [third])
+    params = jax.eval_shape(names["model"].init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    assert _holds(jax.eval_shape(names["tx"].init, params), optim.M3State)
 
 
 def test_the_rule_of_the_guide_is_its_reference():

@@ -3,8 +3,8 @@
 A level is a set of parameters that share one update period, counted in tokens (or optimizer steps).
 ``due`` says whether a level updates now; ``scan_levels`` runs a function over a sequence cut on the grid
 of the fastest level, so that any cut of the sequence into calls sees the same updates.
-Read next: ``memory/rule.py`` and ``nn/self_modifying.py``, whose anchors are refreshed by it, and ``writes.py``, where
-levels learn by it.
+Read next: ``memory/rule.py`` and ``memory/self_modifying.py``, whose anchors are refreshed by it, and
+``context/writes.py``, where levels learn by it.
 """
 
 import itertools
@@ -37,16 +37,17 @@ class Level:
             raise UserError(f"a level's period is {self.period}; expected at least 1 token")
 
 
-_KEPT = "kept"
+_SAVED = "saved for backward"
 
 
-def kept(x: Array) -> Array:
-    """``x``, which the backward pass of ``scan_levels`` does not compute again: for what is small and costs much."""
-    return checkpoint_name(x, _KEPT)
+def save_for_backward(x: Array) -> Array:
+    """``x``, which the backward pass of ``scan_levels`` does not compute again: for small arrays that cost much."""
+    return checkpoint_name(x, _SAVED)
 
 
-def _but_kept(function: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+def _remat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass computes everything again, except what the function saves for it."""
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(_SAVED))
 
 
 def due(step: Int[Array, ""] | np.ndarray | int, period: int) -> Bool[Array, ""]:
@@ -101,7 +102,7 @@ def scan_levels(
         return segment(state, tokens, None, tuple(due(position, p) for p in periods))
     known = isinstance(position, np.ndarray)
     if known and count is None and position % fastest == 0 and length % fastest == 0:
-        return scan_periods(segment, state, tokens, position=int(position), periods=periods, remat=_but_kept)
+        return scan_periods(segment, state, tokens, position=int(position), periods=periods, remat=_remat)
     real = length if count is None else count
     return _scan_anywhere(segment, state, tokens, jnp.asarray(position), periods, real)
 
@@ -118,8 +119,8 @@ def scan_periods(
     """``scan_levels`` over whole periods of the fastest level from a multiple of it: nothing is padded.
 
     The loops are nested, a slower level's around a faster one's, and each is rematerialised: the backward pass keeps
-    the states at the ends of the slow loops and, of one at a time, those inside it. ``remat`` does that; what a
-    segment keeps (``kept``) this one computes again, whatever loops are inside.
+    the states at the ends of the slow loops and, of one at a time, those inside it. ``remat`` does that; the default
+    computes again even what a segment saves (``save_for_backward``).
     """
     fastest = min(periods)
     chunks = jax.tree.map(lambda x: x.reshape(-1, fastest, *x.shape[1:]), tokens)
@@ -166,11 +167,12 @@ def _scan_anywhere(
     grid = jax.tree.map(lambda x: _on_grid(x, offset, rows, fastest), tokens)
     active = _on_grid((jnp.arange(length) < real).astype(jnp.float32), offset, rows, fastest)
 
-    @_but_kept
+    @_remat
     def step(state, one):
         index, chunk, on = one
         start = position - offset + index * fastest
-        here = (start >= position) & (start < position + real)  # only who reads a period's first token refreshes
+        # A level is refreshed by the call that reads the first token of its period.
+        here = (start >= position) & (start < position + real)
         return segment(state, chunk, on, tuple(here & due(start, p) for p in periods))
 
     state, outputs = lax.scan(step, state, (jnp.arange(rows), grid, active))

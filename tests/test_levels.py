@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hope_jax.errors import UserError
-from hope_jax.levels import Level, check_periods, due, kept, scan_levels, scan_periods
+from hope_jax.levels import Level, check_periods, due, save_for_backward, scan_levels, scan_periods
 
 PERIODS = (3, 6)
 
@@ -38,7 +38,10 @@ def segment(state, tokens, active, due):
     return (running, fast, slow), outputs
 
 
-start = lambda: tuple(map(jnp.asarray, (1.0, 0.0, 0.0)))  # noqa: E731
+def start():
+    return tuple(map(jnp.asarray, (1.0, 0.0, 0.0)))
+
+
 scan = jax.jit(lambda state, tokens, position: scan_levels(segment, state, tokens, position=position, periods=PERIODS))
 
 
@@ -101,25 +104,25 @@ def test_periods_that_do_not_divide_each_other_are_refused():
 
 @pytest.mark.parametrize("periods", [(3,), (3, 6)])
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("keep, times", [(kept, 1), (lambda x: x, 2)], ids=["kept", "not kept"])
-def test_what_a_segment_keeps_is_computed_once(keep, times, known, periods):
-    found = _sinh_in_gradient(scan_levels, keep, known, periods)
+@pytest.mark.parametrize("save, times", [(save_for_backward, 1), (lambda x: x, 2)], ids=["saved", "not saved"])
+def test_what_a_segment_saves_is_computed_once(save, times, known, periods):
+    found = _sinh_in_gradient(scan_levels, save, known, periods)
     assert found >= times
-    assert (found == 1) == (keep is kept)
+    assert (found == 1) == (save is save_for_backward)
 
 
-def test_loops_that_train_through_writes_keep_nothing():
+def test_loops_that_train_through_writes_save_nothing():
     def from_the_start(*arguments, position, periods):
         return scan_periods(*arguments, position=int(position), periods=periods)
 
-    assert _sinh_in_gradient(from_the_start, kept, True, (3,)) == 2
+    assert _sinh_in_gradient(from_the_start, save_for_backward, True, (3,)) == 2
 
 
-def _sinh_in_gradient(scan, keep, known, periods):
+def _sinh_in_gradient(scan, save, known, periods):
     """How often a segment's sinh stands in the program of the gradient."""
 
     def product(state, tokens, active, due):
-        return state * jnp.prod(keep(jnp.sinh(tokens))), jnp.full(3, state)
+        return state * jnp.prod(save(jnp.sinh(tokens))), jnp.full(3, state)
 
     def loss(state, position):
         position = np.zeros((), np.int32) if known else position

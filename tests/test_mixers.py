@@ -1,5 +1,7 @@
 """The mixers as layers against numpy: projections, convolutions, unit norms, gates, memory, head norm, output gate."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 import references
 from references import sigmoid
 
+from hope_jax.levels import Level
 from hope_jax.memory import RULES
+from hope_jax.models import ARCHITECTURES, LanguageModel, Size
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
@@ -129,3 +133,34 @@ def test_keys_start_as_the_token_before_the_stored_value(x64):
     for name, lag in (("q", 0), ("k", 1), ("v", 0)):
         taps = np.mean(np.asarray(params[f"conv_{name}"]["kernel"]), axis=1)
         np.testing.assert_allclose(taps, np.eye(4)[3 - lag], atol=0.08)
+
+
+def test_a_model_of_plain_products_has_derivatives_in_every_mode(x64):
+    """Forward mode, linearize and the second derivative by forward over reverse agree with reverse mode alone."""
+    config = ARCHITECTURES["hope"](Size(WIDTH, 1, HEADS, 16, T, (Level(16),)))
+    mixer = replace(config.mixer, impl="chunked", c_memory=4, c_projections=4)
+    model = LanguageModel(replace(config, mixer=mixer, dtype=jnp.float64))
+    tokens = jax.random.randint(jax.random.key(0), (1, 9), 0, 16)
+    params = jax.jit(model.init)(jax.random.key(1), tokens[:, :1])["params"]
+    mixer = params["blocks"]["mixer"]
+    scalars = {n: mixer.pop(n) for n in ("log_rate_memory", "rate_bias", "retention_bias", "momentum_bias")}
+
+    def loss(scalars):
+        whole = params | {"blocks": params["blocks"] | {"mixer": mixer | scalars}}
+        return jnp.sum(jnp.sin(model.apply({"params": whole}, tokens)[0]))
+
+    @jax.jit
+    def derivatives(scalars, direction):
+        slope, linear = jax.jvp(loss, (scalars,), (direction,))[1], jax.linearize(loss, scalars)[1]
+        curved = jax.grad(lambda s: jnp.vdot(*map(flat, (jax.grad(loss)(s), direction))))(scalars)
+        return slope, linear(direction), jax.grad(loss)(scalars), curved, jax.hessian(loss)(scalars)
+
+    def flat(tree):
+        return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+
+    direction = {n: jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, (n, x) in enumerate(scalars.items())}
+    slope, linear, gradient, curved, hessian = derivatives(scalars, direction)
+    np.testing.assert_allclose([slope, linear], [flat(gradient) @ flat(direction)] * 2, rtol=1e-9)
+    for name, rows in hessian.items():
+        found = sum(jnp.tensordot(rows[n], direction[n], axes=2) for n in direction)
+        np.testing.assert_allclose(found, curved[name], rtol=1e-8, atol=1e-12)

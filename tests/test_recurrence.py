@@ -1,4 +1,4 @@
-"""The one recurrence: both evaluators against numpy in values and gradients, and inputs that break naive versions."""
+"""The one recurrence: its evaluators against numpy in values and gradients, and inputs that break naive versions."""
 
 import functools
 import inspect
@@ -11,8 +11,8 @@ import pytest
 import references
 
 from hope_jax.errors import UserError
+from hope_jax.memory.kernels import AUTO, PLAIN
 from hope_jax.memory.recurrence import gated_delta
-from hope_jax.memory.triangular import solve_unit_lower
 
 V, K = 3, 4
 FEATURES = ("erase", "momentum", "base")
@@ -62,31 +62,55 @@ def reference(weights, read, **inputs):
 
 
 @functools.partial(jax.jit, static_argnames=("block", "read"))
-def both_forms(inputs, weights, block, read):
-    """{impl: (outputs, gradients of their weighted sum)}."""
+def every_form(inputs, weights, block, read):
+    """{impl: (outputs, gradients of their weighted sum)}; "chunked", the plain products, with all features only."""
 
     def one(impl):
         out, pull = jax.vjp(lambda x: outputs(x, impl=impl, read=read, block=block), inputs)
         return out, pull(weights)[0]
 
-    return {impl: one(impl) for impl in ("chunked", "sequential")}
+    plain = ("chunked",) * ("base" in inputs and "momentum" in inputs and "erase" in inputs)
+    return {impl: one(impl) for impl in ("auto", "sequential", *plain)}
 
 
 @cases
-def test_chunked_and_sequential_equal_the_numpy_loop_in_values_and_gradients(x64, features, time, block, read):
+def test_every_form_equals_the_numpy_loop_in_values_and_gradients(x64, features, time, block, read):
     inputs, rng = draw(features, time), np.random.default_rng(1)
     direction = {name: rng.normal(size=x.shape) for name, x in inputs.items()}
     expected = [x for x in references.gated_delta(**inputs, read=read) if x is not None]
     weights = [rng.normal(size=x.shape) for x in expected]
     slope = references.derivative(functools.partial(reference, weights, read), inputs, direction)
-    found = both_forms(inputs, [jnp.asarray(w) for w in weights], block, read)
+    found = every_form(inputs, [jnp.asarray(w) for w in weights], block, read)
     for impl, (values, gradients) in found.items():
         for value, right in zip(values, expected, strict=True):
             np.testing.assert_allclose(value, right, rtol=1e-10, atol=1e-10, err_msg=impl)
         along = sum(np.sum(direction[leaf] * np.array(g)) for leaf, g in gradients.items())
         np.testing.assert_allclose(along, slope, rtol=1e-9, atol=1e-9, err_msg=impl)
-    for leaf, gradient in found["chunked"][1].items():
-        np.testing.assert_allclose(gradient, found["sequential"][1][leaf], rtol=1e-9, atol=1e-9, err_msg=leaf)
+        for leaf, gradient in gradients.items():
+            np.testing.assert_allclose(gradient, found["sequential"][1][leaf], rtol=1e-9, atol=1e-9, err_msg=leaf)
+
+
+def test_the_plain_form_has_derivatives_in_every_mode(x64):
+    inputs = draw(ALL, 9)
+    gates, gate_names = {}, ("retention", "erase", "momentum_decay")
+    gates = {name: jnp.asarray(inputs.pop(name)) for name in gate_names}
+
+    def loss(gates, impl):
+        return sum(jnp.sum(jnp.sin(x)) for x in outputs(inputs | gates, impl=impl, block=4))
+
+    @functools.partial(jax.jit, static_argnames="impl")
+    def derivatives(gates, direction, impl):
+        of = functools.partial(loss, impl=impl)
+        _, linear = jax.linearize(of, gates)
+        return jax.grad(of)(gates), jax.jvp(of, (gates,), (direction,))[1], linear(direction), jax.hessian(of)(gates)
+
+    rng = np.random.default_rng(2)
+    direction = {name: jnp.asarray(rng.normal(size=9)) for name in gates}
+    gradient, *found, curvature = derivatives(gates, direction, "chunked")
+    for slope in found:
+        np.testing.assert_allclose(slope, sum(jnp.vdot(gradient[n], direction[n]) for n in gates), rtol=1e-10)
+    expected = derivatives(gates, direction, "sequential")
+    chex.assert_trees_all_close((gradient, curvature), (expected[0], expected[-1]), rtol=1e-9, atol=1e-9)
 
 
 def test_any_cut_of_the_tokens_equals_the_whole(x64):
@@ -104,7 +128,7 @@ def test_any_cut_of_the_tokens_equals_the_whole(x64):
     np.testing.assert_allclose(once["momentum"], whole.momentum, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "sequential"])
+@pytest.mark.parametrize("impl", ["auto", "sequential"])
 def test_inactive_tokens_change_nothing_wherever_they_stand(x64, impl):
     inputs = jax.tree.map(jnp.asarray, draw(ALL, 9))
     on = np.array([0, 1, 1, 0, 0, 1, 1, 1, 0.0])
@@ -171,10 +195,11 @@ def test_extreme_gates_are_finite_and_right_in_values_and_gradients(x64, gates):
         inputs[name][3] = value
     inputs = jax.tree.map(jnp.asarray, inputs)
     weights = [jnp.ones((7, V)), jnp.ones((V, K)), jnp.ones((V, K))]
-    found = both_forms(inputs, weights, 16, "after")
-    for chunked, sequential in zip(*(jax.tree.leaves(found[i]) for i in ("chunked", "sequential")), strict=True):
-        assert np.all(np.isfinite(chunked))
-        np.testing.assert_allclose(chunked, sequential, rtol=1e-8, atol=1e-8)
+    found = every_form(inputs, weights, 16, "after")
+    for form in ("auto", "chunked"):
+        for ours, sequential in zip(*(jax.tree.leaves(found[i]) for i in (form, "sequential")), strict=True):
+            assert np.all(np.isfinite(ours))
+            np.testing.assert_allclose(ours, sequential, rtol=1e-8, atol=1e-8)
 
 
 def test_zero_gates_have_finite_gradients_in_float32():
@@ -202,24 +227,30 @@ def test_the_compiled_program_and_its_gradient_call_no_lapack():
     assert "triangular-solve" not in text
 
 
-@pytest.mark.parametrize("count", [1, 2, 16, 17, 40])
-def test_the_triangular_solve_is_exact_for_any_size(x64, count):
+@pytest.mark.parametrize("count", [1, 2, 17, 40])
+@pytest.mark.parametrize("products", [AUTO, PLAIN], ids=["auto", "chunked"])
+def test_the_triangular_solve_is_exact_for_any_size(x64, count, products):
     rng = np.random.default_rng(count)
     lower = np.tril(rng.normal(size=(count, count)), -1) * 0.5
     weights, right = rng.normal(size=count), rng.normal(size=(count, 2))
 
     def solve(lower, weights, right):
-        return solve_unit_lower(jnp.tril(lower, -1), weights, right)
+        lower = jnp.tril(lower, -1)
+        return products.solve(lower, weights, right, products.inverse((lower * weights[None, :])[None])[0])
 
     def by_lapack(lower, weights, right):
         return jnp.linalg.solve(jnp.eye(count) + jnp.tril(lower, -1) * weights[None, :], right)
 
+    def derivatives(function):
+        once = jax.grad(lambda *x: jnp.sum(jnp.sin(function(*x))), (0, 1, 2))
+        twice = jax.grad(lambda *x: sum(jnp.sum(y**2) for y in once(*x)), (0, 1, 2))
+        return jax.jit(lambda *x: (function(*x), once(*x), twice(*x)))
+
     inputs = tuple(map(jnp.asarray, (lower, weights, right)))
-    np.testing.assert_allclose(solve(*inputs), by_lapack(*inputs), rtol=1e-9, atol=1e-9)
-    found, expected = (jax.grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), (0, 1, 2)) for f in (solve, by_lapack))
-    chex.assert_trees_all_close(found(*inputs), expected(*inputs), rtol=1e-8, atol=1e-9)
-    twice = [jax.grad(lambda *x, g=g: sum(jnp.sum(y**2) for y in g(*x)), (0, 1, 2)) for g in (found, expected)]
-    chex.assert_trees_all_close(twice[0](*inputs), twice[1](*inputs), rtol=1e-7, atol=1e-8)
+    found, expected = (derivatives(function)(*inputs) for function in (solve, by_lapack))
+    chex.assert_trees_all_close(found[0], expected[0], rtol=1e-9, atol=1e-9)
+    chex.assert_trees_all_close(found[1], expected[1], rtol=1e-8, atol=1e-9)
+    chex.assert_trees_all_close(found[2], expected[2], rtol=1e-7, atol=1e-8)
 
 
 WRONG = {

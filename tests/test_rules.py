@@ -12,7 +12,8 @@ import references
 from hope_jax.errors import UserError
 from hope_jax.memory import RULES, architectures, objectives
 from hope_jax.memory.catalogue import rule_named
-from hope_jax.memory.rule import Gates, MemoryState, Rule, scan
+from hope_jax.memory.rule import Gates, MemoryState, Rule
+from hope_jax.memory.scan import scan
 
 D, H, T, PERIOD = 4, 5, 11, 4
 ref = references

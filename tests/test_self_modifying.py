@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,8 @@ import references
 
 from hope_jax.errors import UserError
 from hope_jax.memory import architectures, objectives
-from hope_jax.memory.self_modifying import Boxes, Streams, Tuning, scan
+from hope_jax.memory.packing import Boxes, unpack
+from hope_jax.memory.self_modifying import Streams, Tuning, scan
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 D, H, T = 4, 6, 21
@@ -74,42 +76,6 @@ def reference(config, numpy_head):
     return references.self_modifying(*numpy_head, names=config.inner_projection, **how)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["any time", "whole periods"])
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_a_head_equals_the_token_by_token_equations(x64, row, whole):
-    config, time, zero = config_of(row), 16 if whole else T, np if whole else jnp  # numpy: known to be a start
-    (drawn, *numpy_head), (initial, tuning, streams) = draw_head(config)
-    streams = jax.tree.map(lambda x: x[:time], streams)
-    numpy_head = ({n: None if x is None else x[:time] for n, x in drawn.items()}, *numpy_head)
-    spec = config.spec()
-    fast = Boxes(*(rule.start(w) for rule, w in zip(spec.rules, initial, strict=True)))
-    run = jax.jit(functools.partial(scan, spec, position=zero.zeros((), np.int32)))
-    new, reads, queries = run(initial, tuning, fast, streams)
-    expected, boxes, asked = reference(config, numpy_head)
-    np.testing.assert_allclose(reads, expected, rtol=1e-9, atol=1e-9)
-    assert (queries is None) == ("q" not in config.inner_projection)
-    np.testing.assert_allclose(streams.q if queries is None else queries, asked, rtol=1e-9, atol=1e-9)
-    groups = dict(memory=["memory"], projections=config.inner_projection, gates=["eta", "alpha"])
-    for group, names in groups.items():
-        for kind in ("running", "anchor", "momentum") if config.momentum != "none" else ("running", "anchor"):
-            for i, layer in enumerate(getattr(getattr(new, group), kind)):
-                if names:
-                    right = np.stack([getattr(boxes[n], kind)[i].T for n in names]).reshape(layer.shape)
-                    np.testing.assert_allclose(layer, right, rtol=1e-9, atol=1e-9, err_msg=f"{group} {kind} {i}")
-
-
-def test_in_float32_a_head_is_within_two_ten_thousandths():
-    config = config_of(ROWS["periods 16 16"])
-    numpy_head, point = draw_head(config)
-    initial, tuning, streams = jax.tree.map(lambda x: x.astype(jnp.float32), point)
-    spec = config.spec()
-    fast = Boxes(*(rule.start(w) for rule, w in zip(spec.rules, initial, strict=True)))
-    _, reads, _ = jax.jit(functools.partial(scan, spec))(initial, tuning, fast, streams, 0)
-    expected, _, _ = reference(config, numpy_head)
-    assert reads.dtype == jnp.float32
-    np.testing.assert_allclose(reads, expected, atol=2e-4 * np.max(np.abs(expected)))
-
-
 GRADIENT_ROWS = (
     "all projections, periods 8 8",
     "periods 8 8, input_only, to init",
@@ -118,34 +84,85 @@ GRADIENT_ROWS = (
 )
 
 
-@pytest.mark.parametrize("row", GRADIENT_ROWS)
-@pytest.mark.parametrize("known", [False, True], ids=["on a grid", "whole periods"])
-def test_the_gradient_is_that_of_the_token_by_token_equations(x64, row, known):
-    """By a complex step along one random direction of everything: any stop-gradient or wrong rule shows."""
-    position = np.zeros((), np.int32) if known else jnp.zeros((), jnp.int32)
-    config, rng, count = config_of(ROWS[row]), np.random.default_rng(5), 16
-    (streams, starts, log_rates, biases), point = draw_head(config)
-    point = point[:2] + (jax.tree.map(lambda x: x[:count], point[2]),)
-    spec, weight = config.spec(), rng.normal(size=(count, D))
+@functools.cache
+def compiled(row, whole, impl="auto"):
+    """(point, weight) -> ((loss, (fast, reading)), gradients of the loss), of some rows only: None for the others.
 
-    def loss(initial, tuning, ours):
-        fast = Boxes(*(rule.start(w) for rule, w in zip(spec.rules, initial, strict=True)))
-        return jnp.sum(weight * scan(spec, initial, tuning, fast, ours, position)[1])
+    The loss is the weighted sum of the reads. ``whole``: the position is known to be a start.
+    """
+    spec, position = config_of(ROWS[row]).spec(), (np if whole else jnp).zeros((), np.int32)
 
-    direction = jax.tree.map(lambda x: rng.normal(size=x.shape), point)
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*point)
-    slope = sum(np.sum(np.asarray(g) * d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    def loss(point, weight):
+        initial, tuning, streams = point
+        fast, reading = scan(spec, initial, tuning, spec.start(initial), streams, position, impl)
+        return jnp.sum(weight * reading.reads), (fast, reading)
 
-    weights, tuning, inputs = direction
+    if row in GRADIENT_ROWS:
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(lambda *arguments: (loss(*arguments), None))
+
+
+def start_of(row, whole):
+    """The row's head in both forms, cut to whole periods or not, weights of a loss and a direction."""
+    (streams, *others), point = draw_head(config_of(ROWS[row]))
+    time, rng = 16 if whole else T, np.random.default_rng(5)
+    point = point[:2] + (jax.tree.map(lambda x: x[:time], point[2]),)
+    numpy_head = ({n: None if x is None else x[:time] for n, x in streams.items()}, *others)
+    return numpy_head, point, rng.normal(size=(time, D)), jax.tree.map(lambda x: rng.normal(size=x.shape), point)
+
+
+def moved(config, numpy_head, direction, step=1e-25j):
+    """The numpy head a complex step along the direction of everything."""
+    (streams, starts, log_rates, biases), (weights, tuning, inputs) = numpy_head, direction
     along = {n: [w[i] for w in weights.projections] for i, n in enumerate(config.inner_projection)}
     along |= {n: [w[i] for w in weights.gates] for i, n in enumerate(("eta", "alpha"))} | dict(memory=weights.memory)
-    moved = {n: [w + 1e-25j * d.T for w, d in zip(starts[n], along[n], strict=True)] for n in starts}
+    starts = {n: [w + step * d.T for w, d in zip(starts[n], along[n], strict=True)] for n in starts}
     ends = {**{n: getattr(inputs, n) for n in "xkvq"}, "decay": inputs.momentum_decay}
-    at = {n: None if d is None else np.asarray(streams[n])[:count] + 1e-25j * d for n, d in ends.items()}
-    scales = [x + 1e-25j * d for x, d in zip(log_rates, tuning.log_rate, strict=True)]
-    offsets = [x + 1e-25j * d for x, d in zip(biases, tuning[1:], strict=True)]
-    reads, _, _ = reference(config, (at, moved, scales, offsets))
-    assert slope == pytest.approx(np.imag(np.sum(weight * reads)) / 1e-25, rel=1e-9)
+    streams = {n: None if d is None else streams[n] + step * d for n, d in ends.items()}
+    scales = [x + step * d for x, d in zip(log_rates, tuning.log_rate, strict=True)]
+    return streams, starts, scales, [x + step * d for x, d in zip(biases, tuning[1:], strict=True)]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["any time", "whole periods"])
+@pytest.mark.parametrize("row", ROWS)
+def test_a_head_equals_the_token_by_token_equations(x64, row, whole):
+    """The gradient, too, in some rows: along one random direction, by a complex step; any stop-gradient shows."""
+    config = config_of(ROWS[row])
+    numpy_head, point, weight, direction = start_of(row, whole)
+    (_, (fast, reading)), gradient = compiled(row, whole)(point, weight)
+    expected, boxes, asked = reference(config, numpy_head)
+    np.testing.assert_allclose(reading.reads, expected, rtol=1e-9, atol=1e-9)
+    assert (reading.queries is None) == ("q" not in config.inner_projection)
+    np.testing.assert_allclose(point[2].q if reading.queries is None else reading.queries, asked, rtol=1e-9, atol=1e-9)
+    for kind in ("running", "anchor", "momentum") if config.momentum != "none" else ("running", "anchor"):
+        found = unpack(config.spec().stacks(point[0]), getattr(fast, kind))
+        for name, box in zip(("memory", *config.inner_projection, "eta", "alpha"), found, strict=True):
+            for i, (layer, right) in enumerate(zip(box, getattr(boxes[name], kind), strict=True)):
+                np.testing.assert_allclose(layer, right.T, rtol=1e-9, atol=1e-9, err_msg=f"{name} {kind} {i}")
+    if gradient is not None:
+        pairs = zip(*map(jax.tree.leaves, (gradient, direction)), strict=True)
+        reads, _, _ = reference(config, moved(config, numpy_head, direction))
+        slope = np.imag(np.sum(weight * reads)) / 1e-25
+        assert sum(np.sum(np.asarray(g) * d) for g, d in pairs) == pytest.approx(slope, rel=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["sequential", "chunked"])
+@pytest.mark.parametrize("row", GRADIENT_ROWS)
+def test_every_form_has_the_same_values_and_gradients(x64, row, impl):
+    _, point, weight, _ = start_of(row, True)
+    expected, found = compiled(row, True)(point, weight), compiled(row, True, impl)(point, weight)
+    chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_in_float32_a_head_is_within_two_ten_thousandths():
+    config = config_of(ROWS["periods 16 16"])
+    numpy_head, point = draw_head(config)
+    initial, tuning, streams = jax.tree.map(lambda x: x.astype(jnp.float32), point)
+    spec = config.spec()
+    _, reading = jax.jit(functools.partial(scan, spec))(initial, tuning, spec.start(initial), streams, 0)
+    expected, _, _ = reference(config, numpy_head)
+    assert reading.reads.dtype == jnp.float32
+    np.testing.assert_allclose(reading.reads, expected, atol=2e-4 * np.max(np.abs(expected)))
 
 
 def test_with_period_one_reading_before_is_reading_the_anchor(x64):
@@ -154,8 +171,8 @@ def test_with_period_one_reading_before_is_reading_the_anchor(x64):
         config = config_of(dict(c_memory=1, c_projections=1, read=read))
         _, (initial, tuning, streams) = draw_head(config)
         spec = config.spec()
-        fast = Boxes(*(rule.start(w) for rule, w in zip(spec.rules, initial, strict=True)))
-        reads.append(jax.jit(functools.partial(scan, spec))(initial, tuning, fast, streams, 0)[1])
+        _, reading = jax.jit(functools.partial(scan, spec))(initial, tuning, spec.start(initial), streams, 0)
+        reads.append(reading.reads)
     np.testing.assert_allclose(*reads, atol=1e-12)
 
 
@@ -205,9 +222,9 @@ def test_rate_zero_keeps_every_memory_at_its_start(x64):
     for ours, start in zip(*map(jax.tree.leaves, (end.fast, state.fast)), strict=True):
         np.testing.assert_allclose(ours, start, atol=1e-13)
     writing, _, _, _ = layer(retention=False)
-    _, moved = writing(params, u, state)
-    assert all(np.all(np.max(np.abs(a - b), axis=(-1, -2)) > 1e-6)
-               for a, b in zip(moved.fast.memory.running, state.fast.memory.running, strict=True))  # fmt: skip
+    _, end = writing(params, u, state)
+    for ours, start in zip(end.fast.running, state.fast.running, strict=True):
+        assert np.all(np.max(np.abs(ours - start), axis=(-1, -2)) > 1e-6)
 
 
 def test_gradients_reach_every_parameter_and_no_output_sees_its_future(x64):
@@ -241,6 +258,7 @@ WRONG = {
     "divide each other": dict(c_memory=6, c_projections=4),
     "cannot be residual": dict(gate=architectures.residual_mlp),
     "read is": dict(read="later"),
+    "impl is": dict(impl="quick"),
 }
 
 

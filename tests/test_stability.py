@@ -10,7 +10,7 @@ import pytest
 
 from hope_jax.memory import architectures
 from hope_jax.memory.rule import Gates, MemoryState, Rule
-from hope_jax.memory.rule import scan as scan_rule
+from hope_jax.memory.scan import scan as scan_rule
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 

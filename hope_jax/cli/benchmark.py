@@ -9,7 +9,7 @@ train     Hope and the Transformer of equal parameters: tokens/s, forward pass, 
 chunked   the chunked form of the recurrence and of training steps against the sequential definition
 length    tokens/s and temporary memory of a training step at two lengths
 decode    time per written token early and late in a text
-products  a^T b and x W^T, against the ways round them of ``memory.products`` and of how memories are stored
+products  a^T b and x W^T, against the ways round them of ``memory.kernels.cpu`` and of how memories are stored
 
 Every number is the best of ``--repeats`` interleaved repetitions. Minutes on a CPU. The aim: chunked 10 times and more
 ahead of sequential, and a decode time that does not depend on the position.
@@ -38,6 +38,7 @@ from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, append, open_results
 from hope_jax.errors import UserError
 from hope_jax.memory import gated_delta, products
+from hope_jax.memory.kernels import Impl, cpu
 from hope_jax.models import ARCHITECTURES, SIZES, Size
 from hope_jax.train.optimizer import OptimizerConfig
 
@@ -183,7 +184,7 @@ def chunked(config: BenchmarkConfig) -> Iterator[Row]:
 
     Token by token the whole model is: pieces of one token that hand on the state, rematerialised one by one.
     """
-    forms = {"chunked": _recurrence(config.tokens, "chunked"), "sequential": _recurrence(config.tokens, "sequential")}
+    forms = {"chunked": _recurrence(config.tokens, "auto"), "sequential": _recurrence(config.tokens, "sequential")}
     yield {"what": "gated_delta", **_against_sequential(config, forms)}
     for name in CHUNKED:
         forms = {"chunked": None, "sequential": 1}
@@ -191,7 +192,7 @@ def chunked(config: BenchmarkConfig) -> Iterator[Row]:
         yield {"what": f"{name} training step", **_against_sequential(config, trainers)}
 
 
-def _recurrence(time: int, impl: Literal["chunked", "sequential"]) -> Callable[[], Any]:
+def _recurrence(time: int, impl: Impl) -> Callable[[], Any]:
     """Gradient of ``gated_delta`` over random tokens with unit keys, for 16 heads of 32 features."""
     heads, size = 16, 32
     of_vectors, of_rate, of_retention, of_decay, of_memory = jax.random.split(jax.random.key(0), 5)
@@ -250,9 +251,9 @@ def decode(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def transposed(config: BenchmarkConfig) -> Iterator[Row]:
-    """256 products of small matrices: a^T b in one and as ``products.tn`` does it, x W^T for W [out, in] and x W."""
-    plain = jax.jit(lambda a, b: jnp.matmul(jnp.swapaxes(a, -1, -2), b, precision=jax.lax.Precision.HIGHEST))
-    tn, nt, nn = (jax.jit(jax.vmap(product)) for product in (products.tn, products.nt, products.nn))
+    """256 products of small matrices: a^T b plain and as ``kernels.cpu`` does it, x W^T for W [out, in] and x W."""
+    forms = (products.matmul_tn, cpu.matmul_tn, products.matmul_nt, products.matmul)
+    plain, tn, nt, nn = (jax.jit(jax.vmap(product)) for product in forms)
     for rows, columns in ((16, 32), (32, 32), (64, 64)):
         a, b = jax.random.normal(jax.random.key(0), (2, 256, rows, columns))
         w = jax.random.normal(jax.random.key(1), (256, columns, columns))

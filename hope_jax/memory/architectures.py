@@ -1,7 +1,7 @@
 """What a memory is made of: a stack of linear layers, optionally residual (SPEC 1.3, 1.4; Eq. 89, 91).
 
 ``matrix`` is one linear layer, ``M(x) = W x``. ``residual_mlp`` is ``M(x) = x + W1 sig(W2 x)``. Every layer of
-either is one call of ``recurrence.gated_delta`` with that layer's own input as key; ``rule.py`` does that.
+either is a linear memory of its own with that layer's input as key; ``rule.py`` does that.
 Weights are kernels as in Flax, a tuple of ``[in, out]`` matrices, first layer first, for one head: the transposes of
 the W of the equations. On CPU ``x W^T`` is slower than ``x W`` (``benchmark.py products``).
 """
@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.errors import UserError
-from hope_jax.memory.products import by_rows, flip, nn
+from hope_jax.memory.kernels import PLAIN, Products
+from hope_jax.memory.kernels.cpu import by_rows
+from hope_jax.memory.products import transpose
 from hope_jax.types import Array, Float, PRNGKeyArray
 
 Weights = tuple[Float[Array, "..."], ...]
@@ -23,8 +25,11 @@ Activation = Callable[[Array], Array]
 
 def unit(z: Float[Array, "*axes K"]) -> Float[Array, "*axes K"]:
     """z / ||z|| over the last axis, smooth at 0 (SPEC 0), in at least float32."""
-    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
-    return by_rows(lambda rows: rows * jax.lax.rsqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True) + 1e-6), z)
+    return by_rows(_unit_rows, z.astype(jnp.promote_types(z.dtype, jnp.float32)))
+
+
+def _unit_rows(rows: Float[Array, "R K"]) -> Float[Array, "R K"]:
+    return rows * jax.lax.rsqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True) + 1e-6)
 
 
 def unit_gelu(z: Float[Array, "*axes F"]) -> Float[Array, "*axes F"]:
@@ -33,19 +38,17 @@ def unit_gelu(z: Float[Array, "*axes F"]) -> Float[Array, "*axes F"]:
 
 
 class Pass(NamedTuple):
-    """What happens on the way through a memory, layer by layer.
+    """The way of inputs through a memory, layer by layer.
 
     Attributes:
-      inputs: of each layer, [T,K].
-      backs: vector-Jacobian products of the activations, one between any two layers.
-      products: each layer's weights applied to its input, [T,V].
-      output: M(x), [T,V].
+      inputs: of each layer after the first, [T,F].
+      backs: vector-Jacobian products of the activations in front of those layers.
+      outputs: each layer's weights applied to its input, [T,V]; the last is M(x), less a residual.
     """
 
     inputs: list[Array]
     backs: list[Callable[[Array], tuple[Array]]]
-    products: list[Array]
-    output: Array
+    outputs: list[Array]
 
 
 @dataclass(frozen=True)
@@ -78,21 +81,27 @@ class Architecture:
         keys = jax.random.split(key, self.layers)
         shapes = zip(keys, sizes[1:], sizes[:-1], self.scales, strict=True)
         # Drawn as the equations' W: a seed gives the same memory, however its weights are stored.
-        return tuple(scale * n**-0.5 * flip(jax.random.normal(k, (m, n))) for k, m, n, scale in shapes)
+        return tuple(scale * n**-0.5 * transpose(jax.random.normal(k, (m, n))) for k, m, n, scale in shapes)
 
-    def forward(self, weights: Weights, x: Float[Array, "T K"]) -> Pass:
-        """The way of ``x`` through the memory at fixed weights."""
-        inputs, backs, products = [x], [], [nn(x, weights[0])]
-        for w in weights[1:]:
-            h, back = jax.vjp(self.activation, products[-1])
+    def forward(self, first: Float[Array, "T F"], later: Weights, products: Products = PLAIN) -> Pass:
+        """The way through fixed weights; ``first`` is the first layer's output, ``later`` are the layers after it."""
+        inputs, backs, outputs = [], [], [first]
+        for w in later:
+            h, back = jax.vjp(self.activation, outputs[-1])
             inputs.append(h)
             backs.append(back)
-            products.append(nn(h, w))
-        return Pass(inputs, backs, products, products[-1] + x if self.residual else products[-1])
+            outputs.append(products.matmul(h, w))
+        return Pass(inputs, backs, outputs)
 
-    def apply(self, weights: Weights, x: Float[Array, "T K"]) -> Float[Array, "T V"]:
+    def apply(self, weights: Weights, x: Float[Array, "T K"], products: Products = PLAIN) -> Float[Array, "T V"]:
         """M(x) at fixed weights."""
-        return self.forward(weights, x).output
+        return self.finish(products.matmul(x, weights[0]), weights[1:], x, products)
+
+    def finish(self, first: Float[Array, "T F"], later: Weights, x: Float[Array, "T K"], products: Products) -> Array:
+        """M(x) from the output of the first layer."""
+        for w in later:
+            first = products.matmul(self.activation(first), w)
+        return first + x if self.residual else first
 
 
 matrix = Architecture(layers=1, residual=False, scales=(0.0,))

@@ -3,45 +3,35 @@
     S_t = beta_t S_{t-1} + w_t k_t^T
     M_t = M_{t-1} (alpha_t I - a_t k_t k_t^T) + S_t
 
-``gated_delta`` evaluates it for one head (``vmap`` for the rest) in two interchangeable forms:
-``sequential`` is the definition, a ``lax.scan`` over tokens; ``chunked`` is exact and turns every
-block of tokens into a handful of matrix products (``block.py``). ``rule.py`` says which (alpha, a, beta, w) make
-which model.
+``gated_delta`` evaluates it for one head (``vmap`` for the rest). ``evaluate`` does so for all linear memories that
+share their tokens' alpha and beta, in two interchangeable forms: ``sequential`` is the definition, a ``lax.scan`` over
+tokens; the other one is exact and turns every block of tokens into a handful of matrix products (``chunked.py``).
+``rule.py`` says which (alpha, a, beta, w) make which model.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from hope_jax.errors import UserError
-from hope_jax.memory.block import Read, advance, coefficients, recall
-from hope_jax.memory.products import flip, gram
+from hope_jax.memory.chunked import Linear, Lookup, Write, chunk, first_box
+from hope_jax.memory.decays import ReadTime, Shared
+from hope_jax.memory.kernels import Impl, check_impl, products_of
+from hope_jax.memory.products import transpose
 from hope_jax.types import Array, Float
-
-Impl = Literal["chunked", "sequential"]
 
 
 class Recurrence(NamedTuple):
-    """What ``gated_delta`` returns: reads [T,V] (zeros wide when there were no queries), final memory and momentum."""
+    """What ``gated_delta`` returns: reads [T,V] (None when there were no queries), final memory and momentum."""
 
     reads: Float[Array, "T V"] | None
     memory: Float[Array, "V K"]
     momentum: Float[Array, "V K"] | None
-
-
-class _Tokens(NamedTuple):
-    """Everything that arrives per token; every leaf is [T, ...] and an absent input is None."""
-
-    keys: Float[Array, "T K"]
-    writes: Float[Array, "T V"]
-    queries: Float[Array, "T K"] | None
-    retention: Float[Array, " T"]
-    erase: Float[Array, " T"] | None
-    momentum_decay: Float[Array, " T"] | None
-    active: Float[Array, " T"] | None
 
 
 def gated_delta(
@@ -56,15 +46,15 @@ def gated_delta(
     momentum_decay: Float[Array, " T"] | None = None,
     base: Float[Array, "V K"] | None = None,
     active: Float[Array, " T"] | None = None,
-    read: Read = "before",
-    impl: Impl = "chunked",
+    read: ReadTime = "before",
+    impl: Impl = "auto",
     block: int = 32,
 ) -> Recurrence:
     """Run the gated delta recurrence over T tokens of one head.
 
     Args:
       memory: M_0, the weights before the first token. Here and in the result memories are the M of the equations;
-        weights of rules and models are kernels, their transposes.
+        everywhere else in the library they are kernels, the transposes.
       keys: k_t; need not be unit.
       writes: w_t, the vector written against the key.
       queries: q_t, or None when nobody reads (the final state only).
@@ -76,7 +66,8 @@ def gated_delta(
         the deviation, reads return (B + M) q and the erase removes a (B + M) k k^T (SPEC 2.4 ``retain_to``).
       active: 1 for real tokens, 0 for padding, which leaves memory and momentum untouched.
       read: "before": y_t = M_{t-1} q_t; "after": y_t = M_t q_t.
-      impl: "chunked" (exact, matrix products) or "sequential" (the definition).
+      impl: "auto" (exact, matrix products with fast gradients in reverse mode), "chunked" (the same in plain products,
+        differentiable in every mode) or "sequential" (the definition).
       block: tokens per block of the chunked form; any positive number.
 
     Returns:
@@ -91,98 +82,129 @@ def gated_delta(
     for name, gate in gates.items():
         if gate is not None and jnp.shape(gate) != keys.shape[:1]:
             raise UserError(f"{name} has shape {jnp.shape(gate)}; expected one number per token, {keys.shape[:1]}")
-    dtype = jnp.promote_types(memory.dtype, jnp.float32)
     if active is not None:
         active = lax.stop_gradient(active)
-    tokens = _Tokens(keys, writes, queries, retention, erase, momentum_decay, active)
-    tokens = jax.tree.map(lambda x: x.astype(dtype), tokens)
-    memory, momentum, base = jax.tree.map(lambda x: x.astype(dtype), (memory, momentum, base))
-    run = _sequential if impl == "sequential" else _chunked
-    return run(memory, momentum, base, _masked(tokens), read, block)
+        writes, erase = active[:, None] * writes, None if erase is None else active * erase
+    weights = jax.tree.map(transpose, Linear(memory, momentum, base))
+    given = (weights, Write(keys, writes, erase), Shared(retention, momentum_decay, active), queries)
+    dtype = jnp.promote_types(memory.dtype, jnp.float32)
+    linear, write, shared, queries = jax.tree.map(lambda x: x.astype(dtype), given)
+    (end,), reads = evaluate([linear], [write], shared, queries, _look_up, time=read, impl=impl, block=block)
+    return Recurrence(reads, transpose(end.memory), None if end.momentum is None else transpose(end.momentum))
+
+
+def _look_up(lookup: Lookup, queries: Array | None) -> Array | None:
+    return None if queries is None else lookup(0, queries)
 
 
 def _check(momentum: Array | None, momentum_decay: Array | None, read: str, impl: str, block: int) -> None:
     if (momentum is None) != (momentum_decay is None):
         missing = "momentum" if momentum is None else "momentum_decay"
         raise UserError(f"{missing} is None but the other is given; pass both, or neither for no momentum")
-    if read not in ("before", "after"):
+    if read not in get_args(ReadTime):
         raise UserError(f"read is {read!r}; expected 'before' or 'after'")
-    if impl not in ("chunked", "sequential"):
-        raise UserError(f"impl is {impl!r}; expected 'chunked' or 'sequential'")
+    check_impl(impl)
     if block < 1:
         raise UserError(f"block is {block}; expected at least 1 token")
 
 
-def _masked(tokens: _Tokens) -> _Tokens:
-    """Neutral gates where a token is not active; the gain on S is what ``active`` itself does."""
-    on = tokens.active
+def evaluate(
+    linears: Sequence[Linear],
+    writes: Sequence[Write],
+    shared: Shared,
+    queries: Any,
+    read: Callable[[Lookup, Any], Any],
+    *,
+    time: ReadTime,
+    impl: Impl,
+    block: int | None = None,
+) -> tuple[list[Linear], Any]:
+    """Write T tokens into every memory and read them: ``chunked.chunk`` over any number of tokens, or its definition.
+
+    ``block`` is the number of tokens per chunk, None for all of them. Inactive tokens must come with zero writes and
+    erases; what they retain is seen to here.
+    """
+    run = _sequential if impl == "sequential" else functools.partial(_chunked, products_of(impl), block)
+    return run(list(linears), list(writes), _idle(shared), queries, read, time)
+
+
+def _idle(shared: Shared) -> Shared:
+    """Everything is retained where a token is not active; the gain on S is what ``active`` itself does."""
+    on, decay = shared.active, shared.momentum_decay
     if on is None:
-        return tokens
-    decay = None if tokens.momentum_decay is None else on * tokens.momentum_decay + (1 - on)
-    return tokens._replace(
-        writes=on[:, None] * tokens.writes,
-        retention=on * tokens.retention + (1 - on),
-        erase=None if tokens.erase is None else on * tokens.erase,
-        momentum_decay=decay,
-    )
+        return shared
+    return Shared(on * shared.retention + (1 - on), None if decay is None else on * decay + (1 - on), on)
 
 
 # ---------------------------------------------------------------- the definition
 
 
-def _sequential(memory, momentum, base, tokens: _Tokens, read: Read, block: int) -> Recurrence:
-    del block
-    fixed = 0.0 if base is None else base
+def _sequential(linears, writes, shared: Shared, queries, read, time: ReadTime) -> tuple[list[Linear], Any]:
+    def step(before: list[Linear], token):
+        writes, shared, queries = token
+        after = [token_step(*one, shared) for one in zip(before, writes, strict=True)]
+        seen = before if time == "before" else after
 
-    def step(carry, token: _Tokens):
-        before, surprise = carry
-        write = jnp.outer(token.writes, token.keys)
-        if surprise is not None:
-            write = surprise = token.momentum_decay * surprise + write
-        after = token.retention * before + (write if token.active is None else token.active * write)
-        if token.erase is not None:
-            after -= token.erase * jnp.outer((fixed + before) @ token.keys, token.keys)
-        seen = before if read == "before" else after
-        return (after, surprise), None if token.queries is None else (fixed + seen) @ token.queries
+        def lookup(index: int, inputs: Array) -> Array:
+            return inputs @ _read_weights(first_box(seen[index], writes[index].writes.shape[-1]))
 
-    (memory, momentum), reads = lax.scan(step, (memory, momentum), tokens)
-    return Recurrence(reads, memory, momentum)
+        reads = read(lookup, jax.tree.map(lambda x: x[None], queries))
+        return after, jax.tree.map(lambda x: x[0], reads)
+
+    return lax.scan(step, linears, ([_by_token(write) for write in writes], shared, queries))
+
+
+def _by_token(write: Write) -> Write:
+    """Tokens on the first axis, which is that of boxes where there are several."""
+    erase = None if write.erase is None else jnp.moveaxis(write.erase, -1, 0)
+    keys, writes = (jnp.moveaxis(x, -2, 0) for x in (write.keys, write.writes))
+    return replace(write, keys=keys, writes=writes, erase=erase, memory_at_keys=None)
+
+
+def _read_weights(linear: Linear) -> Array:
+    return linear.memory if linear.base is None else linear.base + linear.memory
+
+
+def token_step(linear: Linear, write: Write, shared: Shared) -> Linear:
+    """The recurrence itself, at one token: leaves of ``write`` and ``shared`` have no time axis."""
+    if linear.memory.ndim == 3:
+        return jax.vmap(token_step, in_axes=(0, 0, None))(linear, write, shared)
+    added = jnp.outer(write.keys, write.writes)  # the writes of boxes that lie side by side, one after another
+    if linear.momentum is not None:
+        added = shared.momentum_decay * linear.momentum + added
+    memory = shared.retention * linear.memory + (added if shared.active is None else shared.active * added)
+    if write.erase is not None:
+        erase = jnp.broadcast_to(write.erase[..., None], write.writes.shape).ravel()
+        memory -= jnp.outer(write.keys, erase * (write.keys @ _read_weights(linear)))
+    return Linear(memory, None if linear.momentum is None else added, linear.base)
 
 
 # ---------------------------------------------------------------- the exact block form
 
 
-def _chunked(memory, momentum, base, tokens: _Tokens, read: Read, block: int) -> Recurrence:
-    state, base = jax.tree.map(flip, ((memory, momentum), base))  # blocks work on kernels
-    step, length = functools.partial(_block, base, read), tokens.keys.shape[0]
-    if length <= block:
-        state, reads = step(state, tokens)
-    else:
-        blocks = jax.tree.map(lambda x: _split(x, block), _padded(tokens, -length % block, length))
-        state, reads = lax.scan(jax.checkpoint(step), state, blocks)
-        reads = None if reads is None else reads.reshape(-1, reads.shape[-1])[:length]
-    return Recurrence(reads, *jax.tree.map(flip, state))
+def _chunked(products, block: int | None, linears, writes, shared: Shared, queries, read, time: ReadTime):
+    def step(linears, tokens):
+        return chunk(products, linears, *tokens, read, time)
+
+    tokens, length = (writes, shared, queries), shared.retention.shape[0]
+    if block is None or length <= block:
+        return step(linears, tokens)
+    blocks = jax.tree.map(lambda x: _split(x, block), _padded(tokens, length, -length % block))
+    linears, reads = lax.scan(jax.checkpoint(step), linears, blocks)
+    return linears, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], reads)
 
 
-def _padded(tokens: _Tokens, extra: int, length: int) -> _Tokens:
-    """``extra`` inactive tokens at the end: zero keys and writes, gates that keep everything."""
+def _padded(tokens: tuple[list[Write], Shared, Any], length: int, extra: int) -> tuple[list[Write], Shared, Any]:
+    """``extra`` inactive tokens at the end: zero keys and writes, and everything is retained."""
     if not extra:
         return tokens
-    active = jnp.ones(length, tokens.keys.dtype) if tokens.active is None else tokens.active
-    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), tokens)
-    return _masked(padded._replace(active=jnp.pad(active, (0, extra))))
+    writes, shared, queries = tokens
+    if shared.active is None:
+        shared = shared._replace(active=jnp.ones(length, shared.retention.dtype))
+    padded = (writes, shared, queries)
+    writes, shared, queries = jax.tree.map(lambda x: jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), padded)
+    return writes, _idle(shared), queries
 
 
 def _split(x: Array, block: int) -> Array:
     return x.reshape(-1, block, *x.shape[1:])
-
-
-def _block(base, read: Read, state, tokens: _Tokens):
-    memory, momentum = state
-    terms = coefficients(tokens.retention, tokens.momentum_decay, tokens.active)
-    written = advance(terms, memory, momentum, base, tokens.keys, gram(tokens.keys), tokens.writes, tokens.erase)
-    reads = None
-    if tokens.queries is not None:
-        writes = (tokens.keys, tokens.writes, written.erased)
-        reads = recall(memory, momentum, base, *writes, tokens.queries, terms, read)
-    return (written.memory, written.momentum), reads

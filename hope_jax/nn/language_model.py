@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.core import Tracer
 
 from hope_jax.errors import UserError
-from hope_jax.memory.products import by_rows
+from hope_jax.memory.kernels.cpu import by_rows
 from hope_jax.nn.axes import Axes, norm_axes, stacked
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.fast import BlockState, ContextState

@@ -16,7 +16,8 @@ from flax.typing import Initializer
 from jax.typing import DTypeLike
 
 from hope_jax.memory.architectures import unit
-from hope_jax.memory.products import by_rows, given, keep
+from hope_jax.memory.kernels import Impl, cpu
+from hope_jax.memory.kernels.cpu import by_rows
 from hope_jax.nn.axes import Axes, dense_axes
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
@@ -96,12 +97,14 @@ class ShortConv(nn.Module):
     """Causal depthwise convolution over time, ``y_t = sum_i kernel_i * x_(t - width + 1 + i)``, kernel ``[width, D]``.
 
     The state is the tail, the last ``width - 1`` inputs, so any cut of a sequence equals the whole. Written as
-    ``width`` shifted products: on a CPU more than 20 times faster than a grouped convolution.
+    ``width`` shifted products: on a CPU more than 20 times faster than a grouped convolution. ``impl`` is that of the
+    memories: "auto" has a fast gradient, anything else derivatives in every mode.
     """
 
     width: int = 4
     dtype: DTypeLike = jnp.float32
     start: Initializer = taps_at(0)
+    impl: Impl = "auto"
 
     @nn.nowrap
     def init_state(self, batch: int, channels: int) -> Float[Array, "B tail D"]:
@@ -115,7 +118,8 @@ class ShortConv(nn.Module):
         time, channels = x.shape[1:]
         kernel = self.param("kernel", self.start, (self.width, channels), param_dtype(self.dtype)).astype(self.dtype)
         seen = jnp.concatenate([tail, x.astype(self.dtype)], axis=1)
-        return shifted_sum(seen, kernel), last_of(seen, time, count, axis=1)
+        convolve = cpu.shifted_sum if self.impl == "auto" else shifted_sum
+        return convolve(seen, kernel), last_of(seen, time, count, axis=1)
 
 
 def last_of(seen: Array, time: int, count: Count, axis: int) -> Array:
@@ -125,35 +129,19 @@ def last_of(seen: Array, time: int, count: Count, axis: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(seen, count, seen.shape[axis] - time, axis)
 
 
-@jax.custom_vjp
 def shifted_sum(x: Float[Array, "B seen D"], kernel: Float[Array, "width D"]) -> Float[Array, "B T D"]:
-    """``sum_i kernel_i * x_(t + i)`` at every t that has them all, T = seen - width + 1.
-
-    Its gradient is a sum of the same kind; that of slices is a sum of padded arrays, and slow. There is no forward
-    mode (``jax.jvp``), nor in what is built on it.
-    """
+    """``sum_i kernel_i * x_(t + i)`` at every t that has all terms, T = seen - width + 1."""
     time = x.shape[1] - len(kernel) + 1
     return functools.reduce(jnp.add, [scaled(x[:, i : i + time], tap) for i, tap in enumerate(kernel)])
 
 
-def _shifted_sum_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array]:
-    x, kernel = given(residuals)
-    more, time = len(kernel) - 1, g.shape[1]
-    of_x = shifted_sum(jnp.pad(g, ((0, 0), (more, more), (0, 0))), kernel[::-1])
-    of_taps = [jnp.sum((x[:, i : i + time] * g).reshape(-1, g.shape[-1]), axis=0) for i in range(len(kernel))]
-    return of_x, jnp.stack(of_taps)
-
-
-shifted_sum.defvjp(lambda x, kernel: (shifted_sum(x, kernel), keep(x, kernel)), _shifted_sum_backward)
-
-
-def short_convs(width: int, dtype: DTypeLike) -> list[ShortConv]:
+def short_convs(width: int, dtype: DTypeLike, impl: Impl) -> list[ShortConv]:
     """The convolutions of a memory's queries, keys and values.
 
     Keys start as the token before the one whose value is stored, queries as the current one: what came after it?
     """
     lags = {"q": 0, "k": 1, "v": 0}
-    return [ShortConv(width, dtype, taps_at(lag), name=f"conv_{n}") for n, lag in lags.items()]
+    return [ShortConv(width, dtype, taps_at(lag), impl, name=f"conv_{n}") for n, lag in lags.items()]
 
 
 def split_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:
@@ -171,22 +159,22 @@ def merge_heads(x: Float[Array, "B H T K"]) -> Stream:
     return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
-def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...]) -> Any:
+def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...], impl: Impl) -> Any:
     """``head(*shared, *own)`` of every head of every sequence.
 
     Args:
       head: a function of one head's arrays.
       shared: what the sequences of a batch share, leaves [H,...].
       own: what each sequence has, leaves [B,H,...].
+      impl: "auto" runs batch and heads as one axis, which is fast on CPU.
 
     Returns:
-      Its results, leaves [B,H,...]. Batch and heads run as one axis: an axis of length 1 would be slow (``by_rows``).
-      The price on a mesh: sequences may be spread over devices, but where heads are too, XLA gathers them first.
+      Its results, leaves [B,H,...].
     """
-    batch, heads = jax.tree.leaves(own)[0].shape[:2]
-    shared = jax.tree.map(lambda x: jnp.tile(x, (batch, *[1] * (x.ndim - 1))), shared)
-    own = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), own)
-    return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), jax.vmap(head)(*shared, *own))
+    if impl == "auto":
+        return cpu.batch_and_heads_as_one(head, shared, own)
+    of_sequence = jax.vmap(head)
+    return jax.vmap(of_sequence, in_axes=(None,) * len(shared) + (0,) * len(own))(*shared, *own)
 
 
 def output_axes() -> Axes:

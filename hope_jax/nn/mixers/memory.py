@@ -1,4 +1,4 @@
-"""A memory rule as a mixer: static projections, short convolutions, heads, gates, and ``memory.rule.scan`` per head.
+"""A memory rule as a mixer: static projections, short convolutions, heads, gates, and ``memory.scan.scan`` per head.
 
 The layer of the baselines (linear attention, DeltaNet, Gated DeltaNet, Titans) and of Hope rules without
 self-modification. ``self_modifying.py`` is the same layer with memories in place of the projections and gates.
@@ -15,7 +15,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
-from hope_jax.memory.rule import Fast, Gates, MemoryState, Rule, scan
+from hope_jax.memory.kernels import Impl, check_impl
+from hope_jax.memory.rule import Fast, Gates, MemoryState, Rule
+from hope_jax.memory.scan import scan
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
 from hope_jax.nn.layers import (
     AnswerOutput,
@@ -44,6 +46,7 @@ class MemoryMixerConfig:
       horizon: initial span of a learned retention gate, 1 - alpha = 1/horizon tokens; None keeps everything.
       momentum_bias: initial bias of the momentum gate, where the rule has momentum.
       unit_values: give values norm 1, as keys and queries have.
+      impl: how the memory is evaluated, see ``memory.gated_delta``.
     """
 
     rule: Rule
@@ -55,8 +58,10 @@ class MemoryMixerConfig:
     horizon: int | None = None
     momentum_bias: float = -3.0
     unit_values: bool = False
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
+        check_impl(self.impl)
         if min(self.heads, self.hidden, self.conv) < 1 or (self.horizon is not None and self.horizon < 2):
             raise UserError("heads, hidden and conv must be at least 1 and horizon at least 2 (or None)")
         if self.rate_max < 0:
@@ -89,7 +94,7 @@ class MemoryMixer(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.projections = [dense(self.width, self.dtype, name=f"project_{n}") for n in "qkv"]
-        self.convs = short_convs(c.conv, self.dtype)
+        self.convs = short_convs(c.conv, self.dtype, c.impl)
         output = AnswerOutput if c.rule.architecture.residual else HeadOutput
         self.out = output(c.heads, self.width, self.dtype)
         if c.rate_bias is not None:
@@ -139,13 +144,13 @@ class MemoryMixer(nn.Module):
 
     def __call__(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Stream, MemoryMixerState]:
         (q, k, v), tails = self._streams(u, state.tails, count)
-        rule, position = self.config.rule, state.position
+        rule, position, impl = self.config.rule, state.position, self.config.impl
 
         def head(initial, fast, k, v, q, gates):
-            reads, new = scan(rule, MemoryState(fast, position), k, v, q, gates, initial, count=count)
+            reads, new = scan(rule, MemoryState(fast, position), k, v, q, gates, initial, impl, count)
             return reads, new.fast
 
-        reads, fast = over_heads(head, (self._initial(),), (state.fast, k, v, q, self._gates(u)))
+        reads, fast = over_heads(head, (self._initial(),), (state.fast, k, v, q, self._gates(u)), impl)
         found = (q, reads - q) if rule.architecture.residual else (reads,)
         position = (position + (u.shape[1] if count is None else count)) % rule.period
         return self.out(u, *found), MemoryMixerState(tails, fast, position)
@@ -164,7 +169,10 @@ class MemoryMixer(nn.Module):
     def _gates(self, u: Stream) -> Gates:
         """Rate, retention and momentum decay per token and head, [B,H,T]."""
         c, wide = self.config, param_dtype(self.dtype)
-        gate = lambda layer: jnp.swapaxes(jax.nn.sigmoid(layer(u)), 1, 2)  # noqa: E731
+
+        def gate(layer: nn.Dense) -> Array:
+            return jnp.swapaxes(jax.nn.sigmoid(layer(u)), 1, 2)
+
         ones = jnp.ones((u.shape[0], c.heads, u.shape[1]), wide)
         return Gates(
             rate=c.rate_max * (ones if c.rate_bias is None else gate(self.rate)),

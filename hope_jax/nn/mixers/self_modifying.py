@@ -26,8 +26,10 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError
 from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture
-from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
-from hope_jax.memory.self_modifying import Boxes, SelfModifying, Streams, Tuning, scan
+from hope_jax.memory.kernels import Impl, check_impl
+from hope_jax.memory.packing import Boxes
+from hope_jax.memory.rule import DGDScope, Fast, RateForm, ReadTime, RetainTo, Rule
+from hope_jax.memory.self_modifying import SelfModifying, Streams, Tuning, scan
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
 from hope_jax.nn.layers import (
     AnswerOutput,
@@ -66,6 +68,7 @@ class SelfModifyingConfig:
       horizon: initial memory span in tokens, 1 - alpha = 1/horizon.
       projection_rate: initial rate of all memories but the main one, relative to it.
       memory, projection, gate: architectures of the three groups.
+      impl: how the memories are evaluated, see ``memory.gated_delta``.
     """
 
     heads: int
@@ -91,6 +94,7 @@ class SelfModifyingConfig:
     memory: Architecture = architectures.residual_mlp
     projection: Architecture = architectures.projection_mlp
     gate: Architecture = architectures.mlp
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         names = self.inner_projection
@@ -105,6 +109,7 @@ class SelfModifyingConfig:
             )
         if min(self.heads, self.hidden, self.gate_hidden, self.conv) < 1 or self.horizon < 2:
             raise UserError("heads, hidden, gate_hidden and conv must be at least 1 and horizon at least 2")
+        check_impl(self.impl)
         if self.gate.residual:
             raise UserError("a gate memory has one output and cannot be residual; use architectures.mlp")
         self.spec()  # checks the rest
@@ -141,10 +146,10 @@ class SelfModifyingConfig:
 
 
 class SelfModifyingState(NamedTuple):
-    """Convolution tails of the q, k, v streams, fast weights per group [B,H,N,...], tokens since the last refresh."""
+    """Convolution tails of the q, k, v streams, packed fast weights [B,H,...], tokens since the last refresh."""
 
     tails: tuple[Array, ...]
-    fast: Boxes
+    fast: Fast
     position: Int[Array, ""] | np.ndarray
 
 
@@ -161,7 +166,7 @@ class SelfModifyingMixer(nn.Module):
     def setup(self) -> None:
         c, size = self.config, self.width // self.config.heads
         wide = param_dtype(self.dtype)
-        self.convs = short_convs(c.conv, self.dtype)
+        self.convs = short_convs(c.conv, self.dtype, c.impl)
         static = [n for n in "qkv" if n not in c.inner_projection]
         self.static = {n: dense(self.width, self.dtype, f"project_{n}", near_identity) for n in static}
         self.out = AnswerOutput(c.heads, self.width, self.dtype)
@@ -218,26 +223,24 @@ class SelfModifyingMixer(nn.Module):
     def init_state(self, batch: int, capacity: int) -> SelfModifyingState:
         """A fresh sequence: every memory at its meta-learned start. ``capacity`` is for attention and unused here."""
         del capacity
-        rules = self.config.spec().rules
-        fast = Boxes(*(rule.start(start) for rule, start in zip(rules, self.initial, strict=True)))
+        fast = jax.vmap(self.config.spec().start)(self.initial)
         fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), fast)
         tails = tuple(conv.init_state(batch, self.width) for conv in self.convs)
         return SelfModifyingState(tails, fast, np.zeros((), np.int32))
 
     def __call__(self, u: Stream, state: SelfModifyingState, count: Count = None) -> tuple[Stream, SelfModifyingState]:
         streams, tails = self._streams(u, state.tails, count)
-        spec, watched = self.config.spec(), self.is_mutable_collection("intermediates")
+        spec, impl = self.config.spec(), self.config.impl
 
         def head(initial, tuning, fast, streams):
-            return scan(spec, initial, tuning, fast, streams, state.position, watched, count)
+            return scan(spec, initial, tuning, fast, streams, state.position, impl, count)
 
-        fast, reads, queries, *gates = over_heads(head, (self.initial, self.tuning), (state.fast, streams))
-        if watched:
-            self.sow("intermediates", "rate", gates[0].rate)
-            self.sow("intermediates", "retention", gates[0].retention)
-        queries = streams.q if queries is None else queries
+        fast, reading = over_heads(head, (self.initial, self.tuning), (state.fast, streams), impl)
+        self.sow("intermediates", "rate", reading.gates.rate)
+        self.sow("intermediates", "retention", reading.gates.retention)
+        queries = streams.q if reading.queries is None else reading.queries
         position = (state.position + (u.shape[1] if count is None else count)) % max(spec.periods)
-        answers = reads - queries if self.config.memory.residual else reads
+        answers = reading.reads - queries if self.config.memory.residual else reading.reads
         return self.out(u, queries, answers), SelfModifyingState(tails, fast, position)
 
     @light

@@ -1,0 +1,50 @@
+"""Which products the memories are computed with; ``impl`` of ``gated_delta``, of rules and of mixers chooses.
+
+``auto``        gradients written by hand: those that are fast on CPU there, plain products on other platforms.
+                Derivatives of any order in reverse mode, none in forward mode (``jax.jvp``).
+``chunked``     plain matrix products, differentiable in every mode.
+``sequential``  token by token, the definition; what is not a recurrence is computed as in ``chunked``.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+from hope_jax.errors import UserError
+from hope_jax.memory import products, triangular
+from hope_jax.memory.kernels import cpu
+from hope_jax.types import Array
+
+Impl = Literal["auto", "chunked", "sequential"]
+
+
+class Products(NamedTuple):
+    """The products of ``products.py`` and the triangular solve of ``triangular.py``, in one of their forms."""
+
+    matmul: Callable[[Array, Array], Array]
+    matmul_nt: Callable[[Array, Array], Array]
+    matmul_tn: Callable[[Array, Array], Array]
+    gram: Callable[[Array], Array]
+    inverse: Callable[[Array], Array]
+    solve: Callable[[Array, Array, Array, Array], Array]
+
+
+PLAIN = Products(
+    products.matmul,
+    products.matmul_nt,
+    products.matmul_tn,
+    products.gram,
+    triangular.unit_lower_inverse,
+    triangular.solve_unit_lower,
+)
+AUTO = Products(cpu.matmul, cpu.matmul_nt, cpu.matmul_tn, cpu.gram, cpu.unit_lower_inverse, cpu.solve_unit_lower)
+
+
+def check_impl(impl: str) -> None:
+    """Raise UserError unless ``impl`` is one of the names above."""
+    if impl not in get_args(Impl):
+        raise UserError(f"impl is {impl!r}; expected one of {get_args(Impl)}")
+
+
+def products_of(impl: Impl) -> Products:
+    """The products that ``impl`` asks for."""
+    return AUTO if impl == "auto" else PLAIN

@@ -1,6 +1,7 @@
 """Settings of Sphinx: ``make docs`` builds these pages and runs the notebooks (MyST-NB keeps what did not change)."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # notebooks are written for two cores
 
@@ -13,7 +14,7 @@ exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 myst_enable_extensions = []  # formulas are written as text, which every reader and terminal shows
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
-nb_execution_cache_path = "_build/notebooks"
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / "notebooks")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True

@@ -38,7 +38,7 @@ from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, append, deviation, open_results, settings
 from hope_jax.cli.running import keep_programs, progress_interval
 from hope_jax.config import flatten
-from hope_jax.context.writes import schedule_of
+from hope_jax.context.schedule import schedule_of
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.levels import Level

@@ -22,9 +22,9 @@ import numpy as np
 from flax.errors import FlaxError
 
 from hope_jax import context
-from hope_jax.context.writes import schedule_of
+from hope_jax.context.schedule import schedule_of
 from hope_jax.errors import UserError, whole
-from hope_jax.nn.feed_forward.fast import BlockState, ContextState
+from hope_jax.nn.feed_forward.fast import ContextState
 from hope_jax.nn.language_model import check_tokens
 from hope_jax.nn.mixers.attention import room_left, slots_of
 from hope_jax.sampling import Choice, check_key, choice, choose
@@ -152,7 +152,7 @@ def _check_room(state: Any, time: int, steps: int) -> None:
 def _pieces(
     model: Any, params: Any, state: Any, prompt: Int[np.ndarray, "B T"], steps: int, how: Choice, key: PRNGKeyArray
 ) -> Iterator[tuple[Int[np.ndarray, "B n"], Any]]:
-    blocks: BlockState = state.blocks if isinstance(state, ContextState) else state
+    blocks = state.blocks if isinstance(state, ContextState) else state
 
     def after() -> Any:
         return state.read_on(blocks.mixer) if isinstance(state, ContextState) else blocks
@@ -214,8 +214,8 @@ def _checked(tokens: Array, finite: Bool[Array, ""], start: int) -> Int[np.ndarr
 
 @functools.partial(jax.jit, static_argnames="model")
 def _read(
-    model: Any, params: Any, tokens: Tokens, state: BlockState, count: Int[Array, ""]
-) -> tuple[Float[Array, "B vocab"], BlockState]:
+    model: Any, params: Any, tokens: Tokens, state: Any, count: Int[Array, ""] | np.ndarray
+) -> tuple[Float[Array, "B vocab"], Any]:
     """Logits after the last of the first ``count`` tokens, and the state then."""
     logits, state = model.apply({"params": params}, tokens, state, count)
     return logits[:, count - 1], state

@@ -9,7 +9,7 @@ import pytest
 from contexts import HOPE, close, made, read, started, stream
 
 from hope_jax import context
-from hope_jax.context.writes import schedule_of
+from hope_jax.context.schedule import schedule_of
 from hope_jax.errors import UserError
 from hope_jax.models import MODELS
 from hope_jax.nn.language_model import LanguageModel

@@ -14,7 +14,7 @@ import pytest
 from hope_jax import MODELS
 from hope_jax import train as training
 from hope_jax.cli.main import main
-from hope_jax.context import stream
+from hope_jax.context import piece
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.levels import Level
 from hope_jax.models import with_in_context
@@ -37,7 +37,7 @@ SMALL = dataclasses.replace(
 def short_pieces():
     """Documents are read in several pieces."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "PIECE", 16)
+        patch.setattr(piece, "PIECE", 16)
         yield
 
 

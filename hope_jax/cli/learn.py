@@ -28,7 +28,8 @@ from hope_jax.cli.checks import at_least_one
 from hope_jax.cli.parse import parse
 from hope_jax.cli.running import progress_interval
 from hope_jax.cli.runs import Source, Trained, readings
-from hope_jax.context.stream import piece_size, read_without_learning
+from hope_jax.context.piece import piece_size
+from hope_jax.context.stream import read_without_learning
 from hope_jax.data.text.files import from_files
 from hope_jax.errors import UserError
 from hope_jax.nn.mixers.attention import slots_of

@@ -1,6 +1,7 @@
 """A memory that keeps learning: levels that are written while a stream is read.
 
-Reads in the order ``writes.py`` (one chunk), ``stream.py`` (texts that come in pieces), ``state.py``, ``files.py``.
+Reads in the order ``schedule.py`` (when is what written), ``writes.py`` (one chunk), ``piece.py`` (the compiled program),
+``stream.py``, ``state.py``, ``files.py``.
 """
 
 from hope_jax.context.files import load, note, save

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.config import flatten
+from hope_jax.context.schedule import schedule_of
 from hope_jax.context.state import State, batch_of, entered, same_kinds, shapes
-from hope_jax.context.writes import fresh_levels, schedule_of
+from hope_jax.context.writes import fresh_levels
 from hope_jax.errors import UserError
 from hope_jax.nn.feed_forward.fast import ContextState
 from hope_jax.nn.mixers.attention import slots_of, without_empty_slots

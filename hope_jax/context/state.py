@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hope_jax.context.writes import Levels, fresh_levels, schedule_of
+from hope_jax.context.schedule import schedule_of
+from hope_jax.context.writes import Levels, fresh_levels
 from hope_jax.errors import UserError
 from hope_jax.nn.feed_forward.fast import BlockState, ContextState, as_matrix
 from hope_jax.nn.mixers.attention import slots_of

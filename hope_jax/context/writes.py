@@ -7,12 +7,11 @@ The text is cut into chunks of C tokens, C the period of the fastest level. Per 
     every C_l tokens:  Delta_l -= eta_l optimizer(gathered_l C / C_l);  gathered_l = 0
 
 The label of a chunk's last token is the first of the next chunk, which is read with the new weights: causal. Training
-(``reading_loss``) differentiates through all of it, but for what ``bptt`` cuts. Read ``stream.py`` next: the same for
+(``reading_loss``) differentiates through all of it, but for what ``bptt`` cuts. Read ``piece.py`` next: the same for
 a text that comes in pieces.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -21,80 +20,14 @@ import numpy as np
 import optax
 from jax import lax
 
+from hope_jax.context.schedule import Schedule, schedule_of
 from hope_jax.errors import UserError
-from hope_jax.levels import check_multiples, scan_periods
-from hope_jax.nn.feed_forward.fast import BlockState, LevelsConfig, LevelState, Writes
-from hope_jax.types import Array, Bool, Count, Float, Int, Tokens
+from hope_jax.levels import scan_periods
+from hope_jax.nn.feed_forward.fast import BlockState, LevelState
+from hope_jax.types import Array, Bool, Count, Float, Tokens
 
 Nats = Float[Array, "B predicted"]
 Levels = tuple[LevelState, ...]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which levels are written, and when.
-
-    Attributes:
-      periods: for each level the period in tokens of every layer; 0: that layer is never written.
-      nested: a slower level's write sets the faster ones back.
-      writes: how.
-    """
-
-    periods: tuple[tuple[int, ...], ...]
-    nested: bool
-    writes: Writes
-
-    def __post_init__(self) -> None:
-        if not any(self.distinct):
-            raise UserError("the model has no level that can be written in context; use a hope or stacked model")
-        check_multiples(self.distinct)
-
-    @property
-    def distinct(self) -> tuple[int, ...]:
-        """All periods, fastest first."""
-        return tuple(sorted({period for layers in self.periods for period in layers if period}))
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of a chunk, C."""
-        return self.distinct[0]
-
-    def bptt(self, level: int) -> int | None:
-        """See ``Writes.bptt``."""
-        return self.writes.bptt[level] if level < len(self.writes.bptt) else None
-
-    def due(self, at: Int[Array, ""] | int) -> list[Array]:
-        """For every level, whether a period ends at token ``at``: of all layers alike, [], or of each, [L]."""
-        return [self.written(i) & (at % jnp.maximum(_each(periods), 1) == 0) for i, periods in enumerate(self.periods)]
-
-    def written(self, level: int) -> Array:
-        """Whether the level is ever written: [] or [L], as in ``due``."""
-        return jnp.asarray(_each(self.periods[level]) > 0)
-
-
-def _each(periods: tuple[int, ...]) -> np.ndarray:
-    """Periods of the layers, or the one that all of them have."""
-    return np.array(periods[0] if len(set(periods)) == 1 else periods)
-
-
-def schedule_of(model: Any, *, trained: bool) -> Schedule:
-    """The schedule of a model: of the levels that training writes in context, or of all that it has.
-
-    Raises:
-      UserError: it has none, or their periods are not multiples of one another.
-    """
-    part = model.config.feed_forward
-    if not isinstance(part, LevelsConfig):
-        kind = type(part).__name__
-        raise UserError(f"the model's feed-forward part is {kind}, which has no levels; use a hope or stacked model")
-    periods = part.periods(model.config.layers)
-    return Schedule(periods[: part.trained] if trained else periods, part.nested, part.writes)
-
-
-def learns_in_context(model: Any) -> bool:
-    """Whether training writes some of the model's levels in context."""
-    part = model.config.feed_forward
-    return isinstance(part, LevelsConfig) and part.trained > 0
 
 
 def fresh_levels(model: Any, schedule: Schedule, batch: int) -> Levels:

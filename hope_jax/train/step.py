@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hope_jax.context.writes import learns_in_context, reading_loss
+from hope_jax.context.schedule import learns_in_context
+from hope_jax.context.writes import reading_loss
 from hope_jax.errors import UserError
 from hope_jax.train.optimizer import Schedule
 from hope_jax.train.state import TrainState

@@ -1,6 +1,6 @@
 """A memory that keeps learning: levels that are written while a stream is read.
 
-Reads in the order ``schedule.py`` (when is what written), ``writes.py`` (one chunk), ``piece.py`` (the compiled program),
+Reads in the order ``schedule.py`` (what is written when), ``writes.py`` (one chunk), ``piece.py`` (the program),
 ``stream.py``, ``state.py``, ``files.py``.
 """
 

@@ -120,8 +120,10 @@ def _slots(chunk: int, every: Tokens, total: Array, unfinished: Array, end: Arra
     inputs, labels = (jnp.swapaxes(x.reshape(len(x), -1, chunk), 0, 1) for x in (every[:, :-1], every[:, 1:]))
     start = chunk * jnp.arange(len(inputs), dtype=jnp.int32)
     ends = end & (start == 0)  # the label of its last token is not known
-    counts = [jnp.where(ends, unfinished - 1, jnp.clip(total - known - start, 0, chunk)) for known in (0, 1)]
-    return _Slot(inputs, labels, *(jnp.maximum(count, 0) for count in counts), ends, ~ends & (total > start + chunk))
+    count, labelled = (
+        jnp.maximum(jnp.where(ends, unfinished - 1, jnp.clip(total - last - start, 0, chunk)), 0) for last in (0, 1)
+    )
+    return _Slot(inputs, labels, count, labelled, ends, ~ends & (total > start + chunk))
 
 
 def _read_slot(

@@ -91,14 +91,15 @@ def reset(model: Any, state: State, level: int | None = None) -> ContextState:
     Raises:
       UserError: there is no such level, or the state is of another model.
     """
-    state = entered(model, state) if batch_of(state) else state
-    fresh = fresh_levels(model, schedule_of(model, trained=False), batch_of(state))
-    same_kinds(state.levels, fresh)
+    batch = batch_of(state)
+    now = entered(model, state)
+    fresh = fresh_levels(model, schedule_of(model, trained=False), batch)
+    same_kinds(now.levels, fresh)
     if level is None:
-        return _around(model, state.mixer, batch_of(state))
+        return _around(model, now.mixer, batch)
     if not 0 <= level < len(fresh):
         raise UserError(f"level is {level}; the model's levels are 0 to {len(fresh) - 1}, fastest first")
-    return state._replace(levels=(*state.levels[:level], fresh[level], *state.levels[level + 1 :]))
+    return now._replace(levels=(*now.levels[:level], fresh[level], *now.levels[level + 1 :]))
 
 
 def with_deltas(model: Any, params: Any, levels: Levels) -> Any:

@@ -71,19 +71,19 @@ def _read(
 ) -> tuple[Nats, Float[Array, "B vocab"], ContextState]:
     tokens = jnp.asarray(tokens)
     check_tokens(tokens, model.config.vocab_size)
-    state = checked(model, params, state, tokens.shape[0])
-    _refuse_traced(state, tokens)
-    check_room(state, tokens.shape[1])
-    size, found, logits = piece_size(model), [], None
+    now = checked(model, params, state, tokens.shape[0])
+    _refuse_traced(now, tokens)
+    check_room(now, tokens.shape[1])
+    size, nats, logits = piece_size(model), [], jnp.zeros(())
     for at in range(0, tokens.shape[1], size):
         part = tokens[:, at : at + size]
-        predicted = part.shape[1] - int(state.interrupted or state.unfinished == 0)
+        predicted = part.shape[1] - int(now.interrupted or now.unfinished == 0)
         padded = jnp.pad(part.astype(jnp.int32), ((0, 0), (0, size - part.shape[1])))
-        piece, state = read_piece(model, params, state, padded, request_for(part.shape[1], learn=learning))
+        piece, now = read_piece(model, params, now, padded, request_for(part.shape[1], learn=learning))
         _require_finite(piece.finite)
-        found.append(piece.nats[:, :predicted])
+        nats.append(piece.nats[:, :predicted])
         logits = piece.logits
-    return jnp.concatenate(found, axis=1), logits, state
+    return jnp.concatenate(nats, axis=1), logits, now
 
 
 def finish(model: Any, params: Any, state: State) -> ContextState:
@@ -101,12 +101,12 @@ def clear(model: Any, params: Any, state: State, capacity: int | None = None) ->
     For the next document of a stream, or to see what of the last one is in the levels. The unfinished chunk ends here,
     as at an interruption: its tokens count in the periods that go on. ``capacity`` is as in ``model.init_state``.
     """
-    state = checked(model, params, state, batch_of(state))
-    if state.unfinished > 1:  # there is something to be learned
-        state = _ended(model, params, state)
-    mixer = fresh_mixer(model, params, batch_of(state), capacity)
-    nothing = {"tokens": jnp.zeros_like(state.tokens), "unfinished": jnp.zeros((), jnp.int32)}
-    return state._replace(mixer=mixer, anchor=mixer, interrupted=jnp.zeros((), bool), **nothing)
+    now = checked(model, params, state, batch_of(state))
+    if now.unfinished > 1:  # there is something to be learned
+        now = _ended(model, params, now)
+    mixer = fresh_mixer(model, params, batch_of(now), capacity)
+    nothing = {"tokens": jnp.zeros_like(now.tokens), "unfinished": jnp.zeros((), jnp.int32)}
+    return now._replace(mixer=mixer, anchor=mixer, interrupted=jnp.zeros((), bool), **nothing)
 
 
 def merge(model: Any, params: Any, state: State) -> tuple[Any, ContextState]:

@@ -191,17 +191,18 @@ def reading_loss(model: Any, params: Any, inputs: Tokens, labels: Tokens) -> Nat
     schedule = schedule_of(model, trained=True)
     if inputs.shape[1] % schedule.chunk:
         raise UserError(f"sequences have {inputs.shape[1]} tokens; expected a multiple of the period {schedule.chunk}")
-    mixer = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1]).mixer
     rates = rates_of(model, params, schedule)
 
     def segment(carry: Any, tokens: Any, active: Any, due: Any) -> tuple[Any, Any]:
         del active, due  # of the chunk's start; writes are due at its end
         inputs, labels, at = tokens
-        levels, read = gather(model, params, schedule, *carry, Chunk(inputs.T, labels.T))
+        mixer, levels = carry
+        levels, read = gather(model, params, schedule, mixer, levels, Chunk(inputs.T, labels.T))
         end = at[0] + schedule.chunk
         levels = write(schedule, rates, levels, end, schedule.due(end))
         return (read.mixer, set_back(schedule, levels, schedule.due(end))), read.nats.T
 
-    carry = mixer, fresh_levels(model, schedule, inputs.shape[0])
+    fresh = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1])
+    carry = fresh.mixer, fresh_levels(model, schedule, inputs.shape[0])
     tokens = inputs.T, labels.T, jnp.arange(inputs.shape[1])
     return scan_periods(segment, carry, tokens, position=0, periods=schedule.distinct)[1].T

@@ -72,7 +72,7 @@ class LanguageModel(nn.Module):
             Block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType], one for each argument
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)

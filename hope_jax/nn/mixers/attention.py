@@ -123,17 +123,17 @@ def _push(cache: Cache, k: Float[Array, "B H T K"], v: Float[Array, "B H T K"], 
     end, position = cache.position + time, cache.position + (time if count is None else count)
     pairs = ((cache.keys, k), (cache.values, v))
     if isinstance(cache, WindowCache):
-        seen = [jnp.concatenate(pair, axis=2) for pair in pairs]
-        kept = [last_of(x, time, count, axis=2) for x in seen]
-        return WindowCache(*seen, end), WindowCache(*kept, position)
+        keys, values = (jnp.concatenate(pair, axis=2) for pair in pairs)
+        kept_keys, kept_values = (last_of(x, time, count, axis=2) for x in (keys, values))
+        return WindowCache(keys, values, end), WindowCache(kept_keys, kept_values, position)
     slots = cache.keys.shape[2]
     if count is None and time > slots:
         raise UserError(f"Attention got {time} tokens and a cache of {slots}; make the state with a larger capacity.")
     if count is not None:  # room for the padding after the last token; it leaves no trace
         real = (jnp.arange(time) < count)[None, None, :, None]
         pairs = [(jnp.pad(old, ((0, 0), (0, 0), (0, time), (0, 0))), jnp.where(real, new, 0)) for old, new in pairs]
-    seen = [jax.lax.dynamic_update_slice_in_dim(*pair, cache.position, axis=2) for pair in pairs]
-    return FullCache(*seen, end), FullCache(*(x[:, :, :slots] for x in seen), position)
+    keys, values = (jax.lax.dynamic_update_slice_in_dim(*pair, cache.position, axis=2) for pair in pairs)
+    return FullCache(keys, values, end), FullCache(keys[:, :, :slots], values[:, :, :slots], position)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, append, deviation, open_results
 from hope_jax.cli.running import progress_interval
 from hope_jax.errors import UserError
+from hope_jax.optim.matrices import dimension_numbers
 
 NEEDED = ("phase", "optimizer", "learning_rate", "seed", "task", "curve", "validation_accuracy", "test_accuracy")
 FACTORS = (0.1, 1 / 3, 1.0, 3.0, 10.0)
@@ -56,12 +57,11 @@ class Contestant:
 
 def _muon(rate: Any) -> optax.GradientTransformation:
     """optax's, on the matrices of M3, with the size of M3's steps and its decay."""
-    numbers = lambda params: jax.tree.map(lambda _, n: None if n == "adamw" else n, params, matrices(params))  # noqa: E731
     return optax.contrib.muon(
         rate,
         weight_decay=1e-4,
         adam_weight_decay=1e-4,
-        muon_weight_dimension_numbers=numbers,
+        muon_weight_dimension_numbers=dimension_numbers(matrices),
         consistent_rms=0.2,
     )
 

@@ -35,13 +35,17 @@ def trajectory(tx, steps=8):
 def test_levels_move_only_every_nth_step_and_then_by_the_mean_gradient():
     updates, given = trajectory(by_level(lambda n: optax.sgd(0.1), EVERY)), gradients(8)
     for label, n in EVERY.items():
-        leaf = lambda tree: tree["embedding"] if label == "static" else tree["ffn"][label]["up"]  # noqa: B023, E731
         for step, update in enumerate(updates, 1):
             if step % n:
-                np.testing.assert_array_equal(leaf(update), 0)
+                np.testing.assert_array_equal(leaf_of(label, update), 0)
             else:
-                mean = np.mean([leaf(g) for g in given[step - n : step]], axis=0)
-                np.testing.assert_allclose(leaf(update), -0.1 * mean, rtol=1e-5, atol=1e-7)
+                mean = np.mean([leaf_of(label, g) for g in given[step - n : step]], axis=0)
+                np.testing.assert_allclose(leaf_of(label, update), -0.1 * mean, rtol=1e-5, atol=1e-7)
+
+
+def leaf_of(label, tree):
+    """The parameter of a level."""
+    return tree["embedding"] if label == "static" else tree["ffn"][label]["up"]
 
 
 def test_a_level_stepped_every_time_is_the_plain_optimizer():

@@ -47,9 +47,17 @@ def test_the_gradient_is_that_of_the_loss_with_the_delta_term_added(x64):
 def test_the_gradient_of_a_complex_kernel_is_that_of_the_loss_with_the_term_added(x64):
     draw = np.random.default_rng(4)
     x, kernel, target = (jnp.asarray(draw.normal(size=s) + 1j * draw.normal(size=s)) for s in ((6, 4), (4, 3), (6, 3)))
-    dims, size = (((1,), (0,)), ((), ())), lambda y: jnp.sum(jnp.abs(y) ** 2)
-    mean = lambda kernel: size(DeltaDot(0.5)(x, kernel, dims) - target) / 6  # noqa: E731
-    plain = lambda kernel: size(x @ kernel - target) / 6 + 0.5 / (2 * 6) * size(x @ kernel)  # noqa: E731
+    dims = (((1,), (0,)), ((), ()))
+
+    def size(y):
+        return jnp.sum(jnp.abs(y) ** 2)
+
+    def mean(kernel):
+        return size(DeltaDot(0.5)(x, kernel, dims) - target) / 6
+
+    def plain(kernel):
+        return size(x @ kernel - target) / 6 + 0.5 / (2 * 6) * size(x @ kernel)
+
     np.testing.assert_allclose(jax.grad(mean)(kernel), jax.grad(plain)(kernel), rtol=1e-12)
 
 

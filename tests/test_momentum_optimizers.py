@@ -81,9 +81,9 @@ def test_an_entry_without_gradients_moves_no_more_than_the_others_under_m3():
     gradients = draw(30, 16, 16).astype(np.float32)
     gradients[:, 3, 5] = 0
     tx = optim.scale_by_m3()
-    state, params = tx.init({"w": jnp.ones((16, 16))}), {"w": jnp.ones((16, 16))}
+    state, params, update = tx.init({"w": jnp.ones((16, 16))}), {"w": jnp.ones((16, 16))}, jax.jit(tx.update)
     for g in gradients:
-        updates, state = tx.update({"w": jnp.asarray(g)}, state, params)
+        updates, state = update({"w": jnp.asarray(g)}, state, params)
         sizes = np.abs(jax.tree.leaves(updates)[0])
         others = np.delete(sizes.ravel(), 3 * 16 + 5)
         assert 0 < sizes[3, 5] < 2.5 * others.max()
@@ -105,7 +105,10 @@ def test_delta_momentum_is_its_equation_transposed_to_a_kernel(form, shape, x64)
 def test_a_gram_step_is_a_gradient_step_of_the_regression(x64):
     m, g, e = draw(5, 3), draw(5, 3, seed=1), 0.2
     small = e / (1 + e * np.sum(g**2))
-    loss = lambda m: 0.5 * jnp.sum((m.T @ g + jnp.eye(3)) ** 2)  # noqa: E731  m is a kernel: its transpose acts
+
+    def loss(m):  # m is a kernel: its transpose acts
+        return 0.5 * jnp.sum((m.T @ g + jnp.eye(3)) ** 2)
+
     tx = optim.scale_by_delta_momentum(1.0, e, precondition=optax.scale(small))
     state = tx.init({"w": jnp.array(m)})._replace(memory={"w": jnp.array(m)})
     updates = once(tx, {"w": jnp.array(g)}, state)
@@ -151,7 +154,10 @@ def test_the_learned_preconditioner_is_gradient_descent_on_its_regression(x64):
     expected = -np.cumsum(learned_preconditioner(gradients, 0.2), axis=0)
     tx = optax.chain(optim.learned_preconditioner(0.2), optax.scale(-1.0))
     np.testing.assert_allclose(path(tx, np.zeros((3, 4)), gradients), expected, rtol=1e-10)
-    loss = lambda p, g: 0.5 * (p * jnp.sign(g) - g) ** 2  # noqa: E731
+
+    def loss(p, g):
+        return 0.5 * (p * jnp.sign(g) - g) ** 2
+
     tx, g = optim.learned_preconditioner(0.2), gradients[0]
     _, one = tx.update(jnp.array(g), tx.init(jnp.zeros((3, 4))))
     np.testing.assert_allclose(one.preconditioner, np.abs(g), rtol=1e-12)
@@ -162,12 +168,12 @@ def test_the_learned_preconditioner_is_gradient_descent_on_its_regression(x64):
 
 def test_a_rare_gradient_is_preconditioned_by_its_own_size():
     tx = optim.learned_preconditioner(0.01)
-    state = tx.init(jnp.zeros(2))
+    state, update = tx.init(jnp.zeros(2)), jax.jit(tx.update)
     for _ in range(500):
-        updates, state = tx.update(jnp.array([1.0, 0.0]), state)
+        updates, state = update(jnp.array([1.0, 0.0]), state)
     np.testing.assert_allclose(updates, [1.0, 0.0], atol=1e-6)
     for _ in range(3):
-        updates, state = tx.update(jnp.array([1.0, 5.0]), state)
+        updates, state = update(jnp.array([1.0, 5.0]), state)
         np.testing.assert_allclose(updates, [1.0, 1.0], rtol=1e-5)
 
 
@@ -195,8 +201,7 @@ def test_at_decay_0_9_the_last_43_gradients_are_99_percent_of_an_average(x64):
     """SPEC 5.7: 6 / 7 gradients hold 46.9 / 52.2 percent, 43 / 44 hold 98.92 / 99.03."""
     steps = 200
     tx = optim.scale_by_generalized_momentum(optim.l2, retention=1.0, rate=0.1)
-    run = lambda state, g: (tx.update(g, state)[1], None)  # noqa: E731
-    state, _ = jax.lax.scan(run, tx.init(jnp.zeros(steps)), jnp.eye(steps))
+    state, _ = jax.lax.scan(lambda state, g: (tx.update(g, state)[1], None), tx.init(jnp.zeros(steps)), jnp.eye(steps))
     held = np.cumsum(-np.asarray(state.memory)[::-1])
     np.testing.assert_allclose(held[[5, 6, 42, 43]], [0.469, 0.522, 0.9892, 0.9903], atol=6e-4)
 
@@ -213,9 +218,11 @@ def test_momentum_takes_any_objective_and_any_memory(x64):
         def read(self, state, gradient, view):
             return 3 * state
 
-    signs = lambda prediction, value: jnp.sum(jnp.abs(prediction - value))  # noqa: E731
+    def distance(prediction, value):
+        return jnp.sum(jnp.abs(prediction - value))
+
     m, theta = 0.0, np.zeros((3, 4))
-    found = path(optim.generalized_momentum(0.1, signs, Scaled(), rate=0.5), theta, gradients)
+    found = path(optim.generalized_momentum(0.1, distance, Scaled(), rate=0.5), theta, gradients)
     for g, now in zip(gradients, found, strict=True):
         m = 0.9 * m - 0.5 * np.sign(m + g)
         theta = theta + 0.3 * m

@@ -39,7 +39,10 @@ def test_quintic_is_near_after_five_steps():
 
 def test_the_first_cubic_step_is_a_gradient_step_on_orthogonality(x64):
     x = jnp.array(draw(5, 3)) / np.linalg.norm(draw(5, 3))
-    loss = lambda o: 0.5 * jnp.sum((o.T @ o - jnp.eye(3)) ** 2)  # noqa: E731
+
+    def loss(o):
+        return 0.5 * jnp.sum((o.T @ o - jnp.eye(3)) ** 2)
+
     np.testing.assert_allclose(orthogonalize(x, 1, "cubic"), x - 0.25 * jax.grad(loss)(x), rtol=1e-6)
 
 
@@ -158,11 +161,11 @@ def test_stacked_layers_are_stepped_as_each_alone():
 
 
 def test_axes_decide_and_more_than_two_need_declaring():
-    leaf = lambda *shape: jnp.ones(shape)  # noqa: E731
-    found = matrix_labels({"Blocks*": 1})({"kernel": leaf(2, 3), "conv": leaf(3, 3, 4, 5), "blocks_0": leaf(7, 2, 3)})
+    shapes = {"kernel": (2, 3), "conv": (3, 3, 4, 5), "blocks_0": (7, 2, 3)}
+    found = matrix_labels({"Blocks*": 1})({name: jnp.ones(shape) for name, shape in shapes.items()})
     assert found == {"kernel": "matrix", "conv": "adamw", "blocks_0": MuonDimensionNumbers(1, 2)}
     with pytest.raises(UserError, match=r"\['conv'\] of shape \(3, 3, 4, 5\), which is no matrix; declare its axes"):
-        optim.scale_by_m3().init({"conv": leaf(3, 3, 4, 5)})
+        optim.scale_by_m3().init({"conv": jnp.ones((3, 3, 4, 5))})
 
 
 def test_names_decide_which_leaves_are_no_matrices():

@@ -34,12 +34,12 @@ def test_all_numbers_of_an_alias_can_be_injected(alias):
 
 @aliases
 def test_weight_decay_is_decoupled_masked_and_needs_the_parameters(alias):
-    kernel = lambda seed: jnp.asarray(draw(3, 4, seed=seed), jnp.float32)  # noqa: E731
-    params = {"kernel": kernel(0), "other": kernel(1), "bias": kernel(2)[0], "free": kernel(3)[0]}
+    kernels = [jnp.asarray(draw(3, 4, seed=seed), jnp.float32) for seed in range(4)]
+    params = {"kernel": kernels[0], "other": kernels[1], "bias": kernels[2][0], "free": kernels[3][0]}
     grads = jax.tree.map(jnp.sin, params)
-    step = lambda tx: once(tx, grads, params=params)  # noqa: E731
     mask = {"kernel": True, "other": False, "bias": True, "free": False}
-    plain, decayed = step(alias(0.1)), step(alias(0.1, weight_decay=0.5, mask=mask))
+    both = (alias(0.1), alias(0.1, weight_decay=0.5, mask=mask))
+    plain, decayed = (once(tx, grads, params=params) for tx in both)
     for name, decays in mask.items():
         expected = plain[name] - (0.05 * params[name] if decays else 0)
         np.testing.assert_allclose(decayed[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -123,7 +123,10 @@ def test_slow_moments_in_a_half_precision_state_go_on_as_in_float32():
     moments = []
     for dtype in (None, jnp.bfloat16):
         tx = optim.scale_by_m3(state_dtype=dtype)
-        run = lambda state, g, tx=tx: (tx.update({"w": g}, state, params)[1], None)  # noqa: E731
+
+        def run(state, g, tx=tx):
+            return tx.update({"w": g}, state, params)[1], None
+
         state, _ = jax.lax.scan(run, tx.init(params), jnp.asarray(gradients, jnp.float32))
         moments.append((state.second["w"], state.momenta[1]["w"]))
     for exact, stored in zip(*moments, strict=True):

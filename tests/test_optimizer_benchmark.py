@@ -33,8 +33,10 @@ def test_it_prints_and_leaves_a_line_per_optimizer(tmp_path, capsys):
 def test_the_two_states_of_m3_are_at_the_start_of_a_block_and_inside_it():
     stepper = benchmark.Stepper(optim.M3().build(1e-3), benchmark.random_parameters("hope-nano"))
 
+    def is_m3(part):
+        return isinstance(part, optim.M3State)
+
     def m3_state(state):
-        is_m3 = lambda part: isinstance(part, optim.M3State)  # noqa: E731
         return next(part for part in jax.tree.leaves(state, is_leaf=is_m3) if is_m3(part))
 
     assert [int(m3_state(one).count) % benchmark.BLOCK for one in (stepper.start, stepper.inside)] == [0, 1]

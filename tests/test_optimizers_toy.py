@@ -39,7 +39,10 @@ def test_of_orthogonal_tasks_stale_momentum_forgets_most_and_the_scalar_form_lea
     before, after = {}, {}
     for name in ("momentum", "delta_gram", "delta_scalar"):
         one = toy.CONTESTANTS[name]
-        make = lambda rate, other, one=one: one.make(rate, other, 0.99)  # noqa: E731
+
+        def make(rate, other, one=one):
+            return one.make(rate, other, 0.99)
+
         losses = learn(tasks, make, jnp.array([0.02]), jnp.array([one.usual]))[0].mean(0)
         before[name], after[name] = losses[0, 0], losses[-1, 0]
     assert before["momentum"] > 5 * max(before["delta_gram"], before["delta_scalar"]), before
@@ -69,7 +72,10 @@ def by_hand(tasks: Stream, rate: float, decay: float):
 
 def test_learning_in_sequence_is_momentum_example_by_example(x64):
     tasks = stream(seeds=2, tasks=3, steps=9, size=5)
-    make = lambda rate, factor: toy.CONTESTANTS["momentum"].make(rate, factor, 0.9)  # noqa: E731
+
+    def make(rate, factor):
+        return toy.CONTESTANTS["momentum"].make(rate, factor, 0.9)
+
     found = learn(tasks, make, jnp.array([0.1, 0.02]), jnp.array([1.0, 3.0]))
     assert found.shape == (2, 2, 3, 3)
     np.testing.assert_allclose(found[0, 0], by_hand(tasks, 0.1, 0.9), rtol=1e-9)

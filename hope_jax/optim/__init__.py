@@ -16,7 +16,8 @@ from hope_jax.optim.generalized import (
     scale_by_generalized_momentum,
 )
 from hope_jax.optim.inner import INNER, InnerOptimizer, inner
-from hope_jax.optim.m3 import M3State, MomentumScale, m3, scale_by_m3
+from hope_jax.optim.m3 import M3State, m3, scale_by_m3
+from hope_jax.optim.m3_rules import MomentumScale
 from hope_jax.optim.matrices import MatrixView, MuonDimensionNumbers, matrix_labels, matrix_views
 from hope_jax.optim.newton_schulz import NewtonSchulz, muon_step, orthogonalize
 from hope_jax.optim.precision import with_state_dtype

@@ -29,7 +29,7 @@ import optax
 from hope_jax.errors import UserError
 from hope_jax.optim.checks import check, check_function, check_transformation
 from hope_jax.optim.matrices import Labels, MatrixView, labels_or_default, matrix_or_column_views
-from hope_jax.optim.precision import check_decay, with_state_dtype
+from hope_jax.optim.precision import Cast, check_decay, with_state_dtype
 from hope_jax.optim.recipe import recipe
 from hope_jax.types import Array, Scalar
 
@@ -154,8 +154,11 @@ def scale_by_generalized_momentum(
         labels=labels_or_default(matrices, exclude=()),
     )
     transformation = optax.GradientTransformationExtraArgs(engine.init, engine.update)
-    stored = lambda state, cast: state._replace(memory=cast(state.memory))  # noqa: E731
-    return with_state_dtype(transformation, state_dtype, stored)
+    return with_state_dtype(transformation, state_dtype, _narrow_memory)
+
+
+def _narrow_memory(state: GeneralizedMomentumState, cast: Cast) -> GeneralizedMomentumState:
+    return state._replace(memory=cast(state.memory))
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,11 @@ def matrix_views(params: Any, labels: Labels) -> Any:
 
 def matrix_or_column_views(params: Any, labels: Labels) -> Any:
     """As ``matrix_views``, but a leaf that is no matrix is a single column, [size, 1]."""
-    column = lambda leaf: MatrixView(leaf.shape, (), tuple(range(leaf.ndim)), ())  # noqa: E731
-    return jax.tree.map(lambda leaf, view: view or column(leaf), params, matrix_views(params, labels))
+
+    def or_column(leaf: Any, view: MatrixView | None) -> MatrixView:
+        return view or MatrixView(leaf.shape, (), tuple(range(leaf.ndim)), ())
+
+    return jax.tree.map(or_column, params, matrix_views(params, labels))
 
 
 def partition_labels(labels: Labels) -> Labels:

@@ -36,7 +36,9 @@ def with_state_dtype(
     """
     check_dtype("state_dtype", dtype)
     inner = optax.with_extra_args_support(transformation)
-    keep = lambda state: state if dtype is None else stored(state, lambda part: _narrow(part, dtype))  # noqa: E731
+
+    def keep(state: Any) -> Any:
+        return state if dtype is None else stored(state, lambda part: _narrow(part, dtype))
 
     def init(params: Any) -> Any:
         check_leaves(params, "parameter")

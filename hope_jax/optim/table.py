@@ -17,7 +17,8 @@ import optax
 from hope_jax.optim.checks import check, check_whole
 from hope_jax.optim.delta_momentum import Form, delta_momentum
 from hope_jax.optim.dmgd import MLPMemory, dmgd
-from hope_jax.optim.m3 import MomentumScale, m3
+from hope_jax.optim.m3 import m3
+from hope_jax.optim.m3_rules import MomentumScale
 from hope_jax.optim.matrices import Labels, MatrixView, dimension_numbers, labels_or_default, matrix_views
 from hope_jax.optim.preconditioned import learned_preconditioner, preconditioned_momentum
 from hope_jax.optim.recipe import recipe

@@ -5,6 +5,7 @@ gradients at a time and is orthogonalised once per f steps; its direction is con
 arithmetic of one leaf is in ``m3_rules.py``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,13 +96,7 @@ def scale_by_m3(
     ns = NewtonSchulz() if newton_schulz is None else newton_schulz
     rules = Rules(scales, second_decay, accumulate, second_moment, update_rms, eps, ns)
     labels = labels_or_default(matrices)
-
-    def init(params: Any) -> M3State:
-        return _start(rules, params, labels)
-
-    def update(updates: Any, state: M3State, params: Any = None) -> tuple[Any, M3State]:
-        return _step(rules, updates, state, matrix_views(updates, labels))
-
+    init, update = functools.partial(_start, rules, labels), functools.partial(_step, rules, labels)
     transformation = optax.GradientTransformation(init, update)
     return with_state_dtype(transformation, state_dtype, _stored(rules, state_dtype))
 
@@ -120,7 +115,7 @@ def _stored(rules: Rules, dtype: Any) -> Callable[[M3State, Cast], M3State]:
     return stored
 
 
-def _start(rules: Rules, params: Any, labels: Labels) -> M3State:
+def _start(rules: Rules, labels: Labels, params: Any) -> M3State:
     def require(path: tuple[Any, ...], leaf: Any, view: MatrixView | None) -> None:
         if view is None:
             advice = "declare its axes (matrices=), use m3, which gives such leaves to AdamW, or optax.partition"
@@ -137,7 +132,9 @@ def _start(rules: Rules, params: Any, labels: Labels) -> M3State:
     return M3State(jnp.zeros((), jnp.int32), momenta, slow, second)
 
 
-def _step(rules: Rules, gradients: Any, state: M3State, views: Any) -> tuple[Any, M3State]:
+def _step(rules: Rules, labels: Labels, gradients: Any, state: M3State, params: Any = None) -> tuple[Any, M3State]:
+    del params
+    views = matrix_views(gradients, labels)
     count = jnp.asarray(optax.safe_increment(state.count))
     pairs = zip(rules.scales, state.momenta, state.directions, strict=True)
     moved = [_scale_step(rules, one, gradients, m, o, state.count, views) for one, m, o in pairs]

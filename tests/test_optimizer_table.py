@@ -11,6 +11,8 @@ import pytest
 from jax.tree_util import tree_map_with_path
 
 from hope_jax import optim
+from hope_jax.cli.parse import parse
+from hope_jax.cli.pretrain import PretrainConfig
 from hope_jax.config import from_json, to_json
 from hope_jax.errors import UserError
 from hope_jax.optim import OPTIMIZERS, SGD, AdamW, Lion, Muon
@@ -118,3 +120,32 @@ def test_the_two_momenta_of_m3_are_those_of_its_settings():
 def test_a_setting_out_of_its_range_is_named_at_once(name, setting, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(OPTIMIZERS[name], **setting)
+
+
+def flags(*given):
+    """The optimizer that these flags of ``pretrain`` ask for."""
+    return parse(PretrainConfig, ["--run", "x", *given], "pretrain").optimizer
+
+
+def test_a_method_is_chosen_by_name_and_its_settings_are_flags_beside_it():
+    chosen = flags("--optimizer.method", "m3", "--optimizer.slow-period", "9", "--optimizer.learning-rate", "1e-3")
+    assert chosen == OptimizerConfig(optim.M3(slow_period=9), learning_rate=1e-3)
+    assert flags("--optimizer.method=sgd", "--optimizer.nesterov").method == SGD(nesterov=True)
+    assert flags("--optimizer.b2", "0.5").method == AdamW(b2=0.5)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--optimizer.b2", "1"], "b2 is 1; expected 0 or more and below 1"),
+        (["--optimizer.method", "adam"], "--optimizer.method is 'adam'; did you mean 'adamw'"),
+        (["--optimizer.method"], "--optimizer.method is ''; known names: adamuon, adamw"),
+        (["--optimizer.slow-period", "9"], "--optimizer.slow-period belongs to --optimizer.method m3 or adamuon"),
+        (["--optimizer.method", "m3", "--optimizer.slow-perod", "9"], "did you mean '--optimizer.slow-period'"),
+        (["--optimizer.method", "dmgd", "--optimizer.memory", "lin"], "expected one of ('mlp', 'linear')"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_sentence(given, message):
+    with pytest.raises(UserError) as error:
+        flags(*given)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -96,8 +96,9 @@ def scale_by_m3(
     ns = NewtonSchulz() if newton_schulz is None else newton_schulz
     rules = Rules(scales, second_decay, accumulate, second_moment, update_rms, eps, ns)
     labels = labels_or_default(matrices)
-    init, update = functools.partial(_start, rules, labels), functools.partial(_step, rules, labels)
-    transformation = optax.GradientTransformation(init, update)
+    transformation = optax.GradientTransformation(
+        functools.partial(_start, rules, labels), lambda updates, state, _=None: _step(rules, labels, updates, state)
+    )
     return with_state_dtype(transformation, state_dtype, _stored(rules, state_dtype))
 
 
@@ -132,8 +133,7 @@ def _start(rules: Rules, labels: Labels, params: Any) -> M3State:
     return M3State(jnp.zeros((), jnp.int32), momenta, slow, second)
 
 
-def _step(rules: Rules, labels: Labels, gradients: Any, state: M3State, params: Any = None) -> tuple[Any, M3State]:
-    del params
+def _step(rules: Rules, labels: Labels, gradients: Any, state: M3State) -> tuple[Any, M3State]:
     views = matrix_views(gradients, labels)
     count = jnp.asarray(optax.safe_increment(state.count))
     pairs = zip(rules.scales, state.momenta, state.directions, strict=True)

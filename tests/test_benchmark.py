@@ -10,6 +10,7 @@ from test_cli import mistake
 
 from hope_jax.cli import benchmark
 from hope_jax.cli.main import main
+from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, MODELS, Size
 
@@ -27,6 +28,11 @@ def test_operations_counts_loops_and_one_branch():
         return jax.lax.cond(looped[0, 0] > 0, lambda x: x @ a, lambda x: x @ a @ a, looped)
 
     assert benchmark.operations(jax.make_jaxpr(program)(jnp.ones((4, 4))).jaxpr) == (3 + 2) * 2 * 4**3
+
+
+def test_an_unknown_model_is_answered_with_the_closest_name():
+    with pytest.raises(UserError, match="did you mean 'transformer_pp'"):
+        benchmark.BenchmarkConfig(models=("transformer",))
 
 
 def test_a_benchmark_step_trains_and_reports_what_it_measured():

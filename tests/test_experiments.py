@@ -149,8 +149,6 @@ def test_attention_has_no_control_and_unknown_rows_name_the_closest():
         compare.CompareConfig(rows=("hop",))
     with pytest.raises(UserError, match="no inner learning rate"):
         compare.CompareConfig(rows=("transformer_conv_without_writes",))
-    with pytest.raises(UserError, match="did you mean 'transformer_pp'"):
-        benchmark.BenchmarkConfig(models=("transformer",))
 
 
 def test_a_task_that_cannot_be_asked_is_one_sentence_and_exit_status_2(capfd):

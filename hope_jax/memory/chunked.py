@@ -80,17 +80,18 @@ def chunk(
     grams = [products.gram(write.keys) for write in writes]
     inverses = _inverses(products, coefficients.before, writes, grams)
     ends, erased = [], []
-    for linear, *what in zip(linears, writes, grams, inverses, strict=True):
-        write = functools.partial(_write, products, coefficients)
-        end, own = (jax.vmap(write) if linear.memory.ndim == 3 else write)(linear, *what)
+    write_one = functools.partial(_write, products, coefficients)
+    for linear, write, gram, inverse in zip(linears, writes, grams, inverses, strict=True):
+        write_each = jax.vmap(write_one) if linear.memory.ndim == 3 else write_one
+        end, own = write_each(linear, write, gram, inverse)
         ends.append(end)
         erased.append(own)
 
     def lookup(index: int, inputs: Array) -> Array:
         write, weights = writes[index], first_box(linears[index], writes[index].writes.shape[-1])
         keys = write.keys[0] if write.keys.ndim == 3 else write.keys
-        written = jax.tree.map(lambda x: x[0] if x.ndim == 3 else x, (write.writes, erased[index]))
-        return _read(products, coefficients.read, weights, keys, *written, inputs)
+        written, own = jax.tree.map(lambda x: x[0] if x.ndim == 3 else x, (write.writes, erased[index]))
+        return _read(products, coefficients.read, weights, keys, written, own, inputs)
 
     return ends, read(lookup, queries)
 

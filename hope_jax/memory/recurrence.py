@@ -170,7 +170,7 @@ def token_step(linear: Linear, write: Write, shared: Shared) -> Linear:
     if linear.memory.ndim == 3:
         return jax.vmap(token_step, in_axes=(0, 0, None))(linear, write, shared)
     added = jnp.outer(write.keys, write.writes)  # the writes of boxes that lie side by side, one after another
-    if linear.momentum is not None:
+    if linear.momentum is not None and shared.momentum_decay is not None:
         added = shared.momentum_decay * linear.momentum + added
     memory = shared.retention * linear.memory + (added if shared.active is None else shared.active * added)
     if write.erase is not None:
@@ -184,7 +184,8 @@ def token_step(linear: Linear, write: Write, shared: Shared) -> Linear:
 
 def _chunked(products, block: int | None, linears, writes, shared: Shared, queries, read, time: ReadTime):
     def step(linears, tokens):
-        return chunk(products, linears, *tokens, read, time)
+        some_writes, some_shared, some_queries = tokens
+        return chunk(products, linears, some_writes, some_shared, some_queries, read, time)
 
     tokens, length = (writes, shared, queries), shared.retention.shape[0]
     if block is None or length <= block:

@@ -88,8 +88,8 @@ def write(
     writes = [Write(one.keys, one.writes, one.erase) for one in layers]
     shared = Shared(gates.retention, gates.momentum_decay if rule.momentum else None, active)
     reader = functools.partial(read_memory, rule, products, fast.anchor)
-    how = dict(time=rule.read_time, impl=impl, block=32)
-    ends, reads = evaluate(linear_memories(rule, fast, initial), writes, shared, queries, reader, **how)
+    linears = linear_memories(rule, fast, initial)
+    ends, reads = evaluate(linears, writes, shared, queries, reader, time=rule.read_time, impl=impl, block=32)
     return updated(fast, ends), reads
 
 

@@ -201,7 +201,8 @@ def _writes(
         layers = _stack_writes(head, products, stack, stack.layers(anchor), streams, gates)
         given = [Write(one.keys, one.writes, one.erase, one.output if fresh else None) for one in layers]
         # The first layers have the same keys; boxes of one group have the same rate, and so the same erase.
-        output = side_by_side(layers[0].output) if fresh else None
+        known = layers[0].output if fresh else None
+        output = None if known is None else side_by_side(known)
         systems = tuple(stack.groups.index(group) for group in stack.groups)
         writes += [dataclasses.replace(given[0], keys=streams.k, memory_at_keys=output, systems=systems), *given[1:]]
     return writes

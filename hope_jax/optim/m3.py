@@ -97,7 +97,8 @@ def scale_by_m3(
     rules = Rules(scales, second_decay, accumulate, second_moment, update_rms, eps, ns)
     labels = labels_or_default(matrices)
     transformation = optax.GradientTransformation(
-        functools.partial(_start, rules, labels), lambda updates, state, _=None: _step(rules, labels, updates, state)
+        functools.partial(_start, rules, labels),
+        lambda updates, state, params=None: _step(rules, labels, updates, state),
     )
     return with_state_dtype(transformation, state_dtype, _stored(rules, state_dtype))
 
@@ -133,7 +134,7 @@ def _start(rules: Rules, labels: Labels, params: Any) -> M3State:
     return M3State(jnp.zeros((), jnp.int32), momenta, slow, second)
 
 
-def _step(rules: Rules, labels: Labels, gradients: Any, state: M3State) -> tuple[Any, M3State]:
+def _step(rules: Rules, labels: Labels, gradients: Any, state: Any) -> tuple[Any, M3State]:
     views = matrix_views(gradients, labels)
     count = jnp.asarray(optax.safe_increment(state.count))
     pairs = zip(rules.scales, state.momenta, state.directions, strict=True)

@@ -93,14 +93,17 @@ def scale_by_m3(
         update_rms = None if second_moment == "literal" else 0.2
     if eps is None:
         eps = 1e-8 if second_moment == "literal" else 1.0
-    ns = NewtonSchulz() if newton_schulz is None else newton_schulz
-    rules = Rules(scales, second_decay, accumulate, second_moment, update_rms, eps, ns)
-    labels = labels_or_default(matrices)
-    transformation = optax.GradientTransformation(
+    newton_schulz = NewtonSchulz() if newton_schulz is None else newton_schulz
+    rules = Rules(scales, second_decay, accumulate, second_moment, update_rms, eps, newton_schulz)
+    transformation = _transformation(rules, labels_or_default(matrices))
+    return with_state_dtype(transformation, state_dtype, _stored(rules, state_dtype))
+
+
+def _transformation(rules: Rules, labels: Labels) -> optax.GradientTransformation:
+    return optax.GradientTransformation(
         functools.partial(_start, rules, labels),
         lambda updates, state, params=None: _step(rules, labels, updates, state),
     )
-    return with_state_dtype(transformation, state_dtype, _stored(rules, state_dtype))
 
 
 def _stored(rules: Rules, dtype: Any) -> Callable[[M3State, Cast], M3State]:

@@ -11,8 +11,7 @@ minutes on a CPU.
 """
 
 import functools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from hope_jax import LanguageModel, ModelConfig, context, model_named
 from hope_jax import train as training
 from hope_jax.cli.benchmark import Trainer
 from hope_jax.cli.checks import at_least_one, must_divide
-from hope_jax.cli.measuring import best_seconds, machine
+from hope_jax.cli.measuring import best_seconds, report
 from hope_jax.cli.parse import parse
-from hope_jax.cli.results import append, open_results
+from hope_jax.cli.results import Row, open_results
 from hope_jax.models import with_in_context
 
 
@@ -33,22 +32,15 @@ from hope_jax.models import with_in_context
 class ContextBenchmarkConfig:
     """Measure the cost of levels that are written in context."""
 
-    model: str = "hope_attention-tiny"
-    """Name of the model."""
+    model: str = "hope_attention-tiny"  # Name of the model.
     periods: tuple[int, ...] = (16, 64, 256, 1024)
     """Periods of the fastest level in tokens; every one is a row. Each must divide the model's slower periods."""
-    length: int = 1024
-    """Tokens of a window and of a training sequence; a multiple of every period."""
-    batch: int = 2
-    """Sequences per training step."""
-    devices: int = 1
-    """Devices that share a training step; on a CPU, cores. One stream cannot be shared."""
-    streams: int = 1
-    """Streams that are read side by side, by one call each ``--length`` tokens."""
-    repeats: int = 5
-    """Repetitions; the best counts."""
-    results: Path = Path("experiments/results")
-    """Folder of context_benchmark.jsonl."""
+    length: int = 1024  # Tokens of a window and of a training sequence; a multiple of every period.
+    batch: int = 2  # Sequences per training step.
+    devices: int = 1  # Devices that share a training step; on a CPU, cores. One stream cannot be shared.
+    streams: int = 1  # Streams that are read side by side, by one call each ``--length`` tokens.
+    repeats: int = 5  # Repetitions; the best counts.
+    results: Path = Path("experiments/results")  # Folder of context_benchmark.jsonl.
 
     def __post_init__(self):
         at_least_one(self, "length", "batch", "devices", "streams", "repeats")
@@ -67,26 +59,26 @@ def main(arguments: Sequence[str]) -> int:
     config = parse(ContextBenchmarkConfig, arguments, "python -m experiments context_benchmark")
     path = open_results(config.results, "context_benchmark.jsonl")
     training.split_host(config.devices)
-    of_batch, of_streams = config.batch * config.length, config.streams * config.length
-    calls: dict[str, tuple[Callable[[], Any], int]] = {
-        "training": (_trainer(config, model_named(config.model)), of_batch)
-    }
-    calls["reading"] = (_reading(config), of_streams)
+    report(path, measure(config))
+    return 0
+
+
+def measure(config: ContextBenchmarkConfig) -> Iterator[Row]:
+    """What is measured with its tokens per second, and those of training as the measure of the others."""
+    tokens = {"training": config.batch * config.length}
+    calls: dict[str, Callable[[], Any]] = {"training": _trainer(config, model_named(config.model))}
+    calls["reading"] = _reading(config)
     for period in config.periods:
-        calls[f"learning, period {period}"] = (_learning(config, period), of_streams)
+        calls[f"learning, period {period}"] = _learning(config, period)
         if period < config.length:
             through = f"training through writes, period {period}"
-            calls[through] = (_trainer(config, config.written(period)), of_batch)
-    seconds = best_seconds({name: call for name, (call, _) in calls.items()}, config.repeats)
-    speed = {name: tokens / seconds[name] for name, (_, tokens) in calls.items()}
+            calls[through], tokens[through] = _trainer(config, config.written(period)), tokens["training"]
+    seconds = best_seconds(calls, config.repeats)
+    speed = {name: tokens.get(name, config.streams * config.length) / seconds[name] for name in calls}
+    about = {name: getattr(config, name) for name in ("model", "length", "batch", "devices", "streams")}
     for name, value in speed.items():
-        row = {name: getattr(config, name) for name in ("model", "length", "batch", "devices", "streams")} | {
-            "what": name
-        }
-        row |= {"tokens_per_second": round(value), "ratio": round(value / speed["training"], 3)}
-        append(path, row | machine())
-        print(json.dumps(row), flush=True)
-    return 0
+        ratio = round(value / speed["training"], 3)
+        yield about | {"what": name, "tokens_per_second": round(value), "ratio": ratio}
 
 
 def _trainer(config: ContextBenchmarkConfig, architecture: ModelConfig) -> Trainer:

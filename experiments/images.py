@@ -2,11 +2,13 @@
 
 import gzip
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
+from hope_jax import train as training
 from hope_jax.data.tfds_source import open_tfds, records
 from hope_jax.errors import UserError
 
@@ -114,10 +116,28 @@ def _resized(image: np.ndarray, size: int | None) -> np.ndarray:
 def _image_set(name: str, train: Split, test: Split) -> ImageSet:
     """Standardised by the training images; a fixed sixth of them is for validation."""
     mean, deviation = train.images.mean(dtype=np.float64), train.images.std(dtype=np.float64)
-    ready = lambda part: Split(((part.images - mean) / deviation).astype(np.float32), part.labels.astype(np.int32))  # noqa: E731
+
+    def ready(part: Split) -> Split:
+        return Split(((part.images - mean) / deviation).astype(np.float32), part.labels.astype(np.int32))
+
     order = np.random.default_rng(1).permutation(len(train.labels))
     train = Split(train.images[order], train.labels[order])
     cut = len(order) // 6
     validation, rest = Split(*(x[:cut] for x in train)), Split(*(x[cut:] for x in train))
     classes = int(max(part.labels.max() for part in (train, test))) + 1
     return ImageSet(name, ready(rest), ready(validation), ready(test), classes)
+
+
+def draws(images: Split, seed: int, batch: int) -> training.ComputedBatches:
+    """Batches of images, drawn anew each time."""
+    of_batches = jax.random.split(jax.random.key(seed))[1]
+
+    @jax.jit
+    def choose(index: Any) -> Any:
+        return jax.random.choice(jax.random.fold_in(of_batches, index), len(images.labels), (batch,))
+
+    def make(index: int) -> Split:
+        picked = np.asarray(choose(index))
+        return Split(*(x[picked] for x in images))
+
+    return training.ComputedBatches(make)

@@ -12,11 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.facts import ASKED, Facts
+from experiments.facts import ASKED, Facts, draw_facts
 from hope_jax import context
+from hope_jax.context.schedule import schedule_of
 from hope_jax.context.writes import cross_entropy
 from hope_jax.types import Array, Float, Int
 
+CHOICE, CHOOSERS = 1_000_033, 8
+"""Seed and number of the documents that the rates of fine-tuning are chosen on."""
+RATES = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "adamw": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
 Predict = Callable[[Int[Array, "R T"]], Float[Array, "R T vocab"]]
 
 
@@ -65,8 +69,11 @@ def _tune(
         known = jnp.arange(document.shape[0]) < document.shape[0] - 1  # nothing comes after the last token
         chunks = jax.tree.map(lambda x: x.reshape(-1, 1, chunk), (document, labels, known))
         read = functools.partial(jax.lax.scan, step)
-        repeat = lambda _, kept: read((*kept, model.init_state(params, 1)), chunks)[0][:2]  # noqa: E731
-        return jax.lax.fori_loop(0, passes, repeat, (params, tx.init(params)))[0]
+
+        def once(_: Any, kept: Any) -> Any:
+            return read((*kept, model.init_state(params, 1)), chunks)[0][:2]
+
+        return jax.lax.fori_loop(0, passes, once, (params, tx.init(params)))[0]
 
     def step(carry: Any, chunk: Any) -> tuple[Any, None]:
         params, moments, state = carry
@@ -106,3 +113,28 @@ def bits_per_byte(predict: Predict, text: Int[np.ndarray, "R window"]) -> float:
     """Of bytes, each predicted from those before it in its window."""
     tokens = jnp.asarray(text)
     return float(cross_entropy(predict(tokens[:, :-1]), tokens[:, 1:]).mean()) / np.log(2)
+
+
+def by_levels(model: Any, params: Any, facts: Facts) -> tuple[dict[str, Any], Predict]:
+    """What was read by writes into levels; with the recall that is left when one of them is set back."""
+    count = len(schedule_of(model, trained=True).periods)
+    read = functools.partial(stored, model, params, _documents(facts))
+    without = [recall(read(forget=level), facts) for level in range(count)] if count > 1 else []
+    return {"without": without}, read()
+
+
+def by_tuning(model: Any, params: Any, facts: Facts, how: str, chunk: int) -> tuple[dict[str, Any], Predict]:
+    """What was read by fine-tuning, at the rate that recalls most of other facts; ``how``: "OPTIMIZER xPASSES"."""
+    choice = draw_facts(CHOICE, 0, CHOOSERS, facts.told.shape[1], heldout=True)
+    optimizer, passes = how.split(" x")
+    read = functools.partial(tuned, model, params, chunk=chunk)
+
+    def score(method: Method) -> float:
+        return recall(read(_documents(choice), method=method), choice)
+
+    best = max((Method(optimizer, rate, int(passes)) for rate in RATES[optimizer]), key=score)
+    return {"rate": best.rate}, read(_documents(facts), method=best)
+
+
+def _documents(facts: Facts) -> np.ndarray:
+    return facts.told.reshape(len(facts.told), -1)

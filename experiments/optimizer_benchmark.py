@@ -9,7 +9,6 @@ best of ``--repeats`` interleaved repetitions; ratios compare within one run. Ea
 ``optimizer_benchmark.jsonl``. Two minutes on two cores. Expect M3 within 1.3 times Muon.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,9 @@ from tqdm import tqdm
 from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least_one, known
-from hope_jax.cli.measuring import best_seconds, machine
+from hope_jax.cli.measuring import best_seconds, report
 from hope_jax.cli.parse import parse
-from hope_jax.cli.results import Row, append, open_results
+from hope_jax.cli.results import Row, open_results
 from hope_jax.cli.running import progress_interval
 from hope_jax.nn.axes import decays, matrices
 from hope_jax.optim import M3, OPTIMIZERS
@@ -39,16 +38,11 @@ BLOCK = M3().slow_period or 1
 class OptimizerBenchmarkConfig:
     """Measure the steps of optimizers."""
 
-    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
-    """Which to measure."""
-    against: str = "muon"
-    """Ratios are of this one's time; it is measured too."""
-    model: str = "hope-30m"
-    """Name of the model whose parameters are stepped."""
-    repeats: int = 5
-    """Repetitions; the best counts."""
-    results: Path = Path("experiments/results")
-    """Folder of optimizer_benchmark.jsonl."""
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)  # Which to measure.
+    against: str = "muon"  # Ratios are of this one's time; it is measured too.
+    model: str = "hope-30m"  # Name of the model whose parameters are stepped.
+    repeats: int = 5  # Repetitions; the best counts.
+    results: Path = Path("experiments/results")  # Folder of optimizer_benchmark.jsonl.
 
     def __post_init__(self):
         for name in (*self.optimizers, self.against):
@@ -60,10 +54,7 @@ class OptimizerBenchmarkConfig:
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(OptimizerBenchmarkConfig, arguments, "python -m experiments optimizer_benchmark")
-    path = open_results(config.results, "optimizer_benchmark.jsonl")
-    for row in measure(config):
-        append(path, {**row, **machine()})
-        print(json.dumps(row), flush=True)
+    report(open_results(config.results, "optimizer_benchmark.jsonl"), measure(config))
     return 0
 
 
@@ -116,7 +107,7 @@ def measure(config: OptimizerBenchmarkConfig) -> list[Row]:
 
 def random_parameters(model: str) -> Any:
     """Normal numbers in the shapes of the model's parameters."""
-    shapes = training.abstract_state(LanguageModel(model_named(model)), optax.sgd(1.0)).params
+    shapes = training.abstract_params(LanguageModel(model_named(model)))
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     drawn = [jax.random.normal(key, leaf.shape, jnp.float32) for key, leaf in zip(keys, leaves, strict=True)]

@@ -9,8 +9,8 @@ rate, so that everybody has 54). *Tasks*: four orthogonal regression tasks in se
 the first right after it and after the last, at learning rate 0.02 and the middle value of the other number, and the
 mean loss on all four at the end, for the best of the same 54 settings. All in float64, all settings at once.
 
-Each run appends a JSON line per optimizer and decay to ``optimizers_toy.jsonl`` in ``--results``; the table and the
-picture are made from the file. Half a minute on one core.
+Each problem, optimizer and decay is a line of ``optimizers_toy.jsonl`` in ``--results`` and is not run again; the table
+and the picture are made from the file. Half a minute on one core.
 
 Expect at decay 0.9: momentum 283 steps, delta momentum 74 (gram, its default) and 200 (scalar); at 0.99 the first
 task's loss grows least with the scalar form, most with momentum. Momentum at its best learning rates is chaotic: of
@@ -18,6 +18,7 @@ the nine without a factor it needs 391, 281 and 1010 steps (decay 0.9, 0.95, 0.9
 sum, as Eq. 33 has it, but 453, 333 and 820 with the rate outside, as optax has it; but for rounding the two are one.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,19 +29,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments.toy_problems import START, Surface, descend, learn, stream
+from experiments.toy_problems import START, Make, Surface, descend, learn, stream
 from hope_jax import optim
-from hope_jax import train as training
-from hope_jax.cli.checks import at_least_one, known
+from hope_jax.cli.checks import at_least_one, given, known
 from hope_jax.cli.parse import parse
-from hope_jax.cli.results import append, open_results
+from hope_jax.cli.plots import plot
+from hope_jax.cli.results import Results, Row, aligned
 from hope_jax.cli.running import progress_interval
 from hope_jax.errors import UserError
 
-Row = dict[str, Any]
+SURFACE, TOLERANCE = Surface(k=10.0, amplitude=0.5, frequency=5.0), 1e-4
+"""The valley, and the height below which it is solved."""
 NEEDED = ("problem", "task", "optimizer", "decay", "learning_rate", "other")
 RATES = tuple(n * 1e-3 for n in (1, 2, 3, 5, 7, 10, 15, 20, 30))
 FACTORS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -64,6 +65,10 @@ class Contestant:
     other: str
     values: tuple[float, ...]
     usual: float
+
+    def at(self, decay: float) -> Make:
+        """The optimizer by learning rate and other number."""
+        return lambda rate, other: self.make(rate, other, decay)
 
 
 def _m3(rate: Any, decay: float) -> optax.GradientTransformation:
@@ -98,71 +103,53 @@ CONTESTANTS = {
 class OptimizersToyConfig:
     """Tune every optimizer on two toy problems, with as many settings for each."""
 
-    optimizers: tuple[str, ...] = tuple(CONTESTANTS)
-    """Who takes part."""
-    decays: tuple[float, ...] = (0.9, 0.95, 0.99)
-    """Momentum decays, each a row of its own."""
-    steps: int = 2000
-    """Most steps in the valley."""
-    tolerance: float = 1e-4
-    """The valley is solved when psi is below this."""
-    k: float = 10.0
-    """Steepness of the valley's walls."""
-    amplitude: float = 0.5
-    """How far the valley winds."""
-    frequency: float = 5.0
-    """How often the valley winds."""
-    seeds: int = 20
-    """Streams of tasks to average over."""
-    tasks: int = 4
-    """Tasks in a stream."""
-    task_steps: int = 60
-    """Examples of each task."""
-    size: int = 16
-    """Weights of the regression, at least one per task."""
-    results: Path = Path("experiments/results")
-    """Folder of optimizers_toy.jsonl and the picture."""
+    optimizers: tuple[str, ...] = tuple(CONTESTANTS)  # Who takes part.
+    decays: tuple[float, ...] = (0.9, 0.95, 0.99)  # Momentum decays, each a row of its own.
+    steps: int = 2000  # Most steps in the valley.
+    seeds: int = 20  # Streams of tasks to average over.
+    tasks: int = 4  # Tasks in a stream.
+    task_steps: int = 60  # Examples of each task.
+    size: int = 16  # Weights of the regression, at least one per task.
+    results: Path = Path("experiments/results")  # Folder of optimizers_toy.jsonl and the picture.
+    cache: Path = Path("runs/.cache")  # Folder of compiled programs.
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in self.optimizers:
             known("optimizer", name, CONTESTANTS)
-        if not (self.optimizers and self.decays):
-            raise UserError("Give at least one of each: --optimizers, --decays.")
+        given(self, "optimizers", "decays")
         if not all(0 <= decay < 1 for decay in self.decays):
             raise UserError(f"--decays must be 0 or more and below 1, got {self.decays}.")
         at_least_one(self, "steps", "seeds", "tasks", "task_steps")
         if self.size < self.tasks:
             raise UserError(f"--size must be at least --tasks, got {self.size} for {self.tasks}: tasks are orthogonal.")
-        if not self.tolerance > 0:
-            raise UserError(f"--tolerance must be above 0, got {self.tolerance}.")
 
     @property
-    def surface(self) -> Surface:
-        """The valley."""
-        return Surface(self.k, self.amplitude, self.frequency)
+    def task(self) -> dict[str, list[float]]:
+        """What must agree before two rows of a problem are compared."""
+        valley = [SURFACE.k, SURFACE.amplitude, SURFACE.frequency, TOLERANCE, self.steps]
+        return {"valley": valley, "tasks": [self.seeds, self.tasks, self.task_steps, self.size]}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit status."""
+    """Run, print and draw; returns the exit status."""
     config = parse(OptimizersToyConfig, arguments, "python -m experiments optimizers_toy")
-    path = open_results(config.results, "optimizers_toy.jsonl")
-    training.read_rows(path, NEEDED)  # a damaged line is better known now than later
+    results = Results(config.results, "optimizers_toy", config.cache, NEEDED)
     with jax.enable_x64(True):
-        for row in race(config):
-            append(path, row)
-        print("\n".join(table(config, training.read_rows(path, NEEDED))))
-        print(f"written: {path}, {draw(config, training.read_rows(path, NEEDED))}")
+        race(config, results)
+        print("\n".join(table(config, results.rows())))
+        print(f"written: {results.path}, {draw(config, results.rows())}")
     return 0
 
 
-def race(config: OptimizersToyConfig):
-    """The JSON lines of every optimizer at every decay, valley and tasks in turn."""
+def race(config: OptimizersToyConfig, results: Results) -> None:
+    """Every optimizer at every decay, valley and tasks in turn."""
     fields = list(itertools.product(config.optimizers, config.decays))
     with tqdm(fields, unit="optimizer", dynamic_ncols=True, mininterval=progress_interval()) as bar:
         for name, decay in bar:
             bar.set_description(f"{name}, decay {decay:g}")
-            yield valley(config, name, decay)
-            yield in_sequence(config, name, decay)
+            for problem, work in PROBLEMS.items():
+                about = {"problem": problem, "task": config.task[problem], "optimizer": name, "decay": decay}
+                results.complete(about, functools.partial(work, config, name, decay))
 
 
 def _grid(contestant: Contestant) -> tuple[Any, Any]:
@@ -170,101 +157,85 @@ def _grid(contestant: Contestant) -> tuple[Any, Any]:
     return jnp.asarray(rates, float), jnp.asarray(others, float)
 
 
-def _valley(config: OptimizersToyConfig) -> list[float]:
-    return [config.k, config.amplitude, config.frequency, config.tolerance, config.steps]
-
-
-def _stream(config: OptimizersToyConfig) -> list[float]:
-    return [config.seeds, config.tasks, config.task_steps, config.size]
-
-
-def valley(config: OptimizersToyConfig, name: str, decay: float) -> Row:
+def valley(config: OptimizersToyConfig, name: str, decay: float, run: Any = None) -> Row:
     """Steps to the tolerance and the best setting (None: no setting gets there), and how many settings got there."""
     contestant = CONTESTANTS[name]
     rates, others = _grid(contestant)
-    points = descend(
-        config.surface, lambda rate, other: contestant.make(rate, other, decay), rates, others, config.steps
-    )
-    below = np.asarray(config.surface.value(points) < config.tolerance)
+    points = descend(SURFACE, contestant.at(decay), rates, others, config.steps)
+    below = np.asarray(SURFACE.value(points) < TOLERANCE)
     first = np.where(below.any(1), below.argmax(1) + 1, config.steps + 1)
     best = int(first.argmin())
     found = bool(below[best].any())
     return {
-        **{"problem": "valley", "task": _valley(config), "optimizer": name, "decay": decay},
         **{"steps": int(first[best]) if found else None, "solved": int(below.any(1).sum()), "settings": len(first)},
         **{"learning_rate": float(rates[best]) if found else None, "other": contestant.other},
         **{"value": float(others[best]) if found else None},
     }
 
 
-def in_sequence(config: OptimizersToyConfig, name: str, decay: float) -> Row:
+def in_sequence(config: OptimizersToyConfig, name: str, decay: float, run: Any = None) -> Row:
     """Losses of the task stream, means over seeds: at the fixed setting and, all tasks at the end, at the best."""
     contestant = CONTESTANTS[name]
     rates, others = _grid(contestant)
     tasks = stream(config.seeds, config.tasks, config.task_steps, config.size)
-    losses = learn(tasks, lambda rate, other: contestant.make(rate, other, decay), rates, others)
-    means = np.asarray(losses).mean(1)
+    means = np.asarray(learn(tasks, contestant.at(decay), rates, others)).mean(1)
     fixed = int(np.argmin(abs(np.asarray(rates) - STREAM_RATE) + abs(np.asarray(others) - contestant.usual)))
     last = np.nan_to_num(means[:, -1].mean(-1), nan=np.inf)
     best = int(last.argmin())
     return {
-        **{"problem": "tasks", "task": _stream(config), "optimizer": name, "decay": decay},
         **{"first_then": float(means[fixed, 0, 0]), "first_at_end": float(means[fixed, -1, 0])},
         **{"all_at_end": float(last[best]), "settings": len(last), "other": contestant.other},
         **{"learning_rate": float(rates[best]), "value": float(others[best])},
     }
 
 
+PROBLEMS = {"valley": valley, "tasks": in_sequence}
+
+
 def latest(config: OptimizersToyConfig, rows: Sequence[Row]) -> dict[tuple[str, str, float], Row]:
     """The last row of each problem, optimizer and decay that had this task, in the order of ``CONTESTANTS``."""
-    task = {"valley": _valley(config), "tasks": _stream(config)}
-    same = {(r["problem"], r["optimizer"], r["decay"]): r for r in rows if r["task"] == task[r["problem"]]}
+    same = {(r["problem"], r["optimizer"], r["decay"]): r for r in rows if r["task"] == config.task[r["problem"]]}
     order = list(CONTESTANTS)
     return dict(sorted(same.items(), key=lambda item: (item[0][2], order.index(item[0][1]))))
 
 
 def table(config: OptimizersToyConfig, rows: Sequence[Row]) -> list[str]:
     """What is on file about these problems, as text."""
-    lines = [f"steps to psi < {config.tolerance:g}, best of 54 settings; loss of task 1 then and at the end at fixed"]
-    lines += ["setting; mean loss of all tasks at the end, best of 54", ""]
-    lines += [
-        f"{'decay':<6} {'optimizer':<13} {'steps':>6} {'solved':>7}  {'at':<26} {'task 1':>9} {'at end':>9} {'all':>9}"
-    ]
+    said = [f"steps to psi < {TOLERANCE:g}, best of 54 settings; loss of task 1 then and at the end at the fixed"]
+    said += ["setting; mean loss of all tasks at the end, best of 54", ""]
     found = latest(config, rows)
+    cells: list[Sequence[Any]] = [("decay", "optimizer", "steps", "solved", "at", "task 1", "at end", "all")]
     for (problem, name, decay), row in found.items():
         if problem == "valley":
             setting = f"{row['learning_rate']:g}, {row['other']} {row['value']:g}" if row["steps"] else "-"
-            steps = row["steps"] or f">{config.steps}"
-            start = f"{decay:<6g} {name:<13} {steps:>6} {row['solved']:>4}/{row['settings']:<2}  {setting:<26}"
-            other = found.get(("tasks", name, decay))
-            names = ("first_then", "first_at_end", "all_at_end")
-            lines.append(start + "".join(f" {other[n]:>9.2g}" for n in names) if other else start)
-    return lines
+            steps, solved = row["steps"] or f">{config.steps}", f"{row['solved']}/{row['settings']}"
+            other = found.get(("tasks", name, decay), {})
+            losses = [f"{other[n]:.2g}" if other else "-" for n in ("first_then", "first_at_end", "all_at_end")]
+            cells.append((f"{decay:g}", name, steps, solved, setting, *losses))
+    return said + aligned(cells)
 
 
 def draw(config: OptimizersToyConfig, rows: Sequence[Row]) -> Path:
     """The way of each optimizer through the valley at the smallest of ``--decays``, at its best setting, as a PNG."""
     decay = min(config.decays)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
     r, theta = np.meshgrid(np.linspace(-4.5, 2, 200), np.linspace(-4.5, 3, 200))
-    heights = np.log10(np.asarray(config.surface.value(jnp.stack([r, theta], -1))) + 1e-6)
-    left.contourf(r, theta, heights, levels=30, cmap="Greys", alpha=0.6)
-    for (problem, name, of), row in latest(config, rows).items():
-        if problem == "valley" and of == decay and row["steps"]:
-            _draw_way(config, left, right, name, row)
-    left.set(xlabel="r", ylabel="theta", xlim=(-4.5, 2), ylim=(-4.5, 3), title=f"way to the minimum, decay {decay:g}")
-    right.axhline(config.tolerance, color="black", linewidth=0.8, linestyle=":")
-    right.set(xlabel="steps", ylabel="psi", yscale="log", xscale="log", title="best setting of each")
-    right.legend(fontsize="small")
-    figure.savefig(path := config.results / "optimizers_toy.png", dpi=120)
+    heights = np.log10(np.asarray(SURFACE.value(jnp.stack([r, theta], -1))) + 1e-6)
+    with plot(path := config.results / "optimizers_toy.png", 2, (11, 4.5)) as (left, right):
+        left.contourf(r, theta, heights, levels=30, cmap="Greys", alpha=0.6)
+        for (problem, name, of), row in latest(config, rows).items():
+            if problem == "valley" and of == decay and row["steps"]:
+                _draw_way(left, right, name, row)
+        title = f"way to the minimum, decay {decay:g}"
+        left.set(xlabel="r", ylabel="theta", xlim=(-4.5, 2), ylim=(-4.5, 3), title=title)
+        right.axhline(TOLERANCE, color="black", linewidth=0.8, linestyle=":")
+        right.set(xlabel="steps", ylabel="psi", yscale="log", xscale="log", title="best setting of each")
     return path
 
 
-def _draw_way(config: OptimizersToyConfig, left: Any, right: Any, name: str, row: Row) -> None:
-    make, colour = CONTESTANTS[name].make, f"C{list(CONTESTANTS).index(name)}"
+def _draw_way(left: Any, right: Any, name: str, row: Row) -> None:
+    colour = f"C{list(CONTESTANTS).index(name)}"
     rate, other = (jnp.asarray([row[key]], float) for key in ("learning_rate", "value"))
-    points = descend(config.surface, lambda a, b: make(a, b, row["decay"]), rate, other, row["steps"])[0]
+    points = descend(SURFACE, CONTESTANTS[name].at(row["decay"]), rate, other, row["steps"])[0]
     way = np.concatenate([np.array([START]), np.asarray(points)])
     left.plot(way[:, 0], way[:, 1], ".-", color=colour, linewidth=0.8, markersize=2)
-    right.plot(np.asarray(config.surface.value(jnp.asarray(way))), color=colour, label=f"{name}: {row['steps']}")
+    right.plot(np.asarray(SURFACE.value(jnp.asarray(way))), color=colour, label=f"{name}: {row['steps']}")

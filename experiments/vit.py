@@ -1,11 +1,14 @@
 """A small Vision Transformer (pre-norm, learned positions, mean over patches) of stock parts, to try optimizers on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from jax.tree_util import tree_map_with_path
 
+from hope_jax import train as training
 from hope_jax.optim import MuonDimensionNumbers
 from hope_jax.types import Array, Float
 
@@ -64,3 +67,16 @@ def matrices(params: Any) -> Any:
         return MuonDimensionNumbers(inputs, leaf.ndim - 1 if "out" in names else tuple(range(1, leaf.ndim)))
 
     return tree_map_with_path(label, params)
+
+
+def image_loss(model: ViT) -> Callable[[Any, Any], Any]:
+    """Mean cross-entropy in nats and accuracy of a batch with ``images`` and ``labels``."""
+
+    def loss(params: Any, part: Any) -> tuple[Any, Any]:
+        logits: Any = model.apply({"params": params}, part.images)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, part.labels)
+        count, right = jnp.float32(len(part.labels)), jnp.sum(logits.argmax(-1) == part.labels).astype(jnp.float32)
+        metrics = {"loss": training.Mean(jnp.sum(nats), count), "accuracy": training.Mean(right, count)}
+        return jnp.mean(nats), metrics
+
+    return loss

@@ -11,8 +11,11 @@ from test_cli import mistake
 
 from experiments import domains
 from experiments.__main__ import main
+from experiments.two_texts import Learner
 from hope_jax import LanguageModel
 from hope_jax import train as training
+from hope_jax.cli import plots
+from hope_jax.cli.results import Results
 from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.nn.feed_forward.cms import CMSConfig
@@ -52,7 +55,7 @@ def learner(config):
     tokenizer = make_tokenizer(config.first)
     both = (config.first, config.second)
     texts = [open_text(one, tokenizer, length=config.length, cache_dir=config.cache / "data") for one in both]
-    return domains.Learner(config, 1, tokenizer, texts)
+    return Learner(config, config.model(1, tokenizer.vocab_size), tokenizer, texts)
 
 
 def line(row="levels_0", rate=1.0, seed=0, *, first=4.0, second=3.0, setting=()):
@@ -82,11 +85,10 @@ def test_slow_levels_have_the_periods_of_every_in_batches():
 
 @pytest.mark.parametrize("periods, moves", [(True, [False, True, False, True]), (False, [True] * 4)])
 def test_a_slow_level_moves_only_once_per_period_unless_all_move_together(learner, periods, moves):
-    params = learner.start(0).params
-    state = training.TrainState(np.int32(0), params, learner._optimizer(periods, 1.0).init(params))
+    state = learner.setups[periods].start(0)
     for number, expected in enumerate(moves):
         before = jax.device_get(state.params)
-        state, _ = learner._step[periods](state, batch(number))
+        state, _ = learner.setups[periods].step(state, batch(number))
         moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, jax.device_get(state.params))
         blocks = moved["blocks"]["feed_forward"]
         assert blocks["level_1"]["up"]["kernel"] == blocks["level_1"]["down"]["kernel"] == expected
@@ -99,32 +101,35 @@ def batch(seed):
 
 
 def test_what_each_part_forgets_is_measured_with_the_others_set_back(learner):
-    first = learner.start(0)
-    second = learner.learn(first, 1, 0, True, 1.0, "second")
-    alone = learner.line(first, second)["alone"]
+    first = learner.first(0, True, None)
+    second = learner.second(first, 0, True, 1.0, None)
+    alone = learner.parts(first.params, second.params)["alone"]
     assert set(alone) == {"embedding", "mixer", "level_0", "level_1"}
     mixed = {**first.params, "embedding": second.params["embedding"]}
-    assert alone["embedding"] == pytest.approx(learner._evaluate[0](mixed)["bits_per_byte"])
-    assert len({*alone.values(), first.curve[-1][1]}) == 5, "every part was moved, and makes a difference"
+    measured = learner.setups[False].evaluator(learner._heldout)(mixed)
+    assert alone["embedding"] == pytest.approx(measured["first/bits_per_byte"])
+    before = second.heldout[0]["first/bits_per_byte"]
+    assert len({*alone.values(), before}) == 5, "every part was moved, and makes a difference"
 
 
 def test_a_lower_rate_on_the_second_text_scales_every_step(learner):
-    went = {}
+    went, setup = {}, learner.setups[False]
     for rate in (1.0, 0.25):
-        params = learner.start(0).params
-        before = jax.device_get(jax.tree.leaves(params))
-        state = training.TrainState(np.int32(0), params, learner._optimizer(False, rate).init(params))
-        after = jax.device_get(jax.tree.leaves(learner._step[False](state, batch(0))[0].params))
-        went[rate] = np.concatenate([(y - x).ravel() for x, y in zip(before, after, strict=True)])
+        state = setup.start(0)
+        before = jax.device_get(jax.tree.leaves(state.params))
+        after = setup.step(training.at_rate(state, rate), batch(0))[0].params
+        pairs = zip(before, jax.device_get(jax.tree.leaves(after)), strict=True)
+        went[rate] = np.concatenate([(y - x).ravel() for x, y in pairs])
     np.testing.assert_allclose(went[0.25], went[1.0] / 4, atol=1e-6)
     assert np.abs(went[1.0]).max() > 1e-3
 
 
 @pytest.mark.slow
-def test_every_row_learns_both_texts_from_the_same_state_at_the_switch(config):
+def test_every_row_learns_both_texts_from_the_same_state_at_the_switch(config, tmp_path, monkeypatch):
     rows = ("levels_1", "together_1", "later_1")
     config = dataclasses.replace(config, steps=32, rows=rows, second_rates=(1.0, 0.1), seeds=(0,), eval_every=16)
-    lines = list(domains.domains(config))
+    results = Results(tmp_path / "r", "domains", tmp_path / "c", domains.NEEDED)
+    lines = domains.domains(config, results)
     assert [(one["row"], one["second_rate"]) for one in lines] == [(row, rate) for row in rows for rate in (1.0, 0.1)]
     assert [[done for done, *_ in one["curve"]] for one in lines] == [[0, 16, 32, 48, 64]] * 6
     switch = [one["curve"][:3] for one in lines]
@@ -137,6 +142,8 @@ def test_every_row_learns_both_texts_from_the_same_state_at_the_switch(config):
     fast = lines[0]["moved"]
     assert fast["level_1"] < fast["level_0"] and lines[1]["moved"]["level_0"] < fast["level_0"]
     assert lines[2]["moved"]["level_1"] > lines[4]["moved"]["level_1"]
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("trained again"))
+    assert domains.domains(config, results) == json.loads(json.dumps(lines))
 
 
 def test_the_command_leaves_lines_a_table_and_a_plot_and_later_prints_them_again(tmp_path, capsys, monkeypatch):
@@ -155,7 +162,7 @@ def test_the_command_leaves_lines_a_table_and_a_plot_and_later_prints_them_again
 def test_the_table_is_mean_and_sample_deviation_and_a_run_done_again_replaces_the_former_one():
     lines = [line(first=9.0), line(first=4.0), line(first=5.0, seed=1)]
     (_, _, row) = domains.table(lines)
-    assert row.split("  ")[-1] == "2"
+    assert row.split()[-1] == "2"
     numbers = ["2.000 +- 0.000", "4.500 +- 0.707", "2.500 +- 0.707", "3.000 +- 0.000", "0.000 +- 0.000"]
     assert " ".join(row.split()) == " ".join(["levels_0", "1", *numbers, "2"])
 
@@ -163,7 +170,7 @@ def test_the_table_is_mean_and_sample_deviation_and_a_run_done_again_replaces_th
 def test_forgetting_is_compared_where_levels_0_of_the_same_seed_learned_as_much():
     mine = line("levels_1", first=3.5, second=3.25)
     half = [line(rate=1.0, first=5.0, second=3.0), line(rate=0.1, first=3.0, second=4.0)]  # 2.5 forgotten at 3.25
-    (runs,) = domains.grouped([mine, *half])
+    ((_, runs),) = domains.grouped([mine, *half])
     assert domains.more(mine, runs) == pytest.approx(1.5 - 2.5)
     assert math.isnan(domains.more(mine | {"second": 4.5}, runs)) and math.isnan(domains.more(mine | {"seed": 1}, runs))
     assert domains.table([mine | {"second": 4.5}, *half])[2].split()[-2:] == ["-", "1"]
@@ -175,7 +182,7 @@ def test_other_settings_have_a_table_of_their_own_and_the_last_one_is_drawn(othe
     table = domains.table(lines)
     assert len(table) == 6 and all(f"{name} {value}" in table[3] for name, value in other.items())
     drawn = []
-    monkeypatch.setattr(domains.Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
     domains.draw(domains.DomainsConfig(results=tmp_path), lines)
     first, second, trade = ([list(map(float, one.get_ydata())) for one in ax.lines] for ax in drawn)
     assert first == [[2.0, 7.0]] * 2 and second == [[5.0, 3.0]] * 2 and trade == [[5.0]] * 2
@@ -189,12 +196,12 @@ def test_the_plot_has_a_curve_per_row_at_its_highest_rate_and_a_line_through_its
         for seed in (0, 1)
     ]
     drawn = []
-    monkeypatch.setattr(domains.Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
     domains.draw(domains.DomainsConfig(results=tmp_path), rows)
     means = {one.get_label(): list(one.get_ydata()) for one in drawn[0].lines if not one.get_label().startswith("_")}
     assert means == {"levels_0": [2.0, 4.5], "levels_1": [2.0, 4.5]}
     assert list(drawn[0].lines[0].get_xdata()) == [16, 32], "tokens"
-    assert list(drawn[2].lines[2].get_ydata()) == [2.0, 2.5]
+    assert list(drawn[2].lines[0].get_ydata()) == [2.0, 2.5]
 
 
 @pytest.mark.parametrize(
@@ -207,10 +214,8 @@ def test_the_plot_has_a_curve_per_row_at_its_highest_rate_and_a_line_through_its
         (["--every", "1", "4", "16"], "--every must ascend from 2 and divide --steps, got (1, 4, 16) for 448."),
         (["--every", "16", "4", "64"], "--every must ascend from 2 and divide --steps"),
         (["--steps", "100"], "--every must ascend from 2 and divide --steps, got (4, 16, 64) for 100."),
-        (
-            ["--second-rates", "0"],
-            "Give at least one of each: --rows, --seeds, --second-rates, the last greater than 0",
-        ),
+        (["--second-rates", "0"], "--second-rates must be greater than 0, got (0.0,)."),
+        (["--second-rates"], "Give at least one of each: --rows, --seeds, --second-rates"),
         (["--eval-every", "0"], "--eval-every must be at least 1, got 0."),
         (["--architecture", "transformer_pp"], "transformer_pp has no continuum memory system; take hope or"),
         (["--architecture", "hop"], "No architecture is called 'hop'; did you mean 'hope'"),
@@ -225,8 +230,10 @@ def test_a_mistake_is_one_sentence(flags, expected, capfd):
 
 
 def test_a_damaged_line_and_a_loss_that_diverges_are_told(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(domains.training, "evaluator", lambda loss, batches: lambda params: {"bits_per_byte": math.nan})
-    assert "levels_0, seed 0, first: the loss diverged" in mistake(capfd, ["domains", *RUN, "--rows", "levels_0"])
+    no_number = {"first/loss": math.nan, "first/bits_per_byte": math.nan}
+    monkeypatch.setattr(training.Setup, "evaluator", lambda *_: lambda params: no_number)
+    said = mistake(capfd, ["domains", *RUN, "--rows", "levels_0"])
+    assert "the held-out first/loss became nan" in said and "lower --optimizer.learning-rate" in said
     (tmp_path / "r" / "domains.jsonl").write_text('{"row": "levels_0"}\n')
     assert "Line 1 of r/domains.jsonl has no second_rate" in mistake(capfd, ["domains", *RUN, "--rows", "levels_0"])
     with pytest.raises(UserError, match="There is no|nothing"):

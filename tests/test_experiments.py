@@ -7,15 +7,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from test_cli import mistake
 
-from experiments import compare, recall
+from experiments import recall
 from experiments.__main__ import main
 from hope_jax import LanguageModel
 from hope_jax.cli.results import Results
 from hope_jax.cli.trials import at_best_rate, percent
-from hope_jax.config import flatten
-from hope_jax.data import IGNORE, DataConfig
+from hope_jax.data import IGNORE
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, MODELS, Size, without_writes
@@ -145,103 +143,11 @@ def test_attention_has_no_control_and_unknown_rows_name_the_closest():
         recall.RecallConfig(rows=("transformer_pp",), writes=False)
     with pytest.raises(UserError, match="did you mean 'titans'"):
         recall.RecallConfig(rows=("titan",))
-    with pytest.raises(UserError, match="did you mean 'hope-tiny'"):
-        compare.CompareConfig(rows=("hop",))
-    with pytest.raises(UserError, match="no inner learning rate"):
-        compare.CompareConfig(rows=("transformer_conv_without_writes",))
 
 
 def test_a_task_that_cannot_be_asked_is_one_sentence_and_exit_status_2(capfd):
     assert main(["recall", "--length", "10", "--pairs", "4"]) == 2
     assert "at least 4 * pairs" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_comparison_measures_all_rows_at_the_same_steps_on_the_same_text(tmp_path):
-    for name in "abcd":
-        (tmp_path / f"{name}.txt").write_text(f"the cat {name} sat on the mat. " * 100)
-    config = compare.CompareConfig(
-        rows=("deltanet", "deltanet_without_writes"), size="nano", seeds=(0, 1), steps=20, batch=2, length=32,
-        eval_every=10, eval_batches=1, results=tmp_path / "results", cache=tmp_path / "cache",
-        optimizer=OptimizerConfig(warmup=2), data=DataConfig(path=(str(tmp_path / "*.txt"),), heldout=0.3),
-    )  # fmt: skip
-    compare.compare(config)
-    rows = lines(tmp_path / "results" / "compare.jsonl")
-    runs = {(row["row"], row["seed"]) for row in rows}
-    assert len(runs) == 4 and len(rows) == 4 * 3
-    assert [row["step"] for row in rows[:3]] == [0, 10, 20] and rows[2]["tokens"] == 20 * 2 * 32
-    assert len({(row["parameters"], row["fingerprint"]) for row in rows}) == 1
-    first, final = (
-        {(row["row"], row["seed"]): row["bits_per_byte"] for row in rows if row["step"] == step} for step in (0, 20)
-    )
-    assert all(0 < final[run] < first[run] for run in runs)
-    assert len(set(final.values())) == 4, "writes and seeds must make a difference"
-    assert compare.draw(config).read_bytes()[:4] == b"\x89PNG"
-
-
-def result(bits=2.0, seed=0, step=5, **changes):
-    """A JSON line of a comparison."""
-    about = {"text": "prose", "fingerprint": "abcdef0123", "row": "hope", "size": "tiny", "length": 4, "batch": 2}
-    about |= {
-        "parameters": 7,
-        "steps": 5,
-        "eval_batches": 1,
-        **flatten({"optimizer": OptimizerConfig(learning_rate=1e-3)}),
-    }
-    return about | {"seed": seed, "step": step, "tokens": 8 * step, "bits_per_byte": bits} | changes
-
-
-def test_the_table_is_mean_and_sample_deviation_and_a_repeated_run_counts_once():
-    rows = [result(9.0), result(2.0), result(3.0, seed=1), result(8.0, seed=1, step=3)]
-    (line,) = compare.table(rows)[1:]
-    assert line.split() == ["prose", "abcdef01", "hope", "tiny", "4", "40", "1.0e-03", "2.5000", "0.7071", "2"]
-
-
-@pytest.mark.parametrize(
-    "changes, shown",
-    [
-        ({"fingerprint": "9999"}, "9999"),
-        ({"size": "30m"}, "30m"),
-        ({"optimizer.learning_rate": 2e-3}, "2.0e-03"),
-        ({"optimizer.method.b2": 0.5}, "b2=0.5"),
-        ({"eval_batches": 3}, "eval_batches=3"),
-        ({"parameters": 8}, "parameters=8"),
-    ],
-    ids=str,
-)
-def test_what_differs_in_more_than_the_seed_is_never_averaged_and_the_table_tells_the_difference(changes, shown):
-    table = compare.table([result(1.0), result(3.0, seed=1, **changes)])[1:]
-    assert len(table) == 2 and [shown in line.split() for line in table].count(True) == 1
-    assert sorted(line.split()[7] for line in table) == ["1.0000", "3.0000"]
-
-
-def test_the_curve_keeps_other_texts_and_settings_apart(tmp_path, monkeypatch):
-    rows = [result(1.0), result(3.0, seed=1, fingerprint="9999"), result(9.0, text="code")]
-    (tmp_path / compare.FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawn = []
-    monkeypatch.setattr(compare.Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes[0].lines))
-    compare.draw(compare.CompareConfig(name="prose", length=4, results=tmp_path))
-    means = {line.get_label(): list(line.get_ydata()) for line in drawn if not line.get_label().startswith("_")}
-    assert means == {"hope fingerprint=abcdef0123": [1.0], "hope fingerprint=9999": [3.0]}
-
-
-def test_the_command_compares_and_later_prints_the_table_of_what_is_on_file(tmp_path, capsys, monkeypatch):
-    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 200)
-    flags = "--rows deltanet --size nano --seeds 0 --steps 2 --batch 1 --length 32 --eval-batches 1 --data.path a.txt"
-    assert main(["compare", *flags.split()]) == 0
-    printed = capsys.readouterr().out
-    assert "deltanet               nano      32         64  2.0e-03" in printed
-    monkeypatch.setattr(compare, "run", None)  # training would fail
-    assert main(["compare", "--table", "--length", "32"]) == 0
-    assert capsys.readouterr().out == printed
-
-
-def test_a_table_of_nothing_and_results_that_lack_a_field_are_told(capfd):
-    assert "There is no nowhere/compare.jsonl" in mistake(capfd, ["compare", "--table", "--results", "nowhere"])
-    Path("nowhere").mkdir()
-    (Path("nowhere") / compare.FILE).write_text('{"text": "prose", "step": 3}\n')
-    message = mistake(capfd, ["compare", "--table", "--results", "nowhere"])
-    assert "Line 1 of nowhere/compare.jsonl has no fingerprint" in message
 
 
 def test_replacing_the_rate_changes_nothing_else():

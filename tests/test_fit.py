@@ -1,5 +1,6 @@
 """``train.fit`` with a model and loss of one's own: in memory, in a folder, stopped and gone on with, in phases."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -166,7 +167,11 @@ def test_a_run_ends_where_the_measurement_is_good_enough_and_stays_ended(tmp_pat
 
 def test_a_second_phase_begins_with_the_parameters_of_the_first_and_leaves_them_alone(straight):
     kept = float(straight.params["slope"])
-    second = fit(total=10, params=straight.params, batches=training.ComputedBatches(lambda index: points(index + 99)))
+    second = fit(
+        total=10,
+        start=SETUP.start(0, straight.params),
+        batches=training.ComputedBatches(lambda index: points(index + 99)),
+    )
     assert float(straight.params["slope"]) == kept
     assert second.heldout[0] == straight.heldout[30] and second.heldout[10] != second.heldout[0]
 
@@ -228,3 +233,33 @@ def test_a_position_that_is_none_is_refused(state):
 def test_numbers_outside_their_range_are_named(make, said, untyped):
     with pytest.raises(UserError, match=said):
         make()
+
+
+def test_several_heldout_sets_are_measured_apart():
+    means = SETUP.evaluator({"first": HELDOUT[:1], "second": HELDOUT[1:]})({"slope": jnp.float32(1.0)})
+    alone = [SETUP.evaluator([batch])({"slope": jnp.float32(1.0)}) for batch in HELDOUT]
+    assert means == {f"{name}/{metric}": value for name, of in zip(("first", "second"), alone, strict=True)
+                     for metric, value in of.items()}  # fmt: skip
+    assert means["first/loss"] != means["second/loss"]
+
+
+def test_one_program_serves_all_rates():
+    setup = dataclasses.replace(SETUP, tx=optax.sgd(1.0)).for_any_rate()
+    reference = dataclasses.replace(SETUP, tx=optax.sgd(0.01))
+    expected = fit(total=5, setup=reference).params["slope"]
+    found = fit(total=5, setup=setup, start=training.at_rate(setup.start(0), 0.01)).params["slope"]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert abs(float(expected) - float(setup.start(0).params["slope"])) > 1e-3
+
+
+def test_joined_batches_are_one_below_the_other_and_go_on_where_they_were():
+    def joined():
+        parts = (lambda index: np.full((2, 3), index), lambda index: np.full((1, 3), -index))
+        return training.JoinedBatches(*map(training.ComputedBatches, parts))
+
+    batches = joined()
+    next(batches)
+    assert next(batches).tolist() == [[1] * 3, [1] * 3, [-1] * 3]
+    again = joined()
+    again.set_state(json.loads(json.dumps(batches.get_state())))
+    np.testing.assert_array_equal(next(again), next(batches))

@@ -12,6 +12,7 @@ from experiments import facts, incorporation, knowledge
 from experiments.__main__ import main
 from experiments.incorporation import Method
 from hope_jax import LanguageModel, context
+from hope_jax import train as training
 from hope_jax.context.writes import cross_entropy
 from hope_jax.errors import UserError
 
@@ -100,7 +101,10 @@ def test_recall_and_bits_are_those_of_the_predictions():
         return jax.nn.one_hot(jnp.asarray(named)[:, None].repeat(tokens.shape[1], 1), 256)
 
     assert incorporation.recall(predict, drawn) == pytest.approx(4 / 6)
-    uniform = lambda tokens: jnp.zeros((*tokens.shape, 256))  # noqa: E731
+
+    def uniform(tokens):
+        return jnp.zeros((*tokens.shape, 256))
+
     assert incorporation.bits_per_byte(uniform, np.zeros((2, 9), np.int32)) == pytest.approx(8)
 
 
@@ -142,17 +146,18 @@ def test_fine_tuning_is_reported_at_the_rate_that_recalls_most_of_other_facts(re
         return method
 
     scores = {"sgd": (0, 1, 5, 2, 3, 4), "adamw": (3, 2, 1, 0, 5, 4)}
-    known = {
-        (name, rate): score for name in scores for rate, score in zip(knowledge.RATES[name], scores[name], strict=True)
-    }
-    monkeypatch.setattr(knowledge, "tuned", tuned)
-    monkeypatch.setattr(knowledge, "recall", lambda method, _: known[method[:2]])
-    rows = [row for row, _ in knowledge._by_tuning(CONFIG, model, params, drawn)]
-    assert [row["rate"] for row in rows] == [0.03, 0.03, 3e-3, 3e-3]
-    assert set(seen[:6]) == {knowledge.CHOOSERS} and seen[6] == 2, "chosen on other facts than the reported ones"
+    rates = incorporation.RATES
+    known = {(name, rate): score for name in scores for rate, score in zip(rates[name], scores[name], strict=True)}
+    monkeypatch.setattr(incorporation, "tuned", tuned)
+    monkeypatch.setattr(incorporation, "recall", lambda method, _: known[method[:2]])
+    assert CONFIG.ways(0) == ["sgd x1", "sgd x32", "adamw x1", "adamw x32"] and CONFIG.ways(2) == ["levels"]
+    found = [incorporation.by_tuning(model, params, drawn, how, 16) for how in CONFIG.ways(0)]
+    assert [row["rate"] for row, _ in found] == [0.03, 0.03, 3e-3, 3e-3]
+    assert [method.passes for _, method in found] == [1, 32, 1, 32]
+    assert set(seen[:6]) == {incorporation.CHOOSERS} and seen[6] == 2, "chosen on other facts than the reported ones"
 
 
-def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_path, capsys):
+def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_path, capsys, monkeypatch):
     corpus = tmp_path / "text.txt"
     corpus.write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(20)))
     flags = ["--width", "8", "--layers", "1", "--length", "64", "--periods", "16", "--batch", "2", "--text", "1"]
@@ -162,12 +167,13 @@ def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_p
     rows = [json.loads(line) for line in (tmp_path / "r" / "knowledge.jsonl").read_text().splitlines()]
     assert [row["how"] for row in rows] == ["sgd x1", "sgd x2", "adamw x1", "adamw x2", "levels"]
     assert all(0 <= row["recall"] <= 1 and 4 < row["before"] < 10 for row in rows)
-    assert rows[-1]["without"] == [] and rows[0]["rate"] in knowledge.RATES["sgd"]
+    assert rows[-1]["without"] == [] and rows[0]["rate"] in incorporation.RATES["sgd"]
     with (tmp_path / "r" / "knowledge.jsonl").open("a") as file:
         file.write(json.dumps(rows[-1] | {"seed": 1, "recall": rows[-1]["recall"] + 0.5}) + "\n")
         file.write(json.dumps(rows[-1] | {"recall": 0.25}) + "\n")  # the same run again
     capsys.readouterr()
-    assert main(["knowledge", "--table", *flags]) == 0
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("trained again"))
+    assert main(["knowledge", *flags]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if " levels " in line and " 1 " in line)
     assert f"{(0.25 + rows[-1]['recall'] + 0.5) / 2:.1%}" in line and line.endswith("2")
     assert (tmp_path / "r" / "knowledge.png").stat().st_size > 10_000

@@ -1,6 +1,7 @@
 """What experiments write down and count."""
 
 import fcntl
+import math
 import shlex
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from hope_jax import train as training
 from hope_jax.cli import benchmark
-from hope_jax.cli.results import append, open_results
+from hope_jax.cli.results import Results, aligned, append, heading, open_results, settings, spread
 from hope_jax.errors import UserError
 from hope_jax.memory.kernels import AUTO
 
@@ -81,6 +82,49 @@ def test_results_that_cannot_be_written_are_told_in_a_sentence(tmp_path):
     (tmp_path / "taken").write_text("a file, not a folder")
     with pytest.raises(UserError, match="Cannot write .*taken/x.jsonl: .*; choose another --results"):
         open_results(tmp_path / "taken", "x.jsonl")
+
+
+def test_what_several_results_share_is_trained_when_it_is_first_needed_and_kept_until_all_are_on_file(tmp_path):
+    results, folders = Results(tmp_path, "x", tmp_path / "cache"), []
+
+    def work(run):
+        folders.append(run.folder)
+        return len(folders)
+
+    with results.shared({"seed": 0}, work) as found:
+        assert not folders and found() == found() == 1
+        assert folders[0].exists()
+    assert not folders[0].exists()
+    with pytest.raises(KeyboardInterrupt), results.shared({"seed": 0}, work) as found:
+        found()
+        raise KeyboardInterrupt
+    assert folders[1].exists() and folders[1] == folders[0]
+    with results.shared({"seed": 1}, work) as found:
+        pass
+    assert len(folders) == 2, "nobody needed it"
+
+
+def test_settings_are_in_the_order_of_their_last_use_and_a_run_done_again_replaces_the_former_one():
+    lines = [{"setting": {"b": b, "a": 0}, "row": row, "seed": 0, "n": n} for n, (b, row) in enumerate(USED)]
+    (first, of_first), (last, of_last) = settings(lines, lambda line: line["row"])
+    assert (heading(first), heading(last)) == ("b 2, a 0", "b 1, a 0")
+    assert {row: of_seed[0]["n"] for row, of_seed in of_first.items()} == {"x": 1}
+    assert {row: of_seed[0]["n"] for row, of_seed in of_last.items()} == {"x": 3, "y": 2}
+
+
+USED = ((1, "x"), (2, "x"), (1, "y"), (1, "x"))
+
+
+def test_numbers_over_seeds_and_tables_as_text():
+    assert spread([0.5, 0.7], ".1%") == "60.0% +- 14.1%"
+    assert spread([2.0]) == "2.000 +- nan" and spread([1.0, math.nan]) == spread([]) == "-"
+    assert aligned([("row", "rate"), ("a", 0.25)]) == ["row  rate", "a    0.25"]
+
+
+def test_what_is_only_read_must_be_there_and_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="There is nothing in .*r/x.jsonl; run something or name another --results"):
+        Results(tmp_path / "r", "x", tmp_path / "cache", only_read=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reader_of_the_output_that_has_seen_enough_is_no_mistake(tmp_path):

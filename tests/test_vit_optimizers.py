@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import math
 from typing import Any
 
 import jax
@@ -17,8 +16,9 @@ from tensorflow_datasets.core.utils import file_utils
 
 from experiments import vit_optimizers
 from experiments.__main__ import main
-from experiments.images import digits, from_tfds, mnist
-from experiments.vit import ViT, matrices, patches
+from experiments.images import digits, draws, from_tfds, mnist
+from experiments.vit import ViT, image_loss, matrices, patches
+from hope_jax import train as training
 from hope_jax.errors import UserError
 from hope_jax.optim import MatrixView, matrix_views
 
@@ -163,7 +163,8 @@ def test_muon_orthogonalises_what_m3_does_and_with_steps_of_one_size():
 
 def race(folder, *more):
     """The command on the small images; what is on file afterwards."""
-    flags = [*TINY, *SHORT, "--mnist", str(folder), "--results", str(folder / "results"), *more]
+    flags = [*TINY, *SHORT, "--mnist", str(folder), "--results", str(folder / "results")]
+    flags += ["--cache", str(folder / "cache"), *more]
     assert main(["vit_optimizers", *flags]) == 0
     return [json.loads(line) for line in (folder / "results" / "vit_optimizers.jsonl").read_text().splitlines()]
 
@@ -183,21 +184,52 @@ def test_a_race_tunes_alike_reports_its_seeds_and_does_not_repeat_itself(folder,
     assert [(row["phase"], row["seed"]) for row in more[len(rows) :]] == [("final", 7)]
 
 
-@pytest.mark.slow
-def test_runs_side_by_side_are_the_runs_alone(folder):
+def test_a_run_is_the_optimizer_step_by_step_on_its_batches(folder):
+    """The training by hand, with the learning rate in the optimizer instead of a factor in its state."""
     config = vit_optimizers.VitOptimizersConfig(
         patch=4, width=8, layers=1, heads=2, steps=4, evaluate_every=2, warmup=1, batch=8
     )
-    make, images = vit_optimizers.CONTESTANTS["m3"].make, mnist(folder)
-    both = vit_optimizers.train(config, images, make, jnp.array([1e-2, 3e-2]), jnp.array([0, 1]))
-    alone = vit_optimizers.train(config, images, make, jnp.array([3e-2]), jnp.array([1]))
-    np.testing.assert_allclose(both["train_loss"][1], alone["train_loss"][0], rtol=1e-4)
-    assert abs(float(both["train_loss"][0, -1] - both["train_loss"][1, -1])) > 1e-4
+    images, peak = mnist(folder), optax.warmup_cosine_decay_schedule(0.0, 1.0, 1, 4, 0.01)
+    about = {"phase": "sweep", "optimizer": "m3", "learning_rate": 3e-2, "seed": 1}
+    with training.open_run(folder / "run") as place:
+        setup = config.setup("m3", images)
+        found = vit_optimizers.train(config, images, about, setup, training.Run(place, about))
+    model, start = ViT(3, 4, 8, 1, 2), jax.random.split(jax.random.key(1))[0]
+    params: Any = model.init(start, images.train.images[:1])["params"]
+    tx = vit_optimizers.CONTESTANTS["m3"].make(lambda count: 3e-2 * peak(count + 1))
+    state, batches, losses = tx.init(params), draws(images.train, 1, 8), []
+    slope = jax.jit(jax.grad(image_loss(model), has_aux=True))
+    for _ in range(4):
+        gradients, _ = slope(params, next(batches))
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(image_loss(model)(params, images.train)[0]))
+    np.testing.assert_allclose(found["curve"]["train_loss"], losses[1::2], atol=1e-5)
+    assert found["train_loss"] == found["curve"]["train_loss"][-1] and found["test_loss"] is None
 
 
-def test_a_run_that_diverged_is_never_the_best():
-    good = {"validation_accuracy": 0.5, "validation_loss": 1.0}
-    bad = {"validation_accuracy": 0.5, "validation_loss": vit_optimizers._plain(np.array([math.nan]))[0]}
+def test_batches_are_drawn_anew_from_the_images_and_again_from_the_same_seed(folder):
+    images = mnist(folder).train
+    first, second = (next(draws(images, seed, 8)) for seed in (1, 2))
+    again = draws(images, 1, 8)
+    np.testing.assert_array_equal(next(again).images, first.images)
+    assert np.any(next(again).images != first.images) and np.any(second.images != first.images)
+    known = {image.tobytes(): label for image, label in zip(*images, strict=True)}
+    assert [known[image.tobytes()] for image in first.images] == first.labels.tolist()
+
+
+def test_a_run_that_diverged_is_never_the_best(folder, monkeypatch):
+    def diverge(*_, **__):
+        error = training.Diverged("too high")
+        error.heldout = {0: {"validation/loss": 1.0}, 2: {"validation/loss": 2.0}}
+        raise error
+
+    monkeypatch.setattr(training, "fit", diverge)
+    config, images = vit_optimizers.VitOptimizersConfig(patch=4), mnist(folder)
+    about = {"phase": "sweep", "optimizer": "adamw", "learning_rate": 1.0, "seed": 0}
+    bad = vit_optimizers.train(config, images, about, config.setup("adamw", images), None)
+    assert bad["curve"]["validation_loss"] == [2.0, 1e9]
+    good = {"validation_accuracy": 0.0, "validation_loss": 1.0}
     assert vit_optimizers.best([bad, good, bad]) is good
 
 

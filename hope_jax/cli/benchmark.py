@@ -17,7 +17,6 @@ ahead of sequential, and a decode time that does not depend on the position.
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,9 +32,9 @@ import tyro
 from hope_jax import LanguageModel, ModelConfig, generate, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least_one, known, must_divide
-from hope_jax.cli.measuring import best_seconds, machine, operations
+from hope_jax.cli.measuring import best_seconds, operations, report
 from hope_jax.cli.parse import parse
-from hope_jax.cli.results import Row, append, open_results
+from hope_jax.cli.results import Row, open_results
 from hope_jax.errors import UserError
 from hope_jax.memory import gated_delta, products
 from hope_jax.memory.kernels import Impl, cpu
@@ -120,9 +119,7 @@ def main(arguments: Sequence[str]) -> int:
     path = open_results(config.results, "benchmark.jsonl")
     training.split_host(config.devices)
     for part in config.chosen:
-        for row in PARTS[part](config):
-            append(path, {"part": part, **row, **machine()})
-            print(json.dumps({"part": part, **row}), flush=True)
+        report(path, ({"part": part, **row} for row in PARTS[part](config)))
     return 0
 
 

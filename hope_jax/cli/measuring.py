@@ -1,22 +1,31 @@
 """What benchmarks measure with: the best of interleaved repetitions, operations of a program, what the machine is."""
 
+import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.extend.core import jaxprs_in_params
 
 from hope_jax import train as training
-from hope_jax.cli.results import Row
+from hope_jax.cli.results import Row, append
 
 
 def machine() -> Row:
     """What measures: the device, the cores this process may use (``taskset`` counts), and how memory comes."""
     about = {"device": jax.devices()[0].device_kind, "cores": training.cores(), "jax": jax.__version__}
     return about | {"large_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")}
+
+
+def report(path: Path, rows: Iterable[Row]) -> None:
+    """Print each row as it comes; on file it also says what measured it."""
+    for row in rows:
+        append(path, row | machine())
+        print(json.dumps(row), flush=True)
 
 
 def best_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 
@@ -22,3 +23,9 @@ def plot(path: Path, count: int = 1, size: tuple[float, float] = (7, 4)) -> Iter
         if one.get_legend_handles_labels()[0]:
             one.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def draw_mean(axes: Any, x: Any, curves: Any, label: str, style: str = "-") -> None:
+    """The mean of the curves [curve, point] over ``x`` [point], and each of them thin in the same colour."""
+    (mean,) = axes.plot(x, np.mean(curves, axis=0), style, label=label)
+    axes.plot(x, np.transpose(curves), style, color=mean.get_color(), linewidth=0.5, alpha=0.4)

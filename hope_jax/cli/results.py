@@ -3,14 +3,16 @@
 A line is one result, whole even after a kill or a full disk. Read ``plots.py`` next.
 """
 
+import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,15 +30,18 @@ class Results:
       name: of the experiment.
       cache: where unfinished runs are kept.
       needed: what every line must have.
+      only_read: nothing will be added to what is on file.
 
     Raises:
-      UserError: nothing can be written there, or a line is damaged: better known now than after training.
+      UserError: nothing can be written there, or read if that is all, or a line is damaged: better known now than
+        after training.
     """
 
-    def __init__(self, folder: Path, name: str, cache: Path, needed: Sequence[str] = ()):
-        self.path = open_results(folder, f"{name}.jsonl")
+    def __init__(self, folder: Path, name: str, cache: Path, needed: Sequence[str] = (), only_read: bool = False):
+        self.path = folder / f"{name}.jsonl" if only_read else open_results(folder, f"{name}.jsonl")
         self._runs, self._needed = cache / "runs" / name, needed
-        self.rows()
+        if not self.rows() and only_read:
+            raise UserError(f"There is nothing in {self.path}; run something or name another --results.")
 
     def rows(self) -> list[Row]:
         """All lines, in the order they were written."""
@@ -48,14 +53,41 @@ class Results:
         ``work`` trains in the folder of ``run``. When it is stopped the folder stays, and the next call goes on from
         there; it is removed when the line is on file.
         """
-        text = json.dumps(setting, sort_keys=True)
-        if found := [row for row in self.rows() if row | json.loads(text) == row]:
+        if found := [row for row in self.rows() if row | json.loads(_text(setting)) == row]:
             return found[-1]
-        with training.open_run(self._runs / hashlib.sha256(text.encode()).hexdigest()[:16]) as folder:
-            row = setting | work(training.Run(folder, {"setting": text}))
+        with self._run(setting) as run:
+            row = setting | work(run)
             append(self.path, row)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(run.folder, ignore_errors=True)
         return row
+
+    @contextlib.contextmanager
+    def shared(self, setting: Row, work: Callable[[training.Run], Any]) -> Iterator[Callable[[], Any]]:
+        """``work(run)`` for several lines that need it, done when it is first asked for.
+
+        Its folder stays until the block is left without an error: a run that was stopped goes on, and one that has
+        finished is only read.
+        """
+
+        @functools.cache
+        def found() -> Any:
+            with self._run(setting) as run:
+                return work(run)
+
+        yield found
+        shutil.rmtree(self._folder(setting), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _run(self, setting: Row) -> Iterator[training.Run]:
+        with training.open_run(self._folder(setting)) as folder:
+            yield training.Run(folder, {"setting": _text(setting)})
+
+    def _folder(self, setting: Row) -> Path:
+        return self._runs / hashlib.sha256(_text(setting).encode()).hexdigest()[:16]
+
+
+def _text(setting: Row) -> str:
+    return json.dumps(setting, sort_keys=True)
 
 
 def open_results(folder: Path, name: str, flag: str = "--results") -> Path:
@@ -91,14 +123,19 @@ def _end_last_line(file: BinaryIO) -> None:
         file.write(b"\n")
 
 
-def settings(lines: Sequence[Row], run: Callable[[Row], Hashable]) -> list[dict[Any, dict[int, Row]]]:
-    """For each ``setting`` on file, the one run last at the end: what ``run`` says -> seed -> its last line."""
-    found: dict[str, dict[Any, dict[int, Row]]] = {}
+def settings(lines: Sequence[Row], run: Callable[[Row], Hashable]) -> list[tuple[Row, dict[Any, dict[int, Row]]]]:
+    """The settings on file, the last used one at the end, each with its runs: ``run(line)`` -> seed -> last line."""
+    found: dict[str, tuple[Row, dict[Any, dict[int, Row]]]] = {}
     for line in lines:
-        same = json.dumps(line["setting"], sort_keys=True)
-        found[same] = found.pop(same, {})
-        found[same].setdefault(run(line), {})[line["seed"]] = line
+        same = _text(line["setting"])
+        found[same] = found.pop(same, (line["setting"], {}))
+        found[same][1].setdefault(run(line), {})[line["seed"]] = line
     return list(found.values())
+
+
+def heading(setting: Row) -> str:
+    """A setting as one line."""
+    return ", ".join(f"{name} {value}" for name, value in setting.items())
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -106,6 +143,20 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and deviation as text; "-" where one of the values is not known."""
-    return "-" if any(map(math.isnan, values)) else f"{statistics.mean(values):.3f} +- {deviation(values):.3f}"
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Mean and deviation as text, each in this format; "-" where one of the values is not known."""
+    if not values or any(map(math.isnan, values)):
+        return "-"
+    return f"{statistics.mean(values):{form}} +- {deviation(values):{form}}"
+
+
+def aligned(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A table as lines: the first column starts at the left, the others end at the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "  ".join([row[0].ljust(widths[0]), *cells[1:]])
+
+    return [line(row) for row in texts]

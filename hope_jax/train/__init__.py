@@ -7,7 +7,7 @@
 from hope_jax.errors import extra
 
 with extra("train"):
-    from hope_jax.train.batches import Batches, ComputedBatches
+    from hope_jax.train.batches import Batches, ComputedBatches, JoinedBatches
     from hope_jax.train.checkpoint import (
         DamagedCheckpoint,
         Manifest,
@@ -26,10 +26,10 @@ with extra("train"):
     from hope_jax.train.loop import Steps, run_steps
     from hope_jax.train.monitor import Diverged, Monitor
     from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
-    from hope_jax.train.record import Record, draw_curve, read_rows
+    from hope_jax.train.record import Record, draw_curve, median_speed, read_rows
     from hope_jax.train.resume import resume, step_to_resume
     from hope_jax.train.run import Run, TextRun, open_run
-    from hope_jax.train.setup import Setup, model_setup, text_setup
+    from hope_jax.train.setup import Heldout, Setup, at_rate, model_setup, text_setup
     from hope_jax.train.state import (
         TrainState,
         abstract_params,
@@ -45,7 +45,9 @@ __all__ = [
     "ComputedBatches",
     "DamagedCheckpoint",
     "Diverged",
+    "Heldout",
     "Interrupt",
+    "JoinedBatches",
     "Manifest",
     "Mean",
     "Monitor",
@@ -61,6 +63,7 @@ __all__ = [
     "abstract_params",
     "abstract_state",
     "answer_loss",
+    "at_rate",
     "check_room",
     "cores",
     "count_parameters",
@@ -71,6 +74,7 @@ __all__ = [
     "init_params",
     "init_state",
     "last_good",
+    "median_speed",
     "model_setup",
     "next_token_loss",
     "open_run",

@@ -1,11 +1,13 @@
 """What training reads: endless batches that know their position, so that a run can go on where it was.
 
-``data.TextData.train_batches`` gives batches of text; ``ComputedBatches`` makes them from a number. Read ``loop.py``
-next.
+``data.TextData.train_batches`` gives batches of text; ``ComputedBatches`` makes them from a number; ``JoinedBatches``
+puts several together. Read ``loop.py`` next.
 """
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from hope_jax.errors import UserError
 
@@ -48,3 +50,25 @@ class ComputedBatches:
         if state.keys() != {"next"} or not isinstance(number, int) or number < 0:
             raise UserError(f"{state} is no position of computed batches; expected the number of the next batch")
         self._next = number
+
+
+class JoinedBatches:
+    """Batches that are made of one batch of each of ``parts``, arrays one below the other."""
+
+    def __init__(self, *parts: Batches):
+        self._parts = parts
+
+    def __iter__(self) -> "JoinedBatches":
+        return self
+
+    def __next__(self) -> Any:
+        return np.concatenate([next(part) for part in self._parts])
+
+    def get_state(self) -> dict[str, Any]:
+        """The positions of all parts."""
+        return {"parts": [part.get_state() for part in self._parts]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from such positions."""
+        for part, position in zip(self._parts, state["parts"], strict=True):
+            part.set_state(position)

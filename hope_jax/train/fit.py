@@ -11,7 +11,7 @@ Read ``setup.py`` and ``loop.py`` next.
 import contextlib
 import functools
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from hope_jax.train.monitor import Monitor
 from hope_jax.train.record import Record
 from hope_jax.train.resume import resume, step_to_resume
 from hope_jax.train.run import Run, write_config
-from hope_jax.train.setup import Setup
+from hope_jax.train.setup import Heldout, Setup
 from hope_jax.train.state import TrainState
 
 
@@ -54,11 +54,11 @@ class Result(NamedTuple):
 def fit(
     setup: Setup,
     batches: Batches,
-    heldout: Iterable[Any],
+    heldout: Heldout,
     steps: Steps,
     *,
     seed: int = 0,
-    params: Any = None,
+    start: TrainState | None = None,
     until: Callable[[Means], bool] | None = None,
     run: Run | None = None,
     label: str | None = None,
@@ -68,10 +68,11 @@ def fit(
     Args:
       setup: parameters, loss and optimizer; calls that share one share its compiled programs.
       batches: to train on; a resumed run moves them to its position.
-      heldout: batches that are measured before, during and after training; each is kept in memory.
+      heldout: batches that are measured before, during and after training, or several sets of them by name, see
+        ``Setup.evaluator``; each batch is kept in memory.
       steps: how many batches, and how often to measure and save.
       seed: of the initial parameters.
-      params: parameters to begin with instead, such as those of a run before this one.
+      start: the state to begin with instead, such as ``setup.start`` of parameters of a run before this one.
       until: whether the means of a measurement are good enough to end there.
       run: folder and configuration of the run. None: nothing is written down and nothing can be resumed.
       label: what the progress line is called.
@@ -82,7 +83,7 @@ def fit(
       UserError: the folder belongs to another configuration, is damaged or full.
     """
     until = until or _never
-    state = _state(setup, batches, steps, seed, params, run)
+    state = _state(setup, batches, steps, start, seed, run)
     with contextlib.ExitStack() as stack:
         stop, done = Interrupt(), int(state.step)
         record = stack.enter_context(Record(run and run.folder, done))
@@ -122,15 +123,17 @@ def _finished(result: Result, steps: Steps, until: Callable[[Means], bool]) -> b
     return result.step == steps.total or (means is not None and until(means))
 
 
-def _state(setup: Setup, batches: Batches, steps: Steps, seed: int, params: Any, run: Run | None) -> TrainState:
+def _state(
+    setup: Setup, batches: Batches, steps: Steps, start: TrainState | None, seed: int, run: Run | None
+) -> TrainState:
     """The state to begin with, with ``batches`` moved to its place: that of a saved step, or a fresh one."""
     if run is None:
-        return setup.spread(setup.start(seed, params))
+        return setup.spread(start or setup.start(seed))
     step = step_to_resume(run.folder, run.resume_from, steps.total)
     like = setup.shapes()
     check_room(run.folder, like, run.keep)
     if step is None:
-        state = setup.start(seed, params)
+        state = start or setup.start(seed)
         write_config(run.folder, run.config)
     else:
         state, manifest = resume(run, step, like)

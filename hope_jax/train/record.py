@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import socket
+import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -141,6 +142,12 @@ class Board:
             tqdm.write(f"No more TensorBoard events in {self._folder}: {why}.", file=sys.stderr)
             with contextlib.suppress(OSError):  # it tries once more to write what it could not
                 writer.close()
+
+
+def median_speed(folder: Path) -> float:
+    """Tokens per second of a run in training, the median over its steps; 0 if it has none."""
+    rows = [row for row in read_rows(folder / METRICS_FILE) if row["split"] == "train"]
+    return statistics.median(row["tokens_per_second"] for row in rows) if rows else 0.0
 
 
 def _replace(path: Path, text: str) -> None:

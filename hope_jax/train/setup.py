@@ -4,8 +4,9 @@ Anything with a loss can be trained; ``model_setup`` and ``text_setup`` fill the
 compiled once per ``Setup``, whatever the number of runs. Read ``fit.py`` next: it trains a setup.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from hope_jax.train.run import TextRun
 from hope_jax.train.state import TrainState, abstract, fresh_state, init_params
 from hope_jax.train.step import LossFn, StepFn, mean_over, measurement, next_token_loss, train_step
 from hope_jax.types import PRNGKeyArray
+
+Heldout = Iterable[Any] | Mapping[str, Iterable[Any]]
+"""Held-out batches, or several sets of them by name."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,30 @@ class Setup:
         """A state where the step wants it; placed alike whether it is fresh or restored, so that one program does."""
         return jax.device_put(state, jax.devices()[0]) if self.mesh is None else replicate(self.mesh, state)
 
-    def evaluator(self, batches: Iterable[Any]) -> Callable[[Any], dict[str, float]]:
-        """``parameters -> means by name`` over these held-out ``batches``, which are read once."""
+    def evaluator(self, batches: Heldout) -> Callable[[Any], dict[str, float]]:
+        """``parameters -> means by name`` over these held-out ``batches``, which are read once.
+
+        Of several sets by name the means are called ``SET/METRIC``.
+        """
+        if isinstance(batches, Mapping):
+            return functools.partial(_of_each, {name: self.evaluator(part) for name, part in batches.items()})
         placed = [self.place(batch) for batch in batches]
         return functools.partial(mean_over, self._measure, placed)
+
+    def for_any_rate(self) -> "Setup":
+        """The same with a factor on all updates in the optimizer's state: one program for all learning rates."""
+        factor = optax.inject_hyperparams(optax.scale)(step_size=1.0)
+        return dataclasses.replace(self, tx=optax.chain(self.tx, factor))
+
+
+def at_rate(state: TrainState, factor: float) -> TrainState:
+    """A state of ``Setup.for_any_rate`` whose updates are multiplied by ``factor``."""
+    return state.replace(opt_state=optax.tree.set(state.opt_state, step_size=jnp.float32(factor)))
+
+
+def _of_each(sets: Mapping[str, Callable[[Any], dict[str, float]]], params: Any) -> dict[str, float]:
+    found = {name: measure(params) for name, measure in sets.items()}
+    return {f"{name}/{metric}": value for name, means in found.items() for metric, value in means.items()}
 
 
 def model_setup(
@@ -97,6 +121,7 @@ def model_setup(
     steps: int,
     tokens: int,
     *,
+    every: Mapping[str, int] | None = None,
     accumulate: int = 1,
     mesh: Mesh | None = None,
 ) -> Setup:
@@ -107,9 +132,10 @@ def model_setup(
       config: the training optimizer; the model's levels have a copy each.
       steps: batches in all, which the learning-rate schedule is for.
       tokens: of one batch.
+      every: batches between two updates of each level; None: as the model's levels say.
       accumulate, mesh: as in ``Setup``.
     """
-    every = model.config.update_every(tokens)
+    every = model.config.update_every(tokens) if every is None else every
     tx, rate = optimizer(config, steps, every, model.axes()), schedule(config, steps)
     return Setup(functools.partial(init_params, model), loss, tx, rate, tokens, accumulate, mesh)
 

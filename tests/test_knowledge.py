@@ -129,10 +129,10 @@ def test_the_models_of_all_rows_have_one_size():
 def test_a_level_that_is_set_back_is_empty_and_the_other_is_as_it_was(read):
     model, params, drawn = read
     told = drawn.told.reshape(2, -1)
-    whole = incorporation.stored(model, params, told).args[-1].blocks.feed_forward.fast
+    whole = incorporation.stored(model, params, told).args[-1].blocks.feed_forward
     assert all(np.any(leaf) for leaf in jax.tree.leaves(whole))
     for level in range(2):
-        left = incorporation.stored(model, params, told, forget=level).args[-1].blocks.feed_forward.fast
+        left = incorporation.stored(model, params, told, forget=level).args[-1].blocks.feed_forward
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(left[level]))
         jax.tree.map(np.testing.assert_array_equal, left[1 - level], whole[1 - level])
 

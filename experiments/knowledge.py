@@ -143,15 +143,16 @@ def knowledge(config: KnowledgeConfig, results: Results) -> None:
         for levels in config.levels:
             model = LanguageModel(config.model(levels))
             about = {"setting": config.setting(data.fingerprint), "levels": levels, "seed": seed}
-            with results.shared(about, functools.partial(train, config, model, data, seed)) as trained:
+            with results.shared(about, functools.partial(train, config, model, data, about)) as trained:
                 for facts in config.facts:
                     for how in config.ways(levels):
                         work = functools.partial(measure, config, model, trained, text, facts, how)
                         results.complete(about | {"facts": facts, "how": how}, work)
 
 
-def train(config: KnowledgeConfig, model: LanguageModel, data: TextData, seed: int, run: training.Run) -> Any:
+def train(config: KnowledgeConfig, model: LanguageModel, data: TextData, about: Row, run: training.Run) -> Any:
     """Parameters after training on text and episodes."""
+    seed = about["seed"]
     loss = training.next_token_loss(model, np.ones(model.config.vocab_size))
     setup = training.model_setup(model, loss, config.optimizer, config.steps, config.batch * config.length)
 
@@ -160,7 +161,7 @@ def train(config: KnowledgeConfig, model: LanguageModel, data: TextData, seed: i
 
     texts = data.train_batches(batch=config.text, seed=seed)
     batches, steps = training.JoinedBatches(texts, training.ComputedBatches(told)), training.Steps(config.steps, 0)
-    label = f"{model.config.feed_forward.in_context} levels, seed {seed}"
+    label = f"{about['levels']} levels, seed {seed}"
     return training.fit(setup, batches, (), steps, seed=seed, run=run, label=label).params
 
 

@@ -104,7 +104,7 @@ def test_the_table_is_made_from_the_file_the_latest_row_counts_and_other_tasks_d
     row |= {"settings": 54, "other": "factor", "learning_rate": 0.01, "value": 0.3}
     rows = [row | {"steps": 7}, row | {"steps": 11}, row | {"steps": 1, "task": [1.0, 0.5, 5.0, 1e-4, 2000]}]
     (line,) = [line.split() for line in toy.table(config, rows) if "sgd" in line]
-    assert line == ["0.9", "sgd", "11", "3/54", "0.01,", "factor", "0.3"]
+    assert line == ["0.9", "sgd", "11", "3/54", "0.01,", "factor", "0.3", "-", "-", "-"]
     assert any(">2000" in line for line in toy.table(config, [row | {"steps": None}]))
 
 

@@ -7,6 +7,7 @@ else: learning rate, schedule, clip and levels belong to the training (``train/o
 >>> tx = M3(slow_period=20, weight_decay=0.0).build(optax.cosine_decay_schedule(1e-3, 1000))
 """
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,7 +32,7 @@ WHOLE = {"slow_period": "optimizer steps", "hidden": "features"}
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(abc.ABC):
     """Settings of a training optimizer, numbers and words alone. Each subclass is one optimizer.
 
     Raises:
@@ -49,6 +50,7 @@ class Optimizer:
             elif name in NOT_NEGATIVE and value is not None:
                 check(name, value, 0)
 
+    @abc.abstractmethod
     def build(
         self, rate: optax.ScalarOrSchedule, matrices: Labels | None = None, decays: Decays | None = None
     ) -> optax.GradientTransformation:
@@ -59,7 +61,6 @@ class Optimizer:
           matrices: ``params -> labels``, see ``matrices.py``; None: leaves of two axes, but no embeddings and heads.
           decays: ``params -> tree of booleans``, the leaves that weight decay moves; None: all.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

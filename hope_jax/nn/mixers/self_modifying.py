@@ -50,7 +50,7 @@ Momentum = Literal["none", "const", "gated"]
 
 @dataclass(frozen=True)
 class SelfModifyingConfig:
-    """Everything about the mixer; defaults are SPEC 2 unless the README says what was measured to be better.
+    """Everything about the mixer; defaults are SPEC 2, or what ``docs/defaults.md`` says was measured better.
 
     Attributes:
       heads: independent sets of memories; must divide the model width.

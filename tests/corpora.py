@@ -10,7 +10,6 @@ from hope_jax.data import (
     TrainBatches,
     open_text,
 )
-from hope_jax.data.batches import Order
 
 TEXT = "def naïve(x):\n\treturn  x + 1  # 東京 🙂\r\n\n\n"
 LETTERS = "abcdefghijklmnopqrst"
@@ -29,7 +28,8 @@ def numbered(count):
 
 
 def batches(count=10, batch=3, seed=0, index=0, processes=1, fingerprint="f"):
-    return TrainBatches(numbered(count), Order(batch, seed, processes, fingerprint), index)
+    share = {"process_index": index, "process_count": processes}
+    return TrainBatches(numbered(count), fingerprint, batch=batch, seed=seed, **share)
 
 
 def rows(iterator, steps):

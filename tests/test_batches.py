@@ -81,13 +81,14 @@ def test_something_that_is_no_position_is_refused():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"batch": 0}, "batch must be at least 1, got 0"),
-        ({"batch": -2}, "batch must be at least 1, got -2"),
+        ({"batch": 0}, "batch is 0; give a whole number of at least 1"),
+        ({"batch": -2}, "batch is -2; give a whole number of at least 1"),
         ({"batch": 11}, "batch of 11 is larger than the 10 windows"),
         ({"batch": 6, "processes": 2}, "batch of 6 is larger than the 5 windows that each of 2 processes"),
         ({"index": 2, "processes": 2}, "process_index must be in"),
-        ({"processes": 0}, "process_index must be in"),
-        ({"seed": -1}, "seed must be in"),
+        ({"processes": 0}, "process_count is 0; give a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
+        ({"seed": 2**32}, "seed must be in"),
     ],
 )
 def test_batches_that_cannot_be_made_are_refused(arguments, message):
@@ -127,5 +128,5 @@ def test_fewer_windows_than_a_batch_make_one_smaller_batch():
 
 @pytest.mark.parametrize("arguments", [{"batch": 0, "limit": None}, {"batch": 1, "limit": 0}])
 def test_empty_heldout_batches_are_refused(arguments):
-    with pytest.raises(UserError, match="must be at least 1"):
+    with pytest.raises(UserError, match="is 0; give a whole number of at least 1"):
         HeldoutBatches(numbered(3), **arguments)

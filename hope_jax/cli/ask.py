@@ -21,7 +21,7 @@ from hope_jax import context, generate
 from hope_jax.cli.checks import at_least_one
 from hope_jax.cli.parse import parse
 from hope_jax.cli.runs import Source, Trained, readings
-from hope_jax.data.text.continuation import Continuation
+from hope_jax.data import Continuation
 from hope_jax.errors import UserError
 from hope_jax.nn.mixers.attention import room_left
 

@@ -6,24 +6,16 @@
     batches = data.train_batches(batch=8, seed=0)     # endless int32 [8, 257]; get_state() and set_state()
     data.heldout_batches(batch=8, limit=10)           # the same int32 [8, 257] each time
 
-A sequence is a window of T + 1 tokens: the first T are read, the last T are predicted. Read text/__init__.py next.
+A sequence is a window of T + 1 tokens: the first T are read, the last T are predicted. Read text/corpus.py next.
 """
 
 from hope_jax.errors import extra
 
 with extra("train"):
     from hope_jax.data.batches import HeldoutBatches, TrainBatches
-    from hope_jax.data.tasks import IGNORE, mqar
-    from hope_jax.data.text import (
-        ByteTokenizer,
-        Continuation,
-        DataConfig,
-        JsonTokenizer,
-        TextData,
-        Tokenizer,
-        make_tokenizer,
-        open_text,
-    )
+    from hope_jax.data.tasks.recall import IGNORE, mqar
+    from hope_jax.data.text.text_data import DataConfig, TextData, make_tokenizer, open_text
+    from hope_jax.data.text.tokenizers import ByteTokenizer, Continuation, JsonTokenizer, Tokenizer
 
 __all__ = [
     "IGNORE",

@@ -5,6 +5,7 @@ takes every n-th batch row: n processes with batches of B see exactly what one p
 Read tasks/recall.py next for a task that needs no text.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,20 +14,10 @@ import grain
 import numpy as np
 from jaxtyping import Int, Int32
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 """Batches read in the background while the device works."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What decides the order of training windows; a saved position is only valid under the same one."""
-
-    batch: int
-    seed: int
-    process_count: int
-    fingerprint: str
 
 
 class TrainBatches:
@@ -36,21 +27,34 @@ class TrainBatches:
 
     Args:
         windows: int32 [T + 1] each; the whole training split, the same for all processes.
-        order: batch is per process; seed in 0 .. 2**32 - 1.
-        process_index: this process, in 0 .. order.process_count - 1.
+        fingerprint: of the windows.
+        batch: B, windows per step of this process, at most its share of the windows.
+        seed: of the order, in 0 .. 2**32 - 1.
+        process_index, process_count: this process takes rows process_index, process_index + process_count, ...
 
     Raises:
-        UserError: a number outside its range, or a batch larger than a process' share of the windows.
+        UserError: a number outside its range.
     """
 
-    def __init__(self, windows: Sequence, order: Order, process_index: int):
-        _check_order(len(windows), order, process_index)
-        self._order = order
+    def __init__(
+        self, windows: Sequence, fingerprint: str, *, batch: int, seed: int, process_index: int, process_count: int
+    ):
+        batch, seed, count = whole("batch", batch), whole("seed", seed, 0), whole("process_count", process_count)
+        self._order = {"batch": batch, "seed": seed, "process_count": count, "fingerprint": fingerprint}
+        share = len(windows) // count
+        if seed >= 2**32:
+            raise UserError(f"seed must be in 0..{2**32 - 1}, got {seed}")
+        if not 0 <= process_index < count:
+            raise UserError(f"process_index must be in 0..process_count - 1, got {process_index} of {count}")
+        if batch > share:
+            raise UserError(
+                f"a batch of {batch} is larger than the {share} windows that each of {count} processes has to train "
+                "on: use a smaller batch or length, or more text"
+            )
         # The pipeline carries window numbers and reads at its end: half the time of carrying windows.
         epochs = 2**40 // len(windows)  # as good as endless; grain's own endless length overflows in batches of one
-        stream = grain.MapDataset.range(len(windows)).seed(order.seed).shuffle().repeat(epochs)  # anew each epoch
-        share = stream[process_index :: order.process_count].batch(order.batch)
-        batches = share.map(lambda numbers: _read(windows, numbers))
+        stream = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat(epochs)  # anew each epoch
+        batches = stream[process_index::count].batch(batch).map(functools.partial(_read, windows))
         self._iterator = iter(batches.to_iter_dataset(READ_AHEAD))
 
     def __iter__(self) -> "TrainBatches":
@@ -61,7 +65,7 @@ class TrainBatches:
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch handed out, and what it is a position of; plain JSON values."""
-        return {**vars(self._order), "position": self._iterator.get_state()}
+        return {**self._order, "position": self._iterator.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues exactly after the batch at which the state was taken.
@@ -70,11 +74,10 @@ class TrainBatches:
             UserError: the state is not one of get_state, or belongs to another batch size, seed, number of
                 processes or corpus.
         """
-        expected = vars(self._order)
-        if set(state) != {*expected, "position"}:
-            raise UserError(f"this is no data position: it has the fields {sorted(state)}, expected "
-                            f"{sorted([*expected, 'position'])}")  # fmt: skip
-        for name, value in expected.items():
+        names = {*self._order, "position"}
+        if state.keys() != names:
+            raise UserError(f"this is no data position: it has the fields {sorted(state)}, expected {sorted(names)}")
+        for name, value in self._order.items():
             if state[name] != value:
                 raise UserError(
                     f"the saved data position belongs to {name} {state[name]}, this run has {value}: resume with the "
@@ -96,10 +99,9 @@ class HeldoutBatches:
     limit: int | None
 
     def __post_init__(self):
-        if self.batch < 1:
-            raise UserError(f"batch must be at least 1, got {self.batch}")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit must be at least 1 batch, or None for all, got {self.limit}")
+        whole("batch", self.batch)
+        if self.limit is not None:
+            whole("limit", self.limit)
 
     def __len__(self) -> int:
         available = max(len(self.windows) // self.batch, 1)
@@ -114,18 +116,3 @@ class HeldoutBatches:
 
 def _read(windows: Sequence, numbers: Int[np.ndarray, " B"]) -> Int32[np.ndarray, "B window"]:
     return np.stack([windows[number] for number in numbers.tolist()])
-
-
-def _check_order(windows: int, order: Order, process_index: int) -> None:
-    if order.batch < 1:
-        raise UserError(f"batch must be at least 1, got {order.batch}")
-    if order.process_count < 1 or not 0 <= process_index < order.process_count:
-        raise UserError(f"process_index must be in 0..process_count - 1, got {process_index} of {order.process_count}")
-    if not 0 <= order.seed < 2**32:
-        raise UserError(f"seed must be in 0..{2**32 - 1}, got {order.seed}")
-    share = windows // order.process_count
-    if order.batch > share:
-        raise UserError(
-            f"a batch of {order.batch} is larger than the {share} windows that each of {order.process_count} processes "
-            "has to train on: use a smaller batch or length, or more text"
-        )

@@ -1,7 +1,11 @@
-"""Open a TFDS dataset that is on disk, or that TFDS can download and prepare. Read text/tfds_corpus.py next."""
+"""TFDS datasets that are on disk, or that TFDS can download and prepare; and the documents of one as a corpus.
+
+Read text/corpus.py first.
+"""
 
 import contextlib
 import difflib
+import hashlib
 import importlib
 import io
 import re
@@ -12,10 +16,47 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from hope_jax.data.text.corpus import Corpus
 from hope_jax.errors import UserError, closest
 
 NETWORK_SECONDS = 5.0
 """How long to look for a dataset's server. TFDS itself would try for minutes before it says anything."""
+
+
+def documents(name: str) -> Corpus:
+    """The documents of a TFDS text dataset, read in place.
+
+    Takes the training split (else the largest), and the feature called ``text`` (else the first text feature).
+
+    Args:
+        name: as for ``open_tfds``.
+
+    Raises:
+        UserError: as ``open_tfds`` and ``records``, or a dataset without text.
+    """
+    builder = open_tfds(name)
+    splits, features = builder.info.splits, dict(builder.info.features)
+    texts = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]
+    if not splits:
+        raise UserError(f"dataset {name!r} in {builder.data_dir} has no split: prepare it again")
+    if not texts:
+        raise UserError(f"dataset {name!r} has no text feature, only {', '.join(features)}: choose a text dataset")
+    split = "train" if "train" in splits else max(splits, key=lambda split: splits[split].num_examples)
+    feature = "text" if "text" in texts else texts[0]
+    source = records(name, builder, split)
+    identity = (builder.info.full_name, split, feature, splits[split].num_examples, splits[split].num_bytes)
+    return Corpus(
+        names=[f"{split}/{i}" for i in range(len(source))],
+        read=lambda document: _to_bytes(source[document][feature]),
+        digest=hashlib.sha256(repr(identity).encode()).hexdigest(),
+        sizes=None,
+    )
+
+
+def _to_bytes(text: str | bytes) -> bytes:
+    """TFDS hands out bytes for real data and str for some mocks; broken UTF-8 is repaired, not refused."""
+    data = text.encode() if isinstance(text, str) else bytes(text)
+    return data.decode("utf-8", errors="replace").encode()
 
 
 def open_tfds(name: str) -> Any:
@@ -41,6 +82,12 @@ def records(name: str, builder: Any, split: str) -> Any:
         ) from error
 
 
+def prepare(builder: Any) -> None:
+    """Prepare a dataset silently but for the progress bars; TFDS announces even downloads of which there are none."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+
+
 def _from_folder(name: str) -> Any:
     folder = Path(name).expanduser()
     found = sorted(folder.rglob("dataset_info.json")) if folder.is_dir() else []
@@ -52,8 +99,8 @@ def _from_folder(name: str) -> Any:
 
 def _from_name(name: str) -> Any:
     if re.match(r"\w+:[A-Za-z]", name):
-        raise UserError(f"dataset {name!r} is in a community namespace, which is not supported: prepare it with "
-                        "file_format='array_record' and give its folder")  # fmt: skip
+        remedy = "prepare it with file_format='array_record' and give its folder"
+        raise UserError(f"dataset {name!r} is in a community namespace, which is not supported: {remedy}")
     importlib.import_module("tensorflow_datasets.text")  # TFDS registers its older text datasets only then
     try:
         builder = tfds.builder(name)
@@ -62,7 +109,7 @@ def _from_name(name: str) -> Any:
     if builder.data_path.joinpath("dataset_info.json").exists():
         return builder
     _check_network(name, builder)
-    return _prepare(name)
+    return _prepared(name)
 
 
 def _hint(name: str, error: Exception) -> str:
@@ -89,11 +136,10 @@ def _check_network(name: str, builder: Any) -> None:
             ) from error
 
 
-def _prepare(name: str) -> Any:
+def _prepared(name: str) -> Any:
     builder = tfds.builder(name, file_format="array_record")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # two lines of chatter; the progress bars stay
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        prepare(builder)
     except ImportError as error:
         raise UserError(
             f"the preparation of dataset {name!r} needs {error.name}, which is not installed: prepare it elsewhere "

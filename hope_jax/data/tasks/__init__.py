@@ -3,7 +3,3 @@
 One file per task: a function ``task(seed, index, batch, ...) -> (inputs[B,T], targets[B,T])``. Targets are IGNORE at
 positions that are not scored. Read recall.py next.
 """
-
-from hope_jax.data.tasks.recall import IGNORE, mqar
-
-__all__ = ["IGNORE", "mqar"]

@@ -7,7 +7,7 @@ score with what its memory holds.
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 
 IGNORE = -1
 """Target of positions that are not scored."""
@@ -23,10 +23,10 @@ def mqar(
     power_a: float = 0.01,
     random_non_queries: bool = False,
 ) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
-    """Batch number `index` of multi-query associative recall; the same numbers give the same batch.
+    """Inputs and targets of batch number `index`; the same numbers give the same batch.
 
     A sequence is k1 v1 k2 v2 ... and then two-token slots, most of them empty; each key stands once at the first
-    token of some slot and there, and only there, the target is its value. Keys are distinct ids in
+    token of some slot and there the target is its value, elsewhere IGNORE. Keys are distinct ids in
     1 .. vocab // 2 - 1, values distinct ids in vocab // 2 .. vocab - 1.
 
     Args:
@@ -38,9 +38,6 @@ def mqar(
         power_a: slot i = 1, 2, ... is chosen with probability proportional to i ** (power_a - 1), without
             replacement: 0.01 asks soon after the context, 1 anywhere.
         random_non_queries: fill empty positions with random ids of the whole vocabulary instead of 0.
-
-    Returns:
-        inputs [B, T] and targets [B, T]; targets are IGNORE where not scored.
 
     Raises:
         UserError: an argument outside its range.
@@ -90,10 +87,8 @@ def _slots(rng: np.random.Generator, batch: int, count: int, slots: int, power_a
 
 
 def _check(seed: int, index: int, batch: int, length: int, pairs: int, vocab: int, power_a: float) -> None:
-    if seed < 0 or index < 0:
-        raise UserError(f"seed and index must be at least 0, got {seed} and {index}")
-    if batch < 1 or pairs < 1:
-        raise UserError(f"batch and pairs must be at least 1, got {batch} and {pairs}")
+    for name, value, least in (("seed", seed, 0), ("index", index, 0), ("batch", batch, 1), ("pairs", pairs, 1)):
+        whole(name, value, least)
     if length % 2 or length < 4 * pairs:
         raise UserError(f"length must be even and at least 4 * pairs = {4 * pairs}, got {length}")
     if pairs > vocab // 2 - 1:

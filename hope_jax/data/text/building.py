@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from hope_jax.data.text.corpus import Corpus, Piece, Split
 from hope_jax.data.text.tokenizers import Tokenizer, adds_blank
-from hope_jax.data.text.windows import count_windows, load, write
+from hope_jax.data.text.windows import TextWindows, Windows, load
+from hope_jax.data.tfds_source import prepare
 from hope_jax.errors import UserError
 
 FORMAT = 1
@@ -41,8 +42,10 @@ def fingerprint(corpus: Corpus, pieces: Split, tokenizer: Tokenizer, length: int
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def build(folder: Path, corpus: Corpus, pieces: Split, tokenizer: Tokenizer, length: int, progress: bool) -> None:
-    """Writes the dataset next to its folder and moves it there in one step; whatever was there is replaced.
+def build(
+    folder: Path, corpus: Corpus, pieces: Split, tokenizer: Tokenizer, length: int, progress: bool
+) -> dict[str, Windows]:
+    """Writes the dataset next to its folder, moves it there in one step and loads it.
 
     Raises:
         UserError: a split shorter than a window, text that the tokenizer loses, no room or no permission to write.
@@ -54,10 +57,14 @@ def build(folder: Path, corpus: Corpus, pieces: Split, tokenizer: Tokenizer, len
             total = _checked_windows(streams, dtype, length)
             _check_room(folder.parent, total * ((length + 1) * dtype.itemsize + RECORD_OVERHEAD))
             with _bar(progress, "writing windows", total, " windows") as bar:
-                write(place / "dataset", streams, dtype, length, bar.update)
+                about = {"streams": streams, "dtype": dtype, "length": length, "written": bar.update}
+                prepare(TextWindows(data_dir=place / "dataset", **about))
             _install(place / "dataset", folder)
     except OSError as error:
         raise UserError(f"cannot write the prepared corpus to {folder.parent}: {error.strerror or error}") from error
+    if (splits := load(folder)) is None:
+        raise UserError(f"the prepared corpus in {folder} cannot be read back: check the disk and the permissions")
+    return splits
 
 
 def check_place(folder: Path) -> None:
@@ -78,23 +85,20 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 def clear_unfinished(folder: Path) -> None:
     """Removes what processes that are gone left of datasets; does nothing while a dataset is built in ``folder``."""
-    if not list(folder.glob(f"{UNFINISHED}*")):
-        return
-    with _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
-        for path in folder.glob(f"{UNFINISHED}*") if alone else ():
-            shutil.rmtree(path, ignore_errors=True)
+    if found := list(folder.glob(f"{UNFINISHED}*")):
+        with _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+            for path in found if alone else ():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, how: int) -> Iterator[bool]:
     """Whether the lock of a folder was had; the system frees it when the process ends, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor, held = os.open(folder, os.O_RDONLY), True
     try:
         fcntl.flock(descriptor, how)
     except OSError:  # held by another process, or this file system has no locks
         held = False
-    else:
-        held = True
     try:
         yield held
     finally:
@@ -165,7 +169,7 @@ def _checked_windows(streams: Mapping[str, Path], dtype: np.dtype, length: int) 
                 f"the {which} text has {tokens[split]} tokens, one window of length {length} needs {length + 1}: give "
                 f"more text, or a smaller --length{remedy if enough else ''}"
             )
-    return sum(count_windows(count, length) for count in tokens.values())
+    return sum((count - 1) // length for count in tokens.values())
 
 
 def _check_room(folder: Path, needed: int) -> None:

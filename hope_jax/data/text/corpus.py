@@ -1,6 +1,6 @@
-"""A corpus: documents in a fixed order, and which bytes of them are held out. Read files.py next.
+"""A corpus: documents in a fixed order, and which bytes of them are held out.
 
-Documents of a TFDS dataset come from tfds_corpus.py; windows.py keeps what comes of either.
+Documents come from files.py (read it next) or ../tfds_source.py; windows.py keeps what comes of either.
 """
 
 import hashlib
@@ -20,7 +20,6 @@ class Corpus:
     read:     document number -> its UTF-8 bytes.
     digest:   changes when a name or a byte changes.
     sizes:    bytes of each document; None when unknown before reading.
-    skipped:  files of folders and globs that were left out.
     left_out: one sentence: how many files and bytes were left out, and why; empty if none were.
     """
 
@@ -28,7 +27,6 @@ class Corpus:
     read: Callable[[int], bytes]
     digest: str
     sizes: Sequence[int] | None
-    skipped: int = 0
     left_out: str = ""
 
     @property
@@ -67,11 +65,14 @@ def split(corpus: Corpus, heldout: float, seed: int) -> Split:
     ranks = [_rank(name, seed) for name in corpus.names]
     order = sorted(range(len(ranks)), key=ranks.__getitem__)
     count = min(max(sum(rank < heldout for rank in ranks), 1), len(ranks) - 1)
-    chosen, sizes = set(order[:count]), _sizes(corpus)
-    if sizes and not _fair(sum(sizes[document] for document in chosen) / sum(sizes), heldout):
-        return _split_bytes(corpus, sizes, order[::-1], heldout)
-    pieces = [Piece(document) for document in range(len(ranks))]
-    return Split(tuple(p for p in pieces if p.document not in chosen), tuple(p for p in pieces if p.document in chosen))
+    chosen, rest, sizes = sorted(order[:count]), sorted(order[count:]), corpus.sizes
+    if sizes is None and len(order) <= FEW:
+        sizes = [len(corpus.read(document)) for document in range(len(order))]
+    if sizes and sum(sizes):
+        share = sum(sizes[document] for document in chosen) / sum(sizes)
+        if min(share / heldout, (1 - share) / (1 - heldout)) < 1 / 4:
+            return _split_bytes(corpus, sizes, order[::-1], heldout)
+    return Split(tuple(map(Piece, rest)), tuple(map(Piece, chosen)))
 
 
 def name_bytes(name: str) -> bytes:
@@ -82,17 +83,6 @@ def name_bytes(name: str) -> bytes:
 def _rank(name: str, seed: int) -> float:
     """A number in [0, 1) that depends on nothing else, so adding a file does not move the others."""
     return int.from_bytes(hashlib.sha256(f"{seed}:".encode() + name_bytes(name)).digest()[:6]) / 2**48
-
-
-def _sizes(corpus: Corpus) -> Sequence[int] | None:
-    if corpus.sizes is None and len(corpus.names) <= FEW:
-        return [len(corpus.read(document)) for document in range(len(corpus.names))]
-    return corpus.sizes
-
-
-def _fair(share: float, heldout: float) -> bool:
-    """Whether both parts have at least a quarter of the bytes that they should have."""
-    return share >= heldout / 4 and 1 - share >= (1 - heldout) / 4
 
 
 def _split_bytes(corpus: Corpus, sizes: Sequence[int], order: Sequence[int], heldout: float) -> Split:

@@ -6,6 +6,7 @@ needs no download. Read tokenizers.py next.
 
 import glob
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -21,21 +22,21 @@ NOT_SOURCES = frozenset({"__pycache__", "site-packages", "dist-packages"})
 
 
 class _File(NamedTuple):
+    """A file that was asked for, ``explicit`` by its name."""
+
     name: str
     path: Path
-    explicit: bool
+    explicit: bool = False
 
 
-class _Text(NamedTuple):
+class _Read(NamedTuple):
+    """A file that was looked at; ``problem``: why it is no text, None where it is one."""
+
     name: str
     digest: str
     path: Path
     size: int
-
-
-class _LeftOut(NamedTuple):
-    reason: str
-    size: int
+    problem: str | None
 
 
 def from_files(paths: Sequence[str]) -> Corpus:
@@ -48,10 +49,10 @@ def from_files(paths: Sequence[str]) -> Corpus:
         UserError: a path is missing, a glob matches nothing, a file or folder cannot be read, a file given by name
             is empty, no UTF-8 text, or a pipe or device, or nothing is left. ``read``: a file has changed since.
     """
-    files = [file for path in paths for file in _expand(path)] if paths else list(_standard_library())
+    files = itertools.chain.from_iterable(map(_expand, paths)) if paths else _standard_library()
     found = [_examine(file) for file in _unique(files)]
-    texts = sorted(file for file in found if isinstance(file, _Text))
-    left_out = [file for file in found if isinstance(file, _LeftOut)]
+    texts = sorted(file for file in found if file.problem is None)
+    left_out = [file for file in found if file.problem is not None]
     if not texts:
         where = " ".join(paths) or "the standard library"
         raise UserError(f"no text in {where}: {len(found)} files found, none of them non-empty UTF-8 text")
@@ -61,7 +62,6 @@ def from_files(paths: Sequence[str]) -> Corpus:
         read=lambda document: _read_again(texts[document]),
         digest=hashlib.sha256(listing).hexdigest(),
         sizes=tuple(text.size for text in texts),
-        skipped=len(left_out),
         left_out=_sentence(left_out, len(found)),
     )
 
@@ -84,30 +84,19 @@ def _standard_library() -> Iterator[_File]:
     return (file for file in _walk(folder, folder) if file.path.suffix == ".py")
 
 
-def _expand(given: str) -> list[_File]:
+def _expand(given: str) -> Iterable[_File]:
     if not given.strip():
         raise UserError("a corpus path is the empty string: give a text file, a folder or a glob")
     path = Path(given).expanduser()
-    if path.is_dir():
-        return list(_walk(path, path))
     if path.exists():
-        return [_File(path.name, path, explicit=True)]
+        return _walk(path, path) if path.is_dir() else [_File(path.name, path, explicit=True)]
     if not glob.has_magic(given):
         raise UserError(f"corpus path {given!r} does not exist: give a text file, a folder or a glob")
     matches = [Path(match) for match in _glob(str(path))]
     if not matches:
         raise UserError(f"the pattern {given!r} matches no file: check it, or give a file or a folder")
-    root = Path(*_before_magic(path.parts))
-    return [file for match in matches for file in _matched(match, root)]
-
-
-def _before_magic(parts: Sequence[str]) -> Sequence[str]:
-    magic = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    return parts[:magic]
-
-
-def _matched(match: Path, root: Path) -> Iterable[_File]:
-    return _walk(match, root) if match.is_dir() else [_File(match.relative_to(root).as_posix(), match, explicit=False)]
+    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    return itertools.chain.from_iterable(_walk(match, root) for match in matches)
 
 
 def _glob(pattern: str) -> list[str]:
@@ -120,33 +109,27 @@ def _glob(pattern: str) -> list[str]:
     return [match for folder in folders for match in _glob(os.path.join(glob.escape(folder), pattern[found.end() :]))]
 
 
-def _walk(folder: Path, root: Path) -> Iterator[_File]:
-    """The files below ``folder``, named relative to ``root``."""
-    for parent, names in _folders(folder, NOT_SOURCES):
+def _walk(top: Path, root: Path) -> Iterator[_File]:
+    """``top``, or the files below it if it is a folder; named relative to ``root``."""
+    if not top.is_dir():
+        yield _File(top.relative_to(root).as_posix(), top)
+        return
+    for parent, names in _folders(top, NOT_SOURCES):
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        yield from (_File(path.relative_to(root).as_posix(), path, explicit=False) for path in paths)
+        yield from (_File(path.relative_to(root).as_posix(), path) for path in paths)
 
 
-def _folders(folder: Path, skip: frozenset[str]) -> Iterator[tuple[str, list[str]]]:
-    """``folder`` and those below it, each with the names in it; each once, however many links lead to it."""
-    seen = {_identity(folder)}
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        visible = [name for name in sorted(folders) if name not in skip and not name.startswith(".")]
-        folders[:] = [name for name in visible if _is_new(Path(parent, name), seen)]
+def _folders(top: Path, skip: frozenset[str]) -> Iterator[tuple[str, list[str]]]:
+    """``top`` and the folders below it, each with the names in it; each once, however many links lead to it."""
+    seen = {os.path.realpath(top)}
+    for parent, folders, names in os.walk(top, onerror=_refuse, followlinks=True):
+        visible, folders[:] = sorted(folders), []
+        for name in visible:
+            place = os.path.realpath(os.path.join(parent, name))
+            if name not in skip and not name.startswith(".") and place not in seen:
+                seen.add(place)
+                folders.append(name)
         yield parent, names
-
-
-def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
-    """Whether ``folder`` was not seen before; now it is."""
-    identity = _identity(folder)
-    is_new = identity not in seen
-    seen.add(identity)
-    return is_new
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -162,26 +145,24 @@ def _unique(files: Iterable[_File]) -> list[_File]:
     return list(chosen.values())
 
 
-def _examine(file: _File) -> _Text | _LeftOut:
+def _examine(file: _File) -> _Read:
     special = special_file(file.path)
-    data = b"" if special else _read(file.path)
-    reason = special or _problem(data)
-    if reason is None:
-        return _Text(file.name, hashlib.sha256(data).hexdigest(), file.path, len(data))
-    if file.explicit:
-        raise UserError(f"{str(file.path)!r} is {reason}: give a UTF-8 text file")
-    return _LeftOut(reason.partition(" (")[0], len(data))
+    data = b"" if special else _bytes(file.path)
+    problem = special or _problem(data)
+    if problem and file.explicit:
+        raise UserError(f"{str(file.path)!r} is {problem}: give a UTF-8 text file")
+    return _Read(file.name, hashlib.sha256(data).hexdigest(), file.path, len(data), problem)
 
 
-def _read(path: Path) -> bytes:
+def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
 
 
-def _read_again(text: _Text) -> bytes:
-    data = _read(text.path)
+def _read_again(text: _Read) -> bytes:
+    data = _bytes(text.path)
     if hashlib.sha256(data).hexdigest() != text.digest:
         raise UserError(f"{str(text.path)!r} has changed since it was first read: run the command again")
     return data
@@ -199,11 +180,10 @@ def _problem(data: bytes) -> str | None:
     return None
 
 
-def _sentence(left_out: Sequence[_LeftOut], total: int) -> str:
-    if not left_out:
-        return ""
-    parts = []
-    for reason in sorted({file.reason for file in left_out}):
-        sizes = [file.size for file in left_out if file.reason == reason]
-        parts.append(f"{len(sizes)} {reason} ({sum(sizes):,} bytes)")
-    return f"Left out {len(left_out)} of {total} files: {', '.join(parts)}."
+def _sentence(left_out: Sequence[_Read], total: int) -> str:
+    """How many files and bytes were left out for each reason, without the detail in its brackets."""
+    sizes: dict[str, list[int]] = {}
+    for file in left_out:
+        sizes.setdefault(str(file.problem).partition(" (")[0], []).append(file.size)
+    parts = [f"{len(same)} {reason} ({sum(same):,} bytes)" for reason, same in sorted(sizes.items())]
+    return f"Left out {len(left_out)} of {total} files: {', '.join(parts)}." if parts else ""

@@ -6,13 +6,44 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hope_jax.data.batches import HeldoutBatches, Order, TrainBatches
-from hope_jax.data.text import building, corpus, tfds_corpus, windows
-from hope_jax.data.text.config import DataConfig
+from hope_jax.data.batches import HeldoutBatches, TrainBatches
+from hope_jax.data.text import building, corpus, windows
 from hope_jax.data.text.files import from_files
-from hope_jax.data.text.tokenizers import Tokenizer
+from hope_jax.data.text.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
 from hope_jax.data.text.windows import Windows
+from hope_jax.data.tfds_source import documents
 from hope_jax.errors import UserError, whole
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, tokenizer and held-out split. Raises UserError for values outside the ranges given below."""
+
+    path: tuple[str, ...] = ()
+    """Text files, folders or globs. Folders are read recursively, links too; hidden files and folders are not read.
+    Empty: the Python standard library of this interpreter."""
+    tfds: str | None = None
+    """Name (or folder) of a TFDS dataset with a text feature, instead of path. Documents play the role of files."""
+    tokenizer: str | None = None
+    """Path of a JSON file of the `tokenizers` library. None: bytes, 256 tokens."""
+    heldout: float = 0.05
+    """Fraction of the files, between 0 and 1, that is never trained on. Of a single file, or where one file is most of
+    the text: the last bytes of it."""
+    seed: int = 0
+    """Chooses which files are held out. The order of training windows has its own seed."""
+
+    def __post_init__(self):
+        if isinstance(self.path, str):
+            raise UserError(f"path must be a tuple of strings, got the string {self.path!r}: write ({self.path!r},)")
+        if self.path and self.tfds is not None:
+            raise UserError(f"got both path {' '.join(self.path)} and tfds {self.tfds}: give only one of them")
+        if not 0 < self.heldout < 1:
+            raise UserError(f"heldout must lie between 0 and 1, got {self.heldout}: 0.05 holds out one file in twenty")
+
+
+def make_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer a configuration names: bytes unless it gives a file. UserError when the file cannot be used."""
+    return ByteTokenizer() if config.tokenizer is None else JsonTokenizer(config.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -21,35 +52,22 @@ class TextData:
 
     train, heldout: windows of T + 1 tokens, int32; they share no document, or no byte where one document was cut.
     fingerprint:    changes when the corpus, the held-out choice, the tokenizer or the length changes.
-    skipped:        files of folders and globs that were left out.
     left_out:       one sentence: how many files and bytes were left out, and why; empty if none were.
     """
 
     train: Windows
     heldout: Windows
     fingerprint: str
-    skipped: int
     left_out: str
 
     def train_batches(self, *, batch: int, seed: int, process_index: int = 0, process_count: int = 1) -> TrainBatches:
-        """Endless int32 [B, T + 1], with get_state and set_state.
-
-        Args:
-            batch: B, windows per step of this process, at most its share of the windows.
-            seed: of the order, in 0 .. 2**32 - 1.
-            process_index, process_count: this process takes rows process_index, process_index + process_count, ...
-
-        Raises:
-            UserError: a number outside its range.
-        """
-        order = Order(
-            whole("batch", batch), whole("seed", seed, 0), whole("process_count", process_count), self.fingerprint
-        )
-        return TrainBatches(self.train, order, process_index)
+        """Endless shuffled int32 [B, T + 1]; see ``TrainBatches`` for the numbers, ``batch`` is of one process."""
+        share = {"process_index": process_index, "process_count": process_count}
+        return TrainBatches(self.train, self.fingerprint, batch=batch, seed=seed, **share)
 
     def heldout_batches(self, *, batch: int, limit: int | None = None) -> HeldoutBatches:
         """Re-iterable int32 [B, T + 1], at most `limit` of them, evenly spread. UserError when a number is below 1."""
-        return HeldoutBatches(self.heldout, whole("batch", batch), None if limit is None else whole("limit", limit))
+        return HeldoutBatches(self.heldout, batch, limit)
 
 
 def open_text(
@@ -67,19 +85,14 @@ def open_text(
     Raises:
         UserError: no such text, too little of it, or nowhere to write.
     """
-    length = whole("length", length)
-    found = from_files(config.path) if config.tfds is None else tfds_corpus.from_tfds(config.tfds)
+    length, cache_dir = whole("length", length), Path(cache_dir)
+    found = from_files(config.path) if config.tfds is None else documents(config.tfds)
     if progress and found.left_out:
         tqdm.write(found.left_out, file=sys.stderr)
-    building.check_place(Path(cache_dir))
-    building.clear_unfinished(Path(cache_dir))
+    building.check_place(cache_dir)
+    building.clear_unfinished(cache_dir)
     pieces = corpus.split(found, config.heldout, config.seed)
     fingerprint = building.fingerprint(found, pieces, tokenizer, length)
-    folder = Path(cache_dir) / fingerprint
-    splits = windows.load(folder)
-    if splits is None:
-        building.build(folder, found, pieces, tokenizer, length, progress)
-        splits = windows.load(folder)
-    if splits is None:
-        raise UserError(f"the prepared corpus in {folder} cannot be read back: check the disk and the permissions")
-    return TextData(splits["train"], splits["heldout"], fingerprint, found.skipped, found.left_out)
+    folder = cache_dir / fingerprint
+    splits = windows.load(folder) or building.build(folder, found, pieces, tokenizer, length, progress)
+    return TextData(**splits, fingerprint=fingerprint, left_out=found.left_out)

@@ -1,21 +1,19 @@
 """Text to token ids and back: plain bytes, or a JSON file of the `tokenizers` library.
 
-Both report how many bytes of text each token stands for (byte_lengths.py). Read windows.py next.
+Both know how many bytes of text each token stands for, so that losses compare in bits per byte. Read windows.py next.
 """
 
+import abc
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32, Int64
 
-from hope_jax.data.text.byte_lengths import byte_lengths
-from hope_jax.data.text.config import DataConfig
 from hope_jax.data.text.files import special_file
 from hope_jax.errors import UserError
 
@@ -24,65 +22,67 @@ PIECE_CHARACTERS = 1 << 16
 LINE_ENDS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n(?=\S)"))
 PIECES = 1
 """Part of the fingerprint: raise it when texts are cut into other pieces."""
+UNFINISHED = "\ufffd"
+"""The decoding of a character of which some bytes are not there yet."""
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the rest of the package needs to know of a tokenizer."""
+class Tokenizer(abc.ABC):
+    """What the rest of the package needs to know of a tokenizer.
 
-    @property
-    def vocab_size(self) -> int:
-        """Ids are 0 .. vocab_size - 1."""
-        ...
+    vocab_size:   ids are 0 .. vocab_size - 1.
+    byte_lengths: bytes of UTF-8 text that each token stands for; 0 for ids without a token.
+    fingerprint:  changes when the same text could get other ids.
+    """
 
-    @property
-    def byte_lengths(self) -> Int64[np.ndarray, " vocab"]:
-        """Bytes of UTF-8 text that each token stands for."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the same text could get other ids."""
-        ...
+    vocab_size: int
+    byte_lengths: Int64[np.ndarray, " vocab"]
+    fingerprint: str
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, " T"]:
         """Ids of a text, without special tokens; bytes must be UTF-8."""
-        ...
+        try:
+            return self.encode_many([text.encode() if isinstance(text, str) else text])[0]
+        except UnicodeEncodeError as error:
+            where = f"character {error.start} of the text is {text[error.start]!r}"
+            raise UserError(f"{where}, a byte that is not UTF-8: give the text in UTF-8") from error
 
+    @abc.abstractmethod
     def encode_many(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, " ..."]]:
-        """The same as encode for each of several texts, in parallel where that helps."""
-        ...
+        """The ids of each of several texts, in parallel where that helps."""
 
     def decode(self, ids: Iterable) -> str:
-        """The text of integer ids [T]; broken UTF-8 becomes the replacement character."""
-        ...
+        """The text of integer ids [T], special tokens included; broken UTF-8 becomes the replacement character.
+
+        Raises:
+            UserError: ids outside the vocabulary, or of several sequences.
+        """
+        array = np.asarray(ids if hasattr(ids, "__len__") else list(ids))
+        if array.ndim != 1:
+            raise UserError(f"token ids have shape {array.shape}, expected [T]: decode one sequence at a time")
+        if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= self.vocab_size):
+            found = f"{array.dtype} in {array.min()}..{array.max()}"
+            raise UserError(f"token ids must be integers in 0..{self.vocab_size - 1}, got {found}")
+        return self._decode(array.tolist())
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """A token is a byte: 256 ids, nothing to learn, every file fits."""
 
-    vocab_size = 256
-    fingerprint = "bytes"
-
-    @property
-    def byte_lengths(self) -> Int64[np.ndarray, " vocab"]:
-        """One byte each."""
-        return np.ones(self.vocab_size, np.int64)
-
-    def encode(self, text: str | bytes) -> Int32[np.ndarray, " T"]:
-        """The UTF-8 bytes of the text."""
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+    def __init__(self):
+        self.vocab_size, self.byte_lengths, self.fingerprint = 256, np.ones(256, np.int64), "bytes"
 
     def encode_many(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, " ..."]]:
         """The bytes of each text."""
-        return [self.encode(text) for text in texts]
+        return [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
 
-    def decode(self, ids: Iterable) -> str:
-        """The text of integer ids [T]; broken UTF-8 becomes the replacement character. UserError outside 0..255."""
-        return bytes(_checked(ids, self.vocab_size).astype(np.uint8)).decode("utf-8", errors="replace")
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
 
 
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """A trained tokenizer read from a JSON file of the `tokenizers` library, added tokens included.
 
     Settings of training are switched off: a text always gets the same ids, all of them and no more.
@@ -92,27 +92,28 @@ class JsonTokenizer:
     """
 
     def __init__(self, path: str | Path):
-        definition = _definition(Path(path).expanduser())
-        text = json.dumps(definition)
+        path = Path(path).expanduser()
+        if not path.is_file():
+            what = special_file(path) or "not a file"
+            raise UserError(f"tokenizer {str(path)!r} is {what}: give a JSON file of the tokenizers library, or none")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            definition = _definition(path.read_text("utf-8"))
+            self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        except OSError as error:
+            raise UserError(f"tokenizer {str(path)!r} cannot be read: {error.strerror or error}") from error
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"tokenizer {str(path)!r} is not a JSON file of the tokenizers library: {error}") from error
-        self.fingerprint = hashlib.sha256(f"{PIECES} {text}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{PIECES} {definition}".encode()).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        self.byte_lengths = byte_lengths(self._tokenizer, self.vocab_size)
         if self.vocab_size == 0:
             raise UserError(f"tokenizer {str(path)!r} has no tokens: give one that has been trained")
+        self.byte_lengths = _byte_lengths(self._tokenizer, self.vocab_size)
         self._line = "\n" if adds_blank(self) else ""
         self._lead = self._ids(self._line)
 
-    def encode(self, text: str | bytes) -> Int32[np.ndarray, " T"]:
-        """Ids without special tokens."""
-        return self.encode_many([_utf8(text)])[0]
-
     def encode_many(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, " ..."]]:
         """Ids of each UTF-8 text, on all cores. Long texts are encoded in pieces that end at line ends."""
-        pieces = [list(_pieces(_unicode(text))) for text in texts]
+        pieces = [list(_pieces(text)) for text in texts]
         flat = [self._line + piece if at else piece for text in pieces for at, piece in enumerate(text)]
         encodings = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         ids = [[self._own(at, piece, next(encodings).ids) for at, piece in enumerate(text)] for text in pieces]
@@ -127,9 +128,36 @@ class JsonTokenizer:
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable) -> str:
-        """The text of integer ids [T], special tokens included. UserError outside the vocabulary."""
-        return self._tokenizer.decode(_checked(ids, self.vocab_size).tolist(), skip_special_tokens=False)
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class Continuation:
+    """The text that new tokens add to the tokens before them, wherever the tokens are cut.
+
+    Tokens that are decoded alone can lose a blank or half a character; the text that they add is the difference between
+    two decodings: of all tokens, and of the tokens before.
+
+    >>> continuation = Continuation(tokenizer, prompt)
+    >>> "".join(continuation.add(piece) for piece in pieces)      # the text that follows the prompt
+
+    Args:
+        tokenizer: decodes the tokens.
+        before: ids of the prompt, or none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Iterable = ()):
+        self._tokenizer, self._ids, self._shown = tokenizer, [], ""
+        self.add(before)
+
+    def add(self, ids: Iterable) -> str:
+        """The text that integer ids [T] add. A character whose last bytes are missing comes with a later call."""
+        self._ids.extend(int(token) for token in ids)
+        text = self._tokenizer.decode(self._ids).rstrip(UNFINISHED)
+        if len(text) <= len(self._shown):  # an unfinished character can spoil those before it
+            return ""
+        added, self._shown = text[len(self._shown) :], text
+        return added
 
 
 def adds_blank(tokenizer: Tokenizer) -> bool:
@@ -137,63 +165,55 @@ def adds_blank(tokenizer: Tokenizer) -> bool:
     return bool(tokenizer.byte_lengths[tokenizer.encode("a")].sum() == 2)
 
 
-def make_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer a configuration names: bytes unless it gives a file. UserError when the file cannot be used."""
-    return ByteTokenizer() if config.tokenizer is None else JsonTokenizer(config.tokenizer)
-
-
-def _definition(path: Path) -> dict[str, Any]:
-    """The contents of the file, less the settings of the model that it was trained for: they cut, pad or vary ids."""
-    if not path.is_file():
-        what = special_file(path) or "not a file"
-        raise UserError(f"tokenizer {str(path)!r} is {what}: give a JSON file of the tokenizers library, or none")
-    try:
-        definition = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"tokenizer {str(path)!r} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"tokenizer {str(path)!r} is not a JSON file of the tokenizers library: {error}") from error
+def _definition(text: str) -> str:
+    """The contents of a file, less the settings of the model that it was trained for: they cut, pad or vary ids."""
+    definition = json.loads(text)
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
-        raise UserError(f"tokenizer {str(path)!r} is not a JSON file of the tokenizers library: it has no model")
+        raise ValueError("it has no model")
     model = definition["model"] | ({"dropout": None} if definition["model"].get("dropout") else {})
-    return definition | {"truncation": None, "padding": None, "model": model}
+    return json.dumps(definition | {"truncation": None, "padding": None, "model": model})
 
 
-def _utf8(text: str | bytes) -> bytes:
-    try:
-        return text.encode() if isinstance(text, str) else text
-    except UnicodeEncodeError as error:
-        raise UserError(f"character {error.start} of the text is {text[error.start]!r}, a byte that is not UTF-8: give "
-                        "the text in UTF-8") from error  # fmt: skip
-
-
-def _unicode(text: bytes) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"byte {error.start} of the text is {text[error.start]:#04x}, no UTF-8: give the text "
-                        "in UTF-8") from error  # fmt: skip
-
-
-def _checked(ids: Iterable, vocab_size: int) -> np.ndarray:
-    array = np.asarray(ids if hasattr(ids, "__len__") else list(ids))
-    if array.ndim != 1:
-        raise UserError(f"token ids have shape {array.shape}, expected [T]: decode one sequence at a time")
-    if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocab_size):
-        raise UserError(
-            f"token ids must be integers in 0..{vocab_size - 1}, got {array.dtype} in {array.min()}..{array.max()}"
-        )
-    return array
-
-
-def _pieces(text: str) -> Iterator[str]:
+def _pieces(text: bytes) -> Iterator[str]:
     """Cuts where pre-tokenizers break anyway: after a line end between two non-blanks, else after any line end."""
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
+    try:
+        rest, start = text.decode(), 0
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} of the text is {text[error.start]:#04x}"
+        raise UserError(f"{where}, no UTF-8: give the text in UTF-8") from error
+    while len(rest) - start > PIECE_CHARACTERS:
         limit = start + PIECE_CHARACTERS
-        found = (list(pattern.finditer(text, start, limit)) for pattern in LINE_ENDS)
+        found = (list(pattern.finditer(rest, start, limit)) for pattern in LINE_ENDS)
         stop = next((ends[-1].end() for ends in found if ends), limit)
-        yield text[start:stop]
+        yield rest[start:stop]
         start = stop
-    if start < len(text):
-        yield text[start:]
+    if start < len(rest):
+        yield rest[start:]
+
+
+def _byte_lengths(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Int64[np.ndarray, " vocab"]:
+    """Exact for byte-level and byte-fallback vocabularies."""
+    added = tokenizer.get_added_tokens_decoder()
+    byte_level = _is_byte_level(json.loads(tokenizer.to_str()))
+    lengths = np.zeros(vocab_size, np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        lengths[index] = len(token) if byte_level and index not in added else _plain_length(token)
+    return lengths
+
+
+def _is_byte_level(definition: dict) -> bool:
+    """Byte-level vocabularies write each byte as one printable character."""
+    steps = [definition.get("pre_tokenizer"), definition.get("decoder")]
+    while steps:
+        step = steps.pop() or {}
+        if step.get("type") == "ByteLevel":
+            return True
+        steps += step.get("pretokenizers", []) + step.get("decoders", [])
+    return False
+
+
+def _plain_length(token: str) -> int:
+    """Other vocabularies write text as it is, but for the blank (one symbol) and for single bytes (<0x0A>)."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return 1
+    return len(token.replace("\u2581", " ").encode())

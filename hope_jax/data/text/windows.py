@@ -4,9 +4,7 @@ Documents follow one another without a separator; window k of a split holds toke
 is predicted exactly once and the last tokens, fewer than T, are left out. Read building.py next.
 """
 
-import contextlib
 import functools
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,17 +49,13 @@ class TextWindows(tfds.core.ShardBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         tokens = tfds.features.Tensor(shape=(self._length + 1,), dtype=self._dtype, encoding="bytes")
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=f"Windows of {self._length} + 1 tokens of text.",
-            features=tfds.features.FeaturesDict({"tokens": tokens}),
-        )
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"tokens": tokens}))
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Callable[[], Iterator]]]:
         return {split: self._shards(path) for split, path in self._streams.items()}
 
     def _shards(self, path: Path) -> list[Callable[[], Iterator]]:
-        windows = count_windows(path.stat().st_size // self._dtype.itemsize, self._length)
+        windows = (path.stat().st_size // self._dtype.itemsize - 1) // self._length
         size = max(SHARD_WINDOWS, math.ceil(windows / MAX_SHARDS))
         starts = range(0, windows, size)
         return [functools.partial(self._examples, path, start, min(start + size, windows)) for start in starts]
@@ -98,9 +92,9 @@ class Windows(Sequence):
 
 
 def load(folder: Path) -> dict[str, Windows] | None:
-    """The windows of each split in a folder written by build; None when there are none or files are missing or cut."""
+    """The windows of each split in the ``data_dir`` of a TextWindows; None where files are missing or cut."""
     try:
-        builder: Any = tfds.builder_from_directory(_dataset_folder(folder))
+        builder: Any = tfds.builder_from_directory(folder / TextWindows.name / str(TextWindows.VERSION))
         splits = builder.info.splits
         sizes = {name: sum(Path(path).stat().st_size for path in splits[name].filepaths) for name in splits}
     except (OSError, ValueError, KeyError, ParseError):
@@ -108,21 +102,3 @@ def load(folder: Path) -> dict[str, Windows] | None:
     if set(splits) != set(Split._fields) or any(sizes[name] != splits[name].num_bytes for name in splits):
         return None
     return {name: Windows(builder.as_data_source(split=name), folder) for name in splits}
-
-
-def write(
-    folder: Path, streams: Mapping[str, Path], dtype: np.dtype, length: int, written: Callable[[int], Any]
-) -> None:
-    """A dataset of the windows of ``streams``, see TextWindows."""
-    builder = TextWindows(streams=streams, dtype=dtype, length=length, written=written, data_dir=folder)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces downloads, of which there are none
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-
-
-def count_windows(tokens: int, length: int) -> int:
-    """Windows of ``length`` + 1 tokens in a stream of so many tokens."""
-    return max(tokens - 1, 0) // length
-
-
-def _dataset_folder(folder: Path) -> Path:
-    return folder / TextWindows.name / str(TextWindows.VERSION)

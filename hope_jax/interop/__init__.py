@@ -1,10 +1,4 @@
-"""Weights of other libraries, in and out of the models of this one.
-
->>> config, params = interop.load_llama("llama-folder", dtype=jnp.bfloat16)
->>> logits, _ = LanguageModel(config).apply({"params": params}, tokens)
-
-Read llama.py next.
-"""
+"""Weights of other libraries, in and out of the models of this one. Read llama.py next."""
 
 from hope_jax.errors import extra
 

@@ -62,18 +62,7 @@ def load_llama(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Mode
     folder = Path(folder)
     _check_dtype(dtype)
     llama = read_llama(folder / "config.json")
-    config = _model(llama, dtype)
-    with contextlib.ExitStack() as stack:
-        files = _open(folder, stack)
-        parts = _parts(llama)
-        _check(files, parts, llama)
-        wide = np.dtype(param_dtype(dtype))
-        flat = {part.path: jnp.asarray(_leaf(part, files, llama.layers, wide)) for part in parts}
-    return config, traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _model(llama: Llama, dtype: DTypeLike) -> ModelConfig:
-    return ModelConfig(
+    config = ModelConfig(
         mixer=AttentionConfig(llama.heads, rope_base=llama.rope_base, rope_scaling=llama.rope_scaling),
         feed_forward=SwiGLUConfig(llama.hidden),
         width=llama.width,
@@ -83,6 +72,13 @@ def _model(llama: Llama, dtype: DTypeLike) -> ModelConfig:
         dtype=dtype,
         tied=llama.tied,
     )
+    with contextlib.ExitStack() as stack:
+        files = _open(folder, stack)
+        parts = _parts(llama)
+        _check(files, parts, llama)
+        wide = np.dtype(param_dtype(dtype))
+        flat = {part.path: jnp.asarray(_leaf(part, files, llama.layers, wide)) for part in parts}
+    return config, traverse_util.unflatten_dict(flat, sep="/")
 
 
 class _Part(NamedTuple):
@@ -183,18 +179,17 @@ def _check(files: dict[str, Any], parts: list[_Part], llama: Llama) -> None:
         if kind not in FLOATS:
             raise UserError(f"The tensor {name} is of type {kind}; expected one of {', '.join(FLOATS)}.")
     for name in over:
-        if not (name.endswith(SPEEDS) and _speeds_follow(files[name].get_tensor(name), llama)):
-            _refuse_left_over(name, files, llama)
+        _check_left_over(name, files, llama)
 
 
-def _refuse_left_over(name: str, files: dict[str, Any], llama: Llama) -> None:
-    """A tied model's file may hold the head too, if it equals the embedding."""
-    if name != HEAD or not llama.tied:
+def _check_left_over(name: str, files: dict[str, Any], llama: Llama) -> None:
+    """What follows from the rest may be there: rotary speeds, and in a tied model the head if it is the embedding."""
+    if name == HEAD and llama.tied:
+        if not np.array_equal(files[HEAD].get_tensor(HEAD), files[EMBEDDING].get_tensor(EMBEDDING)):
+            why = f"config.json says that the head is tied, and it differs from {EMBEDDING}"
+            raise UserError(f"The tensor {HEAD} is left over: {why}.")
+    elif not (name.endswith(SPEEDS) and _speeds_follow(files[name].get_tensor(name), llama)):
         raise UserError(f"The tensor {name} is left over; the model would lack it.")
-    if not np.array_equal(files[HEAD].get_tensor(HEAD), files[EMBEDDING].get_tensor(EMBEDDING)):
-        raise UserError(
-            f"The tensor {HEAD} is left over: config.json says that the head is tied, and it differs from {EMBEDDING}."
-        )
 
 
 def _check_dtype(dtype: DTypeLike) -> None:

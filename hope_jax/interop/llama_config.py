@@ -1,6 +1,7 @@
 """``config.json`` of a Llama checkpoint: the sizes, and a refusal of everything that is not the plain architecture.
 
-Fields that are not there have the format's own defaults. Read ``llama_rope.py`` next.
+Fields that are not there have the format's own defaults. Rotary positions are plain, linear or of Llama 3; three places
+may name their base and two their scaling, and places that contradict each other are refused.
 """
 
 import json
@@ -8,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hope_jax.errors import UserError
-from hope_jax.interop.llama_rope import positive, read_rope
 from hope_jax.nn.rotary import RopeScaling
 
 # What the model must be: field -> the values that say so; the first is the default, None is a JSON null.
@@ -37,6 +39,12 @@ HARMLESS = {  # fields that change no logits: of training, writing text, classif
     "attn_implementation",
 }
 # fmt: on
+ROPES = ("rope_scaling", "rope_parameters")  # where older and newer files say what the rotary positions are
+ROPE_FIELDS = {  # of each type, what must be there; a base and the context may be
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -82,14 +90,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_llama(path: Path) -> Llama:
     """The sizes in ``config.json``. UserError, naming the field, for a model that is not a plain Llama."""
     config = read_json(path)
-    if config.get("model_type") != "llama":
-        raise UserError(f"{path} has model_type={config.get('model_type')!r}; only 'llama' can be read.")
-    for field, values in PLAIN.items():
-        if (found := config.get(field, values[0])) not in values:
-            raise UserError(f"{path} has {field}={found!r}; only {values[0]!r} can be read.")
-    _refuse_unknown(path, config)
-    heads = _whole(config, "num_attention_heads")
-    rope_base, rope_scaling = read_rope(config)
+    _check_plain(path, config)
+    heads, tied = _whole(config, "num_attention_heads"), config.get("tie_word_embeddings", False)
+    rope_base, rope_scaling = _rope(config)
     llama = Llama(
         width=_whole(config, "hidden_size"),
         hidden=_whole(config, "intermediate_size"),
@@ -98,17 +101,24 @@ def read_llama(path: Path) -> Llama:
         kv_heads=_whole(config, "num_key_value_heads", heads),
         vocab_size=_whole(config, "vocab_size"),
         context=_whole(config, "max_position_embeddings", 2048),
-        eps=positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+        eps=_positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         rope_base=rope_base,
         rope_scaling=rope_scaling,
-        tied=_tied(config),
+        tied=tied,
     )
+    if not isinstance(tied, bool):
+        raise UserError(f"config.json has tie_word_embeddings={tied!r}; expected true or false.")
     _check_heads(llama, config.get("head_dim"))
     return llama
 
 
-def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:
+def _check_plain(path: Path, config: dict[str, Any]) -> None:
     """What nobody here has heard of may change the model. Fields that are empty or off change nothing."""
+    if config.get("model_type") != "llama":
+        raise UserError(f"{path} has model_type={config.get('model_type')!r}; only 'llama' can be read.")
+    for field, values in PLAIN.items():
+        if (found := config.get(field, values[0])) not in values:
+            raise UserError(f"{path} has {field}={found!r}; only {values[0]!r} can be read.")
     known = READ | HARMLESS | PLAIN.keys()
     for field, value in config.items():
         if field not in known and not field.startswith("_") and value not in (None, False, "", [], {}):
@@ -131,15 +141,64 @@ def _check_heads(llama: Llama, head_dim: Any) -> None:
         )
 
 
-def _tied(config: dict[str, Any]) -> bool:
-    tied = config.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise UserError(f"config.json has tie_word_embeddings={tied!r}; expected true or false.")
-    return tied
-
-
 def _whole(config: dict[str, Any], field: str, default: int | None = None) -> int:
     value = default if config.get(field) is None else config[field]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config.json has {field}={value!r}; expected a whole number of at least 1.")
     return value
+
+
+def _positive(field: str, value: Any) -> float:
+    """The number. UserError unless it is a positive and finite float32: that is what a model computes with."""
+    number, limits = isinstance(value, int | float) and not isinstance(value, bool), np.finfo(np.float32)
+    if not number or not float(limits.tiny) <= value <= float(limits.max):
+        raise UserError(f"config.json has {field}={value!r}; expected a positive number.")
+    return float(value)
+
+
+def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling. UserError for other rotary positions, naming the field, and for contradictions."""
+    found = {place: config[place] for place in ROPES if config.get(place)}
+    scalings = {place: _scaling(place, rope) for place, rope in found.items()}
+    bases = {f"{place}.rope_theta": rope["rope_theta"] for place, rope in found.items() if "rope_theta" in rope}
+    if config.get("rope_theta") is not None:
+        bases["rope_theta"] = config["rope_theta"]
+    base = _agreed({name: _positive(name, value) for name, value in bases.items()}, 10_000.0)
+    return base, _agreed(scalings, None)
+
+
+def _agreed(values: dict[str, Any], default: Any) -> Any:
+    """The one value that all places give."""
+    (first, value), *others = values.items() or [("", default)]
+    for name, other in others:
+        if other != value:
+            raise UserError(f"config.json contradicts itself: {first} is {value} and {name} is {other}.")
+    return value
+
+
+def _scaling(place: str, rope: Any) -> RopeScaling | None:
+    """None where the positions are plain."""
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json has {place}={rope!r}; expected an object of named fields.")
+    kind = _agreed({f"{place}.{name}": rope[name] for name in ("rope_type", "type") if name in rope}, "default")
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
+        kinds = ", ".join(ROPE_FIELDS)
+        raise UserError(f"config.json has {place}={rope!r}; only rotary positions of the types {kinds} can be read.")
+    known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", *ROPE_FIELDS[kind]}
+    for name, value in rope.items():
+        if name not in known and not (name == "partial_rotary_factor" and value in (None, 1)):
+            raise UserError(f"config.json has {place}.{name}={value!r}; rotary positions of that kind cannot be read.")
+    numbers = [_positive(f"{place}.{name}", rope.get(name)) for name in ROPE_FIELDS[kind]]
+    return None if kind == "default" or numbers[0] == 1 else _built(place, rope, *numbers)
+
+
+def _built(
+    place: str, rope: Any, factor: float, low: float = 1.0, high: float = 4.0, context: float | None = None
+) -> RopeScaling:
+    if context is not None and context != int(context):
+        field = f"{place}.original_max_position_embeddings"
+        raise UserError(f"config.json has {field}={context}; expected a number of tokens.")
+    try:
+        return RopeScaling(factor, None if context is None else int(context), low, high)
+    except UserError as error:
+        raise UserError(f"config.json has {place}={rope!r}: {error}") from error

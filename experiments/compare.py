@@ -176,43 +176,34 @@ def table(lines: Sequence[Row]) -> list[str]:
 
 def _budget(tried: dict[str, list[str]]) -> str:
     """What tuning each row had."""
-    grids = list(dict.fromkeys(map(tuple, tried.values())))
-    if len(grids) == 1 and len(grids[0]) == 1:
-        return f"no tuning: the learning rate of every row was {grids[0][0]}"
-    if len(grids) == 1:
-        return f"equal tuning: each row was tried at rates {', '.join(grids[0])} with one seed, judged on other text"
-    return "tuning is not equal yet: " + "; ".join(f"{row} at {', '.join(rates)}" for row, rates in tried.items())
+    grids = {tuple(rates) for rates in tried.values()}
+    if len(grids) > 1:
+        return "tuning is not equal yet: " + "; ".join(f"{row} at {', '.join(rates)}" for row, rates in tried.items())
+    if len(rates := grids.pop()) == 1:
+        return f"no tuning: the learning rate of every row was {rates[0]}"
+    return f"equal tuning: each row was tried at rates {', '.join(rates)} with one seed, judged on other text"
 
 
 def _cells(row: str, lines: Sequence[Row]) -> list[Any]:
     """The columns of a row, from its runs at the chosen rate."""
-    known = {name: [_number(line.get(name)) for line in lines] for name in ("bits_per_byte", "start")}
+    bits, starts = ([math.nan if line[n] is None else line[n] for line in lines] for n in ("bits_per_byte", "start"))
     speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
     speed = f"{statistics.mean(speeds):,.0f}" if speeds else "-"
-    bits, start = spread(known["bits_per_byte"], ".4f"), f"{statistics.mean(known['start']):.3f}"
-    return [row, f"{lines[0]['parameters']:,}", f"{lines[0]['learning_rate']:g}", bits, start, speed, len(lines)]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    about = [row, f"{lines[0]['parameters']:,}", f"{lines[0]['learning_rate']:g}"]
+    return [*about, spread(bits, ".4f"), f"{statistics.mean(starts):.3f}", speed, len(lines)]
 
 
 def draw(config: CompareConfig, lines: Sequence[Row]) -> list[Path]:
     """Bits per byte over tokens of the last setting of this text and length at the chosen rates, as a PNG; its path."""
-    same = [
-        line for line in lines if (line["setting"]["text"], line["setting"]["length"]) == (config.name, config.length)
-    ]
+    shown = (config.name, config.length)
+    same = [line for line in lines if (line["setting"]["text"], line["setting"]["length"]) == shown]
     if not same:
         return []
     with plot(path := config.results / f"compare-{config.name}-{config.length}.png") as axes:
         for (row, _), chosen in at_chosen_rate(grouped(same)[-1][1]).items():
             curves = [dict(line["curve"][1:]) for line in chosen if line["bits_per_byte"] is not None]
             if curves:
-                shared = sorted(set.intersection(*map(set, curves)))
-                draw_mean(axes, shared, [[curve[tokens] for tokens in shared] for curve in curves], row, _style(row))
+                shared, style = sorted(set.intersection(*map(set, curves))), "--" if row.endswith(CONTROL) else "-"
+                draw_mean(axes, shared, [[curve[tokens] for tokens in shared] for curve in curves], row, style)
         axes.set(xlabel="tokens", ylabel="held-out bits per byte", title=f"{config.name}, {config.length} tokens")
     return [path]
-
-
-def _style(row: str) -> str:
-    return "--" if row.endswith(CONTROL) else "-"

@@ -134,8 +134,8 @@ def domains(config: DomainsConfig, results: Results) -> list[Row]:
     keep_programs(config.cache)
     tokenizer, cache = make_tokenizer(config.first), config.cache / "data"
     texts = [open_text(x, tokenizer, length=config.length, cache_dir=cache) for x in (config.first, config.second)]
-    models = {slow: config.model(slow, tokenizer.vocab_size) for _, slow in map(config.parts, config.rows)}
-    learners = {slow: Learner(config, model, tokenizer, texts) for slow, model in models.items()}
+    slows = {slow for _, slow in map(config.parts, config.rows)}
+    learners = {slow: Learner(config, config.model(slow, tokenizer.vocab_size), tokenizer, texts) for slow in slows}
     setting = config.setting(texts)
     return [line for seed in config.seeds for line in _of_seed(config, results, learners, setting, seed)]
 
@@ -205,6 +205,5 @@ def _draw_row(axes: Any, of_rates: list[list[Row]], row: str, tokens: int) -> No
     for ax, bits in zip(axes, np.moveaxis(curves[..., 1:], 2, 0), strict=False):
         draw_mean(ax, curves[0, :, 0] * tokens, bits, row)
     points = [[(line["second"], line["forgotten"]) for line in lines] for lines in of_rates]
-    (mean,) = axes[2].plot(*zip(*(np.mean(one, 0) for one in points), strict=True), "o-", markersize=4)
-    for one in points:
-        axes[2].plot(*zip(*one, strict=True), ".", color=mean.get_color(), alpha=0.5)
+    (mean,) = axes[2].plot(*np.transpose([np.mean(one, 0) for one in points]), "o-", markersize=4)
+    axes[2].plot(*np.transpose(np.concatenate(points)), ".", color=mean.get_color(), alpha=0.5)

@@ -2,7 +2,7 @@
 
 import gzip
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,8 +12,8 @@ from hope_jax import train as training
 from hope_jax.data.tfds_source import open_tfds, records
 from hope_jax.errors import UserError
 
-IDX_TYPE = 0x08
-"""Unsigned bytes, the one type of MNIST's files."""
+IDX_BYTES = b"\0\0\x08"
+"""How an idx file of unsigned bytes begins."""
 
 
 class Split(NamedTuple):
@@ -38,10 +38,10 @@ def digits() -> ImageSet:
     from sklearn.datasets import load_digits  # here: only this set needs it
 
     images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    images, labels = images.reshape(-1, 8, 8, 1)[order], labels[order]
-    cut = len(labels) // 5
-    return _image_set("digits", Split(images[cut:], labels[cut:]), Split(images[:cut], labels[:cut]))
+    order, cut = np.random.default_rng(0).permutation(len(labels)), len(labels) // 5
+    images = images.reshape(-1, 8, 8, 1)
+    train, test = (Split(images[part], labels[part]) for part in (order[cut:], order[:cut]))
+    return _image_set("digits", train, test)
 
 
 def mnist(folder: Path) -> ImageSet:
@@ -50,13 +50,13 @@ def mnist(folder: Path) -> ImageSet:
     Raises:
       UserError: a file is missing or is no idx file of bytes.
     """
-    parts = {part: Split(_idx(folder, f"{part}-images-idx3-ubyte"), _idx(folder, f"{part}-labels-idx1-ubyte"))
-             for part in ("train", "t10k")}  # fmt: skip
-    for part, (images, labels) in parts.items():
+    parts = []
+    for part in ("train", "t10k"):
+        images, labels = _idx(folder, f"{part}-images-idx3-ubyte"), _idx(folder, f"{part}-labels-idx1-ubyte")
         if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise UserError(f"{folder}: {part} has images {images.shape} and labels {labels.shape}; expected one each.")
-    train, test = (Split(images[..., None], labels) for images, labels in parts.values())
-    return _image_set(folder.name, train, test)
+        parts.append(Split(images[..., None], labels))
+    return _image_set(folder.name, *parts)
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:
@@ -68,11 +68,11 @@ def _idx(folder: Path, name: str) -> np.ndarray:
         data = gzip.decompress(found[0].read_bytes()) if found[0].suffix == ".gz" else found[0].read_bytes()
     except (OSError, EOFError) as error:
         raise UserError(f"Cannot read {found[0]}: {error}.") from error
-    axes = data[3] if len(data) > 3 else 0
-    shape = np.frombuffer(data, ">u4", axes, 4) if len(data) >= 4 + 4 * axes else np.zeros(0)
-    if data[:3] != bytes([0, 0, IDX_TYPE]) or len(data) - 4 - 4 * axes != int(np.prod(shape, dtype=np.int64)):
+    start = 4 + 4 * (data[3] if len(data) > 3 else 0)
+    shape = np.frombuffer(data[4:start], ">u4").astype(int) if len(data) >= start else np.zeros(0)
+    if data[:3] != IDX_BYTES or len(data) - start != np.prod(shape):
         raise UserError(f"{found[0]} is no idx file of bytes, or it is cut off.")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape.astype(int))
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def from_tfds(name: str, size: int | None = None) -> ImageSet:
@@ -86,31 +86,28 @@ def from_tfds(name: str, size: int | None = None) -> ImageSet:
       UserError: as ``open_tfds``; no labelled images; images of several sizes and no ``size``.
     """
     builder = open_tfds(name)
-    present = set(builder.info.splits)
-    held = next((split for split in ("test", "validation") if split in present), None)
-    if "train" not in present or held is None or not {"image", "label"} <= set(builder.info.features):
-        raise UserError(f"dataset {name!r} has splits {sorted(present)}; expected labelled images, train and test.")
-    return _image_set(name, *(_read(name, builder, split, size) for split in ("train", held)))
+    splits = [split for split in ("train", "test", "validation") if split in builder.info.splits][:2]
+    if len(splits) < 2 or splits[0] != "train" or not {"image", "label"} <= set(builder.info.features):
+        given = sorted(builder.info.splits)
+        raise UserError(f"dataset {name!r} has splits {given}; expected labelled images, train and test.")
+    return _image_set(name, *(_read(name, builder, split, size) for split in splits))
 
 
 def _read(name: str, builder: object, split: str, size: int | None) -> Split:
     source = records(name, builder, split)
     rows = [source[i] for i in tqdm(range(len(source)), desc=f"reading {name} {split}", mininterval=1.0)]
-    images = [_resized(row["image"], size) for row in rows]
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise UserError(f"dataset {name!r} has images of {len(shapes)} sizes; give one for all with --size.")
+    images = [row["image"] if size is None else _resized(row["image"], size) for row in rows]
+    if (sizes := len({image.shape for image in images})) > 1:
+        raise UserError(f"dataset {name!r} has images of {sizes} sizes; give one for all with --size.")
     return Split(np.stack(images), np.array([row["label"] for row in rows]))
 
 
-def _resized(image: np.ndarray, size: int | None) -> np.ndarray:
-    if size is None:
-        return image
+def _resized(image: np.ndarray, size: int) -> np.ndarray:
     from PIL import Image  # comes with matplotlib
 
-    grey = image.shape[-1] == 1
-    shown = Image.fromarray(image[..., 0] if grey else image).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(shown)[..., None] if grey else np.asarray(shown)
+    channels = image.squeeze(2) if image.shape[2] == 1 else image
+    resized = Image.fromarray(channels).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(resized).reshape(size, size, -1)
 
 
 def _image_set(name: str, train: Split, test: Split) -> ImageSet:
@@ -120,11 +117,9 @@ def _image_set(name: str, train: Split, test: Split) -> ImageSet:
     def ready(part: Split) -> Split:
         return Split(((part.images - mean) / deviation).astype(np.float32), part.labels.astype(np.int32))
 
-    order = np.random.default_rng(1).permutation(len(train.labels))
-    train = Split(train.images[order], train.labels[order])
-    cut = len(order) // 6
-    validation, rest = Split(*(x[:cut] for x in train)), Split(*(x[cut:] for x in train))
-    classes = int(max(part.labels.max() for part in (train, test))) + 1
+    order, cut = np.random.default_rng(1).permutation(len(train.labels)), len(train.labels) // 6
+    validation, rest = (Split(*(x[part] for x in train)) for part in (order[:cut], order[cut:]))
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
     return ImageSet(name, ready(rest), ready(validation), ready(test), classes)
 
 
@@ -132,12 +127,8 @@ def draws(images: Split, seed: int, batch: int) -> training.ComputedBatches:
     """Batches of images, drawn anew each time."""
     of_batches = jax.random.split(jax.random.key(seed))[1]
 
-    @jax.jit
-    def choose(index: Any) -> Any:
-        return jax.random.choice(jax.random.fold_in(of_batches, index), len(images.labels), (batch,))
-
     def make(index: int) -> Split:
-        picked = np.asarray(choose(index))
+        picked = np.asarray(jax.random.choice(jax.random.fold_in(of_batches, index), len(images.labels), (batch,)))
         return Split(*(x[picked] for x in images))
 
     return training.ComputedBatches(make)

@@ -32,7 +32,7 @@ def untouched(model: Any, params: Any, readers: int) -> Predict:
 def stored(model: Any, params: Any, documents: np.ndarray, forget: int | None = None) -> Predict:
     """Readers that have read the documents [R, T] once, as streams; then the level ``forget`` is set back."""
     state = context.start(model, params, documents.shape[0])
-    _, state = context.surprise(model, params, state, jnp.asarray(documents))
+    _, state = context.surprise(model, params, state, documents)
     state = context.clear(model, params, context.finish(model, params, state))
     if forget is not None:
         state = context.reset(model, state, forget)
@@ -53,39 +53,32 @@ def tuned(model: Any, params: Any, documents: np.ndarray, chunk: int, method: Me
     As the levels do: the loss of a chunk is taken with the context before it, at the weights before its step.
     """
     optimizer, rate, passes = method
-    return functools.partial(
-        _tuned, model, _tune(model, params, jnp.asarray(documents), rate, passes, chunk, optimizer)
-    )
+    return functools.partial(_tuned, model, _tune(model, optimizer, chunk, params, documents, rate, passes))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "chunk", "optimizer"))
-def _tune(
-    model: Any, params: Any, documents: Int[Array, "R T"], rate: Any, passes: Any, chunk: int, optimizer: str
-) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _tune(model: Any, optimizer: str, chunk: int, params: Any, documents: Any, rate: Any, passes: Any) -> Any:
     tx = optax.sgd(rate) if optimizer == "sgd" else optax.adamw(rate, weight_decay=0.0)
 
-    def one(document: Int[Array, " T"]) -> Any:
-        labels = jnp.concatenate([document[1:], document[:1]])
-        known = jnp.arange(document.shape[0]) < document.shape[0] - 1  # nothing comes after the last token
-        chunks = jax.tree.map(lambda x: x.reshape(-1, 1, chunk), (document, labels, known))
-        read = functools.partial(jax.lax.scan, step)
-
-        def once(_: Any, kept: Any) -> Any:
-            return read((*kept, model.init_state(params, 1)), chunks)[0][:2]
-
-        return jax.lax.fori_loop(0, passes, once, (params, tx.init(params)))[0]
+    def loss(params: Any, state: Any, tokens: Any, labels: Any, known: Any) -> tuple[Array, Any]:
+        logits, after = model.apply({"params": params}, tokens, state)
+        return jnp.mean(cross_entropy(logits, labels) * known), after
 
     def step(carry: Any, chunk: Any) -> tuple[Any, None]:
         params, moments, state = carry
-        tokens, labels, known = chunk
-
-        def loss(params: Any) -> tuple[Array, Any]:
-            logits, after = model.apply({"params": params}, tokens, state)
-            return jnp.mean(cross_entropy(logits, labels) * known), after
-
-        slopes, state = jax.grad(loss, has_aux=True)(params)
+        slopes, state = jax.grad(loss, has_aux=True)(params, state, *chunk)
         updates, moments = tx.update(slopes, moments, params)
         return (optax.apply_updates(params, updates), moments, state), None
+
+    def one(document: Int[Array, " T"]) -> Any:
+        known = jnp.arange(document.shape[0]) < document.shape[0] - 1  # nothing comes after the last token
+        parts = (document, jnp.roll(document, -1), known)
+        chunks = jax.tree.map(lambda x: x.reshape(-1, 1, chunk), parts)
+
+        def once(_: Any, kept: Any) -> Any:
+            return jax.lax.scan(step, (*kept, model.init_state(params, 1)), chunks)[0][:2]
+
+        return jax.lax.fori_loop(0, passes, once, (params, tx.init(params)))[0]
 
     return jax.vmap(one)(documents)
 
@@ -104,15 +97,13 @@ def recall(predict: Predict, facts: Facts) -> float:
     """Share of the facts whose word is named when asked for in an empty context: its first byte is the likeliest."""
     right = []
     for fact in np.moveaxis(facts.asked, 1, 0):
-        named = predict(jnp.asarray(fact[:, :ASKED]))[:, -1].argmax(-1)
-        right.append(np.asarray(named) == fact[:, ASKED])
+        right.append(predict(fact[:, :ASKED])[:, -1].argmax(-1) == fact[:, ASKED])
     return float(np.mean(right))
 
 
 def bits_per_byte(predict: Predict, text: Int[np.ndarray, "R window"]) -> float:
     """Of bytes, each predicted from those before it in its window."""
-    tokens = jnp.asarray(text)
-    return float(cross_entropy(predict(tokens[:, :-1]), tokens[:, 1:]).mean()) / np.log(2)
+    return float(cross_entropy(predict(text[:, :-1]), jnp.asarray(text[:, 1:])).mean()) / np.log(2)
 
 
 def by_levels(model: Any, params: Any, facts: Facts) -> tuple[dict[str, Any], Predict]:

@@ -17,7 +17,7 @@ done again; a training run that was stopped goes on. About seven minutes a run o
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class KnowledgeConfig:
 
     def __post_init__(self) -> None:
         at_least_one(self, "width", "layers", "steps", "batch", "text", "length", "readers", "passes")
-        given(self, "seeds", "levels", "facts")
+        given(self, "seeds", "levels", "facts", "periods")
         most, first, known = len(self.periods), self.periods[0], len(names(heldout=True))
         if not all(0 <= count <= most for count in self.levels):
             raise UserError(f"--levels are {list(self.levels)}; expected 0 to {most}, one for each period.")
@@ -166,15 +166,9 @@ def train(config: KnowledgeConfig, model: LanguageModel, data: TextData, about: 
 
 
 def measure(
-    config: KnowledgeConfig,
-    model: LanguageModel,
-    trained: Callable[[], Any],
-    text: np.ndarray,
-    count: int,
-    how: str,
-    run: training.Run,
+    config: KnowledgeConfig, model: LanguageModel, trained: Any, text: np.ndarray, count: int, how: str, _: training.Run
 ) -> Row:
-    """What a line says of so many facts, read in that way."""
+    """What a line says of so many facts, read in that way by a model with the parameters ``trained()``."""
     params, facts = trained(), draw_facts(TEST, 0, config.readers, count, heldout=True)
     untaught = untouched(model, params, config.readers)
     about = {"before": bits_per_byte(untaught, text), "guessed": recall(untaught, facts)}
@@ -192,8 +186,10 @@ def grouped(rows: Sequence[Row]) -> list[tuple[Row, Group]]:
     return [(setting, dict(sorted(runs.items()))) for setting, runs in found]
 
 
-def _lost(row: Row) -> float:
-    return row["after"] - row["before"]
+def _numbers(of_seed: dict[int, Row]) -> list[tuple[float, ...]]:
+    """By seed: the recall, bits per byte of text before reading, and how many more after it."""
+    found = [(row["recall"], row["before"], row["after"] - row["before"]) for row in of_seed.values()]
+    return list(zip(*found, strict=True))
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -202,10 +198,9 @@ def table(rows: Sequence[Row]) -> list[str]:
     for setting, runs in grouped(rows):
         cells: list[Sequence[Any]] = [("levels", "read by", "facts", "recall", "bits before", "more after", "seeds")]
         for (levels, how, facts), of_seed in runs.items():
-            lines = list(of_seed.values())
-            named, lost = spread([row["recall"] for row in lines], ".1%"), spread([_lost(row) for row in lines])
-            before = f"{statistics.mean(row['before'] for row in lines):.3f}"
-            cells.append((levels, how, facts, named, before, lost, len(lines)))
+            recalls, before, lost = _numbers(of_seed)
+            numbers = spread(recalls, ".1%"), f"{statistics.mean(before):.3f}", spread(lost)
+            cells.append((levels, how, facts, *numbers, len(of_seed)))
         said += [heading(setting), *aligned(cells)]
     return said
 
@@ -217,10 +212,10 @@ def draw(config: KnowledgeConfig, rows: Sequence[Row]) -> Path:
         for i, (levels, how) in enumerate(dict.fromkeys((levels, how) for levels, how, _ in runs)):
             name = f"{levels} level{'s' * (levels > 1)}" if levels else f"fine-tuning, {how}"
             style = {"color": f"C{i}", "linestyle": "-" if levels else "--", "marker": "o", "label": name}
-            lines = {facts: list(of.values()) for (*row, facts), of in runs.items() if tuple(row) == (levels, how)}
-            recalls = [[row["recall"] for row in same] for same in lines.values()]
-            means, lost = list(map(statistics.mean, recalls)), [statistics.mean(map(_lost, x)) for x in lines.values()]
-            left.errorbar(list(lines), means, np.nan_to_num(list(map(deviation, recalls))), capsize=3, **style)
+            lines = {facts: _numbers(of) for (*row, facts), of in runs.items() if tuple(row) == (levels, how)}
+            means, lost = ([statistics.mean(numbers[k]) for numbers in lines.values()] for k in (0, 2))
+            errors = np.nan_to_num([deviation(recalls) for recalls, *_ in lines.values()])
+            left.errorbar(list(lines), means, errors, capsize=3, **style)
             right.plot(lost, means, **style)
         counts = sorted({facts for *_, facts in runs})
         left.axhline(1 / len(WORDS), color="black", linewidth=0.8, linestyle=":")

@@ -9,6 +9,7 @@ best of ``--repeats`` interleaved repetitions; ratios compare within one run. Ea
 ``optimizer_benchmark.jsonl``. Two minutes on two cores. Expect M3 within 1.3 times Muon.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,26 +79,23 @@ class Stepper:
 
     def row(self, seconds_start: float, seconds: float, parameters: int) -> Row:
         """What is known about steps that take so long."""
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.start))
         mean = (seconds_start + (BLOCK - 1) * seconds) / BLOCK
         times = {"step_ms": 1e3 * mean, "inside_ms": 1e3 * seconds, "start_ms": 1e3 * seconds_start}
-        return {
-            **{name: round(value, 2) for name, value in times.items()},
-            **{"state_bytes_per_parameter": round(size / parameters, 2)},
-            **{"compile_seconds": round(self.compile_seconds, 1)},
-        }
+        size = {"state_bytes_per_parameter": sum(leaf.nbytes for leaf in jax.tree.leaves(self.start)) / parameters}
+        rounded = {name: round(value, 2) for name, value in (times | size).items()}
+        return rounded | {"compile_seconds": round(self.compile_seconds, 1)}
 
 
 def measure(config: OptimizerBenchmarkConfig) -> list[Row]:
     """All optimizers, with the ratio of mean step times to that of ``config.against``."""
-    names = list(dict.fromkeys((*config.optimizers, config.against)))
     params, axes = random_parameters(config.model), LanguageModel(model_named(config.model)).axes()
     count = training.count_parameters(params)
+    names = list(dict.fromkeys((*config.optimizers, config.against)))
     bar = tqdm(names, desc="compiling", dynamic_ncols=True, mininterval=progress_interval())
     steppers = {name: Stepper(OPTIMIZERS[name].build(1e-3, matrices(axes), decays(axes)), params) for name in bar}
     calls: dict[str, Callable[[], Any]] = {}
     for name, one in steppers.items():
-        calls |= {f"{name} start": lambda one=one: one(one.start), name: lambda one=one: one(one.inside)}
+        calls |= {f"{name} start": functools.partial(one, one.start), name: functools.partial(one, one.inside)}
     seconds = best_seconds(calls, config.repeats)
     rows = {name: one.row(seconds[f"{name} start"], seconds[name], count) for name, one in steppers.items()}
     base = rows[config.against]["step_ms"]
@@ -108,7 +106,5 @@ def measure(config: OptimizerBenchmarkConfig) -> list[Row]:
 def random_parameters(model: str) -> Any:
     """Normal numbers in the shapes of the model's parameters."""
     shapes = training.abstract_params(LanguageModel(model_named(model)))
-    leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [jax.random.normal(key, leaf.shape, jnp.float32) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
+    return jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape, jnp.float32), shapes)

@@ -9,13 +9,11 @@ rate, so that everybody has 54). *Tasks*: four orthogonal regression tasks in se
 the first right after it and after the last, at learning rate 0.02 and the middle value of the other number, and the
 mean loss on all four at the end, for the best of the same 54 settings. All in float64, all settings at once.
 
-Each problem, optimizer and decay is a line of ``optimizers_toy.jsonl`` in ``--results`` and is not run again; the table
-and the picture are made from the file. Half a minute on one core.
-
-Expect at decay 0.9: momentum 283 steps, delta momentum 74 (gram, its default) and 200 (scalar); at 0.99 the first
-task's loss grows least with the scalar form, most with momentum. Momentum at its best learning rates is chaotic: of
-the nine without a factor it needs 391, 281 and 1010 steps (decay 0.9, 0.95, 0.99) with the learning rate inside the
-sum, as Eq. 33 has it, but 453, 333 and 820 with the rate outside, as optax has it; but for rounding the two are one.
+Each problem, optimizer and decay is a line of ``optimizers_toy.jsonl`` in ``--results`` and is not run again. Half a
+minute on one core. Expect at decay 0.9: momentum 283 steps, delta momentum 74 (gram, its default) and 200 (scalar).
+Momentum at its best learning rates is chaotic: of the nine without a factor it needs 391, 281 and 1010 steps (decay
+0.9, 0.95, 0.99) with the learning rate inside the sum, as Eq. 33 has it, but 453, 333 and 820 with the rate outside, as
+optax has it; but for rounding the two are one.
 """
 
 import functools
@@ -31,7 +29,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments.toy_problems import START, Make, Surface, descend, learn, stream
+from experiments.toy_problems import AMPLITUDE, FREQUENCY, START, K, Make, descend, height, learn, stream
 from hope_jax import optim
 from hope_jax.cli.checks import at_least_one, given, known
 from hope_jax.cli.parse import parse
@@ -40,8 +38,8 @@ from hope_jax.cli.results import Results, Row, aligned
 from hope_jax.cli.running import progress_interval
 from hope_jax.errors import UserError
 
-SURFACE, TOLERANCE = Surface(k=10.0, amplitude=0.5, frequency=5.0), 1e-4
-"""The valley, and the height below which it is solved."""
+TOLERANCE = 1e-4
+"""The height below which the valley is solved."""
 NEEDED = ("problem", "task", "optimizer", "decay", "learning_rate", "other")
 RATES = tuple(n * 1e-3 for n in (1, 2, 3, 5, 7, 10, 15, 20, 30))
 FACTORS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -52,13 +50,9 @@ STREAM_RATE = 0.02
 
 @dataclass(frozen=True)
 class Contestant:
-    """An optimizer of three numbers.
+    """An optimizer of three numbers: ``make(learning rate, other number, momentum decay)``.
 
-    Attributes:
-      make: (learning rate, other number, momentum decay) -> optimizer.
-      other: what the other number is.
-      values: those it is tried at.
-      usual: the one of them that the task stream's fixed setting has.
+    ``other``: what the other number is; ``values``: those it is tried at; ``usual``: that of the tasks' fixed setting.
     """
 
     make: Any
@@ -68,7 +62,12 @@ class Contestant:
 
     def at(self, decay: float) -> Make:
         """The optimizer by learning rate and other number."""
-        return lambda rate, other: self.make(rate, other, decay)
+        return functools.partial(self.make, decay=decay)
+
+    def grid(self) -> tuple[Any, Any]:
+        """Learning rate and other number of every setting."""
+        rates, others = zip(*itertools.product(RATES, self.values), strict=True)
+        return jnp.asarray(rates, float), jnp.asarray(others, float)
 
 
 def _m3(rate: Any, decay: float) -> optax.GradientTransformation:
@@ -111,7 +110,7 @@ class OptimizersToyConfig:
     task_steps: int = 60  # Examples of each task.
     size: int = 16  # Weights of the regression, at least one per task.
     results: Path = Path("experiments/results")  # Folder of optimizers_toy.jsonl and the picture.
-    cache: Path = Path("runs/.cache")  # Folder of compiled programs.
+    cache: Path = Path("runs/.cache")  # Folder of the run in progress.
 
     def __post_init__(self) -> None:
         for name in self.optimizers:
@@ -126,7 +125,7 @@ class OptimizersToyConfig:
     @property
     def task(self) -> dict[str, list[float]]:
         """What must agree before two rows of a problem are compared."""
-        valley = [SURFACE.k, SURFACE.amplitude, SURFACE.frequency, TOLERANCE, self.steps]
+        valley = [K, AMPLITUDE, FREQUENCY, TOLERANCE, self.steps]
         return {"valley": valley, "tasks": [self.seeds, self.tasks, self.task_steps, self.size]}
 
 
@@ -152,41 +151,30 @@ def race(config: OptimizersToyConfig, results: Results) -> None:
                 results.complete(about, functools.partial(work, config, name, decay))
 
 
-def _grid(contestant: Contestant) -> tuple[Any, Any]:
-    rates, others = zip(*itertools.product(RATES, contestant.values), strict=True)
-    return jnp.asarray(rates, float), jnp.asarray(others, float)
-
-
 def valley(config: OptimizersToyConfig, name: str, decay: float, run: Any = None) -> Row:
     """Steps to the tolerance and the best setting (None: no setting gets there), and how many settings got there."""
     contestant = CONTESTANTS[name]
-    rates, others = _grid(contestant)
-    points = descend(SURFACE, contestant.at(decay), rates, others, config.steps)
-    below = np.asarray(SURFACE.value(points) < TOLERANCE)
+    rates, others = contestant.grid()
+    below = np.asarray(height(descend(contestant.at(decay), rates, others, config.steps)) < TOLERANCE)
     first = np.where(below.any(1), below.argmax(1) + 1, config.steps + 1)
-    best = int(first.argmin())
-    found = bool(below[best].any())
-    return {
-        **{"steps": int(first[best]) if found else None, "solved": int(below.any(1).sum()), "settings": len(first)},
-        **{"learning_rate": float(rates[best]) if found else None, "other": contestant.other},
-        **{"value": float(others[best]) if found else None},
-    }
+    best, solved = int(first.argmin()), int(below.any(1).sum())
+    setting = {"steps": int(first[best]), "learning_rate": float(rates[best]), "value": float(others[best])}
+    found = setting if solved else dict.fromkeys(setting)
+    return {"solved": solved, "settings": len(first), "other": contestant.other, **found}
 
 
 def in_sequence(config: OptimizersToyConfig, name: str, decay: float, run: Any = None) -> Row:
     """Losses of the task stream, means over seeds: at the fixed setting and, all tasks at the end, at the best."""
     contestant = CONTESTANTS[name]
-    rates, others = _grid(contestant)
+    rates, others = contestant.grid()
     tasks = stream(config.seeds, config.tasks, config.task_steps, config.size)
     means = np.asarray(learn(tasks, contestant.at(decay), rates, others)).mean(1)
     fixed = int(np.argmin(abs(np.asarray(rates) - STREAM_RATE) + abs(np.asarray(others) - contestant.usual)))
     last = np.nan_to_num(means[:, -1].mean(-1), nan=np.inf)
     best = int(last.argmin())
-    return {
-        **{"first_then": float(means[fixed, 0, 0]), "first_at_end": float(means[fixed, -1, 0])},
-        **{"all_at_end": float(last[best]), "settings": len(last), "other": contestant.other},
-        **{"learning_rate": float(rates[best]), "value": float(others[best])},
-    }
+    losses = {"first_then": float(means[fixed, 0, 0]), "first_at_end": float(means[fixed, -1, 0])}
+    setting = {"learning_rate": float(rates[best]), "value": float(others[best]), "other": contestant.other}
+    return {**losses, "all_at_end": float(last[best]), "settings": len(last), **setting}
 
 
 PROBLEMS = {"valley": valley, "tasks": in_sequence}
@@ -219,7 +207,7 @@ def draw(config: OptimizersToyConfig, rows: Sequence[Row]) -> Path:
     """The way of each optimizer through the valley at the smallest of ``--decays``, at its best setting, as a PNG."""
     decay = min(config.decays)
     r, theta = np.meshgrid(np.linspace(-4.5, 2, 200), np.linspace(-4.5, 3, 200))
-    heights = np.log10(np.asarray(SURFACE.value(jnp.stack([r, theta], -1))) + 1e-6)
+    heights = np.log10(np.asarray(height(jnp.stack([r, theta], -1))) + 1e-6)
     with plot(path := config.results / "optimizers_toy.png", 2, (11, 4.5)) as (left, right):
         left.contourf(r, theta, heights, levels=30, cmap="Greys", alpha=0.6)
         for (problem, name, of), row in latest(config, rows).items():
@@ -235,7 +223,7 @@ def draw(config: OptimizersToyConfig, rows: Sequence[Row]) -> Path:
 def _draw_way(left: Any, right: Any, name: str, row: Row) -> None:
     colour = f"C{list(CONTESTANTS).index(name)}"
     rate, other = (jnp.asarray([row[key]], float) for key in ("learning_rate", "value"))
-    points = descend(SURFACE, CONTESTANTS[name].at(row["decay"]), rate, other, row["steps"])[0]
+    points = descend(CONTESTANTS[name].at(row["decay"]), rate, other, row["steps"])[0]
     way = np.concatenate([np.array([START]), np.asarray(points)])
     left.plot(way[:, 0], way[:, 1], ".-", color=colour, linewidth=0.8, markersize=2)
-    right.plot(np.asarray(SURFACE.value(jnp.asarray(way))), color=colour, label=f"{name}: {row['steps']}")
+    right.plot(np.asarray(height(jnp.asarray(way))), color=colour, label=f"{name}: {row['steps']}")

@@ -4,7 +4,6 @@ Parameters are one column [n, 1], as a Flax kernel with one output, so that matr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,32 +17,27 @@ Make = Callable[[Any, Any], optax.GradientTransformation]
 """(learning rate, second hyper-parameter) -> optimizer; both may be traced."""
 
 
-@dataclass(frozen=True)
-class Surface:
-    """``psi(r, th) = r^2 + k c^2``, ``c = r - th + A sin(w r)`` (Eq. 53): a valley that winds; least at 0."""
-
-    k: float
-    amplitude: float
-    frequency: float
-
-    def value(self, point: Float[Array, "*points 2"]) -> Float[Array, "*points"]:
-        """psi of points (r, th)."""
-        r, theta = point[..., 0], point[..., 1]
-        return r**2 + self.k * (r - theta + self.amplitude * jnp.sin(self.frequency * r)) ** 2
-
-    def slope(self, point: Float[Array, "2"]) -> Float[Array, "2"]:
-        """The gradient of psi."""
-        r, theta = point
-        c = r - theta + self.amplitude * jnp.sin(self.frequency * r)
-        inner = 1 + self.amplitude * self.frequency * jnp.cos(self.frequency * r)
-        return jnp.stack([2 * r + 2 * self.k * c * inner, -2 * self.k * c])
-
-
 START = (-3.5, 2.0)
+K, AMPLITUDE, FREQUENCY = 10.0, 0.5, 5.0
+"""Of the valley: where to start in it, and its form."""
+
+
+def height(point: Float[Array, "*points 2"]) -> Float[Array, "*points"]:
+    """``psi(r, th) = r^2 + k c^2``, ``c = r - th + A sin(w r)`` (Eq. 53): a valley that winds; least at 0."""
+    r, theta = point[..., 0], point[..., 1]
+    return r**2 + K * (r - theta + AMPLITUDE * jnp.sin(FREQUENCY * r)) ** 2
+
+
+def slope(point: Float[Array, "2"]) -> Float[Array, "2"]:
+    """The gradient of psi."""
+    r, theta = point
+    c = r - theta + AMPLITUDE * jnp.sin(FREQUENCY * r)
+    inner = 1 + AMPLITUDE * FREQUENCY * jnp.cos(FREQUENCY * r)
+    return jnp.stack([2 * r + 2 * K * c * inner, -2 * K * c])
 
 
 def descend(
-    surface: Surface, make: Make, rates: Float[Array, " S"], seconds: Float[Array, " S"], steps: int
+    make: Make, rates: Float[Array, " S"], seconds: Float[Array, " S"], steps: int
 ) -> Float[Array, "S steps 2"]:
     """The points after each step from ``START``, for S settings of an optimizer side by side."""
 
@@ -52,7 +46,7 @@ def descend(
 
         def step(carry: Any, _: None) -> tuple[Any, Array]:
             point, state = carry
-            updates, state = tx.update(surface.slope(point[:, 0])[:, None], state, point)
+            updates, state = tx.update(slope(point[:, 0])[:, None], state, point)
             point += updates
             return (point, state), point[:, 0]
 
@@ -115,5 +109,4 @@ def learn(
         start = jnp.zeros((tasks.x.shape[-1], 1), tasks.x.dtype)
         return jax.lax.scan(task, (start, tx.init(start)), (tasks.x, tasks.y))[1]
 
-    over_seeds = jax.vmap(run, (None, None, 0))
-    return jax.jit(jax.vmap(over_seeds, (0, 0, None)))(rates, seconds, tasks)
+    return jax.jit(jax.vmap(jax.vmap(run, (None, None, 0)), (0, 0, None)))(rates, seconds, tasks)

@@ -18,10 +18,7 @@ SHOWN = ("first_before", "first", "forgotten", "second")
 
 
 class Learner:
-    """A model on both texts: programs that all its rows, rates and seeds share.
-
-    ``config``: steps, batch, length, eval_every, eval_batches and optimizer, see ``DomainsConfig``.
-    """
+    """A model on both texts of a ``DomainsConfig``: programs that all its rows, rates and seeds share."""
 
     def __init__(self, config: Any, architecture: ModelConfig, tokenizer: Tokenizer, texts: Sequence[TextData]):
         self._config, self._texts = config, texts

@@ -47,7 +47,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def from_patches(self, x: Float[Array, "B N P"]) -> Float[Array, "B classes"]:
-        """The logits; the order of the patches is known from ``position`` alone."""
+        """The logits; the order of the patches is known from ``position_embedding`` alone."""
         x = nn.Dense(self.width, name="embed")(x)
         x = x + self.param("position_embedding", nn.initializers.normal(0.02), (x.shape[1], self.width))[None]
         for i in range(self.layers):

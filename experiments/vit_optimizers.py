@@ -7,18 +7,15 @@
 Every optimizer gets as many rates: its usual one times 1/10, 1/3, 1, 3 and 10, warmup and cosine decay, tuned with one
 seed by the validation images (a fixed part of the training images). Then it trains with ``--seeds`` at its best rate;
 the test images are looked at only there. A finished run is a line of ``vit_optimizers.jsonl`` in ``--results`` and is
-not done again; one that was stopped goes on. Table and curves come from the file.
-AdaMuon is ``m3`` with the fast momentum alone: orthogonalised, then divided by a second moment. All who orthogonalise
-do so with the same parameters, seen as the same matrices, and with steps of the same size.
-
-Seven minutes on one core with the digits. Expect 92 to 98% right, most with orthogonalised momenta.
+not done again; one that was stopped goes on. All who orthogonalise do so with the same parameters, seen as the same
+matrices, and with steps of the same size. Seven minutes on one core with the digits; expect 92 to 98% right.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +43,7 @@ EVALUATED = 1024
 DIVERGED = {"loss": 1e9, "accuracy": 0.0}
 
 
-@dataclass(frozen=True)
-class Contestant:
+class Contestant(NamedTuple):
     """An optimizer by its learning rate, and the rate in the middle of its sweep."""
 
     make: Callable[[Any], optax.GradientTransformation]
@@ -61,6 +57,7 @@ def _muon(rate: Any) -> optax.GradientTransformation:
     return optax.contrib.muon(rate, muon_weight_dimension_numbers=numbers, consistent_rms=0.2, **decay)
 
 
+# AdaMuon is M3 with the fast momentum alone: orthogonalised, then divided by a second moment.
 CONTESTANTS = {
     "adamw": Contestant(lambda rate: optax.adamw(rate, weight_decay=1e-4), 3e-3),
     "muon": Contestant(_muon, 1e-2),
@@ -166,25 +163,19 @@ def best(sweep: Sequence[Row]) -> Row:
 
 
 def train(config: VitOptimizersConfig, images: ImageSet, about: Row, setup: training.Setup, run: training.Run) -> Row:
-    """Losses and accuracies of a run, those of the test images only at the chosen rate."""
+    """The last losses and accuracies of a run, and all as curves; those of the test images only at the chosen rate."""
     seed, rate, name = about["seed"], about["learning_rate"], about["optimizer"]
-    heldout = {"train": Split(*(x[:EVALUATED] for x in images.train)), "validation": images.validation}
+    parts = {"train": [Split(*(x[:EVALUATED] for x in images.train))], "validation": [images.validation]}
     if about["phase"] == "final":
-        heldout["test"] = images.test
+        parts["test"] = [images.test]
     batches, steps = draws(images.train, seed, config.batch), training.Steps(config.steps, config.evaluate_every)
-    parts, start = {name: [part] for name, part in heldout.items()}, training.at_rate(setup.start(seed), rate)
+    start, label = training.at_rate(setup.start(seed), rate), f"{name}, {about['phase']}, rate {rate:.2g}, seed {seed}"
     try:
-        label = f"{name}, {about['phase']}, rate {rate:.2g}, seed {seed}"
-        measured = training.fit(setup, batches, parts, steps, start=start, run=run, label=label).heldout.values()
+        measured = [*training.fit(setup, batches, parts, steps, start=start, run=run, label=label).heldout.values()]
     except training.Diverged as error:
         measured = [*error.heldout.values(), {f"{part}/{m}": value for part in parts for m, value in DIVERGED.items()}]
-    return _line(list(measured)[1:])
-
-
-def _line(measured: Sequence[Any]) -> Row:
-    """The last numbers, and all of them as curves, "test/loss" as ``test_loss``."""
     names = [f"{part}/{metric}" for part in ("train", "validation", "test") for metric in DIVERGED]
-    curve = {name.replace("/", "_"): [round(x[name], 6) for x in measured if name in x] for name in names}
+    curve = {name.replace("/", "_"): [round(x[name], 6) for x in measured[1:] if name in x] for name in names}
     return {name: values[-1] if values else None for name, values in curve.items()} | {"curve": curve}
 
 

@@ -9,17 +9,15 @@ from test_experiments import lines
 
 from experiments import optimizers_toy as toy
 from experiments.__main__ import main
-from experiments.toy_problems import MEAN_SQUARE, Stream, Surface, learn, stream
+from experiments.toy_problems import MEAN_SQUARE, Stream, height, learn, slope, stream
 from hope_jax.cli.results import Results
-
-VALLEY = Surface(k=10.0, amplitude=0.5, frequency=5.0)
 
 
 def test_the_slope_of_the_valley_is_its_gradient(x64):
     points = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2)) * 3)
-    found = jax.vmap(VALLEY.slope)(points)
-    np.testing.assert_allclose(found, jax.vmap(jax.grad(VALLEY.value))(points), rtol=1e-11)
-    assert VALLEY.value(jnp.zeros(2)) == 0 and jnp.all(VALLEY.value(points) > 0)
+    found = jax.vmap(slope)(points)
+    np.testing.assert_allclose(found, jax.vmap(jax.grad(height))(points), rtol=1e-11)
+    assert height(jnp.zeros(2)) == 0 and jnp.all(height(points) > 0)
 
 
 def test_delta_momentum_needs_at_most_half_the_steps_of_momentum(x64):

@@ -65,16 +65,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def measure(config: ContextBenchmarkConfig) -> Iterator[Row]:
     """What is measured with its tokens per second, and those of training as the measure of the others."""
-    tokens = {"training": config.batch * config.length}
     calls: dict[str, Callable[[], Any]] = {"training": _trainer(config, model_named(config.model))}
     calls["reading"] = _reading(config)
     for period in config.periods:
         calls[f"learning, period {period}"] = _learning(config, period)
         if period < config.length:
-            through = f"training through writes, period {period}"
-            calls[through], tokens[through] = _trainer(config, config.written(period)), tokens["training"]
+            calls[f"training through writes, period {period}"] = _trainer(config, config.written(period))
     seconds = best_seconds(calls, config.repeats)
-    speed = {name: tokens.get(name, config.streams * config.length) / seconds[name] for name in calls}
+    sequences = {name: config.batch if name.startswith("training") else config.streams for name in calls}
+    speed = {name: sequences[name] * config.length / seconds[name] for name in calls}
     about = {name: getattr(config, name) for name in ("model", "length", "batch", "devices", "streams")}
     for name, value in speed.items():
         ratio = round(value / speed["training"], 3)

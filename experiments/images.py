@@ -45,11 +45,7 @@ def digits() -> ImageSet:
 
 
 def mnist(folder: Path) -> ImageSet:
-    """MNIST, or a set of its form, from its four idx files, packed or not.
-
-    Raises:
-      UserError: a file is missing or is no idx file of bytes.
-    """
+    """MNIST, or a set of its form, from its four idx files, packed or not. UserError: one is missing or damaged."""
     parts = []
     for part in ("train", "t10k"):
         images, labels = _idx(folder, f"{part}-images-idx3-ubyte"), _idx(folder, f"{part}-labels-idx1-ubyte")
@@ -78,12 +74,8 @@ def _idx(folder: Path, name: str) -> np.ndarray:
 def from_tfds(name: str, size: int | None = None) -> ImageSet:
     """An image classification set of TFDS, read whole: splits ``train`` and ``test`` (else ``validation``).
 
-    Args:
-      name: as for ``hope_jax.data.tfds_source.open_tfds``.
-      size: pixels of a side to which every image is resized; None: all have one size already.
-
-    Raises:
-      UserError: as ``open_tfds``; no labelled images; images of several sizes and no ``size``.
+    ``size``: pixels of a side to which every image is resized; None: all have one size already. UserError: as
+    ``open_tfds``; no labelled images; images of several sizes and no ``size``.
     """
     builder = open_tfds(name)
     splits = [split for split in ("train", "test", "validation") if split in builder.info.splits][:2]

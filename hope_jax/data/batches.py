@@ -70,9 +70,7 @@ class TrainBatches:
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues exactly after the batch at which the state was taken.
 
-        Raises:
-            UserError: the state is not one of get_state, or belongs to another batch size, seed, number of
-                processes or corpus.
+        UserError for a state of another batch size, seed, number of processes or corpus, or of something else.
         """
         names = {*self._order, "position"}
         if state.keys() != names:

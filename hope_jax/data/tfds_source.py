@@ -24,15 +24,10 @@ NETWORK_SECONDS = 5.0
 
 
 def documents(name: str) -> Corpus:
-    """The documents of a TFDS text dataset, read in place.
+    """The documents of a TFDS text dataset, read in place; ``name`` as for ``open_tfds``.
 
     Takes the training split (else the largest), and the feature called ``text`` (else the first text feature).
-
-    Args:
-        name: as for ``open_tfds``.
-
-    Raises:
-        UserError: as ``open_tfds`` and ``records``, or a dataset without text.
+    UserError: as ``open_tfds`` and ``records``, or a dataset without text.
     """
     builder = open_tfds(name)
     splits, features = builder.info.splits, dict(builder.info.features)
@@ -62,11 +57,8 @@ def _to_bytes(text: str | bytes) -> bytes:
 def open_tfds(name: str) -> Any:
     """The builder of a TFDS dataset that is on disk, prepared now if need be.
 
-    Args:
-        name: ``name``, ``name/config``, ``name:version``, or the folder of a prepared dataset.
-
-    Raises:
-        UserError: unknown name, or not on disk and not to be had.
+    ``name``: ``name``, ``name/config``, ``name:version``, or the folder of a prepared dataset. UserError for an unknown
+    name, and for what is not on disk and not to be had.
     """
     return _from_folder(name) or _from_name(name)
 

@@ -57,10 +57,8 @@ def split(corpus: Corpus, heldout: float, seed: int) -> Split:
     alone), bytes are counted instead: documents go to training in the order of the hash, and the document at the border
     is cut: its last bytes are held out.
 
-    Args:
-        corpus: at least one document.
-        heldout: the fraction held out, in (0, 1): expected of the documents, or exact of the bytes.
-        seed: another seed holds out other documents.
+    ``heldout``: the fraction held out, in (0, 1): expected of the documents, or exact of the bytes. Another ``seed``
+    holds out other documents.
     """
     ranks = [_rank(name, seed) for name in corpus.names]
     order = sorted(range(len(ranks)), key=ranks.__getitem__)

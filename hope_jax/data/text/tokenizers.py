@@ -53,8 +53,7 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Iterable) -> str:
         """The text of integer ids [T], special tokens included; broken UTF-8 becomes the replacement character.
 
-        Raises:
-            UserError: ids outside the vocabulary, or of several sequences.
+        UserError for ids outside the vocabulary, or of several sequences.
         """
         array = np.asarray(ids if hasattr(ids, "__len__") else list(ids))
         if array.ndim != 1:
@@ -85,10 +84,8 @@ class ByteTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A trained tokenizer read from a JSON file of the `tokenizers` library, added tokens included.
 
-    Settings of training are switched off: a text always gets the same ids, all of them and no more.
-
-    Args:
-        path: the file; UserError when it is missing, not such a file, or without tokens.
+    Settings of training are switched off: a text always gets the same ids, all of them and no more. UserError when the
+    file is missing, not such a file, or without tokens.
     """
 
     def __init__(self, path: str | Path):
@@ -141,9 +138,7 @@ class Continuation:
     >>> continuation = Continuation(tokenizer, prompt)
     >>> "".join(continuation.add(piece) for piece in pieces)      # the text that follows the prompt
 
-    Args:
-        tokenizer: decodes the tokens.
-        before: ids of the prompt, or none.
+    ``before``: ids of the prompt, or none.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Iterable = ()):

@@ -1,7 +1,8 @@
 """One file per experiment: its docstring says what it shows, the command, the cost and the number to expect.
 
-``python -m experiments`` lists them, ``python -m experiments NAME --help`` explains every field. A new experiment is a
-file here and a row in ``EXPERIMENTS``. Read ``recall.py`` next.
+``python -m experiments`` lists them, ``python -m experiments NAME --help`` explains every field. A finished run is a
+line of ``NAME.jsonl`` in ``--results`` and is not done again; one that was stopped goes on. Tables and figures are made
+from the file. A new experiment is a file here and a row in ``EXPERIMENTS``. Read ``recall.py`` next.
 """
 
 EXPERIMENTS = {

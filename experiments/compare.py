@@ -8,8 +8,7 @@ The rows: ``hope``; ``hope_without_writes``, the same with the inner learning ra
 ``transformer_conv``, the Transformer with Hope's short convolutions, without which a gain says nothing about memory.
 All see the same batches of the same text. Every row is trained with the first seed at each of ``--learning-rates``; the
 rate with the lowest loss on one half of the held-out batches is its rate for the other seeds; the other half is
-reported. A finished run is a line of ``compare.jsonl`` in ``--results`` and is not done again; one that was stopped
-goes on. Without --data.path the text is the Python standard library. A run of the defaults takes minutes on a CPU.
+reported. Without --data.path the text is the Python standard library. A run of the defaults takes minutes on a CPU.
 """
 
 import dataclasses

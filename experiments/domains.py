@@ -14,8 +14,7 @@ measured all along. The rows, with equal parameters:
 Who learns nothing forgets nothing, so every row learns the second text from the same state at several learning rates,
 and column "more" says how much more it forgets than ``levels_0`` does where that one has learned the second text as
 well: on the line between two of its rates, which flatters the others. Each text begins with a new optimizer and a
-warmup; then the rate is constant. A finished run is a line of ``domains.jsonl`` in ``--results`` and is not done again;
-one that was stopped goes on. An hour on one core; expect that slower levels forget no less than learning less does.
+warmup; then the rate is constant. An hour on one core. Expect: slower levels forget no less than learning less does.
 """
 
 import contextlib

@@ -11,8 +11,7 @@ context (recall; chance is 1/16), and held-out text is read with what was stored
 
 Rows: 1, 2 and 3 levels in context; 0 levels: the same model without, which reads by fine-tuning all its parameters, a
 step for each chunk as the fastest level makes (equal compute), by SGD or AdamW at the best of several rates, and again
-with ``--passes`` times the compute. A finished measurement is a line of ``knowledge.jsonl`` in ``--results`` and is not
-done again; a training run that was stopped goes on. About seven minutes a run on one CPU core.
+with ``--passes`` times the compute. About seven minutes a run on one CPU core.
 """
 
 import functools

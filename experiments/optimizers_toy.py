@@ -9,11 +9,10 @@ rate, so that everybody has 54). *Tasks*: four orthogonal regression tasks in se
 the first right after it and after the last, at learning rate 0.02 and the middle value of the other number, and the
 mean loss on all four at the end, for the best of the same 54 settings. All in float64, all settings at once.
 
-Each problem, optimizer and decay is a line of ``optimizers_toy.jsonl`` in ``--results`` and is not run again. Half a
-minute on one core. Expect at decay 0.9: momentum 283 steps, delta momentum 74 (gram, its default) and 200 (scalar).
-Momentum at its best learning rates is chaotic: of the nine without a factor it needs 391, 281 and 1010 steps (decay
-0.9, 0.95, 0.99) with the learning rate inside the sum, as Eq. 33 has it, but 453, 333 and 820 with the rate outside, as
-optax has it; but for rounding the two are one.
+Half a minute on one core. Expect at decay 0.9: momentum 283 steps, delta momentum 74 (gram, its default) and 200
+(scalar). Momentum at its best learning rates is chaotic: of the nine without a factor it needs 391, 281 and 1010 steps
+(decay 0.9, 0.95, 0.99) with the learning rate inside the sum, as Eq. 33 has it, but 453, 333 and 820 with the rate
+outside, as optax has it; but for rounding the two are one.
 """
 
 import functools

@@ -5,8 +5,8 @@
     python -m experiments recall --length 128 --pairs 8 --rows hope --learning-rates 3e-3 --seeds 0
 
 A sequence shows pairs of key and value and later asks for the value of each key. A model that holds no pair can at best
-name one of the values it saw: about 1 / pairs. A run ends at 99.5% or after ``--steps``. Each appends a line to
-``recall.jsonl`` and is not done again; one that was stopped goes on. Expect 99%, without writes about 1 / pairs.
+name one of the values it saw: about 1 / pairs. A run ends at 99.5% or after ``--steps``. Expect 99%, without writes
+about 1 / pairs.
 """
 
 import functools

@@ -175,7 +175,7 @@ def _shards(change):
 FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 FILES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
-    "config a pipe": (_pipe, "config.json is no file"),
+    "config a pipe": (_pipe, "config.json is no file; expected a JSON file of a Llama checkpoint.$"),
     "config no JSON": (_text("config.json", "{'a': 1}"), "config.json is not JSON"),
     "config no text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "is not JSON"),
     "config a list": (_text("config.json", "[1]"), "holds a JSON list"),

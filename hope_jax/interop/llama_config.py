@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); expected a Llama checkpoint.") from error
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error}); download it again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}; expected an object of named fields.")
@@ -92,6 +92,8 @@ def read_llama(path: Path) -> Llama:
     config = read_json(path)
     _check_plain(path, config)
     heads, tied = _whole(config, "num_attention_heads"), config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise UserError(f"config.json has tie_word_embeddings={tied!r}; expected true or false.")
     rope_base, rope_scaling = _rope(config)
     llama = Llama(
         width=_whole(config, "hidden_size"),
@@ -106,8 +108,6 @@ def read_llama(path: Path) -> Llama:
         rope_scaling=rope_scaling,
         tied=tied,
     )
-    if not isinstance(tied, bool):
-        raise UserError(f"config.json has tie_word_embeddings={tied!r}; expected true or false.")
     _check_heads(llama, config.get("head_dim"))
     return llama
 

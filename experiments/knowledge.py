@@ -80,6 +80,8 @@ class KnowledgeConfig:
     def __post_init__(self) -> None:
         at_least_one(self, "width", "layers", "steps", "batch", "text", "length", "readers", "passes")
         given(self, "seeds", "levels", "facts", "periods")
+        if self.data.tokenizer is not None:
+            raise UserError("--data.tokenizer cannot be given here: the facts are bytes, and so is the text.")
         most, first, known = len(self.periods), self.periods[0], len(names(heldout=True))
         if not all(0 <= count <= most for count in self.levels):
             raise UserError(f"--levels are {list(self.levels)}; expected 0 to {most}, one for each period.")
@@ -138,6 +140,8 @@ def knowledge(config: KnowledgeConfig, results: Results) -> None:
     keep_programs(config.cache)
     data = open_text(config.data, make_tokenizer(config.data), length=config.length, cache_dir=config.cache / "data")
     text = np.concatenate(list(data.heldout_batches(batch=config.readers, limit=1)))
+    if len(text) < config.readers:
+        raise UserError(f"--readers is {config.readers}; the held-out text has {len(text)} sequences, give more text.")
     for seed in config.seeds:
         for levels in config.levels:
             model = LanguageModel(config.model(levels))
@@ -154,12 +158,9 @@ def train(config: KnowledgeConfig, model: LanguageModel, data: TextData, about: 
     seed = about["seed"]
     loss = training.next_token_loss(model, np.ones(model.config.vocab_size))
     setup = training.model_setup(model, loss, config.optimizer, config.steps, config.batch * config.length)
-
-    def told(index: int) -> np.ndarray:
-        return episodes(seed, index, config.batch - config.text, config.length)
-
-    texts = data.train_batches(batch=config.text, seed=seed)
-    batches, steps = training.JoinedBatches(texts, training.ComputedBatches(told)), training.Steps(config.steps, 0)
+    told = functools.partial(episodes, seed, batch=config.batch - config.text, length=config.length)
+    texts, steps = data.train_batches(batch=config.text, seed=seed), training.Steps(config.steps, 0)
+    batches = training.JoinedBatches(texts, training.ComputedBatches(told))
     label = f"{about['levels']} levels, seed {seed}"
     return training.fit(setup, batches, (), steps, seed=seed, run=run, label=label).params
 

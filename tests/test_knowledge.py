@@ -168,6 +168,8 @@ def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_p
     assert [row["how"] for row in rows] == ["sgd x1", "sgd x2", "adamw x1", "adamw x2", "levels"]
     assert all(0 <= row["recall"] <= 1 and 4 < row["before"] < 10 for row in rows)
     assert rows[-1]["without"] == [] and rows[0]["rate"] in incorporation.RATES["sgd"]
+    assert main(["knowledge", *flags, "--readers", "999"]) == 2
+    assert "--readers is 999; the held-out text has" in capsys.readouterr().err
     with (tmp_path / "r" / "knowledge.jsonl").open("a") as file:
         file.write(json.dumps(rows[-1] | {"seed": 1, "recall": rows[-1]["recall"] + 0.5}) + "\n")
         file.write(json.dumps(rows[-1] | {"recall": 0.25}) + "\n")  # the same run again
@@ -192,6 +194,8 @@ def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_p
             "--facts 5: expected 1 to 800, so many that their bytes, 16 each, are a",
         ),
         (["--facts", "900"], "--facts 900: expected 1 to 800"),
+        (["--periods"], "Give at least one of each"),
+        (["--data.tokenizer", "t.json"], "--data.tokenizer cannot be given here: the facts are bytes"),
     ],
 )
 def test_wrong_flags_are_one_plain_sentence(flags, said, capfd):

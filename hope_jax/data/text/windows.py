@@ -38,7 +38,6 @@ class TextWindows(tfds.core.ShardBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Windows of T + 1 tokens, T apart."}
     url_infos = None  # nothing is downloaded
 
     def __init__(

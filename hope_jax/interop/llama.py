@@ -77,62 +77,60 @@ def load_llama(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Mode
         parts = _parts(llama)
         _check(files, parts, llama)
         wide = np.dtype(param_dtype(dtype))
-        flat = {part.path: jnp.asarray(_leaf(part, files, llama.layers, wide)) for part in parts}
+        flat = {part.path: jnp.asarray(_leaf(part, files, wide)) for part in parts}
     return config, traverse_util.unflatten_dict(flat, sep="/")
 
 
 class _Part(NamedTuple):
-    """One leaf of the parameters: ``factor * arrange(tensor)``, stacked over layers if ``name`` has a place for one."""
+    """One leaf of the parameters: ``factor * arrange(tensor)``, those of the blocks stacked over the layers."""
 
     path: str
-    name: str
-    shape: tuple[int, ...]  # of the stored tensor
+    names: list[str]  # of its tensors, by layer
+    shape: tuple[int, ...]  # of a stored tensor
     arrange: Callable[[np.ndarray], np.ndarray] = np.transpose
     factor: float = 1.0
-
-    def names(self, layers: int) -> list[str]:
-        """The tensors of the leaf, by layer."""
-        return [self.name.format(i) for i in range(layers)] if "{}" in self.name else [self.name]
 
 
 def _parts(llama: Llama) -> list[_Part]:
     """Every parameter and where it comes from; a stored matrix is [out, in], ours is [in, out]."""
     width, hidden, table = llama.width, llama.hidden, (llama.vocab_size, llama.width)
     stream, root = math.sqrt(EPS / llama.eps), math.sqrt(width)
-    attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
     shared = (llama.kv_heads * llama.head_size, width)
+
+    def layers(name: str) -> list[str]:
+        return [f"model.layers.{i}.{name}.weight" for i in range(llama.layers)]
 
     def repeated(kernel: np.ndarray) -> np.ndarray:
         heads = kernel.reshape(llama.kv_heads, llama.head_size, width)
         return np.repeat(heads, llama.heads // llama.kv_heads, axis=0).reshape(width, width).T
 
-    head = [] if llama.tied else [_Part("head", HEAD, table)]
+    head = [] if llama.tied else [_Part("head", [HEAD], table)]
     return [
-        _Part("embedding", EMBEDDING, table, np.asarray, stream / root),
-        _Part("blocks/norm/scale", "model.layers.{}.input_layernorm.weight", (width,)),
-        _Part("blocks/mixer/query/kernel", attention + "q_proj.weight", (width, width)),
-        _Part("blocks/mixer/key/kernel", attention + "k_proj.weight", shared, repeated),
-        _Part("blocks/mixer/value/kernel", attention + "v_proj.weight", shared, repeated),
-        _Part("blocks/mixer/out/kernel", attention + "o_proj.weight", (width, width), factor=stream),
-        _Part("blocks/feed_forward/norm/scale", "model.layers.{}.post_attention_layernorm.weight", (width,)),
-        _Part("blocks/feed_forward/gate/kernel", mlp + "gate_proj.weight", (hidden, width)),
-        _Part("blocks/feed_forward/up/kernel", mlp + "up_proj.weight", (hidden, width)),
-        _Part("blocks/feed_forward/down/kernel", mlp + "down_proj.weight", (width, hidden), factor=stream),
-        _Part("norm/scale", "model.norm.weight", (width,), factor=root / stream if llama.tied else 1.0),
+        _Part("embedding", [EMBEDDING], table, np.asarray, stream / root),
+        _Part("blocks/norm/scale", layers("input_layernorm"), (width,)),
+        _Part("blocks/mixer/query/kernel", layers("self_attn.q_proj"), (width, width)),
+        _Part("blocks/mixer/key/kernel", layers("self_attn.k_proj"), shared, repeated),
+        _Part("blocks/mixer/value/kernel", layers("self_attn.v_proj"), shared, repeated),
+        _Part("blocks/mixer/out/kernel", layers("self_attn.o_proj"), (width, width), factor=stream),
+        _Part("blocks/feed_forward/norm/scale", layers("post_attention_layernorm"), (width,)),
+        _Part("blocks/feed_forward/gate/kernel", layers("mlp.gate_proj"), (hidden, width)),
+        _Part("blocks/feed_forward/up/kernel", layers("mlp.up_proj"), (hidden, width)),
+        _Part("blocks/feed_forward/down/kernel", layers("mlp.down_proj"), (width, hidden), factor=stream),
+        _Part("norm/scale", ["model.norm.weight"], (width,), factor=root / stream if llama.tied else 1.0),
         *head,
     ]
 
 
-def _leaf(part: _Part, files: dict[str, Any], layers: int, wide: np.dtype) -> np.ndarray:
+def _leaf(part: _Part, files: dict[str, Any], wide: np.dtype) -> np.ndarray:
     """The parameter, from one tensor at a time."""
-    names, leaf = part.names(layers), np.empty(0)
-    for i, name in enumerate(names):
+    leaf = np.empty(0)
+    for i, name in enumerate(part.names):
         tensor = part.arrange(files[name].get_tensor(name))
         if i == 0:
-            leaf = np.empty((len(names), *tensor.shape), wide)
+            leaf = np.empty((len(part.names), *tensor.shape), wide)
         leaf[i] = tensor
     leaf *= part.factor
-    return leaf if "{}" in part.name else leaf[0]
+    return leaf if part.path.startswith("blocks/") else leaf[0]
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -167,7 +165,7 @@ def _open_one(path: Path, stack: contextlib.ExitStack) -> Any:
 
 def _check(files: dict[str, Any], parts: list[_Part], llama: Llama) -> None:
     """All tensors are there, of the right shape and of floats, and nothing else is; read from the headers alone."""
-    shapes = {name: part.shape for part in parts for name in part.names(llama.layers)}
+    shapes = {name: part.shape for part in parts for name in part.names}
     missing, over = sorted(shapes.keys() - files.keys()), sorted(files.keys() - shapes.keys())
     if missing:
         raise UserError(f"The tensor {missing[0]} is missing ({len(missing)} in all); config.json asks for it.")

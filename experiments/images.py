@@ -65,7 +65,7 @@ def _idx(folder: Path, name: str) -> np.ndarray:
     except (OSError, EOFError) as error:
         raise UserError(f"Cannot read {found[0]}: {error}.") from error
     start = 4 + 4 * (data[3] if len(data) > 3 else 0)
-    shape = np.frombuffer(data[4:start], ">u4").astype(int) if len(data) >= start else np.zeros(0)
+    shape = np.frombuffer(data[4:start], ">u4").tolist() if len(data) >= start else []
     if data[:3] != IDX_BYTES or len(data) - start != np.prod(shape):
         raise UserError(f"{found[0]} is no idx file of bytes, or it is cut off.")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

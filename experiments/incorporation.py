@@ -21,7 +21,7 @@ from hope_jax.types import Array, Float, Int
 CHOICE, CHOOSERS = 1_000_033, 8
 """Seed and number of the documents that the rates of fine-tuning are chosen on."""
 RATES = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "adamw": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
-Predict = Callable[[Int[Array, "R T"]], Float[Array, "R T vocab"]]
+Predict = Callable[[Any], Float[Array, "R T vocab"]]  # of tokens [R, T]
 
 
 def untouched(model: Any, params: Any, readers: int) -> Predict:

@@ -75,6 +75,7 @@ class LanguageModel(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType], one for each argument
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # the check would trace the block a second time
         )(c)
         self.norm = RMSNorm(c.dtype)
         if not c.tied:

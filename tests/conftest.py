@@ -16,6 +16,7 @@ import tokenizers
 from corpora import LETTERS, TEXT
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import config as type_checker
+from tqdm import tqdm
 from trained_run import document, learned, short_pieces, trained  # noqa: F401, fixtures
 
 # Files that take longest, longest first: two workers then end together. The rest follow in the order of their names.
@@ -26,6 +27,7 @@ def pytest_configure(config):
     """JAX settings of the whole run."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    tqdm.monitor_interval = 0  # its thread wakes by the clock, and a warning in it fails whatever test is running
     config.option.loadscopereorder = False  # pytest-xdist hands out files as they are listed, see below
 
 

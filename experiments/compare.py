@@ -25,7 +25,6 @@ from hope_jax import train as training
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
 from hope_jax.cli.results import Results, Row, aligned, heading, settings, spread
-from hope_jax.cli.running import keep_programs
 from hope_jax.cli.trials import Trials
 from hope_jax.config import flatten
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
@@ -97,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def compare(config: CompareConfig, results: Results) -> None:
     """The sweep of every row, then seed by seed all rows at their rates: an early look compares all of them."""
-    keep_programs(config.cache)
+    training.keep_programs(config.cache)
     tokenizer = make_tokenizer(config.data)
     text = open_text(config.data, tokenizer, length=config.length, cache_dir=config.cache / "data")
     setting, setups = config.setting(text), {row: config.setup(row, tokenizer) for row in config.rows}

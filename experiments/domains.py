@@ -30,11 +30,11 @@ import numpy as np
 
 from experiments.two_texts import SHOWN, Learner
 from hope_jax import ModelConfig
+from hope_jax import train as training
 from hope_jax.cli.checks import at_least_one, given, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
 from hope_jax.cli.results import Results, Row, aligned, heading, settings, spread
-from hope_jax.cli.running import keep_programs
 from hope_jax.config import flatten
 from hope_jax.data import DataConfig, TextData, make_tokenizer, open_text
 from hope_jax.errors import UserError
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def domains(config: DomainsConfig, results: Results) -> list[Row]:
     """The lines of all runs, seed by seed so that an early look already compares all rows."""
-    keep_programs(config.cache)
+    training.keep_programs(config.cache)
     tokenizer, cache = make_tokenizer(config.first), config.cache / "data"
     texts = [open_text(x, tokenizer, length=config.length, cache_dir=cache) for x in (config.first, config.second)]
     slows = {slow for _, slow in map(config.parts, config.rows)}

@@ -31,7 +31,6 @@ from hope_jax.cli.checks import at_least_one, given
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
 from hope_jax.cli.results import Results, Row, aligned, deviation, heading, settings, spread
-from hope_jax.cli.running import keep_programs
 from hope_jax.config import flatten
 from hope_jax.data import DataConfig, TextData, make_tokenizer, open_text
 from hope_jax.errors import UserError
@@ -137,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def knowledge(config: KnowledgeConfig, results: Results) -> None:
     """Every run of ``config``, seed by seed."""
-    keep_programs(config.cache)
+    training.keep_programs(config.cache)
     data = open_text(config.data, make_tokenizer(config.data), length=config.length, cache_dir=config.cache / "data")
     text = np.concatenate(list(data.heldout_batches(batch=config.readers, limit=1)))
     if len(text) < config.readers:

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from tqdm import tqdm
 
 from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
@@ -27,7 +26,6 @@ from hope_jax.cli.checks import at_least_one, known
 from hope_jax.cli.measuring import best_seconds, report
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, open_results
-from hope_jax.cli.running import progress_interval
 from hope_jax.nn.axes import decays, matrices
 from hope_jax.optim import M3, OPTIMIZERS
 
@@ -91,7 +89,7 @@ def measure(config: OptimizerBenchmarkConfig) -> list[Row]:
     params, axes = random_parameters(config.model), LanguageModel(model_named(config.model)).axes()
     count = training.count_parameters(params)
     names = list(dict.fromkeys((*config.optimizers, config.against)))
-    bar = tqdm(names, desc="compiling", dynamic_ncols=True, mininterval=progress_interval())
+    bar = training.progress(names, desc="compiling")
     steppers = {name: Stepper(OPTIMIZERS[name].build(1e-3, matrices(axes), decays(axes)), params) for name in bar}
     calls: dict[str, Callable[[], Any]] = {}
     for name, one in steppers.items():

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from experiments.toy_problems import AMPLITUDE, FREQUENCY, START, K, Make, descend, height, learn, stream
 from hope_jax import optim
@@ -34,8 +33,8 @@ from hope_jax.cli.checks import at_least_one, given, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
 from hope_jax.cli.results import Results, Row, aligned
-from hope_jax.cli.running import progress_interval
 from hope_jax.errors import UserError
+from hope_jax.train import progress
 
 TOLERANCE = 1e-4
 """The height below which the valley is solved."""
@@ -142,7 +141,7 @@ def main(arguments: Sequence[str]) -> int:
 def race(config: OptimizersToyConfig, results: Results) -> None:
     """Every optimizer at every decay, valley and tasks in turn."""
     fields = list(itertools.product(config.optimizers, config.decays))
-    with tqdm(fields, unit="optimizer", dynamic_ncols=True, mininterval=progress_interval()) as bar:
+    with progress(fields, unit="optimizer") as bar:
         for name, decay in bar:
             bar.set_description(f"{name}, decay {decay:g}")
             for problem, work in PROBLEMS.items():

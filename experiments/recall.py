@@ -86,7 +86,7 @@ def train(config: RecallConfig, about: Row, optimizer: training.OptimizerConfig,
     setup = training.model_setup(model, training.answer_loss(model, IGNORE), optimizer, config.steps, tokens)
     batches = training.ComputedBatches(functools.partial(config.examples, about["seed"]))
     heldout = [config.examples(HELDOUT_SEED, index) for index in range(config.eval_batches)]
-    return config.fit("accuracy", about, setup, batches, heldout, run, lambda means: means["accuracy"] >= SOLVED)
+    return config.fit("accuracy", about, setup, batches, heldout, run=run, until=lambda now: now["accuracy"] >= SOLVED)
 
 
 def draw(config: RecallConfig, rows: Sequence[Row]) -> Path:

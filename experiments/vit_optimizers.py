@@ -28,7 +28,6 @@ from hope_jax.cli.checks import at_least_one, given, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
 from hope_jax.cli.results import Results, Row, aligned, spread
-from hope_jax.cli.running import keep_programs
 from hope_jax.errors import UserError
 from hope_jax.optim.matrices import dimension_numbers
 
@@ -142,7 +141,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def race(config: VitOptimizersConfig, images: ImageSet, results: Results) -> None:
     """Each optimizer's sweep, then its seeds at the best rate."""
-    keep_programs(config.cache)
+    training.keep_programs(config.cache)
     for name in config.optimizers:
         setup = config.setup(name, images)
 

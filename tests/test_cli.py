@@ -20,7 +20,7 @@ from hope_jax.cli import pretrain
 from hope_jax.cli.main import main, without
 from hope_jax.cli.parse import parse
 from hope_jax.levels import Level
-from hope_jax.train.trained import load_run
+from hope_jax.train.run import load_run
 
 ROW = MODELS["hope_attention-tiny"]
 FIT = importlib.import_module("hope_jax.train.fit")  # the package has the function under this name
@@ -76,7 +76,7 @@ def copied(finished, tmp_path):
 def stop_at(step, number):
     """The Monitor, sending this process a signal when it has seen ``step``."""
 
-    class Monitor(training.Monitor):
+    class Monitor(FIT.Monitor):
         def train(self, done, metrics):
             super().train(done, metrics)
             if done == step:

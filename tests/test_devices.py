@@ -1,10 +1,12 @@
 """Devices that share a batch: the numbers of one device, and nothing but gradients moves between them."""
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -32,13 +34,14 @@ MODELS = {
 def test_a_step_on_two_devices_is_the_step_on_one_and_only_sums_move_between_them(name, accumulate):
     model, tx = LanguageModel(MODELS[name]), optax.sgd(1.0)
     loss = training.next_token_loss(model, np.ones(32))
-    step: Any = training.train_step(loss, tx, optax.constant_schedule(1.0), accumulate)
-    start = jax.device_get(jax.jit(lambda: training.init_state(model, tx, jax.random.key(0)))())
+    init, rate = functools.partial(training.init_params, model), optax.constant_schedule(1.0)
+    setup = training.Setup(init, loss, tx, rate, accumulate=accumulate)
+    step, start = cast(Any, setup.step), jax.device_get(setup.start(0))
     batch = np.random.default_rng(0).integers(0, 32, (4, 33)).astype(np.int32)
     ends, quick = [], {"xla_backend_optimization_level": 0}  # to compile
     for devices in (1, 2):
-        mesh = training.data_mesh(4, devices)
-        state, tokens = training.replicate(mesh, start), training.share(mesh, batch)
+        shared = dataclasses.replace(setup, mesh=training.data_mesh(4, devices))
+        state, tokens = shared.spread(start), shared.place(batch)
         compiled = step.lower(state, tokens).compile(quick)
         ends.append(jax.device_get(compiled(state, tokens)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *ends)
@@ -51,7 +54,10 @@ def test_as_many_devices_share_a_batch_as_divide_it(monkeypatch):
     monkeypatch.setattr("hope_jax.train.devices.cores", lambda: 4)
     assert [training.data_mesh(batch).size for batch in (1, 2, 3, 4, 6, 7, 8)] == [1, 2, 3, 4, 3, 1, 4]
     assert training.data_mesh(8, 8).size == 8  # simulated ones, asked for
-    odd = training.share(training.data_mesh(4, 2), np.zeros((3, 5)))
+    setup = training.Setup(
+        lambda key: {}, lambda *_: (0, {}), optax.sgd(1.0), lambda _: 1.0, mesh=training.data_mesh(4, 2)
+    )
+    odd = setup.place(np.zeros((3, 5)))
     assert odd.sharding.is_fully_replicated
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from hope_jax import train as training
 from hope_jax.errors import Stopped, UserError
-from hope_jax.train.interrupt import Interrupt
 from hope_jax.train.run import CONFIG_FILE
 
 
@@ -113,7 +112,7 @@ def test_without_a_folder_ctrl_c_is_the_exception_that_it_always_was():
 def test_a_signal_that_is_ignored_stays_ignored_and_the_handlers_come_back():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Interrupt() as stop:
+        with training.Interrupt() as stop:
             signal.raise_signal(signal.SIGHUP)
             assert not stop.requested
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

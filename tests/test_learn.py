@@ -19,7 +19,7 @@ from hope_jax.cli.runs import load_run
 from hope_jax.context.stream import read_without_learning
 from hope_jax.context.writes import cross_entropy
 from hope_jax.errors import UserError
-from hope_jax.train.interrupt import Interrupt
+from hope_jax.signals import Interrupt
 
 
 def test_reading_a_document_lowers_surprise_and_is_kept(learned, document):

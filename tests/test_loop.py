@@ -12,16 +12,19 @@ from tensorboardX.record_writer import RecordWriter
 
 from hope_jax import train as training
 from hope_jax.errors import UserError
+from hope_jax.train.loop import run_steps
+from hope_jax.train.monitor import Monitor
+from hope_jax.train.record import Record
 
 
 def test_a_resumed_record_drops_rows_beyond_the_restored_step_and_a_line_cut_by_a_kill(tmp_path):
-    with training.Record(tmp_path, 0) as record:
+    with Record(tmp_path, 0) as record:
         for step in range(1, 6):
             record.add(step, 10 * step, "train", {"bits_per_byte": 1.0})
         record.add(4, 40, "heldout", {"bits_per_byte": 2.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "tok')
-    with training.Record(tmp_path, 3) as record:
+    with Record(tmp_path, 3) as record:
         record.add(4, 40, "train", {"bits_per_byte": 7.0})
         assert 4 not in record.heldout
     steps = [row["step"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
@@ -29,9 +32,9 @@ def test_a_resumed_record_drops_rows_beyond_the_restored_step_and_a_line_cut_by_
 
 
 def test_a_record_at_step_zero_forgets_an_earlier_attempt(tmp_path):
-    with training.Record(tmp_path, 0) as record:
+    with Record(tmp_path, 0) as record:
         record.add(0, 0, "heldout", {"bits_per_byte": 8.0})
-    with training.Record(tmp_path, 0) as record:
+    with Record(tmp_path, 0) as record:
         assert record.heldout == {} and training.read_rows(tmp_path / "metrics.jsonl") == []
 
 
@@ -43,7 +46,7 @@ def test_a_full_disk_ends_tensorboard_with_one_sentence_and_not_the_rows(tmp_pat
         method(*arguments)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with training.Record(tmp_path, 0) as record:
+    with Record(tmp_path, 0) as record:
         monkeypatch.setattr(RecordWriter, refused, full)
         for step in range(50):
             record.add(step, 10 * step, "train", {"bits_per_byte": 1.0, "loss": 2.0})
@@ -61,7 +64,7 @@ def events_of(data: bytes):
 
 
 def test_tensorboard_has_every_number_while_the_run_goes_on(tmp_path):
-    with training.Record(tmp_path, 0) as record:
+    with Record(tmp_path, 0) as record:
         record.add(1, 10, "train", {"bits_per_byte": 7.0, "loss": 5.0})
         record.add(1, 10, "heldout", {"bits_per_byte": 6.0})
         (path,) = (tmp_path / "tensorboard").iterdir()
@@ -73,7 +76,7 @@ def test_tensorboard_has_every_number_while_the_run_goes_on(tmp_path):
 def test_tensorboard_hides_what_an_earlier_attempt_wrote_after_the_restored_step(tmp_path):
     """Files are read in the order of their names; a start hides the earlier events of its step and later ones."""
     for stands in (0, 3):
-        with training.Record(tmp_path, stands) as record:
+        with Record(tmp_path, stands) as record:
             for step in range(stands + 1, stands + 5):
                 record.add(step, 10 * step, "train", {"bits_per_byte": 7.0})
     files = [list(events_of(path.read_bytes())) for path in sorted((tmp_path / "tensorboard").iterdir())]
@@ -129,30 +132,14 @@ class FakeBatches:
         self.given = state["given"]
 
 
-class StopAfter:
-    """Asks to stop once ``count`` batches were given out."""
-
-    def __init__(self, batches, count):
-        self._batches, self._count = batches, count
-
-    @property
-    def requested(self):
-        return self._batches.given == self._count
-
-
 def fake_run(tmp_path, steps, *, poison=None, stop_after=None, heldout=(3.0,) * 9, until=lambda _: False):
     """Train a counter through the real loop, saver, record and monitor; returns the events and the final state."""
     events, heldout = [], iter(heldout)
 
-    class Watching(training.Monitor):
+    class Watching(Monitor):
         def train(self, done, metrics):
             events.append(("seen", done))
             super().train(done, metrics)
-
-    class Saving(training.Saver):
-        def save(self, state, data, **about):
-            events.append(("saved", int(state.step), data["given"]))
-            super().save(state, data, **about)
 
     def step_fn(state, batch):
         events.append(("dispatched", batch))
@@ -166,19 +153,16 @@ def fake_run(tmp_path, steps, *, poison=None, stop_after=None, heldout=(3.0,) * 
 
     state = training.TrainState(step=jnp.int32(0), params={"w": jnp.ones(2)}, opt_state=())
     batches = FakeBatches()
-    stop = StopAfter(batches, stop_after)
-    with (
-        training.Record(tmp_path, 0) as record,
-        Watching(record, 0, steps.total, 10) as monitor,
-        Saving(tmp_path, {}, 2) as saver,
-    ):
 
-        def save(state):
-            saver.save(state, batches.get_state())
+    def save(state):
+        events.append(("saved", int(state.step), batches.given))
+        training.save(tmp_path, state, batches.get_state(), {}, 2)
 
-        handed = {"step_fn": step_fn, "evaluate": evaluate, "save": save, "monitor": monitor, "stop": stop}
+    with Record(tmp_path, 0) as record, Watching(record, 0, steps.total, 10) as monitor:
+        handed = {"step_fn": step_fn, "evaluate": evaluate, "save": save, "monitor": monitor}
+        stop = lambda: batches.given == stop_after  # noqa: E731
         try:
-            state = training.run_steps(steps, state, batches, until=until, **handed)
+            state = run_steps(steps, state, batches, until=until, stop=stop, **handed)
         except training.Diverged as error:
             events.append(("diverged", str(error)))
     return events, state

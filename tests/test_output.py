@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hope_jax.cli import output
-from hope_jax.cli.main import run
+from hope_jax.cli.main import run, say
 from hope_jax.errors import Stopped
 
 
@@ -29,7 +28,7 @@ def test_text_that_a_terminal_cannot_show_is_replaced_and_the_command_is_done(co
     """Also half a character and the bytes of a file name that are not UTF-8."""
     raw = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding=encoding))
-    assert command(lambda flags: output.say("Zwölf 日本 \ufffd \udcff")) == 0
+    assert command(lambda flags: say("Zwölf 日本 \ufffd \udcff")) == 0
     shown = raw.getvalue().decode(encoding)
     assert shown.startswith("Zw") and shown.endswith("?\n") and ("日本" in shown) == (encoding == "utf-8")
 
@@ -84,5 +83,5 @@ class Closed(io.TextIOBase):
 def test_a_closed_output_is_no_mistake_of_finished_work_and_ends_other_work(command, monkeypatch, tmp_path):
     with (tmp_path / "pipe").open("wb") as file:
         monkeypatch.setattr("sys.stdout", Closed(file.fileno()))
-        assert command(lambda flags: output.say("written: x")) == 0
+        assert command(lambda flags: say("written: x")) == 0
         assert command(lambda flags: sys.stdout.write("line 1")) == 141

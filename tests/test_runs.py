@@ -16,7 +16,7 @@ from hope_jax.cli.runs import with_levels
 from hope_jax.data import DataConfig, JsonTokenizer
 from hope_jax.errors import UserError
 from hope_jax.storage.digests import describe
-from hope_jax.train.trained import TOKENIZER, keep_tokenizer, load_run
+from hope_jax.train.run import TOKENIZER, keep_tokenizer, load_run
 
 
 def test_a_run_folder_is_all_that_one_needs_of_a_trained_model(trained, bpe):

@@ -1,6 +1,7 @@
 """The training step: loss, segments, accumulation, precision, and the optimizer with its levels and its schedule."""
 
 import dataclasses
+import functools
 import math
 from types import SimpleNamespace
 
@@ -91,7 +92,8 @@ def test_accumulated_slices_give_the_gradient_and_metrics_of_the_full_batch(smal
 def test_evaluation_in_parts_is_the_mean_over_all_tokens_not_over_batches(small):
     (_, whole), _ = small.grad(small.params, small.batch)
     uneven = [small.batch[:1], small.batch[1:]]
-    found = training.evaluator(training.next_token_loss(small.model, BYTES), uneven)(small.params)
+    loss = training.next_token_loss(small.model, BYTES)
+    found = training.Setup(lambda key: {}, loss, optax.sgd(1.0), lambda step: 1.0).evaluator(uneven)(small.params)
     for name, value in found.items():
         assert value == pytest.approx(float(whole[name].value), rel=1e-5)
 
@@ -113,8 +115,8 @@ def test_a_second_step_reuses_the_compiled_program_and_the_loss_falls(small, met
 
 def test_bfloat16_flag_keeps_parameters_and_loss_in_float32(small):
     model = LanguageModel(dataclasses.replace(small.config, dtype=jnp.dtype("bfloat16")))
-    state = training.abstract_state(model, optax.sgd(1.0))
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    params = training.abstract_params(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     loss, _ = jax.jit(training.next_token_loss(model, BYTES))(small.params, small.batch)
     (exact, _), _ = small.grad(small.params, small.batch)
     assert loss.dtype == jnp.float32 and float(loss) != float(exact)
@@ -126,9 +128,9 @@ def test_hope_after_three_steps_a_save_a_restore_and_three_more_is_bit_for_bit_h
     model, draw = narrow("hope-tiny"), np.random.default_rng(0)
     config = training.OptimizerConfig(warmup=2, method=method)
     tx = training.optimizer(config, 6, {"static": 1, "level_0": 2, "level_1": 3}, model.axes())
-    rate = training.schedule(config, 6)
-    step = training.train_step(training.next_token_loss(model, BYTES), tx, rate)
-    like = training.abstract_state(model, tx)
+    rate, loss = training.schedule(config, 6), training.next_token_loss(model, BYTES)
+    setup = training.Setup(functools.partial(training.init_params, model), loss, tx, rate)
+    step, like = setup.step, setup.shapes()
     params = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0, 0.02, leaf.shape), leaf.dtype), like.params)
     start = training.TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
 
@@ -139,8 +141,7 @@ def test_hope_after_three_steps_a_save_a_restore_and_three_more_is_bit_for_bit_h
         return state, jax.device_get(metrics)
 
     middle, _ = advance(start)
-    with training.Saver(tmp_path, {}, keep=2) as saver:
-        saver.save(middle, {})
+    training.save(tmp_path, middle, {}, {}, keep=2)
     expected, expected_metrics = advance(middle)
     found, metrics = advance(training.restore(tmp_path, 3, like))
     assert metrics == expected_metrics and math.isfinite(metrics["loss"].value)

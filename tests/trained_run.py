@@ -19,7 +19,7 @@ from hope_jax.data import DataConfig, make_tokenizer, open_text
 from hope_jax.levels import Level
 from hope_jax.models import with_in_context
 from hope_jax.nn.feed_forward.fast import Writes
-from hope_jax.train.trained import keep_tokenizer
+from hope_jax.train.run import keep_tokenizer
 
 ROW = MODELS["hope_attention-tiny"]
 # Quick to compile; full attention with room for 64 tokens, so that longer documents are read in several windows.

@@ -7,6 +7,7 @@
 Without a saved context the model writes as it was trained. Nothing is changed unless ``--learn`` says so.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,22 +31,14 @@ from hope_jax.nn.mixers.attention import room_left
 class AskConfig(Source):
     """Continue a text with a trained model and what it has learned."""
 
-    prompt: tyro.conf.Positional[str]
-    """Text to go on from."""
-    tokens: int = 200
-    """Tokens to write."""
-    temperature: float = 0.8
-    """0 takes the likeliest token each time, 1 draws from the model's distribution."""
-    top_k: int | None = None
-    """Draw among so many likeliest tokens. None: all."""
-    top_p: float | None = None
-    """Draw among the likeliest tokens that together have this probability. None: all."""
-    seed: int = 0
-    """Of the drawing."""
-    clear: bool = False
-    """Begin with an empty context: what was read is known as far as the levels stored it."""
-    learn: bool = False
-    """Store the prompt and what is written in the levels, and save that."""
+    prompt: tyro.conf.Positional[str]  # Text to go on from.
+    tokens: int = 200  # Tokens to write.
+    temperature: float = 0.8  # 0 takes the likeliest token each time, 1 draws from the model's distribution.
+    top_k: int | None = None  # Draw among so many likeliest tokens. None: all.
+    top_p: float | None = None  # Draw among the likeliest tokens that together have this probability. None: all.
+    seed: int = 0  # Of the drawing.
+    clear: bool = False  # Begin with an empty context: what was read is known as far as the levels stored it.
+    learn: bool = False  # Store the prompt and what is written in the levels, and save that.
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,15 +52,13 @@ def main(arguments: Sequence[str]) -> int:
     config = parse(AskConfig, arguments, "python -m hope_jax ask")
     trained = config.trained()
     prompt = jnp.asarray(trained.tokenizer.encode(config.prompt))[None]
-    if not config.learn:
-        answer(trained, config, prompt, begin(trained, config, prompt))
-        return 0
-    with config.alone(trained) as place:
+    with config.alone(trained) if config.learn else contextlib.nullcontext() as place:
         state = answer(trained, config, prompt, begin(trained, config, prompt))
-        state = context.finish(trained.model, trained.params, state)
-        note = readings(place) | {"inside": None}  # what was stopped is still to be gone on with
-        context.save(place, trained.model, trained.params, state, note)
-    print(f"saved: {place}", file=sys.stderr)
+        if place:
+            state = context.finish(trained.model, trained.params, state)
+            note = readings(place) | {"inside": None}  # what was stopped is still to be gone on with
+            context.save(place, trained.model, trained.params, state, note)
+            print(f"saved: {place}", file=sys.stderr)
     return 0
 
 

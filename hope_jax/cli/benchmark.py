@@ -4,15 +4,8 @@
     python -m hope_jax benchmark train --size 30m --length 1024 --batch 1
     python -m hope_jax benchmark length --segment 512
 
-train     Hope and the Transformer of equal parameters: tokens/s, forward pass, compile time, temporary memory, and the
-          arithmetic they reach against a large matrix product
-chunked   the chunked form of the recurrence and of training steps against the sequential definition
-length    tokens/s and temporary memory of a training step at two lengths
-decode    time per written token early and late in a text
-products  a^T b and x W^T, against the ways round them of ``memory.kernels.cpu`` and of how memories are stored
-
-Every number is the best of ``--repeats`` interleaved repetitions. Minutes on a CPU. The aim: chunked 10 times and more
-ahead of sequential, and a decode time that does not depend on the position.
+Each part is a function of its name here. Every number is the best of ``--repeats`` interleaved repetitions. Minutes on
+a CPU. The aim: chunked 10 times and more ahead of sequential, and a decode time that does not depend on the position.
 """
 
 import dataclasses
@@ -22,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,49 +32,31 @@ from hope_jax.errors import UserError
 from hope_jax.memory import gated_delta, products
 from hope_jax.memory.kernels import Impl, cpu
 from hope_jax.models import ARCHITECTURES, SIZES, Size
-from hope_jax.train.optimizer import OptimizerConfig
 
 Part = Literal["train", "chunked", "length", "decode", "products"]
-CHUNKED = ("hope", "deltanet")
-"""Architectures whose training step is measured in both forms."""
+CHUNKED = ("hope", "deltanet")  # architectures whose training step is measured in both forms
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """Measure speed and memory."""
 
-    parts: tyro.conf.Positional[tuple[Part, ...]] = ()
-    """What to measure; nothing named: everything."""
-    models: tuple[str, ...] = ("hope", "transformer_pp")
-    """train: architectures; ratios are against the last one."""
-    size: str | None = None
-    """train, chunked: a named size instead of width, layers and heads."""
-    width: int = 128
-    """train, chunked: model features."""
-    layers: int = 2
-    """train, chunked: blocks."""
-    heads: int = 4
-    """train, chunked: heads of the mixers."""
-    length: int = 512
-    """train: tokens per sequence."""
-    batch: int = 4
-    """train: sequences per batch."""
-    devices: int = 1
-    """train: devices that share a batch; on a CPU, cores."""
-    segment: int | None = None
-    """train, length: tokens of one piece in rematerialised training; must divide the lengths. None: all at once."""
-    tokens: int = 1024
-    """chunked: tokens of the sequence."""
-    lengths: tuple[int, int] = (1024, 8192)
-    """length: the two lengths, ascending."""
-    positions: tuple[int, int] = (64, 16_384)
-    """decode: tokens read before writing starts, the second a multiple of the first."""
-    model: str = "hope-tiny"
-    """length, decode: name of the model."""
-    repeats: int = 5
-    """Repetitions; the best counts."""
-    results: Path = Path("experiments/results")
-    """Folder of benchmark.jsonl."""
+    parts: tyro.conf.Positional[tuple[Part, ...]] = ()  # What to measure; nothing named: everything.
+    models: tuple[str, ...] = ("hope", "transformer_pp")  # train: architectures; ratios are against the last one.
+    size: str | None = None  # train, chunked: a named size instead of width, layers and heads.
+    width: int = 128  # train, chunked: model features.
+    layers: int = 2  # train, chunked: blocks.
+    heads: int = 4  # train, chunked: heads of the mixers.
+    length: int = 512  # train: tokens per sequence.
+    batch: int = 4  # train: sequences per batch.
+    devices: int = 1  # train: devices that share a batch; on a CPU, cores.
+    segment: int | None = None  # train, length: tokens of a rematerialised piece; divides the lengths. None: all.
+    tokens: int = 1024  # chunked: tokens of the sequence.
+    lengths: tuple[int, int] = (1024, 8192)  # length: the two lengths, ascending.
+    positions: tuple[int, int] = (64, 16_384)  # decode: tokens read before; the second a multiple of the first.
+    model: str = "hope-tiny"  # length, decode: name of the model.
+    repeats: int = 5  # Repetitions; the best counts.
+    results: Path = Path("experiments/results")  # Folder of benchmark.jsonl.
 
     def __post_init__(self):
         at_least_one(self, "width", "layers", "heads", "length", "batch", "devices", "tokens", "repeats")
@@ -127,13 +102,11 @@ class Trainer:
     """A compiled training step with its state; calling it does one step."""
 
     def __init__(self, config: ModelConfig, batch: int, length: int, segment: int | None, devices: int = 1):
-        model, settings, mesh = LanguageModel(config), OptimizerConfig(), training.data_mesh(batch, devices)
-        tx = training.optimizer(settings, 1000, config.update_every(batch * length), model.axes())
+        model, mesh = LanguageModel(config), training.data_mesh(batch, devices)
         loss = training.next_token_loss(model, np.ones(config.vocab_size), segment)
-        step: Any = training.train_step(loss, tx, training.schedule(settings, 1000))
-        state = jax.jit(lambda key: training.init_state(model, tx, key))(jax.random.key(0))
+        setup = training.model_setup(model, loss, training.OptimizerConfig(), 1000, batch * length, mesh=mesh)
         tokens = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, config.vocab_size)
-        self.state, self.tokens = training.replicate(mesh, state), training.share(mesh, tokens)
+        self.state, self.tokens, step = setup.spread(setup.start(0)), setup.place(tokens), cast(Any, setup.step)
         self.parameters = training.count_parameters(self.state.params)
         self.operations = operations(jax.make_jaxpr(step)(self.state, self.tokens).jaxpr)
         lowered, since = step.lower(self.state, self.tokens), time.perf_counter()
@@ -161,7 +134,10 @@ class Trainer:
 
 
 def train(config: BenchmarkConfig) -> Iterator[Row]:
-    """The training step of the architectures, and the last one's tokens/s as the measure of the others."""
+    """Training step, forward pass, compile time and memory of the architectures; tokens/s against the last one's.
+
+    The arithmetic that they reach is compared with that of a large matrix product.
+    """
     of = (config.batch, config.length, config.segment, config.devices)
     trainers = {name: Trainer(config.architecture(name), *of) for name in config.models}
     square = jax.random.normal(jax.random.key(0), (1024, 1024))
@@ -238,8 +214,10 @@ def decode(config: BenchmarkConfig) -> Iterator[Row]:
     states = [read(params, tokens, model.init_state(params, batch=1, capacity=late + written + 1))]
     states.append(functools.reduce(lambda state, _: read(params, tokens, state), range(late // early - 1), states[0]))
 
-    settings: dict[str, Any] = {"steps": written, "temperature": 0.0, "key": jax.random.key(2)}
-    write = lambda state: generate.sample(model, params, state, tokens[:, :1], **settings)[0]  # noqa: E731
+    def write(state: Any) -> Any:
+        how: dict[str, Any] = {"steps": written, "temperature": 0.0, "key": jax.random.key(2)}
+        return generate.sample(model, params, state, tokens[:, :1], **how)[0]
+
     calls = {str(at): functools.partial(write, state) for at, state in zip(config.positions, states, strict=True)}
     seconds = best_seconds(calls, config.repeats)
     for at, value in seconds.items():

@@ -6,11 +6,16 @@ from typing import Any
 from hope_jax.errors import UserError, closest
 
 
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Raise UserError for the first of the fields that is smaller."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise UserError(f"{flag(name)} must be at least {least}, got {getattr(config, name)}.")
+
+
 def at_least_one(config: Any, *names: str) -> None:
     """Raise UserError for the first of the fields that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"{flag(name)} must be at least 1, got {getattr(config, name)}.")
+    at_least(config, 1, *names)
 
 
 def given(config: Any, *names: str) -> None:

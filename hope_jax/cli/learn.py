@@ -3,7 +3,7 @@
     python -m hope_jax learn --checkpoint runs/hope-tiny --data.path notes.txt
     python -m hope_jax learn --checkpoint runs/hope-tiny --data.path notes.txt --passes 3 --periods 64 256
 
-Each level of the model's continuum memory is rewritten whenever its period is over (``hope_jax/context.py``). Printed
+Each level of the model's continuum memory is rewritten whenever its period is over (``hope_jax.context``). Printed
 are bits per byte as the text is read, beside those of the same model when nothing is written: what the levels are
 worth. The context (what the levels stored, and what the mixers hold) is saved beside the run; the same command with
 another document goes on from it. ``ask`` generates from it. Ctrl-C saves; the same command then goes on where it was.
@@ -26,7 +26,6 @@ from hope_jax import context
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least_one
 from hope_jax.cli.parse import parse
-from hope_jax.cli.running import progress_interval
 from hope_jax.cli.runs import Source, Trained, readings
 from hope_jax.context.piece import piece_size
 from hope_jax.context.stream import read_without_learning
@@ -36,8 +35,7 @@ from hope_jax.nn.mixers.attention import slots_of
 from hope_jax.storage.digests import digest_arrays
 from hope_jax.types import Array, Int
 
-LINES = 8
-"""Lines printed per pass."""
+LINES = 8  # printed per pass
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,8 @@ class DocumentConfig:
 class LearnConfig(Source):
     """Read documents and store them in the levels of a trained model."""
 
-    fresh: bool = False
-    """Start anew instead of going on from the context that is saved there."""
-    passes: int = 1
-    """Times to read everything."""
+    fresh: bool = False  # Start anew instead of going on from the context that is saved there.
+    passes: int = 1  # Times to read everything.
     window: int | None = None
     """Tokens after which a document is gone on with in an empty context, the levels kept. None: never, or when the
     caches of attention are full."""
@@ -77,7 +73,8 @@ def main(arguments: Sequence[str]) -> int:
     config, stop = parse(LearnConfig, arguments, "python -m hope_jax learn"), training.Interrupt()
     trained = config.trained()
     documents = [trained.tokenizer.encode(text) for text in texts(config.data.path)]
-    task = _task(config, documents)
+    # A reading that was stopped is gone on with by a command that means the same.
+    task = digest_arrays([*documents, np.array([config.passes, config.window or 0])])
     with config.alone(trained) as place, stop:
         begun, stopped = _begin(trained, config, task)
         reading = read(trained, config, documents, begun, stop)
@@ -102,11 +99,6 @@ def main(arguments: Sequence[str]) -> int:
 def _said(error: Exception, done: int, kept: str) -> Exception:
     """The error that ended a reading; of a user's mistake, where it happened."""
     return UserError(f"After {done:,} tokens ({kept}): {error}") if isinstance(error, UserError) else error
-
-
-def _task(config: LearnConfig, documents: Sequence[np.ndarray]) -> str:
-    """What is read and how: a reading that was stopped is gone on with by a command that means the same."""
-    return digest_arrays([*documents, np.array([config.passes, config.window or 0])])
 
 
 def _begin(trained: Trained, config: LearnConfig, task: str) -> tuple["Reading", dict[str, int]]:
@@ -152,7 +144,7 @@ def read(
     total, done = config.passes * sum(map(len, documents)), begun.done
     state = context.start(model, params, batch=1, capacity=size) if begun.state is None else begun.state
     report = Report(done, max(1, total // (LINES * config.passes)), trained.tokenizer.byte_lengths)
-    with tqdm(total=total, initial=done, unit="token", unit_scale=True, mininterval=progress_interval()) as bar:
+    with training.progress(total=total, initial=done, unit="token", unit_scale=True) as bar:
         for known, window in windows(list(documents) * config.passes, size, done):
             static = context.start(model, params, 1, size)
             for tokens in pieces(known, piece):  # read before it was stopped
@@ -210,31 +202,33 @@ class Report:
 
     def __init__(self, done: int, each: int, byte_lengths: np.ndarray):
         self._start, self._each, self._lengths = done, each, byte_lengths
-        self._rows: list[list[float]] = []  # of every piece: tokens, bits and bytes, bits and bytes without learning
-        self._printed = 0
+        # Of all that is printed and of what comes next: tokens, bits and bytes, bits and bytes without learning.
+        self._all, self._next = np.zeros(5), np.zeros(5)
         _say(f"{'tokens':>23}  bits per byte  without learning")
 
     def add(self, tokens: np.ndarray, nats: np.ndarray, static: np.ndarray) -> None:
         """What a piece gave; the last ones of its tokens were predicted."""
-        self._rows.append([len(tokens), *self._bits(tokens, nats), *self._bits(tokens, static)])
-        if sum(row[0] for row in self._rows[self._printed :]) >= self._each:
-            self._print(self._printed)
-            self._printed = len(self._rows)
+        self._next += [len(tokens), *self._bits(tokens, nats), *self._bits(tokens, static)]
+        if self._next[0] >= self._each:
+            self._print_next()
 
     def end(self) -> None:
         """The rest, and everything together."""
-        if self._printed < len(self._rows):
-            self._print(self._printed)
-        if self._rows:
-            self._print(0)
+        if self._next[0]:
+            self._print_next()
+        if self._all[0]:
+            self._print(self._start, self._all)
 
     def _bits(self, tokens: np.ndarray, nats: np.ndarray) -> tuple[float, float]:
         predicted = tokens[len(tokens) - len(nats) :]
         return float(nats.sum()) / math.log(2), float(self._lengths[predicted].sum())
 
-    def _print(self, first: int) -> None:
-        start = self._start + int(sum(row[0] for row in self._rows[:first]))
-        tokens, bits, size, static, static_size = np.sum(self._rows[first:], axis=0)
+    def _print_next(self) -> None:
+        self._print(self._start + int(self._all[0]), self._next)
+        self._all, self._next = self._all + self._next, np.zeros(5)
+
+    def _print(self, start: int, sums: np.ndarray) -> None:
+        tokens, bits, size, static, static_size = sums
         where = f"{start:,} to {start + int(tokens):,}"
         rates = (f"{of / bytes_:.3f}" if bytes_ else "-" for of, bytes_ in ((bits, size), (static, static_size)))
         _say("{:>23}  {:>13}  {:>16}".format(where, *rates))

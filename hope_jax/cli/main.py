@@ -1,19 +1,26 @@
 """Programs with named parts: find the part that is asked for, run it, turn a user's mistake into one sentence.
 
+A program copes with any encoding of the terminal, with signals while it prepares, and with an output that is closed.
+
 Exit status: 0 done; 2 a mistake of the caller (one sentence on stderr); 128 + the number of the signal that stopped it:
 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 141 the reader of the output went away.
 """
 
 import ast
+import contextlib
 import importlib
 import importlib.util
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any
 
 from hope_jax.cli import COMMANDS
-from hope_jax.cli.output import say, signals_as_exceptions, silence, write_anything
+from hope_jax.errors import Stopped, UserError, closest, extra
+from hope_jax.signals import handled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,14 +41,15 @@ def run(program: str, kind: str, table: Mapping[str, str], needs: str, arguments
         return 0 if arguments else 2
     write_anything()
     name, *rest = arguments
-    with signals_as_exceptions():
+    with handled((signal.SIGTERM, signal.SIGHUP), _terminate):  # outside of training: cleaned up as after Ctrl-C
         return _status(lambda: _start(kind, table, needs, name, rest), [program, name, *rest])
 
 
-def _start(kind: str, table: Mapping[str, str], needs: str, name: str, rest: Sequence[str]) -> int:
-    # Here and not above, so that the list appears at once.
-    from hope_jax.errors import UserError, closest, extra
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
+
+def _start(kind: str, table: Mapping[str, str], needs: str, name: str, rest: Sequence[str]) -> int:
     if name not in table:
         raise UserError(f"There is no {kind} {name!r}; {closest(name, table)}")
     module, function = table[name].split(":")
@@ -52,8 +60,6 @@ def _start(kind: str, table: Mapping[str, str], needs: str, name: str, rest: Seq
 
 def _status(work: Callable[[], int], command: Sequence[str]) -> int:
     """Do ``work``, which ``command`` asked for; every way to end that is no mistake of ours becomes a status."""
-    from hope_jax.errors import Stopped, UserError
-
     try:
         status = work()
         sys.stdout.flush()
@@ -74,14 +80,42 @@ def _status(work: Callable[[], int], command: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         say("Stopped at once; what was saved before is intact.", sys.stderr)
-        return 128 + getattr(interrupt, "number", signal.SIGINT)
+        return 128 + (*interrupt.args, signal.SIGINT)[0]  # Python's own has no number
+
+
+def write_anything() -> None:
+    """Characters that a terminal cannot show become "?", instead of an error in the middle of a text."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+def say(text: str, stream: Any = None) -> None:
+    """Print what a finished piece of work has to tell. Nobody who listens any more is no mistake then."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        silence(stream)
+
+
+def silence(stream: Any) -> None:
+    """Send what is still to be written to nowhere, so that the end of the process does not fail on it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def without(arguments: Sequence[str], flag: str) -> list[str]:
     """``arguments`` less one flag and its value: going back once is enough."""
-    spelled = [argument.split("=")[0].replace("_", "-") == flag for argument in arguments]
-    values = [False, *(hit and "=" not in argument for hit, argument in zip(spelled, arguments, strict=True))]
-    return [argument for argument, hit, value in zip(arguments, spelled, values, strict=False) if not hit and not value]
+    kept, words = [], iter(arguments)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name.replace("_", "-") != flag:
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return kept
 
 
 def _listing(program: str, table: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Flags from dataclasses: every field is a flag, its default and docstring are the help.
+"""Flags from dataclasses: every field is a flag, its default and docstring (or comment) are the help.
 
 A field with a table of ``rows`` in its metadata, such as the optimizer's ``method``, is chosen by name:
 ``--optimizer.method m3``. The settings of the chosen row are flags beside it: ``--optimizer.slow-period 50``.
@@ -6,12 +6,12 @@ What cannot be read becomes one sentence. Read ``main.py`` next.
 """
 
 import contextlib
-import dataclasses
 import inspect
 import io
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, get_origin
 
 import tyro
@@ -24,8 +24,7 @@ Config = TypeVar("Config")
 def parse(config: type[Config], arguments: Sequence[str], prog: str) -> Config:
     """The command line of the program ``prog`` as a ``config``; ``--help`` ends the program here.
 
-    Raises:
-        UserError: a flag is unknown or missing, or its value cannot be read or was refused by its dataclass.
+    Raises UserError where a flag is unknown or missing, or its value cannot be read or was refused by its dataclass.
     """
     chosen, arguments = _choose_rows(config, arguments)
     settings = {"args": arguments, "prog": prog} | ({"default": _with_rows(config, chosen)} if chosen else {})
@@ -45,18 +44,44 @@ def parse(config: type[Config], arguments: Sequence[str], prog: str) -> Config:
     raise UserError(f"{_sentence(said.getvalue())}; see {prog} --help.")
 
 
+def _fields(config: Any, chosen: Mapping[str, Any] = {}, prefix: str = "--") -> Iterator[tuple[str, Field]]:
+    """The fields of a dataclass and of those inside it, by flag; the settings of a row are flags beside its own."""
+    for field in fields(config):
+        flag = prefix + field.name.replace("_", "-")
+        if "rows" in field.metadata:
+            yield flag, field
+            yield from _fields(chosen.get(flag, field.default), chosen, prefix)
+        elif is_dataclass(field.type):
+            yield from _fields(field.type, chosen, f"{flag}.")
+        elif get_origin(field.type) is not Annotated:  # a positional argument has no flag
+            yield flag, field
+
+
+def _flags(config: Any, chosen: Mapping[str, Any] = {}, prefix: str = "--") -> Iterator[tuple[str, bool]]:
+    """Every flag, as tyro spells it, and whether it must be given."""
+    for flag, field in _fields(config, chosen, prefix):
+        yield flag, field.default is field.default_factory is MISSING
+        if field.type is bool:
+            yield re.sub(r"(\w[\w-]*)$", r"no-\1", flag), False
+
+
+def _tables(config: Any) -> dict[str, Mapping[str, Any]]:
+    """The tables of rows by the flags that name a row."""
+    return {flag: field.metadata["rows"] for flag, field in _fields(config) if "rows" in field.metadata}
+
+
 def _description(config: type) -> str:
     """The docstring of ``config``, and which rows there are to choose from."""
     choices = [
         f"{flag} NAME takes a row of the table {', '.join(rows)}; its settings are then flags, too."
-        for flag, rows in _tables(config)
+        for flag, rows in _tables(config).items()
     ]
     return "\n\n".join([inspect.getdoc(config) or "", *choices])
 
 
 def _choose_rows(config: Any, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The rows that ``arguments`` name, by flag, and the arguments without those flags."""
-    tables, chosen, rest = dict(_tables(config)), {}, []
+    tables, chosen, rest = _tables(config), {}, []
     words = iter(arguments)
     for word in words:
         flag, equals, name = word.partition("=")
@@ -70,31 +95,22 @@ def _choose_rows(config: Any, arguments: Sequence[str]) -> tuple[dict[str, Any],
     return chosen, rest
 
 
-def _tables(config: Any, prefix: str = "--") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The flags that name a row, and their tables."""
-    for field in dataclasses.fields(config):
-        if "rows" in field.metadata:
-            yield prefix + field.name.replace("_", "-"), field.metadata["rows"]
-        elif dataclasses.is_dataclass(field.type):
-            yield from _tables(field.type, f"{prefix}{field.name.replace('_', '-')}.")
-
-
 def _with_rows(config: Any, chosen: Mapping[str, Any], prefix: str = "--") -> Any:
     """The defaults of ``config`` with the ``chosen`` rows; what has no default is missing, as tyro says it."""
     default = object.__new__(config if isinstance(config, type) else type(config))
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         flag = prefix + field.name.replace("_", "-")
         value = _default(field) if isinstance(config, type) else getattr(config, field.name)
-        if dataclasses.is_dataclass(field.type):
+        if is_dataclass(field.type):
             value = _with_rows(field.type if value is tyro.MISSING else value, chosen, f"{flag}.")
         object.__setattr__(default, field.name, chosen.get(flag, value))
     return default
 
 
-def _default(field: dataclasses.Field) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
+def _default(field: Field) -> Any:
+    if field.default_factory is not MISSING:
         return field.default_factory()
-    return tyro.MISSING if field.default is dataclasses.MISSING else field.default
+    return tyro.MISSING if field.default is MISSING else field.default
 
 
 def _check_flags(config: Any, chosen: Mapping[str, Any], arguments: Sequence[str], prog: str) -> None:
@@ -111,30 +127,11 @@ def _check_flags(config: Any, chosen: Mapping[str, Any], arguments: Sequence[str
 
 def _check_row(config: Any, flag: str) -> None:
     """Raise UserError for a flag that another row has than the chosen one."""
-    for chooser, rows in _tables(config):
+    for chooser, rows in _tables(config).items():
         prefix = chooser[: chooser.rindex(".") + 1] if "." in chooser else "--"
-        owners = [name for name, row in rows.items() if flag in dict(_flags(type(row), prefix=prefix))]
+        owners = [name for name, row in rows.items() if flag in dict(_flags(row, prefix=prefix))]
         if owners:
             raise UserError(f"The flag {flag} belongs to {chooser} {' or '.join(owners)}; add that, or leave it out.")
-
-
-def _flags(config: Any, chosen: Mapping[str, Any] = {}, prefix: str = "--") -> Iterator[tuple[str, bool]]:
-    """Every flag of a dataclass and of those inside it, as tyro spells them, and whether it must be given."""
-    for field in dataclasses.fields(config):
-        if "rows" in field.metadata:  # the row's own settings are flags beside it
-            chooser = prefix + field.name.replace("_", "-")
-            yield chooser, False
-            yield from _flags(type(chosen.get(chooser, field.default)), prefix=prefix)
-            continue
-        if get_origin(field.type) is Annotated:  # a positional argument has no flag
-            continue
-        flag = field.name.replace("_", "-")
-        if dataclasses.is_dataclass(field.type):
-            yield from _flags(field.type, chosen, f"{prefix}{flag}.")
-            continue
-        yield f"{prefix}{flag}", field.default is field.default_factory is dataclasses.MISSING
-        if field.type is bool:
-            yield f"{prefix}no-{flag}", False
 
 
 def _sentence(box: str) -> str:

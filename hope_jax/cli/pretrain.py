@@ -9,9 +9,8 @@ events, ``loss.png``, ``sample.txt`` and ``checkpoints/``. Ctrl-C saves and prin
 SIGTERM, SIGHUP and a terminal or pipe that is closed. A resumed run gives bit for bit what an uninterrupted run gives;
 on another number of devices, sums are rounded differently.
 
-Exit status: 0 finished, 2 a mistake or a diverged run, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 after
-a closed output. A program that restarts jobs whose status is not 0 continues a preempted run and leaves a finished one
-alone.
+Exit status: see ``main.py``; 0 is finished. A program that restarts jobs whose status is not 0 continues a preempted
+run and leaves a finished one alone.
 """
 
 import dataclasses
@@ -24,67 +23,92 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hope_jax import LanguageModel, generate, model_named
+from hope_jax import LanguageModel, ModelConfig, generate, model_named
 from hope_jax import train as training
-from hope_jax.cli.checks import flag, must_divide
-from hope_jax.cli.in_context import InContextConfig
-from hope_jax.cli.output import say
+from hope_jax.cli.checks import at_least, must_divide
+from hope_jax.cli.main import say
 from hope_jax.cli.parse import parse
-from hope_jax.cli.running import keep_programs
+from hope_jax.cli.plots import plot
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
 from hope_jax.errors import UserError
-from hope_jax.train.optimizer import OptimizerConfig
-from hope_jax.train.trained import keep_tokenizer
+from hope_jax.models import with_in_context
+from hope_jax.nn.feed_forward.cms import Wiring
+from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.optim import INNER
+from hope_jax.train.run import keep_tokenizer
+
+
+@dataclass(frozen=True)
+class InContextConfig:
+    """Levels of the continuum memory system that are written while the text is read."""
+
+    in_context: tuple[int, ...] = ()
+    """Their periods in tokens, fastest first, such as 64 256; each a multiple of the one before, shorter than --length.
+    The model's slower levels stay outer ones. None: all levels are outer ones."""
+    wiring: Wiring = "sequential"
+    """How levels are connected; nested sets a level back when the next slower one is written."""
+    rate: float = Writes.rate  # Inner learning rate that every level starts from; it is learned.
+    inner: Literal["sgd", "momentum", "adam", "muon"] = "sgd"  # Optimizer of the writes.
+    bptt: tuple[int | None, ...] = ()
+    """For each of these levels, how training differentiates its writes: None through all, 0 through none, n: every n-th
+    write starts from a constant."""
+    rank: int | None = None  # Rank of what is written; None: any.
+
+    def apply(self, model: ModelConfig) -> ModelConfig:
+        """The model with these levels."""
+        if not self.in_context:
+            return model
+        writes = Writes(self.rate, INNER[self.inner], self.bptt, self.rank)
+        return with_in_context(model, self.in_context, self.wiring, writes)
+
+    def check(self, length: int, segment: int | None) -> None:
+        """Raise UserError where these levels and the sequences do not fit."""
+        if not self.in_context:
+            if self != InContextConfig():
+                raise UserError("The flags --cms.* are about levels in context; give their periods: --cms.in-context.")
+            return
+        fastest, slowest = self.in_context[0], self.in_context[-1]
+        if length % fastest:
+            raise UserError(f"--cms.in-context must divide --length, got {fastest} for {length}.")
+        if slowest >= length:
+            raise UserError(f"--cms.in-context {slowest} is never written in sequences of --length {length}.")
+        if segment is not None:
+            raise UserError("--segment is for models that learn nothing in context; leave out it or --cms.in-context.")
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Train a language model on text, measure it on held-out text, and write a sample."""
 
-    run: Path
-    """Folder of the run: checkpoints, metrics, curve and sample. The same folder and flags continue a run."""
-    model: str = "hope-tiny"
-    """Name of the model, <architecture>-<size>."""
-    steps: int = 400
-    """Batches to train on in all. May be raised later; the learning rate then follows the longer schedule."""
-    batch: int = 4
-    """Sequences per batch."""
-    length: int = 512
-    """Tokens per sequence."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What matrix products and activations are computed in; parameters and the loss stay float32."""
-    accumulate: int = 1
-    """Slices of a batch computed one after another to save memory; must divide the batch."""
+    run: Path  # Folder of the run: checkpoints, metrics, curve and sample. The same folder and flags continue a run.
+    model: str = "hope-tiny"  # Name of the model, <architecture>-<size>.
+    steps: int = 400  # Batches in all. May be raised later; the learning rate then follows the longer schedule.
+    batch: int = 4  # Sequences per batch.
+    length: int = 512  # Tokens per sequence.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Of products and activations; parameters and loss stay float32.
+    accumulate: int = 1  # Slices of a batch computed one after another to save memory; must divide the batch.
     segment: int | None = None
     """Tokens of one piece in rematerialised training; must divide the length. None: the whole sequence at once."""
-    seed: int = 0
-    """Of the initial parameters, the order of the text and the sample."""
-    eval_every: int = 100
-    """Batches between measurements on held-out text; it is also measured before and after training."""
-    eval_batches: int = 16
-    """Batches of held-out text per measurement, always the same ones."""
-    save_every: int = 100
-    """Batches between checkpoints; the last one is always saved."""
-    keep: int = 3
-    """Checkpoints to keep, at least 2, so that a damaged one has a good one before it."""
+    seed: int = 0  # Of the initial parameters, the order of the text and the sample.
+    eval_every: int = 100  # Batches between measurements on held-out text; also measured before and after training.
+    eval_batches: int = 16  # Batches of held-out text per measurement, always the same ones.
+    save_every: int = 100  # Batches between checkpoints; the last one is always saved.
+    keep: int = 3  # Checkpoints to keep, at least 2, so that a damaged one has a good one before it.
     resume_from: int | None = None
     """Go back to this saved step; later ones are moved to set_aside/. None: go on from the latest."""
-    sample_tokens: int = 256
-    """Tokens to write after training, continuing held-out text."""
+    sample_tokens: int = 256  # Tokens to write after training, continuing held-out text.
     devices: int | None = None
     """Devices that share each batch; on a CPU, cores. None: all that there are, as far as they divide the batch."""
-    compile_cache: bool = True
-    """Keep compiled programs beside the run folder, so that the next start is quick."""
+    compile_cache: bool = True  # Keep compiled programs beside the run folder, so that the next start is quick.
     cms: InContextConfig = field(default_factory=InContextConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
         self.cms.apply(model_named(self.model))
-        least = dict.fromkeys(("steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every"), 1)
-        for name, bound in (least | {"keep": 2, "seed": 0, "sample_tokens": 0}).items():
-            if getattr(self, name) < bound:
-                raise UserError(f"{flag(name)} must be at least {bound}, got {getattr(self, name)}.")
+        at_least(self, 1, "steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every")
+        at_least(self, 2, "keep")
+        at_least(self, 0, "seed", "sample_tokens")
         must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.segment is not None:
             must_divide("segment", self.segment, "length", self.length)
@@ -119,7 +143,7 @@ def pretrain(flags: PretrainConfig) -> training.Result:
     training.split_host(flags.devices)
     with training.open_run(flags.run) as folder:
         if flags.compile_cache:
-            keep_programs(folder.absolute().parent / ".cache")
+            training.keep_programs(folder.absolute().parent / ".cache")
         job = _prepare(flags)
         keep_tokenizer(folder, flags.data)
         print(_header(job))
@@ -150,24 +174,19 @@ def _prepare(flags: PretrainConfig) -> Job:
         text_fingerprint=text.fingerprint,
         tokenizer_fingerprint=tokenizer.fingerprint,
     )
-    setup = training.text_setup(
-        config,
-        flags.steps,
-        tokenizer.byte_lengths,
-        accumulate=flags.accumulate,
-        segment=flags.segment,
-        mesh=training.data_mesh(flags.batch // flags.accumulate, flags.devices),
-    )
+    mesh = training.data_mesh(flags.batch // flags.accumulate, flags.devices)
+    cut: dict[str, Any] = {"accumulate": flags.accumulate, "segment": flags.segment, "mesh": mesh}
+    setup = training.text_setup(config, flags.steps, tokenizer.byte_lengths, **cut)
     return Job(flags, config, tokenizer, text, setup)
 
 
 def _header(job: Job) -> str:
     device, flags, tokens = jax.devices()[0], job.flags, job.setup.tokens
     parameters = training.count_parameters(job.setup.shapes().params)
+    read, heldout = (len(part) * flags.length for part in (job.text.train, job.text.heldout))
     rows = {
         "model": f"{flags.model}, {parameters:,} parameters, {flags.dtype}",
-        "text": f"{len(job.text.train) * flags.length:,} tokens to train on, "
-        f"{len(job.text.heldout) * flags.length:,} held out",
+        "text": f"{read:,} tokens to train on, {heldout:,} held out",
         "batch": f"{flags.batch} x {flags.length} = {tokens:,} tokens per step, {flags.steps:,} steps",
         "device": f"{device.device_kind}, {job.setup.devices} of {jax.device_count()}",
         "run": str(flags.run),
@@ -178,15 +197,26 @@ def _header(job: Job) -> str:
 def _report(job: Job, result: training.Result) -> None:
     """Curve and sample of a finished run, written down and printed."""
     run, bits = job.flags.run, {step: means["bits_per_byte"] for step, means in result.heldout.items()}
-    files, sample = [run / "metrics.jsonl", training.draw_curve(run, job.flags.model)], ""
+    files = [run / "metrics.jsonl", run / "loss.png"]
+    _draw(*files, job.flags.model)
     if job.flags.sample_tokens:
         sample = _sample(job, jax.device_put(result.params, jax.devices()[0]))
         files.append(run / "sample.txt")
         files[-1].write_text(sample, encoding="utf-8", errors="replace")
+        say(f"sample:\n{sample}")
     first, last = (f"{bits[step]:.3f}" if step in bits else "not measured" for step in (0, result.step))
-    say(f"sample:\n{sample}") if sample else None
     say(f"held-out bits per byte: {first} before -> {last} after {result.step} steps")
     say("written: " + ", ".join(map(str, [*files, run / "tensorboard", run / "checkpoints"])))
+
+
+def _draw(metrics: Path, figure: Path, title: str) -> None:
+    """Bits per byte in training and on held-out batches against tokens, as a PNG."""
+    rows = training.read_rows(metrics)
+    with plot(figure) as axes:
+        for split, style in {"train": {"linewidth": 0.8, "alpha": 0.7}, "heldout": {"marker": "o"}}.items():
+            points = [(row["tokens"], row["bits_per_byte"]) for row in rows if row["split"] == split]
+            axes.plot(*zip(*points, strict=True), label=split, **style)
+        axes.set(xlabel="tokens", ylabel="bits per byte", title=title)
 
 
 def _sample(job: Job, params: Any) -> str:

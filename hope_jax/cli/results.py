@@ -25,16 +25,11 @@ Row = dict[str, Any]
 class Results:
     """The lines of an experiment, one for each finished run, and the folders of runs that were stopped.
 
-    Args:
-      folder: of ``<name>.jsonl``.
-      name: of the experiment.
-      cache: where unfinished runs are kept.
-      needed: what every line must have.
-      only_read: nothing will be added to what is on file.
+    ``folder``: of the file ``<name>.jsonl``. ``cache``: where unfinished runs are kept. ``needed``: in every line.
+    ``only_read``: nothing will be added to what is on file.
 
-    Raises:
-      UserError: nothing can be written there, or read if that is all, or a line is damaged: better known now than
-        after training.
+    Raises UserError where nothing can be written, or read if that is all, or a line is damaged: better known now than
+    after training.
     """
 
     def __init__(self, folder: Path, name: str, cache: Path, needed: Sequence[str] = (), only_read: bool = False):
@@ -152,11 +147,6 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
 
 def aligned(rows: Sequence[Sequence[Any]]) -> list[str]:
     """A table as lines: the first column starts at the left, the others end at the right."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        return "  ".join([row[0].ljust(widths[0]), *cells[1:]])
-
-    return [line(row) for row in texts]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    form = "  ".join([f"{{!s:<{widths[0]}}}", *(f"{{!s:>{width}}}" for width in widths[1:])])
+    return [form.format(*row) for row in rows]

@@ -11,25 +11,22 @@ from typing import Any
 import jax.numpy as jnp
 
 from hope_jax import LanguageModel, context
-from hope_jax.cli.running import keep_programs
+from hope_jax import train as training
 from hope_jax.context.files import check_place
 from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
 from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.storage.locks import locked
-from hope_jax.train.trained import Trained, load_run
+from hope_jax.train.run import Trained, load_run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """The flags of a trained model and of what it has learned since."""
 
-    checkpoint: Path
-    """Run folder of a trained model, for its latest step; or one step of it, RUN/checkpoints/STEP."""
-    context: Path | None = None
-    """File of what the model has learned since it was trained. None: contexts/STEP.safetensors in the run folder."""
-    periods: tuple[int, ...] = ()
-    """Write the model's levels at other periods in tokens than it was made with, fastest first, such as 64 256."""
+    checkpoint: Path  # Run folder of a trained model, for its latest step; or one step of it, RUN/checkpoints/STEP.
+    context: Path | None = None  # File of what it has learned since. None: RUN/contexts/STEP.safetensors.
+    periods: tuple[int, ...] = ()  # Other periods of the model's levels, in tokens, fastest first, such as 64 256.
     rate: float | None = None
     """Inner learning rate of all levels; 0 writes nothing. None: the learned rates, or the configured one of levels
     that have none."""
@@ -41,7 +38,7 @@ class Source:
     def trained(self) -> Trained:
         """The model. Raises UserError where there is none, or the levels are none of its own."""
         trained = load_run(self.checkpoint)
-        keep_programs(trained.run.absolute().parent / ".cache")
+        training.keep_programs(trained.run.absolute().parent / ".cache")
         return with_levels(trained, self.periods, self.rate)
 
     def place(self, trained: Trained) -> Path:
@@ -69,10 +66,10 @@ class Source:
 
     def flags(self) -> list[str]:
         """The same flags for another command."""
-        given = {"--checkpoint": [self.checkpoint], "--context": [self.context], "--rate": [self.rate]}
-        some = {flag: values for flag, values in given.items() if values != [None]}
-        some |= {"--periods": list(self.periods)} if self.periods else {}
-        return [str(word) for flag, values in some.items() for word in (flag, *values)]
+        given = {"--checkpoint": self.checkpoint, "--context": self.context, "--rate": self.rate}
+        words = [word for pair in given.items() if pair[1] is not None for word in pair]
+        words += ["--periods", *self.periods] if self.periods else []
+        return list(map(str, words))
 
 
 def readings(place: Path) -> dict[str, Any]:
@@ -98,9 +95,8 @@ def with_levels(trained: Trained, periods: tuple[int, ...], rate: float | None) 
     if periods:
         if len(periods) != len(part.levels):
             raise UserError(f"--periods are {list(periods)}; give one for each of the {len(part.levels)} levels.")
-        levels = tuple(map(Level, periods))
+        part = dataclasses.replace(part, levels=tuple(map(Level, periods)))
         check_multiples(periods)
-        part = dataclasses.replace(part, levels=levels)
     if rate is not None:
         part = dataclasses.replace(part, writes=dataclasses.replace(part.writes, rate=rate))
         params = _with_rate(params, rate)

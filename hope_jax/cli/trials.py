@@ -14,7 +14,7 @@ from typing import Any
 
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least_one, given
-from hope_jax.cli.results import Row, deviation
+from hope_jax.cli.results import Row, spread
 from hope_jax.config import flatten
 
 
@@ -22,24 +22,15 @@ from hope_jax.config import flatten
 class Trials:
     """Every row, learning rate and seed is a run."""
 
-    rows: tuple[str, ...] = ()
-    """What to train, by name."""
-    learning_rates: tuple[float, ...] = (3e-3,)
-    """Peak learning rates; of several the best counts."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of parameters and data."""
-    steps: int = 2000
-    """Batches to train on."""
-    batch: int = 64
-    """Sequences per batch."""
-    eval_every: int = 50
-    """Batches between measurements on held-out batches."""
-    eval_batches: int = 8
-    """Held-out batches per measurement, always the same ones."""
-    results: Path = Path("experiments/results")
-    """Folder of the results."""
-    cache: Path = Path("runs/.cache")
-    """Folder of compiled programs, prepared text and runs that were stopped."""
+    rows: tuple[str, ...] = ()  # What to train, by name.
+    learning_rates: tuple[float, ...] = (3e-3,)  # Peak learning rates; of several the best counts.
+    seeds: tuple[int, ...] = (0, 1, 2)  # Of parameters and data.
+    steps: int = 2000  # Batches to train on.
+    batch: int = 64  # Sequences per batch.
+    eval_every: int = 50  # Batches between measurements on held-out batches.
+    eval_batches: int = 8  # Held-out batches per measurement, always the same ones.
+    results: Path = Path("experiments/results")  # Folder of the results.
+    cache: Path = Path("runs/.cache")  # Folder of compiled programs, prepared text and runs that were stopped.
     optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)
     """Its learning rate is replaced by those above."""
 
@@ -56,20 +47,14 @@ class Trials:
             about = {"row": row, "learning_rate": rate, "seed": seed, "batch": self.batch, "most_steps": self.steps}
             yield about | flatten({"optimizer": optimizer}), optimizer
 
-    def fit(
-        self,
-        metric: str,
-        about: Row,
-        setup: training.Setup,
-        batches: training.Batches,
-        heldout: Sequence[Any],
-        run: training.Run | None,
-        until: Callable[[Any], bool] | None = None,
-    ) -> Row:
-        """Train the run that ``about`` begins to describe, see ``train.fit``; the rest of its line, with ``metric``."""
+    def fit(self, metric: str, about: Row, *problem: Any, **options: Any) -> Row:
+        """Train the run that ``about`` begins to describe; the rest of its line, with ``metric``.
+
+        ``problem``: setup, batches and held-out batches. ``options``: more arguments of ``train.fit``.
+        """
         since, label = time.monotonic(), f"{about['row']}, rate {about['learning_rate']:g}, seed {about['seed']}"
         steps, seed = training.Steps(self.steps, self.eval_every), about["seed"]
-        found = training.fit(setup, batches, heldout, steps, seed=seed, until=until, run=run, label=label)
+        found = training.fit(*problem, steps, seed=seed, label=label, **options)
         curve = [[step, means[metric]] for step, means in found.heldout.items()]
         size, seconds = training.count_parameters(found.params), round(time.monotonic() - since, 1)
         return {"parameters": size, "steps": found.step, "seconds": seconds, metric: curve[-1][1], "curve": curve}
@@ -94,17 +79,14 @@ def at_best_rate(rows: Sequence[Row], score: str) -> dict[str, list[Row]]:
     def mean(of_rate: list[Row]) -> float:
         return statistics.mean(row[score] for row in of_rate)
 
-    def best(of_name: list[Row]) -> list[Row]:
-        return max(grouped(of_name, lambda row: row["learning_rate"]).values(), key=mean)
-
-    return {key: best(of_name) for key, of_name in grouped(rows, named).items()}
+    by_rate = {name: grouped(same, lambda row: row["learning_rate"]) for name, same in grouped(rows, named).items()}
+    return {name: max(runs.values(), key=mean) for name, runs in by_rate.items()}
 
 
 def percent(rows: Sequence[Row], score: str) -> str:
     """Mean and deviation over seeds of a share, with the number of seeds and their learning rate."""
-    values = [row[score] for row in rows]
-    about = f"({len(rows)} seeds, rate {rows[0]['learning_rate']:g})"
-    return f"{statistics.mean(values):7.2%} +- {deviation(values):.2%} {about}"
+    share = spread([row[score] for row in rows], ".2%")
+    return f"{share} ({len(rows)} seeds, rate {rows[0]['learning_rate']:g})"
 
 
 def draw_curves(axes: Any, rows: Sequence[Row], order: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +22,7 @@ from hope_jax.cli.checks import at_least_one
 from hope_jax.cli.learn import DocumentConfig, texts
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import open_results
-from hope_jax.cli.runs import Source, Trained
+from hope_jax.cli.runs import Source
 from hope_jax.context.stream import read_without_learning
 from hope_jax.errors import UserError
 
@@ -32,12 +31,9 @@ from hope_jax.errors import UserError
 class WatchConfig(Source):
     """Watch a trained model read and store a document."""
 
-    tokens: int = 2048
-    """Tokens to read, from the beginning."""
-    figure: Path | None = None
-    """File of the figure. None: watch.png in the run folder."""
-    fresh: bool = False
-    """Begin with the levels as they were trained, whatever was learned since."""
+    tokens: int = 2048  # Tokens to read, from the beginning.
+    figure: Path | None = None  # File of the figure. None: watch.png in the run folder.
+    fresh: bool = False  # Begin with the levels as they were trained, whatever was learned since.
     data: DocumentConfig
 
     def __post_init__(self):
@@ -56,20 +52,13 @@ def main(arguments: Sequence[str]) -> int:
     tokens = jnp.asarray(ids[None, : config.tokens])
     # Better known now than after the reading.
     figure, numbers = (open_results(figure.parent, f"{figure.name}{end}", "--figure") for end in ("", ".json"))
-    trace = _watched(trained, config, tokens)
-    unread = context.start(trained.model, trained.params, 1, tokens.shape[1])
-    static, _ = read_without_learning(trained.model, trained.params, unread, tokens)
+    model, params, room = trained.model, trained.params, tokens.shape[1]
+    unread, learned = context.start(model, params, 1, room), None if config.fresh else config.saved(trained)
+    begin = unread if learned is None else context.clear(model, params, learned, room)
+    trace, _ = tracing.watch(model, params, begin, tokens, progress=True)
+    static, _ = read_without_learning(model, params, unread, tokens)
     title = f"{trained.run.name} reads {Path(config.data.path[0]).name}"
     tracing.draw(trace, figure, title, compare=np.asarray(static))
     numbers.write_text(json.dumps(trace.numbers()))
     print(f"written: {figure}, {numbers}")
     return 0
-
-
-def _watched(trained: Trained, config: WatchConfig, tokens: Any) -> tracing.Trace:
-    """Read on an empty context, with what the levels have stored."""
-    model, params, room = trained.model, trained.params, tokens.shape[1]
-    state = None if config.fresh else config.saved(trained)
-    begin = context.start(model, params, 1, room) if state is None else context.clear(model, params, state, room)
-    trace, _ = tracing.watch(model, params, begin, tokens, progress=True)
-    return trace

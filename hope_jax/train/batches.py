@@ -4,7 +4,7 @@
 puts several together. Read ``loop.py`` next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,14 +27,11 @@ class Batches(Protocol):
         ...
 
 
-class ComputedBatches:
+class ComputedBatches(Iterator[Any]):
     """The batches ``make(0), make(1), ...``; ``make`` gives the same batch for the same number."""
 
     def __init__(self, make: Callable[[int], Any]):
         self._make, self._next = make, 0
-
-    def __iter__(self) -> "ComputedBatches":
-        return self
 
     def __next__(self) -> Any:
         self._next += 1
@@ -52,14 +49,11 @@ class ComputedBatches:
         self._next = number
 
 
-class JoinedBatches:
+class JoinedBatches(Iterator[Any]):
     """Batches that are made of one batch of each of ``parts``, arrays one below the other."""
 
     def __init__(self, *parts: Batches):
         self._parts = parts
-
-    def __iter__(self) -> "JoinedBatches":
-        return self
 
     def __next__(self) -> Any:
         return np.concatenate([next(part) for part in self._parts])

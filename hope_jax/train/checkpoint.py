@@ -8,8 +8,10 @@ before orbax reads them, and arrays after. Read ``loop.py`` next.
 """
 
 import contextlib
+import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +20,12 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
-from hope_jax.storage.digests import (
-    changed_array,
-    changed_file,
-    describe,
-    described_kinds,
-    digest_files,
-    first_difference,
-    kinds,
-    read_sealed,
-    write_sealed,
-)
-from hope_jax.train.paths import plain_path
-from hope_jax.train.state import TrainState, count_bytes
+from hope_jax.storage import digests
+from hope_jax.train.step import TrainState
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
-PARAMS, REST = "params", "training"
-"""Parts of a saved state: what using a model needs, and what only training it further needs."""
+PARAMS, REST = "params", "training"  # what using a model needs, and what only training it further needs
 
 
 class DamagedCheckpoint(UserError):
@@ -44,11 +34,10 @@ class DamagedCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is saved beside the arrays.
+    """What is saved beside the arrays of a step.
 
     ``data``: the position of the batches. ``about``: how the run was planned when it was saved, such as its number of
-    steps. ``arrays``: path of each array in the state -> dtype, shape and digest. ``files``: path of each file in the
-    step's folder -> digest.
+    steps. ``arrays``: path of each in the state -> dtype, shape, digest. ``files``: path in the folder -> digest.
     """
 
     step: int
@@ -64,15 +53,18 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(path.parent.name) for path in folders if path.parent.name.isdigit())
 
 
-def read_manifest(run: Path, step: int) -> Manifest:
-    """The manifest of a saved step.
+def find_step(run: Path, wanted: int | None) -> int | None:
+    """``wanted``, or else the latest saved step, None if there is none. Raises UserError if ``wanted`` is not saved."""
+    saved = saved_steps(run)
+    if wanted is not None and wanted not in saved:
+        raise UserError(f"There is no saved step {wanted} in {run}; saved steps: {saved or 'none'}.")
+    return max(saved, default=None) if wanted is None else wanted
 
-    Raises:
-        DamagedCheckpoint: it does not parse or differs from its own digest.
-    """
-    path = run / FOLDER / str(step) / MANIFEST
+
+def read_manifest(run: Path, step: int) -> Manifest:
+    """The manifest of a saved step. Raises DamagedCheckpoint if it does not parse or differs from its own digest."""
     try:
-        return Manifest(**read_sealed(path))
+        return Manifest(**digests.read_sealed(run / FOLDER / str(step) / MANIFEST))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(run, step, f"{MANIFEST} was altered") from error
 
@@ -80,18 +72,16 @@ def read_manifest(run: Path, step: int) -> Manifest:
 def restore(run: Path, step: int, like: TrainState) -> TrainState:
     """The state of a saved step, placed as ``like`` (shapes with shardings), bit for bit as it was saved.
 
-    Raises:
-        DamagedCheckpoint: a file or an array differs from its digest.
-        UserError: the arrays are not those of ``like`` (another model or optimizer).
+    Raises DamagedCheckpoint where a file or an array differs from its digest, UserError where the arrays are not those
+    of ``like`` (another model or optimizer).
     """
-    manifest = read_manifest(run, step)
-    return _joined(_read(run, manifest, _parted(like)))
+    parts = _read(run, read_manifest(run, step), _parted(like))
+    return TrainState(params=parts[PARAMS], **parts[REST])
 
 
 def restore_params(run: Path, step: int, like: Any) -> Any:
     """The parameters alone of a saved step, placed as ``like``. Raises as ``restore``."""
-    manifest = read_manifest(run, step)
-    return _read(run, manifest, {PARAMS: like})[PARAMS]
+    return _read(run, read_manifest(run, step), {PARAMS: like})[PARAMS]
 
 
 def _parted(state: TrainState) -> dict[str, Any]:
@@ -99,26 +89,34 @@ def _parted(state: TrainState) -> dict[str, Any]:
     return {PARAMS: state.params, REST: {"step": state.step, "opt_state": state.opt_state}}
 
 
-def _joined(parts: Mapping[str, Any]) -> TrainState:
-    return TrainState(params=parts[PARAMS], **parts[REST])
-
-
 def _read(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str, Any]:
     """The parts that ``like`` names, compared with the manifest."""
-    folder = run / FOLDER / str(manifest.step)
-    arrays = {path: entry for path, entry in manifest.arrays.items() if path.split("/")[0] in like}
-    unread = [part for part in (PARAMS, REST) if part not in like]
-    files = {name: entry for name, entry in manifest.files.items() if name.split("/")[0] not in unread}
-    _check_files(manifest, folder, files, run)
-    _check_structure(manifest, arrays, like, run)
+    folder, unread = run / FOLDER / str(manifest.step), {PARAMS, REST} - like.keys()
+    arrays, files = (
+        {name: entry for name, entry in entries.items() if name.split("/")[0] not in unread}
+        for entries in (manifest.arrays, manifest.files)
+    )
+    if name := digests.changed_file(folder, files):
+        what = "differs from its digest" if (folder / name).is_file() else "is missing"
+        raise _damaged(run, manifest.step, f"{name} {what}")
+    if different := digests.first_difference(digests.described_kinds(arrays), digests.kinds(like)):
+        path, there, here = different
+        raise UserError(
+            f"The checkpoint of step {manifest.step} in {run} belongs to another model or optimizer: {path} is "
+            f"{there} there and {here} here; choose another run folder."
+        )
     try:
         with plain_path(folder) as place:
             parts = ocp.load_checkpointables(place, like)
     except Exception as error:  # Orbax reports unreadable files by many classes; each means the same here.
         raise _damaged(run, manifest.step, f"orbax cannot read it ({error})") from error
-    if path := changed_array(parts, arrays):
+    if path := digests.changed_array(parts, arrays):
         raise _damaged(run, manifest.step, f"{path} differs from its digest")
     return parts
+
+
+def _damaged(run: Path, step: int, reason: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"The checkpoint of step {step} in {run} is damaged: {reason}.")
 
 
 def last_good(run: Path, before: int, like: TrainState) -> int | None:
@@ -143,59 +141,32 @@ def set_aside(run: Path, after: int) -> list[Path]:
 def _move_to(place: Path, path: Path) -> Path:
     place.mkdir(exist_ok=True)
     names = [path.name, *(f"{path.name}-{i}" for i in range(1, 10_000))]
-    target = next(place / name for name in names if not (place / name).exists())
-    return path.rename(target)
+    return path.rename(next(place / name for name in names if not (place / name).exists()))
 
 
-class Saver:
-    """Writes the steps of one run and keeps the last ``keep`` of them; a context manager. ``keep``: at least 2.
+def save(run: Path, state: TrainState, data: Mapping[str, Any], about: Mapping[str, Any], keep: int) -> None:
+    """Save a state as step ``state.step``: on disk and read back when this returns.
 
-    ``about``: what each manifest says beside the data position.
+    ``data``, ``about``: as in ``Manifest``. ``keep``: how many steps stay, at least 2; the oldest are removed.
+
+    Raises UserError where it could not be written or reads otherwise; the steps saved before are untouched.
     """
-
-    def __init__(self, run: Path, about: Mapping[str, Any], keep: int):
-        self._run, self._about, self._keep = run, dict(about), keep
-        self._open = contextlib.ExitStack()
-        (run / FOLDER).mkdir(exist_ok=True)
-        place = self._open.enter_context(plain_path(run / FOLDER))
-        self._orbax = ocp.training.Checkpointer(place, cleanup_tmp_directories=True)
-
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._orbax.close()
-        self._open.close()
-
-    def save(self, state: TrainState, data: Mapping[str, Any], **about: Any) -> None:
-        """Save ``state`` and the data position as step ``state.step``: on disk and read back when this returns.
-
-        ``about``: more that the manifest is to say.
-
-        Raises:
-            UserError: it could not be written, or what was written reads otherwise; the steps saved before are
-                untouched.
-        """
-        step, parts = int(state.step), _parted(state)
-        try:
-            self._orbax.save_checkpointables(step, parts, force=True)
-            folder = self._run / FOLDER / str(step)
-            manifest = Manifest(step, dict(data), self._about | about, describe(parts), digest_files(folder, MANIFEST))
-            _read(self._run, manifest, _on_host(parts))
-            write_sealed(folder / MANIFEST, vars(manifest))
-            self._prune()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"Step {step} could not be saved in {self._run} ({error}); saved steps: {saved_steps(self._run)}. "
-                "Make room or repair the folder, then run the same command again."
-            ) from error
-
-    def _prune(self) -> None:
-        """Remove the oldest steps, now that one more is known to be good."""
-        for step in saved_steps(self._run)[: -self._keep]:
-            folder = self._run / FOLDER / str(step)
-            (folder / MANIFEST).unlink()  # first: what is half removed is not a saved step
-            shutil.rmtree(folder, ignore_errors=True)
+    step, parts = int(state.step), _parted(state)
+    folder = run / FOLDER / str(step)
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        with plain_path(folder.parent) as place:
+            ocp.save_checkpointables(f"{place}/{step}", parts)
+        arrays, files = digests.describe(parts), digests.digest_files(folder, MANIFEST)
+        manifest = Manifest(step, dict(data), dict(about), arrays, files)
+        _read(run, manifest, _on_host(parts))
+        digests.write_sealed(folder / MANIFEST, vars(manifest))
+        _prune(run, keep)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"Step {step} could not be saved in {run} ({error}); saved steps: {saved_steps(run)}. "
+            "Make room or repair the folder, then run the same command again."
+        ) from error
 
 
 def _on_host(parts: Any) -> Any:
@@ -204,19 +175,20 @@ def _on_host(parts: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), parts)
 
 
-def _damaged(run: Path, step: int, reason: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"The checkpoint of step {step} in {run} is damaged: {reason}.")
+def _prune(run: Path, keep: int) -> None:
+    """Remove the oldest steps, now that one more is known to be good, and parts of saves that were killed."""
+    for step in saved_steps(run)[:-keep]:
+        folder = run / FOLDER / str(step)
+        (folder / MANIFEST).unlink()  # first: what is half removed is not a saved step
+        shutil.rmtree(folder, ignore_errors=True)
+    for part in (run / FOLDER).glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_room(run: Path, state: TrainState, keep: int) -> None:
-    """Find out before training whether ``keep`` checkpoints (and the one being written) of ``state`` fit on the disk.
-
-    Raises:
-        UserError: they do not.
-    """
-    each = count_bytes(state)
-    need = each * max(1, keep + 1 - len(saved_steps(run)))
-    free = shutil.disk_usage(run).free
+    """Raise UserError unless ``keep`` checkpoints (and the one being written) of ``state`` fit on the disk."""
+    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    need, free = each * max(1, keep + 1 - len(saved_steps(run))), shutil.disk_usage(run).free
     if free < need + 2**24:
         raise UserError(
             f"The disk of {run} has {free / 2**20:,.0f} MiB free, but checkpoints of {each / 2**20:,.0f} MiB need "
@@ -224,16 +196,17 @@ def check_room(run: Path, state: TrainState, keep: int) -> None:
         )
 
 
-def _check_files(manifest: Manifest, folder: Path, files: Mapping[str, str], run: Path) -> None:
-    if name := changed_file(folder, files):
-        what = "differs from its digest" if (folder / name).is_file() else "is missing"
-        raise _damaged(run, manifest.step, f"{name} {what}")
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[str]:
+    """A path of ``folder`` that orbax cannot take for a pattern: where its own is not plain, a link to it.
 
-
-def _check_structure(manifest: Manifest, arrays: Mapping[str, str], like: Any, run: Path) -> None:
-    if different := first_difference(described_kinds(arrays), kinds(like)):
-        path, there, here = different
-        raise UserError(
-            f"The checkpoint of step {manifest.step} in {run} belongs to another model or optimizer: {path} is "
-            f"{there} there and {here} here; choose another run folder."
-        )
+    Orbax reads brackets and backslashes in paths as patterns, and cannot write bytes that are not UTF-8.
+    """
+    folder = folder.absolute()
+    if re.fullmatch(r"[\w/. +,=@~-]*", str(folder)):
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="hope-jax-") as place:
+        link = Path(place) / "run"
+        link.symlink_to(folder, target_is_directory=True)
+        yield str(link)

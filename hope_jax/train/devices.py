@@ -7,23 +7,22 @@ of the others; a share of the batch for each core uses them all.
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from hope_jax.errors import UserError
 
-DATA = "data"
-"""Axis of the mesh that batches lie along."""
+DATA = "data"  # axis of the mesh that batches lie along
 
 
 def split_host(count: int | None = None) -> None:
     """Make so many devices of this machine's CPU; None: one of each core that this process may use.
 
-    To be called before JAX computes anything: later, or where XLA_FLAGS name a number, that number stays. Other
-    accelerators are what they are.
+    To be called before JAX computes anything: later, or where XLA_FLAGS name a number, that number stays.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
@@ -53,12 +52,8 @@ def data_mesh(batch: int, count: int | None = None) -> Mesh:
     return Mesh(np.array(found[:count]), (DATA,))
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    """``tree`` on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def share(mesh: Mesh, batch: Any) -> Any:
-    """A batch (arrays [B, ...]) with an equal part on every device; the whole on each, where B cannot be shared."""
-    size = len(jax.tree.leaves(batch)[0])
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None if size % mesh.size else DATA)))
+def abstract(make: Callable[[], Any]) -> Any:
+    """Shapes, dtypes and placement (the first device) of what ``make`` returns, without computing it."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)

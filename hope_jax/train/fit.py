@@ -11,22 +11,23 @@ Read ``setup.py`` and ``loop.py`` next.
 import contextlib
 import functools
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from hope_jax.errors import Stopped
+from hope_jax.config import to_json
+from hope_jax.errors import Stopped, UserError
+from hope_jax.signals import Interrupt
+from hope_jax.storage.digests import write_sealed
 from hope_jax.train.batches import Batches
-from hope_jax.train.checkpoint import Manifest, Saver, check_room, set_aside
-from hope_jax.train.interrupt import Interrupt
-from hope_jax.train.loop import Means, Steps, run_steps
+from hope_jax.train.checkpoint import Manifest, check_room, find_step, save, set_aside
+from hope_jax.train.loop import Steps, never, run_steps
 from hope_jax.train.monitor import Monitor
-from hope_jax.train.record import Record
-from hope_jax.train.resume import resume, step_to_resume
-from hope_jax.train.run import Run, write_config
+from hope_jax.train.record import Means, Record
+from hope_jax.train.run import CONFIG_FILE, Run, resume
 from hope_jax.train.setup import Heldout, Setup
-from hope_jax.train.state import TrainState
+from hope_jax.train.step import TrainState
 
 
 class Result(NamedTuple):
@@ -38,7 +39,7 @@ class Result(NamedTuple):
     """
 
     state: TrainState
-    heldout: dict[int, Mapping[str, float]]
+    heldout: dict[int, Means]
 
     @property
     def params(self) -> Any:
@@ -59,7 +60,7 @@ def fit(
     *,
     seed: int = 0,
     start: TrainState | None = None,
-    until: Callable[[Means], bool] | None = None,
+    until: Callable[[Means], bool] = never,
     run: Run | None = None,
     label: str | None = None,
 ) -> Result:
@@ -82,14 +83,12 @@ def fit(
       Stopped: somebody asked to stop; the run can go on.
       UserError: the folder belongs to another configuration, is damaged or full.
     """
-    until = until or _never
     state = _state(setup, batches, steps, start, seed, run)
     with contextlib.ExitStack() as stack:
         stop, done = Interrupt(), int(state.step)
         record = stack.enter_context(Record(run and run.folder, done))
-        closed = functools.partial(stop.request, signal.SIGPIPE) if run else _nothing
+        closed = functools.partial(stop.request, signal.SIGPIPE) if run else None
         monitor = stack.enter_context(Monitor(record, done, steps.total, setup.tokens, label, closed))
-        saver = stack.enter_context(_saver(setup, run, steps)) if run else None
         if run:  # without a folder there is nothing to save: Ctrl-C is an exception as ever
             stack.enter_context(stop)
         state = run_steps(
@@ -98,29 +97,17 @@ def fit(
             batches,
             step_fn=lambda state, batch: setup.step(state, setup.place(batch)),
             evaluate=setup.evaluator(heldout),
-            save=functools.partial(_save, saver, setup, batches),
+            save=functools.partial(_save, setup, batches, steps, run),
             monitor=monitor,
-            stop=stop,
+            stop=lambda: stop.requested,
             until=until,
         )
     result = Result(state, dict(sorted(record.heldout.items())))
-    if run and stop.signal and not _finished(result, steps, until):
+    finished = result.step == steps.total or (result.step in result.heldout and until(result.heldout[result.step]))
+    if run and stop.signal and not finished:
         where = f"Stopped at step {result.step} of {steps.total} in {run.folder}; nothing is lost."
         raise Stopped(where, stop.signal)
     return result
-
-
-def _never(means: Means) -> bool:
-    return False
-
-
-def _nothing() -> None:
-    pass
-
-
-def _finished(result: Result, steps: Steps, until: Callable[[Means], bool]) -> bool:
-    means = result.heldout.get(result.step)
-    return result.step == steps.total or (means is not None and until(means))
 
 
 def _state(
@@ -129,18 +116,22 @@ def _state(
     """The state to begin with, with ``batches`` moved to its place: that of a saved step, or a fresh one."""
     if run is None:
         return setup.spread(start or setup.start(seed))
-    step = step_to_resume(run.folder, run.resume_from, steps.total)
-    like = setup.shapes()
+    step, like = find_step(run.folder, run.resume_from) or 0, setup.shapes()
+    if step > steps.total:
+        raise UserError(
+            f"The run in {run.folder} is at step {step} already, beyond --steps {steps.total}: raise --steps, or go "
+            "back with --resume-from."
+        )
     check_room(run.folder, like, run.keep)
-    if step is None:
-        state = start or setup.start(seed)
-        write_config(run.folder, run.config)
-    else:
+    if step:
         state, manifest = resume(run, step, like)
         batches.set_state(manifest.data)
         tqdm.write(_continuation(setup, run, steps, manifest))
-    for place in set_aside(run.folder, step or 0):
-        tqdm.write(f"Moved what does not lead to step {step or 0} to {place}.")
+    else:
+        state = start or setup.start(seed)
+        write_sealed(run.folder / CONFIG_FILE, to_json(run.config))
+    for place in set_aside(run.folder, step):
+        tqdm.write(f"Moved what does not lead to step {step} to {place}.")
     return setup.spread(state)
 
 
@@ -154,18 +145,16 @@ def _continuation(setup: Setup, run: Run, steps: Steps, manifest: Manifest) -> s
         line += (
             f" It was saved on {devices} devices and goes on on {setup.devices}: sums are rounded differently there."
         )
-    if planned == steps.total:
-        return line
-    return (
-        f"{line} It was planned for {planned} steps: the learning-rate schedule now ends at {steps.total}, and the "
-        f"learning rate goes on at {float(setup.rate(step)):.2e} instead of {manifest.about['learning_rate']:.2e}."
-    )
+    if planned != steps.total:
+        line += (
+            f" It was planned for {planned} steps: the learning-rate schedule now ends at {steps.total}, and the "
+            f"learning rate goes on at {float(setup.rate(step)):.2e} instead of {manifest.about['learning_rate']:.2e}."
+        )
+    return line
 
 
-def _saver(setup: Setup, run: Run, steps: Steps) -> Saver:
-    return Saver(run.folder, {"steps": steps.total, "devices": setup.devices}, run.keep)
-
-
-def _save(saver: Saver | None, setup: Setup, batches: Batches, state: TrainState) -> None:
-    if saver is not None:
-        saver.save(state, batches.get_state(), learning_rate=float(setup.rate(int(state.step))))
+def _save(setup: Setup, batches: Batches, steps: Steps, run: Run | None, state: TrainState) -> None:
+    if run:
+        rate = float(setup.rate(int(state.step)))
+        about = {"steps": steps.total, "devices": setup.devices, "learning_rate": rate}
+        save(run.folder, state, batches.get_state(), about, run.keep)

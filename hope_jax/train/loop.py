@@ -1,32 +1,20 @@
 """The training loop: dispatch step n, then look at step n-1, so that the device never waits for the host.
 
 Everything it uses is handed to it: the step and evaluation functions (``step.py``), the batches (``batches.py``), the
-monitor (``monitor.py``), what saves (``checkpoint.py``) and the wish to stop (``interrupt.py``). A state is saved only
+monitor (``monitor.py``), what saves (``checkpoint.py``) and the wish to stop (``signals.py``). A state is saved only
 after the numbers of its own step, and its held-out means where they are measured, were seen to be finite: nothing bad
 is written over something good. Read ``fit.py`` next: it hands everything over.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from hope_jax.errors import UserError
 from hope_jax.train.batches import Batches
 from hope_jax.train.monitor import Monitor
-from hope_jax.train.state import TrainState
-from hope_jax.train.step import StepFn
-
-Means = Mapping[str, float]
-
-
-@runtime_checkable
-class Stop(Protocol):
-    """Somebody who may want training to end early."""
-
-    @property
-    def requested(self) -> bool:
-        """Asked once per step: whether that step is the last."""
-        ...
+from hope_jax.train.record import Means
+from hope_jax.train.step import StepFn, TrainState
 
 
 @dataclass(frozen=True)
@@ -57,6 +45,11 @@ class Steps:
         return done % self.save_every == 0 or done == self.total
 
 
+def never(means: Means) -> bool:
+    """No measurement is good enough to end there."""
+    return False
+
+
 def run_steps(
     steps: Steps,
     state: TrainState,
@@ -66,13 +59,13 @@ def run_steps(
     evaluate: Callable[[Any], Means],
     save: Callable[[TrainState], None],
     monitor: Monitor,
-    stop: Stop,
-    until: Callable[[Means], bool] = lambda means: False,
+    stop: Callable[[], bool],
+    until: Callable[[Means], bool] = never,
 ) -> TrainState:
-    """Train from where ``state`` stands to the last step, until asked to stop, or until ``until`` of a measurement.
+    """Train from where ``state`` stands to the last step, until ``stop()`` or until ``until`` of a measurement.
 
-    ``evaluate`` takes the parameters and returns the means over the held-out batches. The state that is returned was
-    saved. ``state`` is donated.
+    ``evaluate`` takes the parameters and returns the means over the held-out batches. ``stop`` is asked once per step.
+    The state that is returned was saved. ``state`` is donated.
 
     Raises:
         Diverged: a loss (held-out too), gradient or parameter is not finite; the last saved step stays as it is.
@@ -82,19 +75,19 @@ def run_steps(
         # Also makes up for a measurement that was skipped because somebody asked to stop.
         if not steps.evaluates(done):
             return False
-        if not monitor.measured(done):
+        if done not in monitor.record.heldout:
             monitor.heldout(done, evaluate(state.params))
-        return until(monitor.means(done))
+        return until(monitor.record.heldout[done])
 
     done, unseen = int(state.step), None
     ending = measure(done, state)
     monitor.restart_clock(done)
-    leaving = stop.requested
+    leaving = stop()
     while done < steps.total and not (leaving or ending):
         state, metrics = step_fn(state, next(batches))
         if unseen is not None:
             monitor.train(done, unseen)
-        done, unseen, leaving = done + 1, metrics, stop.requested
+        done, unseen, leaving = done + 1, metrics, stop()
         if leaving or steps.saves(done) or steps.evaluates(done):
             monitor.train(done, unseen)
             unseen = None

@@ -3,6 +3,7 @@
 Read ``record.py`` next: it writes down what this one saw.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -14,7 +15,7 @@ import jax
 from tqdm import tqdm
 
 from hope_jax.errors import UserError
-from hope_jax.train.record import Record
+from hope_jax.train.record import Means, Record
 from hope_jax.train.step import MEASURED_BY_STEP, Metrics
 
 
@@ -24,10 +25,16 @@ class Diverged(UserError):
     ``heldout``: what held-out batches gave before, means by step.
     """
 
-    heldout: Mapping[int, Mapping[str, float]] = MappingProxyType({})
+    heldout: Mapping[int, Means] = MappingProxyType({})
 
 
-class Monitor:
+def progress(*arguments: Any, **options: Any) -> Any:
+    """A bar of tqdm, which in a log file is seldom redrawn."""
+    interval = 0.5 if sys.stderr.isatty() else 20.0
+    return tqdm(*arguments, dynamic_ncols=True, mininterval=interval, **options)
+
+
+class Monitor(contextlib.AbstractContextManager["Monitor"]):
     """Progress of a run of ``steps`` updates that stands at ``done``; a context manager.
 
     ``tokens``: targets of one batch. ``label``: what the progress line is called. ``when_closed`` is called once when
@@ -41,27 +48,17 @@ class Monitor:
         steps: int,
         tokens: int,
         label: str | None = None,
-        when_closed: Callable[[], object] = lambda: None,
+        when_closed: Callable[[], object] | None = None,
     ):
-        # In a log file a line now and then instead of twice a second.
-        interval = 0.5 if sys.stderr.isatty() else 20.0
+        self.record, self._tokens, self._compiled = record, tokens, False
         self._closed, self._when_closed = False, when_closed
-        self._record, self._tokens = record, tokens
-        self._compiled = False
-        self._bar: Any = None
-        self._show(self._begin, desc=label, initial=done, total=steps, mininterval=interval)
+        # With a delay nothing is written yet: that a terminal is gone is noticed in ``_show``.
+        self._bar = progress(desc=label, initial=done, total=steps, unit="step", delay=1e-9)
+        self._show(self._bar.set_postfix_str, "compiling")
         self.restart_clock(done)
 
-    def _begin(self, **about: Any) -> None:
-        # With a delay nothing is written before the bar is kept, so that a terminal that is gone can be told.
-        self._bar = tqdm(unit="step", dynamic_ncols=True, delay=1e-9, **about)
-        self._bar.set_postfix_str("compiling")
-
-    def __enter__(self) -> "Monitor":
-        return self
-
     def __exit__(self, *error: object) -> None:
-        self._show(lambda: self._bar.close())
+        self._show(self._bar.close)
 
     def _show(self, action: Callable[..., object], *arguments: Any, **options: Any) -> None:
         """Write to the terminal. One that is gone is no mistake: training has still to be saved."""
@@ -71,25 +68,19 @@ class Monitor:
             action(*arguments, **options)
         except OSError:
             self._closed = self._bar.disable = True
-            self._when_closed()
+            if self._when_closed:
+                self._when_closed()
 
     def train(self, done: int, metrics: Metrics) -> None:
-        """Wait for the metrics of update number ``done``, check and show them.
-
-        Raises:
-            Diverged: one of them is not finite.
-        """
+        """Wait for the metrics of update number ``done``, check and show them. Raises Diverged: one is not finite."""
         means = {name: float(mean.value) for name, mean in jax.device_get(metrics).items()}
         self._check_finite(done, means)
         speed = self._speed(done)
-        self._record.add(done, done * self._tokens, "train", means | {"tokens_per_second": speed})
+        self.record.add(done, done * self._tokens, "train", means | {"tokens_per_second": speed})
         shown = _shown({name: value for name, value in means.items() if name not in MEASURED_BY_STEP})
         unit = "tokens" if self._tokens > 1 else "steps"
-        self._show(self._advance, f"{shown}, {speed:,.0f} {unit}/s")
-
-    def _advance(self, postfix: str) -> None:
-        self._bar.set_postfix_str(postfix, refresh=False)
-        self._bar.update(1)
+        self._show(self._bar.set_postfix_str, f"{shown}, {speed:,.0f} {unit}/s", refresh=False)
+        self._show(self._bar.update)
 
     def restart_clock(self, done: int) -> None:
         """Measure the speed from here on: called after whatever is not training."""
@@ -104,25 +95,13 @@ class Monitor:
             self.restart_clock(done)
         return speed
 
-    def measured(self, done: int) -> bool:
-        """Whether held-out batches were measured after ``done`` updates, in this run or before it was resumed."""
-        return done in self._record.heldout
-
-    def means(self, done: int) -> Mapping[str, float]:
-        """What they gave then."""
-        return self._record.heldout[done]
-
-    def heldout(self, done: int, means: Mapping[str, float]) -> None:
-        """Check and note what held-out batches gave after ``done`` updates.
-
-        Raises:
-            Diverged: one of the means is not finite.
-        """
+    def heldout(self, done: int, means: Means) -> None:
+        """Check and note what held-out batches gave after ``done`` updates. Raises Diverged: one is not finite."""
         self._check_finite(done, {f"held-out {name}": value for name, value in means.items()})
-        self._record.add(done, done * self._tokens, "heldout", means)
+        self.record.add(done, done * self._tokens, "heldout", means)
         self._show(tqdm.write, f"step {done}: held-out {_shown(means)}", file=sys.stderr)
 
-    def _check_finite(self, step: int, means: Mapping[str, float]) -> None:
+    def _check_finite(self, step: int, means: Means) -> None:
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
             name = next((name for name in bad if name.endswith("loss")), bad[0])
@@ -131,9 +110,9 @@ class Monitor:
                 "saved since, and the checkpoints that exist are untouched. Start again in a new run folder with a "
                 "lower --optimizer.learning-rate, a longer --optimizer.warmup or --dtype float32."
             )
-            error.heldout = dict(self._record.heldout)
+            error.heldout = dict(self.record.heldout)
             raise error
 
 
-def _shown(means: Mapping[str, float]) -> str:
+def _shown(means: Means) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in means.items())

@@ -3,7 +3,7 @@
 Each update level has a copy of the row's optimizer. The levels are ``optim.by_level``: parameters of a slow level are
 stepped every n-th batch with the mean gradient (SPEC.md section 3), and their schedule is stretched by n so that every
 level steps with the learning rate of the batch at which it steps. Which parameters are matrices and which decay follows
-from the model's axis names (``nn/axes.py``). Read ``state.py`` next: it holds the optimizer's state.
+from the model's axis names (``nn/axes.py``). Read ``step.py`` next: it takes the step.
 """
 
 import math
@@ -67,16 +67,10 @@ def schedule(config: OptimizerConfig, steps: int) -> Schedule:
 def optimizer(
     config: OptimizerConfig, steps: int, every: Mapping[str, int], axes: logical.Axes
 ) -> optax.GradientTransformation:
-    """The training optimizer for a run of ``steps`` batches.
+    """The training optimizer for a run of ``steps`` batches, for parameters with these ``model.axes()``.
 
-    Args:
-      config: method, schedule and clip.
-      steps: batches of the run.
-      every: level's label -> batches between its updates, see ``optim.by_level``.
-      axes: the axis names of the parameters, ``model.axes()``.
-
-    Raises:
-      UserError: a level without parameters, or parameters without axis names (see ``nn.axes.of_parameters``).
+    ``every``: level's label -> batches between its updates, see ``optim.by_level``. Raises UserError for levels without
+    parameters, and for parameters without axis names (see ``nn.axes.of_parameters``).
     """
     peak = schedule(config, steps)
     matrices, decays = logical.matrices(axes), logical.decays(axes)

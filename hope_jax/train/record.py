@@ -1,4 +1,4 @@
-"""What a run writes down: ``metrics.jsonl`` (a row for each event), TensorBoard events, the loss curve.
+"""What a run writes down: ``metrics.jsonl`` (a row for each event) and TensorBoard events.
 
 Rows are ``{"step", "tokens", "split": "train" | "heldout", ...means}``, ``step`` counting updates done. A resumed run
 drops the rows beyond the restored step, so the file reads as if the run had never stopped. Read ``loop.py`` next.
@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
@@ -24,20 +23,19 @@ from tqdm import tqdm
 from hope_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
-CURVE_FILE = "loss.png"
+OF_EVERY_ROW = ("step", "tokens", "split")
 
 Row = dict[str, Any]
+Means = Mapping[str, float]
 
 
-def read_rows(path: Path, needed: Collection[str] = ("step", "tokens", "split")) -> list[Row]:
+def read_rows(path: Path, needed: Collection[str] = OF_EVERY_ROW) -> list[Row]:
     """The rows of a file of JSON lines in order; none if it is missing. A last line cut by a kill is left out.
 
-    Raises:
-        UserError: any other line is not a JSON object with the ``needed`` names.
+    Raises UserError, naming the line, where any other is not a JSON object with the ``needed`` names.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    whole, _, torn = text.rpartition("\n")
-    lines = whole.split("\n") if whole else []
+    *lines, torn = text.split("\n")
     if _lacks(torn, needed) is None:
         lines.append(torn)
     for number, line in enumerate(lines, 1):
@@ -56,50 +54,46 @@ def _lacks(line: str, needed: Collection[str]) -> str | None:
     return f"has no {', '.join(absent)}" if absent else None
 
 
-class Record:
+def median_speed(folder: Path) -> float:
+    """Tokens per second of a run in training, the median over its steps; 0 if it has none."""
+    rows = [row for row in read_rows(folder / METRICS_FILE) if row["split"] == "train"]
+    return statistics.median(row["tokens_per_second"] for row in rows) if rows else 0.0
+
+
+class Record(contextlib.AbstractContextManager["Record"]):
     """The open logs of a run that stands at ``step``, empty if that is 0; a context manager.
 
     ``heldout``: the means over held-out batches by step. ``folder``: of the run; None writes nothing down.
     """
 
     def __init__(self, folder: Path | None, step: int):
-        self.heldout: dict[int, dict[str, float]] = {}
+        self.heldout: dict[int, Means] = {}
         self._file, self._board = None, None
-        if folder is not None:
-            self._open(folder, step)
-
-    def _open(self, folder: Path, step: int) -> None:
+        if folder is None:
+            return
         path = folder / METRICS_FILE
         kept = [row for row in read_rows(path) if row["step"] <= step] if step else []
-        _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.heldout = {row["step"]: _means(row) for row in kept if row["split"] == "heldout"}
-        self._file = path.open("a")
-        self._board = Board(folder / "tensorboard", step + 1 if step else 0)
-
-    def __enter__(self) -> "Record":
-        return self
+        part = path.with_suffix(".part")  # a kill leaves either the old file or the new one
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(part, path)
+        for row in kept:
+            if row["split"] == "heldout":
+                self.heldout[row["step"]] = {name: row[name] for name in row if name not in OF_EVERY_ROW}
+        self._file, self._board = path.open("a"), Board(folder / "tensorboard", step + 1 if step else 0)
 
     def __exit__(self, *error: object) -> None:
-        if self._file is None or self._board is None:
-            return
-        try:
-            self._file.close()
-        finally:  # a full disk refuses the last rows here too
-            self._board.close()
+        if self._file and self._board:
+            with contextlib.closing(self._board):  # a full disk refuses the last rows here too
+                self._file.close()
 
-    def add(self, step: int, tokens: int, split: str, means: Mapping[str, float]) -> None:
+    def add(self, step: int, tokens: int, split: str, means: Means) -> None:
         """One row, on disk when this returns."""
         if split == "heldout":
             self.heldout[step] = dict(means)
-        if self._file is None or self._board is None:
-            return
-        self._file.write(json.dumps({"step": step, "tokens": tokens, "split": split, **means}) + "\n")
-        self._file.flush()
-        self._board.add(step, {f"{split}/{name}": value for name, value in means.items()})
-
-
-def _means(row: Row) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name not in ("step", "tokens", "split")}
+        if self._file and self._board:
+            self._file.write(json.dumps({"step": step, "tokens": tokens, "split": split, **means}) + "\n")
+            self._file.flush()
+            self._board.add(step, {f"{split}/{name}": value for name, value in means.items()})
 
 
 class Board:
@@ -118,15 +112,14 @@ class Board:
         version = Event(wall_time=now, file_version="brain.Event:2")
         self._write([version, Event(wall_time=now, step=start, session_log=session)])
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
+    def add(self, step: int, values: Means) -> None:
         """One event per number, on disk when this returns: TensorBoard follows a run that goes on."""
         now = time.time()
         self._write([Event(wall_time=now, step=step, summary=scalar(name, x)) for name, x in values.items()])
 
     def close(self) -> None:
-        """Everything on disk; further events are ignored."""
+        """Everything on disk."""
         self._try(RecordWriter.close)
-        self._writer = None
 
     def _write(self, events: list[Event]) -> None:
         self._try(lambda writer: [*(writer.write(event.SerializeToString()) for event in events), writer.flush()])
@@ -142,31 +135,3 @@ class Board:
             tqdm.write(f"No more TensorBoard events in {self._folder}: {why}.", file=sys.stderr)
             with contextlib.suppress(OSError):  # it tries once more to write what it could not
                 writer.close()
-
-
-def median_speed(folder: Path) -> float:
-    """Tokens per second of a run in training, the median over its steps; 0 if it has none."""
-    rows = [row for row in read_rows(folder / METRICS_FILE) if row["split"] == "train"]
-    return statistics.median(row["tokens_per_second"] for row in rows) if rows else 0.0
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write ``text`` so that a kill leaves either the old file or the new one."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def draw_curve(folder: Path, title: str, metric: str = "bits_per_byte") -> Path:
-    """``metric`` in training and on held-out batches against tokens, from the metrics file, as a PNG; its path."""
-    rows = [row for row in read_rows(folder / METRICS_FILE) if metric in row]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for split, style in {"train": {"linewidth": 0.8, "alpha": 0.7}, "heldout": {"marker": "o"}}.items():
-        points = [(row["tokens"], row[metric]) for row in rows if row["split"] == split]
-        axes.plot(*zip(*points, strict=True), label=split, **style) if points else None
-    axes.set(xlabel="tokens", ylabel=metric.replace("_", " "), title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / CURVE_FILE, dpi=120)
-    return folder / CURVE_FILE

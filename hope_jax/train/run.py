@@ -1,39 +1,40 @@
 """The folder of a run: one writer at a time, writable before training starts, and belonging to one configuration.
 
+    model, params, tokenizer, *_ = load_run(Path("runs/hope-tiny"))
+
 ``config.json`` holds the whole configuration, so that the folder is all that one needs to go on or to use the model.
 Read ``checkpoint.py`` next: it fills the folder.
 """
 
 import contextlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hope_jax.config import Json, to_json
+from hope_jax.config import TRUSTED, Json, check_same, flatten, flatten_json, from_json
+from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
 from hope_jax.errors import UserError
-from hope_jax.nn.config import ModelConfig
-from hope_jax.storage.digests import read_sealed, write_sealed
-from hope_jax.storage.locks import hold
-from hope_jax.train.checkpoint import FOLDER
+from hope_jax.models import LanguageModel, ModelConfig
+from hope_jax.storage.digests import read_sealed
+from hope_jax.storage.locks import locked
+from hope_jax.train import checkpoint
+from hope_jax.train.checkpoint import DamagedCheckpoint, Manifest
 from hope_jax.train.optimizer import OptimizerConfig
 from hope_jax.train.record import METRICS_FILE
+from hope_jax.train.step import TrainState, abstract_params
 
-LOCK_FILE = ".lock"
-CONFIG_FILE = "config.json"
+LOCK_FILE, CONFIG_FILE = ".lock", "config.json"
+TOKENIZER = "tokenizer.json"  # runs on bytes have none
 
 
 @dataclass(frozen=True)
 class TextRun:
     """All that decides what a language model learns, up to rounding, but for the number of steps.
 
-    Attributes:
-      model: the whole model, whether it has a name or not.
-      optimizer: the training optimizer.
-      batch, length: sequences per batch, tokens per sequence.
-      seed: of the initial parameters and the order of the text.
-      text_fingerprint: of the text and its held-out part.
-      tokenizer_fingerprint: of the tokenizer.
+    ``batch`` sequences of ``length`` tokens; ``seed``: of the initial parameters and the order of the text;
+    ``text_fingerprint``: of the text and its held-out part.
     """
 
     model: ModelConfig
@@ -50,7 +51,7 @@ class Run:
     """Where a run is kept, and what it is.
 
     Attributes:
-      folder: the run folder, held by ``open_run``.
+      folder: held by ``open_run``.
       config: all that decides what is learned, but for the number of steps; anything that ``hope_jax.config`` can
         write. A run is continued with an equal one only.
       keep: checkpoints to keep, at least 2, so that a damaged one has a good one before it.
@@ -71,41 +72,24 @@ class Run:
 def open_run(folder: Path) -> Iterator[Path]:
     """Create or reopen a run folder and hold it for this process.
 
-    Raises:
-        UserError: it cannot be written, holds something that is not a run, or another process trains in it.
+    Raises UserError where it cannot be written, holds something that is not a run, or another process trains in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign(folder)
+        inside = {path.name for path in folder.iterdir()}
+        if inside and not inside & {LOCK_FILE, checkpoint.FOLDER, METRICS_FILE, CONFIG_FILE}:
+            raise UserError(f"The folder {folder} holds {min(inside)} but no run; choose an empty or new --run folder.")
         # A whole block, so that a full disk is noticed and not only a forbidden one.
         (folder / LOCK_FILE).write_bytes(b"\0" * 4096)
-        lock = (folder / LOCK_FILE).open("r+b")
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"The run folder {folder} cannot be written ({reason}); choose another --run.") from error
-    with lock:
-        hold(lock, f"Another process is training in {folder}; wait for it or choose another --run.")
+    with locked(folder / LOCK_FILE, f"Another process is training in {folder}; wait for it or choose another --run."):
         yield folder
 
 
-def _refuse_foreign(folder: Path) -> None:
-    known = {LOCK_FILE, FOLDER, METRICS_FILE, CONFIG_FILE}
-    inside = {path.name for path in folder.iterdir()}
-    if inside and not inside & known:
-        raise UserError(f"The folder {folder} holds {min(inside)} but no run; choose an empty or new --run folder.")
-
-
-def write_config(folder: Path, config: Any) -> None:
-    """Write ``config`` as the configuration of the run."""
-    write_sealed(folder / CONFIG_FILE, to_json(config))
-
-
 def read_config(folder: Path) -> Json:
-    """The configuration of a run that has saved steps, as JSON.
-
-    Raises:
-        UserError: it is damaged, or the run was written by a version that kept none.
-    """
+    """The configuration of a run that has saved steps, as JSON. Raises UserError where it is missing or damaged."""
     try:
         return read_sealed(folder / CONFIG_FILE)
     except FileNotFoundError as error:
@@ -117,3 +101,72 @@ def read_config(folder: Path) -> Json:
         raise UserError(
             f"{folder / CONFIG_FILE} is damaged, so the run cannot be used; put a copy of it back or train it anew."
         ) from error
+
+
+def resume(run: Run, step: int, like: TrainState) -> tuple[TrainState, Manifest]:
+    """The state and manifest of a saved step of ``run``; ``like`` as in ``restore``.
+
+    Raises DamagedCheckpoint, naming what is damaged and the last step before it that is not; UserError, naming the
+    fields that differ, where the folder belongs to another configuration.
+    """
+    check_same(flatten_json(read_config(run.folder)), flatten(run.config), run.folder)
+    try:
+        return checkpoint.restore(run.folder, step, like), checkpoint.read_manifest(run.folder, step)
+    except DamagedCheckpoint as error:
+        good = checkpoint.last_good(run.folder, step, like)
+        advice = "No earlier step is good." if good is None else f"Step {good} is good: add --resume-from {good}."
+        raise DamagedCheckpoint(f"{error} {advice}") from error
+
+
+class Trained(NamedTuple):
+    """A model with its parameters and tokenizer, and the folder and step it comes from."""
+
+    model: LanguageModel
+    params: Any
+    tokenizer: Tokenizer
+    run: Path
+    step: int
+
+
+def load_run(folder: Path, trusted: Sequence[str] = TRUSTED) -> Trained:
+    """The latest step of a run folder, or the step that ``RUN/checkpoints/STEP`` names.
+
+    ``trusted``: packages whose classes and functions the model may be made of, see ``hope_jax.config``.
+
+    Raises UserError where there is no such step, it is damaged, its configuration cannot be read by this version or is
+    no ``TextRun``, or its tokenizer is missing.
+    """
+    run, wanted = folder, None
+    if folder.name.isdigit() and folder.absolute().parent.name == checkpoint.FOLDER:
+        run, wanted = folder.absolute().parent.parent, int(folder.name)
+    step = checkpoint.find_step(run, wanted)
+    if step is None:
+        raise UserError(f"There is no trained model in {run}; give the --run folder of a pretrain command.")
+    try:
+        config: TextRun = from_json(read_config(run), TextRun, trusted)
+    except UserError as error:
+        raise UserError(f"The run in {run} cannot be loaded: {error}") from error
+    model, tokenizer = LanguageModel(config.model), _tokenizer(run, config)
+    params = checkpoint.restore_params(run, step, abstract_params(model))
+    return Trained(model, params, tokenizer, run, step)
+
+
+def _tokenizer(run: Path, config: TextRun) -> Tokenizer:
+    file = run / TOKENIZER
+    found = make_tokenizer(DataConfig(tokenizer=str(file) if file.exists() else None))
+    if found.fingerprint != config.tokenizer_fingerprint:
+        what = "that file" if file.exists() else "bytes"
+        raise UserError(
+            f"The run in {run} was trained with another tokenizer than {what}: put its JSON file at {file}."
+        )
+    return found
+
+
+def keep_tokenizer(run: Path, data: DataConfig) -> None:
+    """Copy the tokenizer's file into the run folder, so that the folder is all that one needs."""
+    kept = run / TOKENIZER
+    if data.tokenizer is None or (kept.exists() and kept.samefile(Path(data.tokenizer).expanduser())):
+        return
+    part = kept.with_name(f"{TOKENIZER}.part")
+    shutil.copyfile(Path(data.tokenizer).expanduser(), part)
+    part.replace(kept)

@@ -8,24 +8,31 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hope_jax.models import LanguageModel
-from hope_jax.train.devices import replicate, share
+from hope_jax.train.devices import DATA, abstract
 from hope_jax.train.optimizer import OptimizerConfig, Schedule, optimizer, schedule
 from hope_jax.train.run import TextRun
-from hope_jax.train.state import TrainState, abstract, fresh_state, init_params
-from hope_jax.train.step import LossFn, StepFn, mean_over, measurement, next_token_loss, train_step
+from hope_jax.train.step import LossFn, StepFn, TrainState, init_params, mean_over, next_token_loss, train_step
 from hope_jax.types import PRNGKeyArray
 
 Heldout = Iterable[Any] | Mapping[str, Iterable[Any]]
 """Held-out batches, or several sets of them by name."""
+
+
+def keep_programs(folder: Path) -> None:
+    """Compile once for all runs and processes, unless the environment says where compiled programs are kept."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs add up
 
 
 @dataclass(frozen=True)
@@ -62,41 +69,50 @@ class Setup:
 
     @functools.cached_property
     def _measure(self) -> Callable[[Any, Any], Any]:
-        return measurement(self.loss)
+        return jax.jit(lambda params, batch: self.loss(params, batch)[1])
 
     @functools.cached_property
-    def _start(self) -> Callable[[PRNGKeyArray], TrainState]:
-        return jax.jit(lambda key: fresh_state(self.init(key), self.tx))
+    def _start(self) -> Callable[[PRNGKeyArray, Any], TrainState]:
+        def start(key: PRNGKeyArray, params: Any) -> TrainState:
+            params = self.init(key) if params is None else jax.tree.map(jnp.copy, params)
+            return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.tx.init(params))
 
-    @functools.cached_property
-    def _continue(self) -> Callable[[Any], TrainState]:
-        return jax.jit(lambda params: fresh_state(jax.tree.map(jnp.copy, params), self.tx))
+        return jax.jit(start)
 
     def start(self, seed: int, params: Any = None) -> TrainState:
         """The state before the first batch; it begins with a copy of ``params``, None: with what ``init`` draws."""
-        return self._start(jax.random.key(seed)) if params is None else self._continue(params)
+        return self._start(jax.random.key(seed), params)
 
     def shapes(self) -> TrainState:
         """Shapes, dtypes and placement of ``start`` without computing it: what a checkpoint is restored into."""
-        return abstract(lambda: fresh_state(self.init(jax.random.key(0)), self.tx))
+        return abstract(lambda: self.start(0))
 
     def place(self, batch: Any) -> Any:
-        """A batch where the step wants it."""
-        return batch if self.mesh is None else share(self.mesh, batch)
+        """A batch (arrays [B, ...]) with an equal part on every device; the whole on each, where B cannot be shared."""
+        if self.mesh is None:
+            return batch
+        size = len(jax.tree.leaves(batch)[0])
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(None if size % self.mesh.size else DATA)))
 
     def spread(self, state: TrainState) -> TrainState:
-        """A state where the step wants it; placed alike whether it is fresh or restored, so that one program does."""
-        return jax.device_put(state, jax.devices()[0]) if self.mesh is None else replicate(self.mesh, state)
+        """A state on every device; placed alike whether it is fresh or restored, so that one program does."""
+        place = jax.devices()[0] if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        return jax.device_put(state, place)
 
     def evaluator(self, batches: Heldout) -> Callable[[Any], dict[str, float]]:
         """``parameters -> means by name`` over these held-out ``batches``, which are read once.
 
         Of several sets by name the means are called ``SET/METRIC``.
         """
-        if isinstance(batches, Mapping):
-            return functools.partial(_of_each, {name: self.evaluator(part) for name, part in batches.items()})
-        placed = [self.place(batch) for batch in batches]
-        return functools.partial(mean_over, self._measure, placed)
+        if not isinstance(batches, Mapping):
+            return functools.partial(mean_over, self._measure, [self.place(batch) for batch in batches])
+        sets = {name: self.evaluator(part) for name, part in batches.items()}
+
+        def measure(params: Any) -> dict[str, float]:
+            found = {name: of_set(params) for name, of_set in sets.items()}
+            return {f"{name}/{metric}": value for name, means in found.items() for metric, value in means.items()}
+
+        return measure
 
     def for_any_rate(self) -> "Setup":
         """The same with a factor on all updates in the optimizer's state: one program for all learning rates."""
@@ -107,11 +123,6 @@ class Setup:
 def at_rate(state: TrainState, factor: float) -> TrainState:
     """A state of ``Setup.for_any_rate`` whose updates are multiplied by ``factor``."""
     return state.replace(opt_state=optax.tree.set(state.opt_state, step_size=jnp.float32(factor)))
-
-
-def _of_each(sets: Mapping[str, Callable[[Any], dict[str, float]]], params: Any) -> dict[str, float]:
-    found = {name: measure(params) for name, measure in sets.items()}
-    return {f"{name}/{metric}": value for name, means in found.items() for metric, value in means.items()}
 
 
 def model_setup(
@@ -128,12 +139,10 @@ def model_setup(
     """The setup of a language model with any loss.
 
     Args:
-      model, loss: what is trained, and at what.
       config: the training optimizer; the model's levels have a copy each.
       steps: batches in all, which the learning-rate schedule is for.
-      tokens: of one batch.
       every: batches between two updates of each level; None: as the model's levels say.
-      accumulate, mesh: as in ``Setup``.
+      model, loss, tokens, accumulate, mesh: as in ``Setup``.
     """
     every = model.config.update_every(tokens) if every is None else every
     tx, rate = optimizer(config, steps, every, model.axes()), schedule(config, steps)
@@ -141,15 +150,7 @@ def model_setup(
 
 
 def text_setup(run: TextRun, steps: int, byte_lengths: np.ndarray, *, segment: int | None = None, **more: Any) -> Setup:
-    """The setup of a language model on text.
-
-    Args:
-      run: model, optimizer and batch.
-      steps: as in ``model_setup``.
-      byte_lengths: bytes of each token of the vocabulary.
-      segment: tokens of one piece in rematerialised training, see ``next_token_loss``.
-      more: as in ``model_setup``.
-    """
+    """``model_setup`` of a language model on text; ``byte_lengths``, ``segment``: as in ``next_token_loss``."""
     model = LanguageModel(run.model)
     loss = next_token_loss(model, byte_lengths, segment)
     return model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)

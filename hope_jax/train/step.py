@@ -1,10 +1,11 @@
 """Loss, gradient accumulation and the training step: pure functions ``(state, batch) -> (state, metrics)``.
 
 A batch of text is ``[B, T+1]`` token ids: inputs are all but the last, targets all but the first. Every sequence starts
-from a fresh context *inside* the loss, so gradients reach the initial states of the memories. Read ``loop.py`` next.
+from a fresh context *inside* the loss, so gradients reach the initial states of the memories. The number of tokens seen
+is no part of a state: it is ``step * batch * length``, exact in Python where an int32 would overflow. The data position
+belongs to the iterator and is saved beside the state. Read ``loop.py`` next.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -12,13 +13,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 
 from hope_jax.context.schedule import learns_in_context
 from hope_jax.context.writes import reading_loss
 from hope_jax.errors import UserError
+from hope_jax.train.devices import abstract
 from hope_jax.train.optimizer import Schedule
-from hope_jax.train.state import TrainState
-from hope_jax.types import Array, Int, Scalar
+from hope_jax.types import Array, Int, PRNGKeyArray, Scalar
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that is trained or that training needs to go on. A pytree, so it can be sharded leaf by leaf.
+
+    ``step``: optimizer updates done, int32 scalar. ``params``: nested dict of arrays. ``opt_state``: the optimizer's.
+    Leaves are arrays, or shapes or placements of arrays, hence the open types.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def init_params(model: Any, key: PRNGKeyArray) -> Any:
+    """Parameters of a language model; they depend on ``key`` alone."""
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def abstract_params(model: Any) -> Any:
+    """Shapes, dtypes and placement of ``init_params``."""
+    return abstract(lambda: init_params(model, jax.random.key(0)))
+
+
+def count_parameters(params: Any) -> int:
+    """Numbers in ``params``, arrays or their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 class Mean(NamedTuple):
@@ -37,8 +66,7 @@ Metrics = dict[str, Mean]
 LossFn = Callable[[Any, Any], tuple[Scalar, Metrics]]
 """``(parameters, batch) -> (mean loss, metrics)``; a batch is an array [B, ...] or a pytree of such arrays."""
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-MEASURED_BY_STEP = ("gradient_norm", "parameter_norm", "learning_rate")
-"""Metrics of a training step beside those of its loss."""
+MEASURED_BY_STEP = ("gradient_norm", "parameter_norm", "learning_rate")  # beside what the loss measures
 
 
 def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = None) -> LossFn:
@@ -48,10 +76,8 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = 
     ``segment`` runs the model over pieces of that many tokens (it must divide T), carrying the state and keeping only
     the states between pieces for the backward pass: the same numbers with memory for T / segment states.
 
-    A model with levels that learn in context is read with their writes (``writes.py``), in pieces of its own.
-
-    Raises:
-      UserError: such a model with a ``segment``.
+    A model with levels that learn in context is read with their writes (``writes.py``), in pieces of its own: together
+    with a ``segment`` that is a UserError.
     """
     if segment is not None and learns_in_context(model):
         raise UserError("a model whose levels learn in context is read chunk by chunk already; leave out segment")
@@ -107,8 +133,8 @@ def _over_segments(piece: Callable, state: Any, tokens: tuple[Array, Array], seg
 def mean_gradient(loss: LossFn, params: Any, batch: Any, accumulate: int) -> tuple[Any, Metrics]:
     """Gradient of the mean loss and merged metrics, over ``accumulate`` equal slices of the batch one after another.
 
-    Equal to the gradient of the whole batch up to rounding, with the memory of one slice. A slice is every so many-th
-    sequence, so that devices that share the batch share each slice alike.
+    Equal to the gradient of the whole batch up to rounding, if the loss is a mean over as many targets in every slice,
+    with the memory of one. A slice is every so many-th sequence: devices that share the batch share each slice alike.
     """
     gradient = jax.grad(loss, has_aux=True)
     if accumulate == 1:
@@ -143,21 +169,8 @@ def train_step(loss: LossFn, tx: optax.GradientTransformation, rate: Schedule, a
     return jax.jit(step, donate_argnums=0)
 
 
-def measurement(loss: LossFn) -> Callable[[Any, Any], Metrics]:
-    """The metrics of a batch without a gradient, compiled: ``(params, batch) -> metrics``."""
-    return jax.jit(lambda params, batch: loss(params, batch)[1])
-
-
 def mean_over(measure: Callable[[Any, Any], Metrics], batches: Iterable[Any], params: Any) -> dict[str, float]:
-    """Means of the metrics over ``batches`` together. Waits for the device once, at the end."""
+    """Means of ``measure(params, batch)`` over ``batches`` together. Waits for the device once, at the end."""
     parts = [measure(params, batch) for batch in batches]
     sums = jax.tree.map(lambda *leaves: sum(float(leaf) for leaf in leaves), *jax.device_get(parts))
     return {name: mean.value for name, mean in sums.items()}
-
-
-def evaluator(loss: LossFn, batches: Iterable[Any]) -> Callable[[Any], dict[str, float]]:
-    """Held-out means: ``evaluate(params) -> {"loss": nats per token, "bits_per_byte": ...}``.
-
-    ``batches`` are iterated anew at each call.
-    """
-    return functools.partial(mean_over, measurement(loss), batches)

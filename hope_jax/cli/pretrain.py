@@ -197,8 +197,7 @@ def _header(job: Job) -> str:
 def _report(job: Job, result: training.Result) -> None:
     """Curve and sample of a finished run, written down and printed."""
     run, bits = job.flags.run, {step: means["bits_per_byte"] for step, means in result.heldout.items()}
-    files = [run / "metrics.jsonl", run / "loss.png"]
-    _draw(*files, job.flags.model)
+    files = [run / "metrics.jsonl", _draw(run, job.flags.model)]
     if job.flags.sample_tokens:
         sample = _sample(job, jax.device_put(result.params, jax.devices()[0]))
         files.append(run / "sample.txt")
@@ -209,14 +208,15 @@ def _report(job: Job, result: training.Result) -> None:
     say("written: " + ", ".join(map(str, [*files, run / "tensorboard", run / "checkpoints"])))
 
 
-def _draw(metrics: Path, figure: Path, title: str) -> None:
-    """Bits per byte in training and on held-out batches against tokens, as a PNG."""
-    rows = training.read_rows(metrics)
-    with plot(figure) as axes:
+def _draw(run: Path, title: str) -> Path:
+    """Bits per byte in training and on held-out batches against tokens, as a PNG; its path."""
+    rows = training.read_rows(run / "metrics.jsonl")
+    with plot(path := run / "loss.png") as axes:
         for split, style in {"train": {"linewidth": 0.8, "alpha": 0.7}, "heldout": {"marker": "o"}}.items():
             points = [(row["tokens"], row["bits_per_byte"]) for row in rows if row["split"] == split]
             axes.plot(*zip(*points, strict=True), label=split, **style)
         axes.set(xlabel="tokens", ylabel="bits per byte", title=title)
+    return path
 
 
 def _sample(job: Job, params: Any) -> str:

@@ -54,7 +54,7 @@ class Trials:
         """
         since, label = time.monotonic(), f"{about['row']}, rate {about['learning_rate']:g}, seed {about['seed']}"
         steps, seed = training.Steps(self.steps, self.eval_every), about["seed"]
-        found = training.fit(*problem, steps, seed=seed, label=label, **options)
+        found = training.fit(*problem, steps=steps, seed=seed, label=label, **options)
         curve = [[step, means[metric]] for step, means in found.heldout.items()]
         size, seconds = training.count_parameters(found.params), round(time.monotonic() - since, 1)
         return {"parameters": size, "steps": found.step, "seconds": seconds, metric: curve[-1][1], "curve": curve}

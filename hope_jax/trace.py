@@ -17,8 +17,7 @@ import numpy as np
 
 from hope_jax import context
 from hope_jax.context.schedule import schedule_of
-from hope_jax.context.state import State, batch_of, entered
-from hope_jax.context.stream import check_room
+from hope_jax.context.stream import State, batch_of, check_room, entered
 from hope_jax.errors import UserError, extra
 from hope_jax.nn.feed_forward.fast import BlockState, ContextState, sizes
 from hope_jax.nn.language_model import check_tokens

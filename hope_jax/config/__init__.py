@@ -16,17 +16,14 @@ dtype, path              ``{"dtype": "float32"}``, ``{"path": "runs/x"}``
 
 Reading imports nothing but modules of the packages that the caller trusts (``hope_jax`` unless told otherwise) and the
 modules ``PUBLIC``, and calls nothing but the classes of dataclasses, named tuples and enums: a file that somebody sent
-cannot run other code. What was read is checked against the types of the fields. Read ``encode.py``, ``decode.py`` and
-``flat.py`` next.
+cannot run other code. What was read is checked against the types of the fields.
 """
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from hope_jax.config.decode import Reader
-from hope_jax.config.encode import Json, encode
-from hope_jax.config.flat import check_same, flatten, flatten_json
-from hope_jax.config.names import PUBLIC
+from hope_jax.config.encode import PUBLIC, Json, check_same, encode, flatten, flatten_json
 
 TRUSTED = ("hope_jax",)
 """Packages whose classes and functions a configuration may name."""

@@ -1,18 +1,18 @@
-"""A configuration back from JSON, with every field checked. Read ``fits.py`` next."""
+"""A configuration back from JSON, every field checked against its type, as far as types can be checked at run time."""
 
+import collections.abc
 import dataclasses
 import enum
 import functools
 import inspect
+import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
-from hope_jax.config.encode import Json
-from hope_jax.config.fits import alternatives, fits, item_types, type_name
-from hope_jax.config.names import PUBLIC, fields_of, find, join, shown
+from hope_jax.config.encode import PUBLIC, Json, fields_of, find, join, shown
 from hope_jax.errors import UserError, closest
 
 
@@ -25,16 +25,15 @@ class Reader:
     def value(self, data: Json, expected: Any, name: str) -> Any:
         """The value of field ``name``. Raises UserError where it is none of type ``expected``."""
         found = self._decode(data, expected, name)
-        if type(found) is int and float in alternatives(expected) and not fits(found, expected):
+        if type(found) is int and float in _alternatives(expected) and not _fits(found, expected):
             found = float(found)
-        if not fits(found, expected):
-            raise UserError(f"{shown(name)} is {found!r}; expected {type_name(expected)}")
+        if not _fits(found, expected):
+            raise UserError(f"{shown(name)} is {found!r}; expected {_type_name(expected)}")
         return found
 
     def _decode(self, data: Json, expected: Any, name: str) -> Any:
         if isinstance(data, list):
-            inner = item_types(expected, len(data))
-            items = enumerate(zip(data, inner, strict=True))
+            items = enumerate(zip(data, _item_types(expected, len(data)), strict=True))
             return tuple(self.value(item, kind, join(name, i)) for i, (item, kind) in items)
         if not isinstance(data, dict):
             return data
@@ -81,10 +80,10 @@ class Reader:
 
     def _instance(self, data: dict[str, Any], name: str) -> Any:
         kind = self._named(data["class"], name)
-        if not isinstance(kind, type) or fields_of(kind) is None:
+        fields = fields_of(kind) if isinstance(kind, type) else None
+        if fields is None:
             raise UserError(f"{shown(name)} names {data['class']}, which is no configuration")
         given = {key: item for key, item in data.items() if key != "class"}
-        fields = fields_of(kind) or []
         for key in given:
             if key not in fields:
                 raise UserError(f"{join(name, key)} is no field of {kind.__name__}; {closest(key, fields)}")
@@ -109,3 +108,52 @@ class Reader:
         if found is None or inspect.ismodule(found) or (module not in PUBLIC and owner not in self.trusted):
             raise UserError(f"{shown(name)} names {reference!r}, which does not exist in this version of hope_jax")
         return found
+
+
+def _item_types(expected: Any, count: int) -> list[Any]:
+    """The type of each of ``count`` items, where ``expected`` says it."""
+    for option in _alternatives(expected):
+        if get_origin(option) is tuple:
+            inner = get_args(option)
+            if len(inner) == 2 and inner[1] is Ellipsis:
+                return [inner[0]] * count
+            if len(inner) == count:
+                return list(inner)
+    return [Any] * count
+
+
+def _alternatives(expected: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; any other type is the only one."""
+    return get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    """Whether ``value`` has the type ``expected``; types that say nothing at run time accept everything."""
+    return any(_fits_kind(value, option) for option in _alternatives(expected))
+
+
+def _fits_kind(value: Any, expected: Any) -> bool:
+    origin, inner = get_origin(expected), get_args(expected)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        whole = isinstance(value, tuple) and (len(inner) == len(value) or Ellipsis in inner)
+        return whole and all(map(_fits, value, _item_types(expected, len(value))))
+    if origin is collections.abc.Callable:
+        return callable(value)
+    if not isinstance(expected, type) or origin is not None:
+        return True
+    if expected in (int, float) and isinstance(value, bool):
+        return False
+    try:
+        return isinstance(value, expected)
+    except TypeError:  # a protocol that cannot be checked
+        return True
+
+
+def _type_name(expected: Any) -> str:
+    """A type in words, for a message."""
+    if get_origin(expected) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(expected)))
+    names = (getattr(option, "__name__", str(option)) for option in _alternatives(expected))
+    return " or ".join(names).replace("NoneType", "None")

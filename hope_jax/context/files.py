@@ -9,8 +9,7 @@ import numpy as np
 
 from hope_jax.config import flatten
 from hope_jax.context.schedule import schedule_of
-from hope_jax.context.state import State, batch_of, entered, same_kinds, shapes
-from hope_jax.context.writes import fresh_levels
+from hope_jax.context.stream import State, batch_of, check_kinds, entered, start
 from hope_jax.errors import UserError
 from hope_jax.nn.feed_forward.fast import ContextState
 from hope_jax.nn.mixers.attention import slots_of, without_empty_slots
@@ -33,17 +32,17 @@ def save(path: str | Path, model: Any, params: Any, state: State, note: Any = No
     Raises:
       UserError: ``path`` is something else, it cannot be written, or the state is of another model.
     """
-    path, state = Path(path), _learned(model, state)
+    path, batch, state = Path(path), batch_of(state), entered(model, state)
+    check_kinds(state, start.eval_shape(model, params, batch, slots_of(state)))
     check_place(path)
     stored = jax.tree.map(np.asarray, without_empty_slots(state))
     tensors, same = _distinct(dict(leaves(stored)))
-    periods = schedule_of(model, trained=False).periods
     about = {
         "version": VERSION,
         "model": _identity(model, params),
-        "batch": batch_of(state),
+        "batch": batch,
         "capacity": slots_of(state),
-        "levels": [{"periods": list(layers)} for layers in periods],
+        "levels": [{"periods": list(layers)} for layers in schedule_of(model, trained=False).periods],
         "position": int(state.position),
         "unfinished": int(state.unfinished),
         "same": same,
@@ -68,7 +67,7 @@ def load(path: str | Path, model: Any, params: Any) -> ContextState:
     if different := first_difference(about["model"], _identity(model, params)):
         name, there, here = different
         raise UserError(f"the context in {path} is of another model: {name} is {there} there and {here} here")
-    expected = shapes(model, params, about["batch"], about["capacity"])
+    expected = start.eval_shape(model, params, about["batch"], about["capacity"])
     tensors |= {name: tensors[other] for name, other in about["same"].items()}
     filled = [_filled(path, name, tensors.pop(name, None), leaf) for name, leaf in leaves(expected)]
     if tensors:
@@ -108,46 +107,30 @@ def _read(path: Path, how: Any) -> Any:
         raise UserError(f"there is no saved context in {path}: {error}") from error
     except NotWhole as error:
         raise UserError(f"the context in {path} is damaged: {error}") from error
-    if about["version"] != VERSION:
-        raise UserError(
-            f"the context in {path} has layout {about['version']}; this version of hope_jax reads {VERSION}"
-        )
+    if (version := about["version"]) != VERSION:
+        raise UserError(f"the context in {path} has layout {version}; this version of hope_jax reads {VERSION}")
     return tensors, about
-
-
-def _learned(model: Any, state: State) -> ContextState:
-    """The state, if its levels are those of the model."""
-    batch = batch_of(state)
-    state = entered(model, state)
-    same_kinds(state.levels, jax.eval_shape(lambda: fresh_levels(model, schedule_of(model, trained=False), batch)))
-    return state
 
 
 def _distinct(tensors: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors that are not zero, each once; and for the others of these, the name that theirs is stored by."""
-    stored, names, same = {}, {}, {}
+    names: dict[tuple[str, bytes], str] = {}
+    same = {}
     for name, tensor in tensors.items():
-        content = (kind(tensor), tensor.tobytes())
-        if not content[1].strip(b"\0"):
-            continue
-        if content in names:
-            same[name] = names[content]
-        else:
-            stored[name], names[content] = tensor, name
-    return stored, same
+        content = kind(tensor), tensor.tobytes()
+        if content[1].strip(b"\0") and (first := names.setdefault(content, name)) != name:
+            same[name] = first
+    return {name: tensors[name] for name in names.values()}, same
 
 
 def _filled(path: Path, name: str, tensor: np.ndarray | None, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """The tensor in the shape that it has in a state, zeros where it has none."""
-    if tensor is None:
-        return jnp.zeros(like.shape, like.dtype)
-    fits = (
-        tensor.dtype == like.dtype and tensor.ndim == len(like.shape) and np.all(tensor.shape <= np.array(like.shape))
-    )
-    if not fits:
-        raise UserError(f"the context in {path} is damaged: {name} is {kind(tensor)}; expected {kind(like)}")
+    """The tensor in the shape that it has in a state; the rest of it, or all where there is none, is zeros."""
     whole = np.zeros(like.shape, like.dtype)
-    whole[tuple(map(slice, tensor.shape))] = tensor
+    if tensor is not None:
+        same = tensor.dtype == like.dtype and tensor.ndim == like.ndim
+        if not (same and np.all(tensor.shape <= np.array(like.shape))):
+            raise UserError(f"the context in {path} is damaged: {name} is {kind(tensor)}; expected {kind(like)}")
+        whole[tuple(map(slice, tensor.shape))] = tensor
     return jnp.asarray(whole)
 
 

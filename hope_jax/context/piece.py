@@ -7,7 +7,7 @@ a condition, so that the model is traced once. Read ``stream.py`` next.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,47 +22,8 @@ from hope_jax.types import Array, Bool, Float, Int, Tokens
 PIECE = 512
 """Tokens that one call of the program reads at most; whole chunks, and one at least."""
 
-
-class Request(NamedTuple):
-    """What is asked of ``read_piece``.
-
-    Attributes:
-      count: tokens that are real, from the first; int32.
-      learn: whether they are learned; without it no level gathers or is written.
-      end: whether the unfinished chunk ends before these tokens, as after an interruption.
-      finish: whether all levels then store what they have gathered, be their period over or not.
-    """
-
-    count: Int[Array, ""]
-    learn: Bool[Array, ""]
-    end: Bool[Array, ""]
-    finish: Bool[Array, ""]
-
-
-class Piece(NamedTuple):
-    """What reading a piece gives: nats of its tokens, logits after the last one, whether all numbers are finite."""
-
-    nats: Nats
-    logits: Float[Array, "B vocab"]
-    finite: Bool[Array, ""]
-
-
-class _Slot(NamedTuple):
-    """One chunk of a piece. ``ends``: it ends before it is full; ``whole``: it is full, and its last label is known."""
-
-    inputs: Tokens
-    labels: Tokens
-    count: Int[Array, ""]
-    labelled: Int[Array, ""]
-    ends: Bool[Array, ""]
-    whole: Bool[Array, ""]
-
-
-class _Reader(NamedTuple):
-    """What changes from chunk to chunk: the stream, and the logits after the last token that was read."""
-
-    state: ContextState
-    logits: Float[Array, "B vocab"]
+Slot = tuple[Chunk, Bool[Array, "*slots"], Bool[Array, "*slots"]]
+"""One chunk of a piece; whether it ends before it is full; whether it is over and has a label to be learned."""
 
 
 def piece_size(model: Any) -> int:
@@ -71,41 +32,48 @@ def piece_size(model: Any) -> int:
     return -(-PIECE // chunk) * chunk
 
 
-def request_for(count: int, learn: bool = True, end: bool = False, finish: bool = False) -> Request:
-    """The request for ``count`` tokens."""
-    return Request(jnp.asarray(count, jnp.int32), *map(jnp.asarray, (learn, end, finish)))
-
-
 @functools.partial(jax.jit, static_argnames="model")
 def read_piece(
-    model: Any, params: Any, state: ContextState, tokens: Tokens, request: Request
-) -> tuple[Piece, ContextState]:
+    model: Any,
+    params: Any,
+    state: ContextState,
+    tokens: Tokens,
+    count: Int[Array, ""],
+    learn: Bool[Array, ""],
+    end: Bool[Array, ""],
+    finish: Bool[Array, ""],
+) -> tuple[Nats, Float[Array, "B vocab"], Bool[Array, ""], ContextState]:
     """Read up to ``piece_size`` tokens, whole chunks first; nothing is checked here.
 
     Args:
-      tokens: [B, piece_size], padding zeros after the first ``request.count``.
+      tokens: [B, piece_size], of which the first ``count`` are real and the others zeros.
+      learn: whether they are learned; without it no level gathers or is written.
+      end: whether the unfinished chunk ends before these tokens, as after an interruption.
+      finish: whether all levels then store what they have gathered, be their period over or not.
 
     Returns:
-      The piece, whose first nats are those of the tokens that were predicted, and the state.
+      Nats, of which the first are those of the tokens that were predicted; logits after the last token; whether all
+      numbers are finite; the state.
     """
     schedule = schedule_of(model, trained=False)
-    request = request._replace(end=request.end | request.finish | state.interrupted)
-    offset = jnp.where(request.end, schedule.chunk, state.unfinished)
-    every, total = _joined(state.tokens, tokens, offset), offset + request.count
-    step = functools.partial(_read_slot, model, params, schedule, rates_of(model, params, schedule), request)
-
-    def read_or_skip(reader: _Reader, slot: _Slot) -> tuple[_Reader, Array]:
-        return lax.cond(slot.ends | (slot.count > 0), step, lambda reader, _: (reader, no_nats), reader, slot)
-
+    end = end | finish | state.interrupted
+    offset = jnp.where(end, schedule.chunk, state.unfinished)
+    every, total = _joined(state.tokens, tokens, offset), offset + count
+    step = functools.partial(_read_slot, model, params, schedule, rates_of(model, params, schedule), finish)
     wide = param_dtype(model.config.dtype)
     no_logits, no_nats = jnp.zeros((len(tokens), model.config.vocab_size), wide), jnp.zeros(state.tokens.shape, wide)
-    slots = _slots(schedule.chunk, every, total, state.unfinished, request.end)
-    (after, logits), nats = lax.scan(read_or_skip, _Reader(state, no_logits), slots)
+
+    def read_or_skip(carry: Any, slot: Slot) -> tuple[Any, Nats]:
+        return lax.cond(slot[1] | (slot[0].count > 0), step, lambda same, _: (same, no_nats), carry, slot)
+
+    slots = _slots(schedule.chunk, every, total, state.unfinished, end, learn)
+    (after, logits), nats = lax.scan(read_or_skip, (state, no_logits), slots)
     nats = jnp.swapaxes(nats, 0, 1).reshape(len(tokens), -1)
-    predicted = offset - jnp.where(request.end | (state.unfinished == 0), 0, 1)
+    predicted = offset - jnp.where(end | (state.unfinished == 0), 0, 1)
     nats = lax.dynamic_slice_in_dim(nats, predicted, tokens.shape[1], axis=1)
-    finite = _is_finite(nats, logits, after.levels)
-    return Piece(nats, logits, finite), _with_rest(after, every, total, request.count)
+    numbers = jax.tree.leaves((nats, logits, after.levels))
+    finite = jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in numbers))
+    return nats, logits, finite, _with_rest(after, every, total, count)
 
 
 def _joined(unfinished: Int[Array, "B C"], tokens: Tokens, offset: Int[Array, ""]) -> Int[Array, "B places"]:
@@ -115,40 +83,37 @@ def _joined(unfinished: Int[Array, "B C"], tokens: Tokens, offset: Int[Array, ""
     return lax.dynamic_update_slice_in_dim(room, tokens, offset, axis=1)
 
 
-def _slots(chunk: int, every: Tokens, total: Array, unfinished: Array, end: Array) -> _Slot:
-    """The chunks of a piece, stacked; ``total``: tokens from the start of the first one to the last real one."""
+def _slots(chunk: int, every: Tokens, total: Array, unfinished: Array, end: Array, learn: Array) -> Slot:
+    """The slots of a piece, stacked; ``total``: tokens from the start of the first one to the last real one."""
     inputs, labels = (jnp.swapaxes(x.reshape(len(x), -1, chunk), 0, 1) for x in (every[:, :-1], every[:, 1:]))
     start = chunk * jnp.arange(len(inputs), dtype=jnp.int32)
     ends = end & (start == 0)  # the label of its last token is not known
     count, labelled = (
         jnp.maximum(jnp.where(ends, unfinished - 1, jnp.clip(total - last - start, 0, chunk)), 0) for last in (0, 1)
     )
-    return _Slot(inputs, labels, count, labelled, ends, ~ends & (total > start + chunk))
+    complete = jnp.where(ends, labelled > 0, total > start + chunk)
+    return Chunk(inputs, labels, count, labelled, complete & learn), ends, complete
 
 
 def _read_slot(
-    model: Any, params: Any, schedule: Schedule, rates: Any, request: Request, reader: _Reader, slot: _Slot
-) -> tuple[_Reader, Nats]:
-    """Read one chunk from its start; learn it if it is complete, or ends here."""
-    state = reader.state
-    complete = slot.whole | (slot.ends & (slot.labelled > 0))
-    stored = complete & request.learn
-    chunk = Chunk(slot.inputs, slot.labels, slot.count, slot.labelled, stored)
+    model: Any, params: Any, schedule: Schedule, rates: Any, finish: Bool[Array, ""], carry: Any, slot: Slot
+) -> tuple[tuple[ContextState, Float[Array, "B vocab"]], Nats]:
+    """Read one chunk from its start, and store what is to be stored; ``carry``: the state, the logits before."""
+    (state, logits), (chunk, ends, complete) = carry, slot
     levels, read = gather(model, params, schedule, state.anchor, state.levels, chunk)
-    levels = _stored(schedule, rates, levels, state.position, stored, slot.ends & request.finish)
-    mixer = _select(slot.ends, state.mixer, read.mixer)
+    mixer = _select(ends, state.mixer, read.mixer)
     position = (state.position + schedule.chunk * complete) % schedule.distinct[-1]
     state = state._replace(
         mixer=mixer,
-        anchor=_select(slot.ends | slot.whole, mixer, state.anchor),
-        levels=levels,
-        position=jnp.where(slot.ends & request.finish, 0, position),
+        anchor=_select(ends | complete, mixer, state.anchor),
+        levels=_stored(schedule, rates, levels, state.position, chunk.stored, ends & finish),
+        position=jnp.where(ends & finish, 0, position),
     )
-    return _Reader(state, jnp.where(slot.ends, reader.logits, read.logits)), read.nats
+    return (state, jnp.where(ends, logits, read.logits)), read.nats
 
 
 def _stored(
-    schedule: Schedule, rates: Any, levels: Levels, position: Array, stored: Bool[Array, ""], finish: Bool[Array, ""]
+    schedule: Schedule, rates: Any, levels: Levels, position: Array, stored: Any, finish: Bool[Array, ""]
 ) -> Levels:
     """The levels after a chunk that began at ``position``: written where a period ends.
 
@@ -163,10 +128,6 @@ def _stored(
 
 def _select(first: Bool[Array, ""], one: Any, other: Any) -> Any:
     return jax.tree.map(functools.partial(jnp.where, first), one, other)
-
-
-def _is_finite(*trees: Any) -> Bool[Array, ""]:
-    return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(trees)))
 
 
 def _with_rest(state: ContextState, every: Tokens, total: Array, count: Array) -> ContextState:

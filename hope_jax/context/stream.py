@@ -6,23 +6,42 @@
 
 The weights of a level move once per period, and the gradient of a chunk goes through all of it: the tokens of an
 unfinished chunk are kept, and read again from its start when more have come. So any cut of a stream into calls gives
-the same result. Read ``state.py`` next.
+the same result. Read ``files.py`` next.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from hope_jax.context.piece import piece_size, read_piece, request_for
-from hope_jax.context.state import State, batch_of, checked, fresh_mixer, reset, with_deltas
-from hope_jax.context.writes import Nats
+from hope_jax.context.piece import piece_size, read_piece
+from hope_jax.context.schedule import schedule_of
+from hope_jax.context.writes import Nats, fresh_levels
 from hope_jax.errors import UserError
-from hope_jax.nn.feed_forward.fast import ContextState
+from hope_jax.nn.feed_forward.fast import BlockState, ContextState, as_matrix
 from hope_jax.nn.language_model import check_tokens
-from hope_jax.nn.mixers.attention import room_left
-from hope_jax.types import Array, Bool, Float, Scalar
+from hope_jax.nn.mixers.attention import room_left, slots_of
+from hope_jax.storage.digests import first_difference, kinds
+from hope_jax.types import Array, Float, Scalar, Tokens
+
+State = BlockState | ContextState
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch", "capacity"))
+def start(model: Any, params: Any, batch: int, capacity: int | None = None) -> ContextState:
+    """The state of ``batch`` fresh streams in which every level of the model can be written, whatever its period.
+
+    Args:
+      model, params: a model whose feed-forward part has levels.
+      batch, capacity: as in ``model.init_state``; a model with full attention can read ``capacity`` tokens in all.
+
+    Raises:
+      UserError: the model has no levels, their periods are not multiples of one another, or ``batch`` is below 1.
+    """
+    schedule_of(model, trained=False)
+    return _around(model, model.init_state(params, batch, capacity).mixer, batch)
 
 
 def learn(model: Any, params: Any, state: State, tokens: Any) -> tuple[Scalar, ContextState]:
@@ -71,19 +90,30 @@ def _read(
 ) -> tuple[Nats, Float[Array, "B vocab"], ContextState]:
     tokens = jnp.asarray(tokens)
     check_tokens(tokens, model.config.vocab_size)
-    now = checked(model, params, state, tokens.shape[0])
-    _refuse_traced(now, tokens)
+    now = _checked(model, params, state, tokens)
     check_room(now, tokens.shape[1])
     size, nats, logits = piece_size(model), [], jnp.zeros(())
     for at in range(0, tokens.shape[1], size):
         part = tokens[:, at : at + size]
         predicted = part.shape[1] - int(now.interrupted or now.unfinished == 0)
-        padded = jnp.pad(part.astype(jnp.int32), ((0, 0), (0, size - part.shape[1])))
-        piece, now = read_piece(model, params, now, padded, request_for(part.shape[1], learn=learning))
-        _require_finite(piece.finite)
-        nats.append(piece.nats[:, :predicted])
-        logits = piece.logits
+        found, logits, now = _read_piece(model, params, now, part, learning)
+        nats.append(found[:, :predicted])
     return jnp.concatenate(nats, axis=1), logits, now
+
+
+def _read_piece(
+    model: Any, params: Any, state: ContextState, tokens: Tokens, learn: bool, end: bool = False, finish: bool = False
+) -> tuple[Nats, Float[Array, "B vocab"], ContextState]:
+    """One call of the program, with up to ``piece_size`` tokens. Raises UserError where numbers are not finite."""
+    count = tokens.shape[1]
+    padded = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, piece_size(model) - count)))
+    nats, logits, finite, state = read_piece(model, params, state, padded, count, learn, end, finish)
+    if not finite:
+        raise UserError(
+            "this made losses or weights that are not finite, so nothing was learned: the parameters or the state are "
+            "damaged, or the rate of a level is too high"
+        )
+    return nats, logits, state
 
 
 def finish(model: Any, params: Any, state: State) -> ContextState:
@@ -92,7 +122,9 @@ def finish(model: Any, params: Any, state: State) -> ContextState:
     A token counts as much as in a full period; nested levels are not set back, and a level with nothing new is not
     written. What follows is read with all that, and starts periods of its own.
     """
-    return _ended(model, params, checked(model, params, state, batch_of(state)), finish=True)
+    nothing = jnp.zeros((batch_of(state), 0), jnp.int32)
+    now = _checked(model, params, state, nothing)
+    return _read_piece(model, params, now, nothing, learn=True, end=True, finish=True)[2]
 
 
 def clear(model: Any, params: Any, state: State, capacity: int | None = None) -> ContextState:
@@ -101,12 +133,11 @@ def clear(model: Any, params: Any, state: State, capacity: int | None = None) ->
     For the next document of a stream, or to see what of the last one is in the levels. The unfinished chunk ends here,
     as at an interruption: its tokens count in the periods that go on. ``capacity`` is as in ``model.init_state``.
     """
-    now = checked(model, params, state, batch_of(state))
+    nothing = jnp.zeros((batch_of(state), 0), jnp.int32)
+    now = _checked(model, params, state, nothing)
     if now.unfinished > 1:  # there is something to be learned
-        now = _ended(model, params, now)
-    mixer = fresh_mixer(model, params, batch_of(now), capacity)
-    nothing = {"tokens": jnp.zeros_like(now.tokens), "unfinished": jnp.zeros((), jnp.int32)}
-    return now._replace(mixer=mixer, anchor=mixer, interrupted=jnp.zeros((), bool), **nothing)
+        _, _, now = _read_piece(model, params, now, nothing, learn=True, end=True)
+    return start(model, params, len(nothing), capacity)._replace(levels=now.levels, position=now.position)
 
 
 def merge(model: Any, params: Any, state: State) -> tuple[Any, ContextState]:
@@ -119,31 +150,73 @@ def merge(model: Any, params: Any, state: State) -> tuple[Any, ContextState]:
       UserError: a state of another model.
     """
     state = finish(model, params, state)
-    return with_deltas(model, params, state.levels), reset(model, state)
+    part = jax.tree.map(lambda leaf: leaf, params["blocks"]["feed_forward"])  # its containers are copies
+    for place, level in zip(model.config.feed_forward.kernels(part), state.levels, strict=True):
+        for name, delta in level.delta.items():
+            kernel: Array = place[name]["kernel"]
+            moved = jnp.mean(as_matrix(delta, place.get(f"{name}_basis")), axis=1)
+            place[name] = {**place[name], "kernel": kernel + moved.astype(kernel.dtype)}
+    return params | {"blocks": params["blocks"] | {"feed_forward": part}}, reset(model, state)
 
 
-def _ended(model: Any, params: Any, state: ContextState, finish: bool = False) -> ContextState:
-    """The state after its unfinished chunk."""
-    _refuse_traced(state)
-    nothing = jnp.zeros((batch_of(state), piece_size(model)), jnp.int32)
-    piece, state = read_piece(model, params, state, nothing, request_for(0, end=True, finish=finish))
-    _require_finite(piece.finite)
-    return state
+def reset(model: Any, state: State, level: int | None = None) -> ContextState:
+    """Forget what a level has stored and gathered, or all levels (None); what the mixers have read stays.
+
+    Of one level, the tokens of the unfinished chunk are learned still when it is over; of all, they are forgotten too.
+
+    Raises:
+      UserError: there is no such level, or the state is of another model.
+    """
+    now = entered(model, state)
+    fresh = _around(model, now.mixer, batch_of(state))
+    check_kinds(now.levels, fresh.levels)
+    if level is None:
+        return fresh
+    if not 0 <= level < len(fresh.levels):
+        raise UserError(f"level is {level}; the model's levels are 0 to {len(fresh.levels) - 1}, fastest first")
+    return now._replace(levels=(*now.levels[:level], fresh.levels[level], *now.levels[level + 1 :]))
 
 
-def _refuse_traced(*trees: Any) -> None:
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+def batch_of(state: State) -> int:
+    """How many streams there are. Raises UserError for what is no state."""
+    if isinstance(state, ContextState):
+        return state.tokens.shape[0]
+    if isinstance(state, BlockState):
+        return jax.tree.leaves(state)[0].shape[1]
+    raise UserError(f"the state is a {type(state).__name__}; expected one of model.init_state or context.learn")
+
+
+def entered(model: Any, state: State) -> ContextState:
+    """The state with a place for what will be learned: what was read before is context."""
+    batch = batch_of(state)
+    return state if isinstance(state, ContextState) else _around(model, state.mixer, batch)
+
+
+def _around(model: Any, mixer: Any, batch: int) -> ContextState:
+    """The state of mixers whose levels have learned nothing."""
+    schedule = schedule_of(model, trained=False)
+    tokens, zero = jnp.zeros((batch, schedule.chunk), jnp.int32), jnp.zeros((), jnp.int32)
+    levels = fresh_levels(model, schedule, batch)
+    return ContextState(mixer, mixer, levels, tokens, zero, jnp.zeros((), bool), zero)
+
+
+def _checked(model: Any, params: Any, state: State, tokens: Tokens) -> ContextState:
+    """The state, if it is one of this model and of as many streams as ``tokens``. Raises UserError otherwise."""
+    batch_of(state)
+    expected = start.eval_shape(model, params, tokens.shape[0], slots_of(state))  # traced once for each kind
+    check_kinds(state, expected.blocks._replace(feed_forward=()) if isinstance(state, BlockState) else expected)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, tokens))):
         raise UserError(
             "context reads with a compiled program of its own: call it outside jax.jit, jax.grad and jax.vmap"
         )
+    return entered(model, state)
 
 
-def _require_finite(finite: Bool[Array, ""]) -> None:
-    if not finite:
-        raise UserError(
-            "this made losses or weights that are not finite, so nothing was learned: the parameters or the state are "
-            "damaged, or the rate of a level is too high"
-        )
+def check_kinds(state: Any, expected: Any) -> None:
+    """Raise UserError unless all arrays have the expected dtypes and shapes."""
+    if different := first_difference(kinds(state), kinds(expected)):
+        name, there, here = different
+        raise UserError(f"the state is of another model, batch size or dtype: {name} is {there}; expected {here}")
 
 
 def check_room(state: ContextState, count: int) -> None:

@@ -11,7 +11,8 @@ The label of a chunk's last token is the first of the next chunk, which is read 
 a text that comes in pieces.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,12 +34,9 @@ Levels = tuple[LevelState, ...]
 def fresh_levels(model: Any, schedule: Schedule, batch: int) -> Levels:
     """The levels of ``batch`` sequences before the first write."""
     config = model.config
-
-    def over_layers(leaf: Array) -> Array:
-        return jnp.zeros((config.layers, *leaf.shape), leaf.dtype)
-
     trees = config.feed_forward.blank(batch, config.width, config.dtype)[: len(schedule.periods)]
-    return tuple(_fresh(schedule, jax.tree.map(over_layers, tree)) for tree in trees)
+    stacked = jax.tree.map(lambda leaf: jnp.zeros((config.layers, *leaf.shape), leaf.dtype), trees)
+    return tuple(_fresh(schedule, tree) for tree in stacked)
 
 
 def _fresh(schedule: Schedule, like: Any) -> LevelState:
@@ -77,7 +75,8 @@ def gather(
     """Read a chunk and add the gradient of its loss to what is gathered; nothing is written."""
 
     def loss(deltas: tuple[Any, ...]) -> tuple[Array, Read]:
-        state = BlockState(mixer, _of_all_levels(model, deltas))
+        unwritten = len(model.config.feed_forward.periods(model.config.layers)) - len(deltas)
+        state = BlockState(mixer, deltas + (None,) * unwritten)
         logits, after = model.apply({"params": params}, chunk.inputs, state, chunk.count)
         nats = cross_entropy(logits, chunk.labels)
         if chunk.labelled is not None:
@@ -85,12 +84,14 @@ def gather(
         last = -1 if chunk.count is None else jnp.maximum(chunk.count - 1, 0)
         return jnp.sum(nats) / schedule.chunk, Read(after.mixer, nats, logits[:, last])
 
+    def added(index: int, level: LevelState, slope: Any) -> LevelState:
+        slope = lax.stop_gradient(slope) if schedule.bptt(index) == 0 else slope
+        return level._replace(gathered=jax.tree.map(jnp.add, level.gathered, slope))
+
     deltas = tuple(level.delta for level in levels)
     value, pullback, read = jax.vjp(loss, deltas, has_aux=True)
     slopes = _slopes(pullback, jnp.ones_like(value), deltas, chunk.stored)
-    slopes = [lax.stop_gradient(s) if schedule.bptt(i) == 0 else s for i, s in enumerate(slopes)]
-    added = [jax.tree.map(jnp.add, level.gathered, slope) for level, slope in zip(levels, slopes, strict=True)]
-    return tuple(level._replace(gathered=gathered) for level, gathered in zip(levels, added, strict=True)), read
+    return tuple(map(added, range(len(levels)), levels, slopes)), read
 
 
 def _slopes(pullback: Any, one: Array, deltas: Any, stored: Array | None) -> tuple[Any, ...]:
@@ -98,12 +99,6 @@ def _slopes(pullback: Any, one: Array, deltas: Any, stored: Array | None) -> tup
     if stored is None:
         return pullback(one)[0]
     return lax.cond(stored, lambda: pullback(one)[0], lambda: jax.tree.map(jnp.zeros_like, deltas))
-
-
-def _of_all_levels(model: Any, deltas: tuple[Any, ...]) -> tuple[Any, ...]:
-    """None for the levels without Delta."""
-    count = len(model.config.feed_forward.periods(model.config.layers))
-    return deltas + (None,) * (count - len(deltas))
 
 
 def cross_entropy(logits: Float[Array, "B T vocab"], labels: Tokens) -> Nats:
@@ -115,29 +110,27 @@ def cross_entropy(logits: Float[Array, "B T vocab"], labels: Tokens) -> Nats:
 def write(schedule: Schedule, rates: Sequence[Array], levels: Levels, at: Any, due: Sequence[Array]) -> Levels:
     """The levels after token ``at``, written in those layers that are ``due`` (see ``Schedule.due``)."""
     rows = enumerate(zip(levels, rates, due, strict=True))
-    return tuple(_where(now, _written(schedule, i, rate, at, level), level) for i, (level, rate, now) in rows)
+    return tuple(_where(now, partial(_written, schedule, i, rate, at), level) for i, (level, rate, now) in rows)
 
 
 def set_back(schedule: Schedule, levels: Levels, due: Sequence[Array]) -> Levels:
     """Nested levels: where the next slower level was ``due``, a level starts anew."""
     if not schedule.nested:
         return levels
-    faster = zip(levels, due[1:], strict=False)
-    return (
-        *(_where(now, lambda level=level: _fresh(schedule, level.delta), level) for level, now in faster),
-        levels[-1],
-    )
+    pairs = zip(levels[:-1], due[1:], strict=True)
+    return *(_where(now, lambda level: _fresh(schedule, level.delta), level) for level, now in pairs), levels[-1]
 
 
-def _where(layers: Array, change: Any, level: LevelState) -> LevelState:
-    """``change()`` in those layers, ``level`` in the others; leaves [L, ...]."""
+def _where(layers: Array, change: Callable[[LevelState], LevelState], level: LevelState) -> LevelState:
+    """``level``, changed in those layers; leaves [L, ...]."""
     if layers.ndim == 0:
-        return lax.cond(layers, change, lambda: level)
+        return lax.cond(layers, change, lambda same: same, level)
+    return _select(layers, change(level), level)
 
-    def pick(new: Array, old: Array) -> Array:
-        return jnp.where(_along(layers, old), new, old)
 
-    return jax.tree.map(pick, change(), level)
+def _select(layers: Bool[Array, " L"], new: Any, old: Any) -> Any:
+    """``new`` in those layers, ``old`` in the others."""
+    return jax.tree.map(lambda a, b: jnp.where(_along(layers, b), a, b), new, old)
 
 
 def _along(layers: Array, leaf: Array) -> Array:
@@ -145,30 +138,23 @@ def _along(layers: Array, leaf: Array) -> Array:
     return layers.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
-def _written(schedule: Schedule, index: int, rate: Float[Array, " L"], at: Any, level: LevelState) -> Any:
-    """A function that writes one level in all its layers."""
+def _scaled(scale: Float[Array, " L"], tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: _along(scale, leaf).astype(leaf.dtype) * leaf, tree)
+
+
+def _written(schedule: Schedule, index: int, rate: Float[Array, " L"], at: Any, level: LevelState) -> LevelState:
+    """One level, written in all its layers."""
     period, count = np.maximum(np.array(schedule.periods[index]), schedule.chunk), schedule.bptt(index)
+    delta, state = level.delta, level.optimizer
+    if count:
+        constant = (jnp.asarray(at) // jnp.asarray(period)) % count == 0
+        delta, state = _select(constant, lax.stop_gradient((delta, state)), (delta, state))
     update = jax.vmap(jax.vmap(schedule.writes.optimizer.build().update))
-
-    def scaled(scale: Array, tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: _along(scale, leaf).astype(leaf.dtype) * leaf, tree)
-
-    def change() -> LevelState:
-        delta, state = level.delta, level.optimizer
-        if count:
-            delta, state = _cut((jnp.asarray(at) // jnp.asarray(period)) % count == 0, (delta, state))
-        directions, state = update(scaled(jnp.asarray(schedule.chunk / period), level.gathered), state)
-        moved = jax.tree.map(jnp.subtract, delta, scaled(rate, directions))
-        if count == 0:
-            moved, state = lax.stop_gradient((moved, state))
-        return LevelState(moved, jax.tree.map(jnp.zeros_like, level.gathered), state)
-
-    return change
-
-
-def _cut(where: Bool[Array, " L"], tree: Any) -> Any:
-    """``tree`` as a constant in those layers."""
-    return jax.tree.map(lambda leaf: jnp.where(_along(where, leaf), lax.stop_gradient(leaf), leaf), tree)
+    directions, state = update(_scaled(jnp.asarray(schedule.chunk / period), level.gathered), state)
+    delta = jax.tree.map(jnp.subtract, delta, _scaled(rate, directions))
+    if count == 0:
+        delta, state = lax.stop_gradient((delta, state))
+    return LevelState(delta, jax.tree.map(jnp.zeros_like, level.gathered), state)
 
 
 def rates_of(model: Any, params: Any, schedule: Schedule) -> tuple[Float[Array, " L"], ...]:

@@ -1,12 +1,9 @@
-"""What is on the disk is what was written: digests of arrays and of files, and JSON that carries its own.
-
-Read ``checkpoint.py`` next.
-"""
+"""What is on the disk is what was written: digests of arrays and of files, and JSON that carries its own."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +43,7 @@ def describe(state: Any) -> dict[str, str]:
 
 def digest_arrays(tree: Any) -> str:
     """Of names, dtypes, shapes and values together."""
-    return digest(canonical(describe(tree)))
+    return digest_json(describe(tree))
 
 
 def described_kinds(described: Mapping[str, str]) -> dict[str, str]:
@@ -61,8 +58,10 @@ def changed_array(state: Any, described: Mapping[str, str]) -> str | None:
 
 def changed_file(folder: Path, files: Mapping[str, str]) -> str | None:
     """The first of ``files`` (see ``digest_files``) that is missing or differs from its digest; None: all are there."""
-    whole = lambda path, digest: path.is_file() and digest_file(path) == digest  # noqa: E731
-    return next((name for name, digest in files.items() if not whole(folder / name, digest)), None)
+    for name, expected in files.items():
+        if not (folder / name).is_file() or digest_file(folder / name) != expected:
+            return name
+    return None
 
 
 def digest_files(folder: Path, skip: str) -> dict[str, str]:
@@ -82,24 +81,41 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def canonical(body: Mapping[str, Any]) -> bytes:
-    """JSON with sorted keys: equal for equal contents."""
-    return json.dumps(body, sort_keys=True).encode()
+def digest_json(body: Mapping[str, Any]) -> str:
+    """Of JSON with sorted keys: equal for equal contents."""
+    return digest(json.dumps(body, sort_keys=True).encode())
+
+
+def sealed(body: Mapping[str, Any]) -> str:
+    """JSON of ``body`` with its digest."""
+    return json.dumps({"digest": digest_json(body), "body": body})
+
+
+def unsealed(text: str) -> Any:
+    """What ``sealed`` was given. Raises ValueError, KeyError or TypeError for anything else."""
+    stored = json.loads(text)
+    if stored["digest"] != digest_json(stored["body"]):
+        raise ValueError("digest")
+    return stored["body"]
 
 
 def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
-    """JSON with its digest, on the disk before it has its name."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        json.dump({"digest": digest(canonical(body)), "body": body}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Write ``sealed`` JSON as a file."""
+    write_file(path, sealed(body).encode())
 
 
 def read_sealed(path: Path) -> Any:
     """What ``write_sealed`` wrote. Raises OSError, ValueError, KeyError or TypeError for anything else."""
-    stored = json.loads(path.read_text())
-    if stored["digest"] != digest(canonical(stored["body"])):
-        raise ValueError("digest")
-    return stored["body"]
+    return unsealed(path.read_text())
+
+
+def write_file(path: Path, data: bytes, check: Callable[[Path], Any] | None = None) -> None:
+    """Write a file that is on the disk, and has passed ``check``, before it gets its name and replaces an older one."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if check is not None:
+        check(part)
+    os.replace(part, path)

@@ -1,13 +1,12 @@
 """One portable file of named tensors: safetensors, with a sealed JSON header in its metadata.
 
 The metadata has one entry, ``hope_jax`` (the library orders several at random, and equal contents are equal files):
-JSON ``{"body": {"about": ..., "tensors": {name: dtype, shape and digest}}, "digest": SHA-256 of body}``. A file is on
+JSON ``{"digest": SHA-256 of body, "body": {"about": ..., "tensors": {name: dtype, shape and digest}}}``. A file is on
 the disk, read back and compared before it gets its name.
 """
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hope_jax.errors import extra
-from hope_jax.storage.digests import canonical, describe, digest
+from hope_jax.storage.digests import describe, sealed, unsealed, write_file
 
 HEADER = "hope_jax"
 
@@ -35,16 +34,11 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
       OSError, NotWhole: it could not be written, or what was read back is something else. The older one is untouched.
       MissingExtra: safetensors is not installed.
     """
-    body = {"about": about, "tensors": describe(dict(tensors))}
-    metadata = {HEADER: json.dumps({"body": body, "digest": digest(canonical(body))})}
-    part = path.with_name(f".{path.name}.part")
+    metadata = {HEADER: sealed({"about": about, "tensors": describe(dict(tensors))})}
+    contiguous = {name: np.ascontiguousarray(tensor).reshape(tensor.shape) for name, tensor in tensors.items()}
     with _library() as library:
-        contiguous = {name: np.ascontiguousarray(tensor).reshape(tensor.shape) for name, tensor in tensors.items()}
-        part.write_bytes(library.save(contiguous, metadata))
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    read_tensors(part)
-    os.replace(part, path)
+        data = library.save(contiguous, metadata)
+    write_file(path, data, check=read_tensors)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -72,17 +66,13 @@ def _header(path: Path) -> dict[str, Any]:
         size = int.from_bytes(file.read(8), "little")
         text = file.read(min(size, 2**26))
     try:
-        sealed = json.loads(text)["__metadata__"][HEADER]
+        header = json.loads(text)["__metadata__"][HEADER]
     except (ValueError, KeyError, TypeError) as error:
         raise Foreign("it is no safetensors file with a header of hope_jax") from error
     try:
-        stored = json.loads(sealed)
-        whole = digest(canonical(stored["body"])) == stored["digest"]
+        return unsealed(header)
     except (ValueError, KeyError, TypeError) as error:
         raise NotWhole("its header was altered") from error
-    if not whole:
-        raise NotWhole("its header was altered")
-    return stored["body"]
 
 
 @contextlib.contextmanager

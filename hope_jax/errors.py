@@ -52,12 +52,13 @@ class Stopped(Exception):
         self.signal = signal
 
 
-def whole(name: str, value: Any, least: int = 1) -> int:
-    """The integer. UserError, naming the argument, for anything else and for numbers below ``least``."""
+def whole(name: str, value: Any, least: int = 1, what: str = "") -> int:
+    """The integer, a number of ``what``. UserError, naming the argument, for others and for numbers below ``least``."""
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = least - 1
     if number < least:
-        raise UserError(f"{name} is {value!r}; give a whole number of at least {least}.")
+        unit = f" of {what}" if what else ""
+        raise UserError(f"{name} is {value!r}; expected a whole number{unit}, {least} or more")
     return number

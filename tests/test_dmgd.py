@@ -147,7 +147,7 @@ def test_features_are_what_the_memory_is_written_with(x64):
     squared = np.stack([g * np.abs(g) / np.sqrt(np.mean(g**2)) for g in given])
     for memory in ("linear", "mlp"):
         expected = directions(scale_by_dmgd(memory), squared)
-        np.testing.assert_allclose(directions(scale_by_dmgd(memory, features=phi), given), expected, rtol=1e-11)
+        np.testing.assert_allclose(directions(optax.chain(phi, scale_by_dmgd(memory)), given), expected, rtol=1e-11)
 
 
 MISTAKES = {

@@ -140,7 +140,9 @@ def test_huge_gradients_leave_delta_momentum_bounded_where_the_printed_form_expl
 
 def test_a_preconditioner_and_a_feature_map_act_on_the_gradient_before_the_momentum(x64):
     gradients = draw(6, 3, 4)
-    tx = optim.preconditioned_momentum(0.1, 0.8, optax.scale_by_rms(0.9, eps=1e-3), jnp.tanh)
+    features = optax.stateless_with_tree_map(lambda g, _: jnp.tanh(g))
+    precondition = optax.chain(features, optax.scale_by_rms(0.9, eps=1e-3))
+    tx = optim.preconditioned_momentum(0.1, 0.8, precondition)
     m, v, theta = 0.0, 0.0, np.zeros((3, 4))
     for g, now in zip(gradients, path(tx, theta, gradients), strict=True):
         v = 0.9 * v + 0.1 * np.tanh(g) ** 2

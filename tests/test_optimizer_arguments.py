@@ -191,7 +191,6 @@ def test_wrong_arguments_of_any_optimizer_are_refused(alias, arguments, message)
         (lambda: optim.generalized_momentum(0.1, output="muon"), "output is 'muon'; expected a function"),
         (lambda: optim.generalized_momentum(0.1, precondition=jnp.sign), "precondition is <"),
         (lambda: optim.delta_momentum(0.1, 0.999, state_dtype=jnp.bfloat16), "decay is 0.999, which bfloat16 cannot"),
-        (lambda: optim.preconditioned_momentum(0.1, feature_map=2.0), "feature_map is 2.0; expected a function"),
         (lambda: optim.dmgd(0.1, target=jnp.sign), "target is <"),
         (lambda: optim.dmgd(0.1, memory=None), "memory is None; expected an object"),
         (lambda: optim.delta_momentum(0.1, jnp.float32(0.999), state_dtype=jnp.bfloat16), "bfloat16 cannot hold"),
@@ -295,5 +294,3 @@ def test_functions_that_change_the_shape_are_refused():
     params = {"w": jnp.ones((3, 4))}
     with pytest.raises(UserError, match=r"output makes \(4, 3\) of matrices \(3, 4\)"):
         once(optim.generalized_momentum(1.0, output=lambda x: x.mT), params, params=params)
-    with pytest.raises(UserError, match=r"feature_map makes \(\) of a gradient \(3, 4\)"):
-        once(optim.preconditioned_momentum(1.0, feature_map=jnp.sum), params, params=params)

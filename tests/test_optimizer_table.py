@@ -71,9 +71,9 @@ def test_a_row_follows_schedule_labels_and_decay_mask(name):
 
 
 KNOWN = {
-    "adamw": (AdamW(0.8, 0.9, 0.2), optax.adamw(0.1, 0.8, 0.9, weight_decay=0.2, mask=decays)),
-    "lion": (Lion(0.8, 0.9, 0.2), optax.lion(0.1, 0.8, 0.9, weight_decay=0.2, mask=decays)),
-    "sgd": (SGD(0.8, True, 0.0), optax.sgd(0.1, 0.8, nesterov=True)),
+    "adamw": (AdamW(0.8, 0.9, weight_decay=0.2), optax.adamw(0.1, 0.8, 0.9, weight_decay=0.2, mask=decays)),
+    "lion": (Lion(0.8, 0.9, weight_decay=0.2), optax.lion(0.1, 0.8, 0.9, weight_decay=0.2, mask=decays)),
+    "sgd": (SGD(0.8, True, weight_decay=0.0), optax.sgd(0.1, 0.8, nesterov=True)),
     "muon": (
         Muon(0.8, True, weight_decay=0.2),
         optax.contrib.muon(0.1, beta=0.8, weight_decay=0.2, consistent_rms=0.2, adam_weight_decay=0.2),

@@ -26,10 +26,7 @@ from hope_jax.types import Array, Float
 
 
 def least_squares_memory(
-    gradients: Float[Array, "T *weights"],
-    value: Float[Array, "*weights"],
-    ridge: float = 0.0,
-    decay: float = 1.0,
+    gradients: Float[Array, "T *weights"], value: Float[Array, "*weights"], ridge: float = 0.0, decay: float = 1.0
 ) -> Float[Array, "*weights"]:
     """``argmin_m sum_i decay^(T-i) (m g_i - value)^2 + ridge m^2``, for every weight on its own.
 
@@ -50,9 +47,7 @@ def least_squares_memory(
 def weighted_sum(terms: Float[Array, "T *weights"], decay: float) -> Float[Array, "*weights"]:
     """``sum_i decay^(T-i) terms_i``. Raises UserError for a decay outside (0, 1], no terms, or complex ones."""
     check("decay", decay, 0, 1, open_low=True, open_high=False)
-    if terms.ndim == 0 or terms.shape[0] == 0:
-        raise UserError(f"gradients have shape {terms.shape}; expected [T, ...] with at least one gradient")
-    _check_real(terms)
+    _check_gradients(terms, "[T, ...] with at least one gradient", terms.ndim > 0)
     age = jnp.arange(terms.shape[0] - 1, -1, -1, dtype=terms.dtype)
     return jnp.tensordot(jnp.asarray(decay, terms.dtype) ** age, terms, axes=1)
 
@@ -78,10 +73,8 @@ def matrix_memory(gradients: Float[Array, "T rows cols"], ridge: float = 0.0) ->
     """``argmin_N sum_i ||G_i^T N - I||^2 + ridge ||N||^2 = (H + ridge I)^-1 sum_i G_i``, ``H = sum_i G_i G_i^T``.
 
     The type-correct form of Eq. 106-111. Whole matrices are keys here, and their correlations count: H is [rows, rows].
-
-    Raises:
-      UserError: ``gradients`` are not matrices or there are none; ``ridge`` is negative. At ridge 0 H must have full
-        rank (T cols >= rows, gradients in general position) or the result is not finite.
+    At ridge 0 H must have full rank (T cols >= rows, gradients in general position) or the result is not finite.
+    Raises UserError where ``gradients`` are not matrices, there are none, or ``ridge`` is negative.
     """
     gram = _gram(gradients)
     check("ridge", ridge, 0)
@@ -98,12 +91,12 @@ def matrix_adagrad(gradients: Float[Array, "T rows cols"]) -> Float[Array, "rows
 
 
 def _gram(gradients: Array) -> Array:
-    if gradients.ndim != 3 or gradients.shape[0] == 0:
-        raise UserError(f"gradients have shape {gradients.shape}; expected [T, rows, cols] with at least one matrix")
-    _check_real(gradients)
+    _check_gradients(gradients, "[T, rows, cols] with at least one matrix", gradients.ndim == 3)
     return jnp.einsum("tmn,tkn->mk", gradients, gradients)
 
 
-def _check_real(gradients: Array) -> None:
+def _check_gradients(gradients: Array, expected: str, fits: bool) -> None:
+    if not fits or gradients.shape[0] == 0:
+        raise UserError(f"gradients have shape {gradients.shape}; expected {expected}")
     if not jnp.issubdtype(gradients.dtype, jnp.floating):
         raise UserError(f"gradients have dtype {gradients.dtype}; expected a real floating type")

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.tree_util import DictKey, tree_leaves_with_path, tree_map_with_path
 
 from hope_jax.errors import UserError, closest
 
@@ -17,21 +18,16 @@ def level_labels(params: Any, labels: Mapping[str, int]) -> Any:
     Raises:
       UserError: one of ``labels`` but "static" is on no path.
     """
-
-    def label(path, _):
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return next((name for name in names if name in labels), STATIC)
-
-    found = jax.tree_util.tree_map_with_path(label, params)
+    found = tree_map_with_path(lambda path, _: next((n for n in _names(path) if n in labels), STATIC), params)
     absent = sorted(labels.keys() - {STATIC} - set(jax.tree.leaves(found)))
     if absent:
-        raise UserError(f"no parameter has {absent} on its path; {closest(absent[0], _names(params))}")
+        known = {name for path, _ in tree_leaves_with_path(params) for name in _names(path)}
+        raise UserError(f"no parameter has {absent} on its path; {closest(absent[0], known)}")
     return found
 
 
-def _names(params: Any) -> set[str]:
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    return {key.key for path in paths for key in path if isinstance(key, jax.tree_util.DictKey)}
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [entry.key for entry in path if isinstance(entry, DictKey)]
 
 
 def by_level(
@@ -52,14 +48,11 @@ def by_level(
     Raises:
       UserError: an n below 1, or no entry for "static"; in ``init``, a label that is on no parameter's path.
     """
-    bad = {name: n for name, n in every.items() if n < 1}
-    if bad or STATIC not in every:
+    if STATIC not in every or min(every.values()) < 1:
         raise UserError(f"every is {dict(every)}; expected 1 or more batches for each level and for {STATIC!r}")
-    transforms: dict[Hashable, optax.GradientTransformation] = {
-        name: _every(make_optimizer(n), n) for name, n in every.items()
-    }
+
+    def level(n: int) -> optax.GradientTransformation:
+        return make_optimizer(n) if n == 1 else optax.MultiSteps(make_optimizer(n), n).gradient_transformation()
+
+    transforms: dict[Hashable, optax.GradientTransformation] = {name: level(n) for name, n in every.items()}
     return optax.partition(transforms, lambda params: level_labels(params, every))
-
-
-def _every(optimizer: optax.GradientTransformation, n: int) -> optax.GradientTransformation:
-    return optimizer if n == 1 else optax.MultiSteps(optimizer, n).gradient_transformation()

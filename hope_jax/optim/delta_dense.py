@@ -12,24 +12,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from hope_jax.errors import UserError
-from hope_jax.optim.checks import check, check_whole
+from hope_jax.errors import UserError, whole
+from hope_jax.optim.checks import check
 from hope_jax.types import Array
 
 
 @dataclass(frozen=True)
 class DeltaDot:
-    """``jax.lax.dot_general`` whose right factor, the kernel, has the delta term in its gradient.
+    """``jax.lax.dot_general`` whose right factor, the kernel, has the delta term in its gradient; see ``delta_dense``.
 
-    For ``y = x K``, with X and Y the N rows of x and y:
-    ``dK = X^T (dY + strength / N * Y)``, for complex arrays with jax's conjugate of Y, and dX as ever. The gradient is
-    that of the loss plus
+    For ``y = x K``, with X and Y the N rows of x and y: ``dK = X^T (dY + strength / N * Y)``, for complex arrays with
+    jax's conjugate of Y, and dX as ever. The gradient is that of the loss plus
     ``strength / (2 N) ||stop_gradient(X) K||^2``, without the loss being any larger. No product is added; the outputs
     y are kept for the way back. Fits the ``dot_general`` field of linen's layers. No forward-mode derivative.
-
-    Attributes:
-      strength: see ``delta_dense``.
-      rows: see ``delta_dense``.
     """
 
     strength: float = 1.0
@@ -38,15 +33,14 @@ class DeltaDot:
     def __post_init__(self) -> None:
         check("strength", self.strength, 0)
         if self.rows is not None:
-            check_whole("rows", self.rows, 1, "rows (None: all leading axes)")
+            whole("rows", self.rows, 1, "rows (None: all leading axes)")
         object.__setattr__(self, "strength", float(self.strength))  # a module's field must be hashable
 
     def __call__(self, x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
         """The product; arguments as those of ``jax.lax.dot_general``. Raises UserError for batched kernels."""
         if dimension_numbers[1][1]:
             raise UserError("the kernel has batch axes; expected one kernel for all rows (use vmap for several)")
-        contracted: Sequence[int] = dimension_numbers[0][0]
-        scale = self.strength / (self.rows or rows_of(x.shape, contracted))
+        scale = self.strength / (self.rows or rows_of(x.shape, dimension_numbers[0][0]))
 
         def dot(x: Array, kernel: Array) -> Array:
             return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
@@ -75,9 +69,9 @@ def rows_of(shape: Sequence[int], contracted: Sequence[int]) -> int:
 def delta_dense(features: int, strength: float = 1.0, rows: int | None = None, **dense: Any) -> nn.Dense:
     """A ``flax.linen.Dense`` whose kernel gradient carries the delta term of delta gradient descent.
 
-    ``dK = X^T dY + strength / N * X^T (X K)``; the gradients of inputs and bias are those of ``Dense``. Plain gradient
-    descent at ``lr`` on a mean loss is then ``dgd_update(..., form="cheap")`` with the coefficient lr / N in the place
-    of ``rate / (1 + rate ||X||^2)``; keep ``lr / N ||X||^2`` below 2 or it diverges along the inputs.
+    ``dK = X^T dY + strength / N * X^T (X K)``; all else is that of ``Dense``, names and initial values included. Plain
+    gradient descent at ``lr`` on a mean loss is then ``dgd_update(..., form="cheap")`` with the coefficient lr / N in
+    the place of ``rate / (1 + rate ||X||^2)``; keep ``lr / N ||X||^2`` below 2 or it diverges along the inputs.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from hope_jax import optim
@@ -98,13 +92,9 @@ def delta_dense(features: int, strength: float = 1.0, rows: int | None = None, *
         accumulated gradients) or where the loss leaves some out.
       dense: fields of ``flax.linen.Dense`` (``use_bias``, ``dtype``, ``kernel_init``, ``name``, ...).
 
-    Returns:
-      The module; its parameters are those of ``Dense``, name and initial values included.
-
     Raises:
       UserError: ``strength`` or ``rows`` out of range; a ``dot_general`` of your own beside ours.
     """
-    taken = {"dot_general", "dot_general_cls"} & dense.keys()
-    if taken:
+    if taken := {"dot_general", "dot_general_cls"} & dense.keys():
         raise UserError(f"delta_dense sets dot_general itself; leave out {sorted(taken)} or use flax.linen.Dense")
     return nn.Dense(features, dot_general=DeltaDot(strength, rows), **dense)

@@ -6,55 +6,32 @@ and a setting of ``generalized.py``. Formulas are printed for ``W [out, in]``; a
 matrix ``G^T G`` of the input side is a left factor ``G G^T`` here, with G [rows, columns] and rows the inputs.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import optax
 
 from hope_jax.errors import UserError
-from hope_jax.optim.checks import check
+from hope_jax.optim.checks import check, check_decay
 from hope_jax.optim.generalized import Retention, scale_by_generalized_momentum
-from hope_jax.optim.matrices import Labels, MatrixView
-from hope_jax.optim.precision import check_decay
+from hope_jax.optim.matrices import Labels, MatrixView, by_largest, squared_norm
 from hope_jax.optim.recipe import recipe
 from hope_jax.types import Array
 
 Form = Literal["gram", "scalar", "raw"]
 
 
-def _norm2(g: Array) -> Array:
-    """Squared Frobenius norm of each matrix, [..., 1, 1]."""
-    return jnp.sum(jnp.square(jnp.abs(g)), axis=(-2, -1), keepdims=True)
-
-
 def _in_unit_ball(g: Array, erase: Any) -> Array:
-    """``g sqrt(erase / (1 + erase ||g||^2))``, finite for every finite g: the largest entry is divided out first."""
-    largest = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True, initial=0.0)
-    largest = jnp.where(largest > 0, largest, 1)
-    u, least = g / largest, jnp.finfo(g.dtype).tiny
-    return u * jnp.sqrt(erase / jnp.maximum(jnp.square(1 / largest) + erase * _norm2(u), least))
+    """``g sqrt(erase / (1 + erase ||g||^2))``, finite for every finite g."""
+    u, largest = by_largest(g)
+    size = jnp.square(1 / largest) + erase * squared_norm(u)
+    return u * jnp.sqrt(erase / jnp.maximum(size, jnp.finfo(g.dtype).tiny))
 
 
 def _erased(m: Array, g: Array) -> Array:
     """``G G^T m`` of [..., rows, columns], by the cheaper order of products."""
     adjoint = g.mT.conj()
     return g @ (adjoint @ m) if g.shape[-1] <= g.shape[-2] else (g @ adjoint) @ m
-
-
-def _gram(m: Array, g: Array, decay: Any, erase: Any) -> Array:
-    return decay * m - _erased(m, _in_unit_ball(g, erase))
-
-
-def _scalar(m: Array, g: Array, decay: Any, erase: Any) -> Array:
-    return jnp.maximum(0.0, decay - jnp.where(erase > 0, erase * _norm2(g), 0.0)) * m
-
-
-def _raw(m: Array, g: Array, decay: Any, erase: Any) -> Array:
-    return decay * m - erase * _erased(m, g)
-
-
-FORMS: dict[str, Callable[[Array, Array, Any, Any], Array]] = {"gram": _gram, "scalar": _scalar, "raw": _raw}
 
 
 def delta_retention(decay: Any = 0.9, erase: Any = 1.0, form: Form = "gram") -> Retention:
@@ -69,7 +46,13 @@ def delta_retention(decay: Any = 0.9, erase: Any = 1.0, form: Form = "gram") -> 
 
     def retain(state: Array, gradient: Array, view: MatrixView) -> Array:
         m, g = view.to_matrices(state), view.to_matrices(gradient)
-        return view.from_matrices(FORMS[form](m, g, decay, erase))
+        if form == "scalar":
+            kept = jnp.maximum(0.0, decay - jnp.where(erase > 0, erase * squared_norm(g), 0.0)) * m
+        elif form == "gram":
+            kept = decay * m - _erased(m, _in_unit_ball(g, erase))
+        else:
+            kept = decay * m - erase * _erased(m, g)
+        return view.from_matrices(kept)
 
     return retain
 
@@ -102,20 +85,15 @@ def scale_by_delta_momentum(
       erase: e, 0 or more: strength of the erase in units of the squared gradient.
       form: as above.
       precondition: P, any optax transformation of the gradients that are written; those that erase stay as they are.
-      matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two axes is a matrix, embeddings too.
-        A leaf that is none is one column, so ``G G^T m = <G, m> G``.
-      state_dtype: see ``precision.with_state_dtype``.
+      matrices, state_dtype: as of ``scale_by_generalized_momentum``.
+        Of a leaf that is no matrix ``G G^T m = <G, m> G``.
 
     Raises:
       UserError: decay, erase or form out of range; from ``init``, leaves that are no floating-point arrays.
     """
     check_decay("decay", decay, state_dtype)
-    return scale_by_generalized_momentum(
-        retention=delta_retention(decay, erase, form),
-        precondition=precondition,
-        matrices=matrices,
-        state_dtype=state_dtype,
-    )
+    retention = delta_retention(decay, erase, form)
+    return scale_by_generalized_momentum(None, None, retention, 1.0, precondition, None, matrices, state_dtype)
 
 
 def delta_momentum(

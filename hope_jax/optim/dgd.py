@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from hope_jax.errors import UserError
-from hope_jax.optim.checks import check, check_whole
+from hope_jax.errors import UserError, whole
+from hope_jax.optim.checks import check
 from hope_jax.types import Array, Float
 
 Form = Literal["exact", "cheap", "spectral"]
@@ -26,33 +26,27 @@ def dgd_update(
     rate: float | Float[Array, ""],
     form: Form = "exact",
 ) -> Float[Array, "K V"]:
-    """The kernel after one step of delta gradient descent on one batch.
+    """The kernel after one step of delta gradient descent on one batch, in its dtype; computed in at least float32.
 
     With the N rows ``X [N, in]``, ``U = -output_gradients [N, out]`` and ``||.||`` the Frobenius norm,
 
     * ``exact``: ``argmin_K 1/2 ||X K - U||^2 + ||K - K_t||^2 / (2 rate)``
-      = ``K_t + rate X^T (I_N + rate X X^T)^-1 (U - X K_t)``  (Woodbury; solved in min(N, in) unknowns),
-    * ``cheap``: ``K_t + r X^T (U - X K_t)``, ``r = rate / (1 + rate ||X||^2)``: one gradient step of the
-      objective, short enough to contract, for ``||X||^2`` is at least the largest eigenvalue of ``X X^T``,
+      = ``K_t + rate X^T (I_N + rate X X^T)^-1 (U - X K_t)``  (Woodbury; a QR factorisation with min(N, in) columns),
+    * ``cheap``: ``K_t + r X^T (U - X K_t)``, ``r = rate / (1 + rate ||X||^2)``: one gradient step of the objective, two
+      products, short enough to contract, for ``||X||^2`` is at least the largest eigenvalue of ``X X^T``,
     * ``spectral``: the same with that eigenvalue itself, a longer step that contracts as well.
 
     All are Eq. 57 where N = 1. The printed ``r = rate / (1 + rate)`` holds for unit inputs only.
 
     Args:
-      kernel: [in, out], as Flax keeps it.
-      inputs: the layer's inputs [..., in]; all leading axes are rows.
-      output_gradients: gradients of the *summed* loss at the layer's outputs [..., out]; multiply those of a mean
-        loss by the number of rows.
-      rate: eta >= 0; a number or a scalar array.
-      form: see above. "exact" costs a QR factorisation with min(N, in) columns, "spectral" eigenvalues of that size,
-        "cheap" two products.
-
-    Returns:
-      The new kernel, in the dtype of ``kernel``; the arithmetic is at least float32.
+      kernel, inputs: as Flax has them; all leading axes of the inputs are rows.
+      output_gradients: gradients of the *summed* loss at the layer's outputs; multiply those of a mean loss by the
+        number of rows.
+      rate: eta >= 0.
+      form: see above.
 
     Raises:
-      UserError: shapes that do not fit together, arrays that are not real and floating, a negative rate, an unknown
-        form.
+      UserError: shapes that do not fit together, arrays that are not real and floating, a rate or form out of range.
     """
     _check(kernel, inputs, output_gradients, rate, form)
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
@@ -124,14 +118,10 @@ def ggd_step(
       surprise: ``(weights, x) -> u``, usually minus the gradient of the task's loss at the output.
       loss: ``(weights, x, u) -> scalar``.
       retention: ``(weights, old weights) -> scalar``.
-      rate: inner learning rate, above 0.
-      steps: inner steps, 1 or more.
-
-    Raises:
-      UserError: ``rate`` or ``steps`` out of range.
+      rate, steps: length of an inner step, above 0, and their number, 1 or more; UserError for others.
     """
     check("rate", rate, 0, open_low=True)
-    check_whole("steps", steps, 1, "inner steps")
+    whole("steps", steps, 1, "inner steps")
     u = surprise(weights, x)
 
     def descend(current: Any, _: None) -> tuple[Any, None]:

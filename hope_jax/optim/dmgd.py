@@ -5,15 +5,15 @@ Here are the network, ``MLPMemory``, what it is asked for (``TARGETS``), and hig
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.errors import UserError, closest
-from hope_jax.optim.checks import check, check_transformation, check_whole
+from hope_jax.errors import UserError, closest, whole
+from hope_jax.optim.checks import check, check_decay, check_transformation
 from hope_jax.optim.generalized import (
     LinearMemory,
     Memory,
@@ -23,15 +23,14 @@ from hope_jax.optim.generalized import (
     l2,
     scale_by_generalized_momentum,
 )
-from hope_jax.optim.matrices import Labels, MatrixView
-from hope_jax.optim.precision import check_decay, with_state_dtype
+from hope_jax.optim.matrices import Labels, MatrixView, by_largest, squared_norm
 from hope_jax.optim.recipe import recipe
 from hope_jax.types import Array, Float, Scalar
 
-TARGETS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "precond": lambda: optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False),
-    "momentum": lambda: optax.ema(0.9, debias=False),
-    "self": optax.identity,
+TARGETS = {
+    "precond": optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False),
+    "momentum": optax.ema(0.9, debias=False),
+    "self": optax.identity(),
 }
 """What a memory is to make of the gradient, up to its sign: ``G / (sqrt(V) + eps)``, an average of G, or G."""
 
@@ -64,8 +63,8 @@ class MLPMemory:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("hidden", self.hidden, 1, "features")
-        check_whole("seed", self.seed, 0, "a seed")
+        whole("hidden", self.hidden, 1, "features")
+        whole("seed", self.seed, 0)
 
     def init(self, leaf: Array, view: MatrixView) -> MLPState:
         """At the start. Raises UserError for a complex parameter."""
@@ -93,27 +92,9 @@ class MLPMemory:
 def _unit_rows(leaf: Array, view: MatrixView) -> tuple[Float[Array, "*batch n b"], Float[Array, "*batch 1 1"]]:
     """Rows [out, in] divided by the root of their mean squared norm, and that root; rows of zeros stay zero."""
     rows = view.to_matrices(leaf).mT
-    largest = jnp.max(jnp.abs(rows), axis=(-2, -1), keepdims=True, initial=0.0)  # first, or its square overflows
-    u = rows / jnp.where(largest > 0, largest, 1)
-    size = jnp.sqrt(jnp.sum(jnp.square(u), axis=(-2, -1), keepdims=True) / rows.shape[-2])
+    u, largest = by_largest(rows)
+    size = jnp.sqrt(squared_norm(u) / rows.shape[-2])
     return u / jnp.where(size > 0, size, 1), largest * size
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A memory by name, and the settings that go with it."""
-
-    objective: Objective
-    memory: Memory
-    decay: float
-    inner_rate: float
-    target: str
-
-
-KINDS = {
-    "linear": _Kind(dot, LinearMemory(), decay=0.9, inner_rate=1.0, target="self"),
-    "mlp": _Kind(l2, MLPMemory(), decay=0.99, inner_rate=0.1, target="precond"),
-}
 
 
 def signed_powers(coefficients: Sequence[float]) -> optax.GradientTransformation:
@@ -122,11 +103,10 @@ def signed_powers(coefficients: Sequence[float]) -> optax.GradientTransformation
     With r the root mean square of a leaf, phi(c G) = c phi(G) for c >= 0; the sign keeps every power an ascent
     direction. ``(1.0,)`` is the identity; ``(0.0, 1.0)`` stresses the large entries, as squaring does.
 
-    Args:
-      coefficients: c_1, c_2, ...
+    ``optax.chain(signed_powers(...), dmgd(...))`` writes a memory with them. ``coefficients``: c_1, c_2, ...
 
     Raises:
-      UserError: no coefficients, or one that is negative: it would turn the gradient around.
+      UserError: no coefficients, or a negative one: it would turn the gradient around.
     """
     if not isinstance(coefficients, tuple | list) or not coefficients:
         raise UserError(f"coefficients is {coefficients}; expected one or more numbers of 0 or more")
@@ -141,12 +121,14 @@ def signed_powers(coefficients: Sequence[float]) -> optax.GradientTransformation
     return optax.stateless(lambda updates, _: jax.tree.map(phi, updates))
 
 
+MEMORIES: dict[str, Memory] = {"linear": LinearMemory(), "mlp": MLPMemory()}
+
+
 def scale_by_dmgd(
     memory: str | Memory = "mlp",
     decay: Any = None,
     inner_rate: Any = None,
     target: str | optax.GradientTransformation | None = None,
-    features: optax.GradientTransformation | None = None,
     output: Callable[[Array], Array] | None = None,
     matrices: Labels | None = None,
     state_dtype: Any = None,
@@ -168,45 +150,36 @@ def scale_by_dmgd(
       target: "precond", "momentum" or "self" (see ``TARGETS``), or any optax transformation that makes one of the
         gradient. None: "self" for "linear", "precond" for "mlp", whose loss with "self" is 0 from the start: gradient
         descent for ever.
-      features: phi of Eq. 51, a transformation applied to the gradient first, such as ``signed_powers``. None: G.
       output: sigma on [..., rows, columns], such as ``orthogonalize`` or ``muon_step``. None: the identity.
       matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two axes is a matrix, embeddings too.
         A leaf that is none is one row of the paper's W.
-      state_dtype: see ``precision.with_state_dtype``.
+      state_dtype: see ``with_state_dtype``.
 
     Raises:
       UserError: an argument out of range or a name unknown; from ``init``, leaves that are no floating-point arrays.
     """
-    kind = _kind(memory)
-    decay, inner_rate = kind.decay if decay is None else decay, kind.inner_rate if inner_rate is None else inner_rate
-    check("decay", decay, 0, 1, open_high=False)
+    memory = _known("memory", memory, MEMORIES)
+    check_memory(memory)
+    linear = type(memory) is LinearMemory
+    decay = (0.9 if linear else 0.99) if decay is None else decay
+    inner_rate = (1.0 if linear else 0.1) if inner_rate is None else inner_rate
+    target = ("self" if linear else "precond") if target is None else target
     check_decay("decay", decay, state_dtype)
     check("inner_rate", inner_rate, 0)
-    check_transformation("features", features)
-    precondition = _target(kind.target if target is None else target)
-    scale = scale_by_generalized_momentum(
-        kind.objective, kind.memory, decay, inner_rate, precondition, output, matrices, state_dtype
+    precondition = _known("target", target, TARGETS)
+    check_transformation("target", precondition)
+    return scale_by_generalized_momentum(
+        dot if linear else l2, memory, decay, inner_rate, precondition, output, matrices, state_dtype
     )
-    return scale if features is None else with_state_dtype(optax.chain(features, scale))
 
 
-def _kind(memory: str | Memory) -> _Kind:
-    if not isinstance(memory, str):
-        check_memory(memory)
-        kind = KINDS["linear" if type(memory) is LinearMemory else "mlp"]
-        return replace(kind, memory=memory)
-    if memory not in KINDS:
-        raise UserError(f"memory is {memory!r}; {closest(memory, KINDS)}")
-    return KINDS[memory]
-
-
-def _target(target: str | optax.GradientTransformation) -> optax.GradientTransformation:
-    if not isinstance(target, str):
-        check_transformation("target", target)
-        return target
-    if target not in TARGETS:
-        raise UserError(f"target is {target!r}; {closest(target, TARGETS)}")
-    return TARGETS[target]()
+def _known(name: str, value: Any, table: dict[str, Any]) -> Any:
+    """What a word means, and all else as it is. Raises UserError for an unknown word."""
+    if not isinstance(value, str):
+        return value
+    if value not in table:
+        raise UserError(f"{name} is {value!r}; {closest(value, table)}")
+    return table[value]
 
 
 def dmgd(
@@ -215,7 +188,6 @@ def dmgd(
     decay: Any = None,
     inner_rate: Any = None,
     target: str | optax.GradientTransformation | None = None,
-    features: optax.GradientTransformation | None = None,
     output: Callable[[Array], Array] | None = None,
     matrices: Labels | None = None,
     state_dtype: Any = None,
@@ -225,5 +197,5 @@ def dmgd(
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``scale_by_dmgd`` with decoupled weight decay and a learning rate: see there and ``recipe``."""
-    scale = scale_by_dmgd(memory, decay, inner_rate, target, features, output, matrices, state_dtype)
+    scale = scale_by_dmgd(memory, decay, inner_rate, target, output, matrices, state_dtype)
     return recipe(scale, learning_rate, weight_decay, mask, fallback, matrices)

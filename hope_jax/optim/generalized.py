@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import optax
 
 from hope_jax.errors import UserError
-from hope_jax.optim.checks import check, check_function, check_transformation
+from hope_jax.optim.checks import check, check_decay, check_function, check_transformation
 from hope_jax.optim.matrices import Labels, MatrixView, labels_or_default, matrix_or_column_views
-from hope_jax.optim.precision import Cast, check_decay, with_state_dtype
+from hope_jax.optim.precision import with_state_dtype
 from hope_jax.optim.recipe import recipe
 from hope_jax.types import Array, Scalar
 
@@ -73,15 +73,12 @@ class LinearMemory:
     """One cell shaped like the parameter, asked for -target whatever the key: m(G) = m. With ``dot`` this is Eq. 33."""
 
     def init(self, leaf: Array, view: MatrixView) -> Array:
-        """Nothing remembered."""
         return jnp.zeros_like(leaf)
 
     def loss(self, state: Array, gradient: Array, target: Array, objective: Objective, view: MatrixView) -> Scalar:
-        """The objective of (m, -target)."""
         return objective(state, -target)
 
     def read(self, state: Array, gradient: Array, view: MatrixView) -> Array:
-        """m."""
         return state
 
 
@@ -95,7 +92,6 @@ class KeyedMemory(LinearMemory):
     """
 
     def loss(self, state: Array, gradient: Array, target: Array, objective: Objective, view: MatrixView) -> Scalar:
-        """The objective of (m^T G, -I)."""
         prediction = view.to_matrices(state).mT.conj() @ view.to_matrices(gradient)
         return objective(prediction, -jnp.broadcast_to(jnp.eye(prediction.shape[-1]), prediction.shape))
 
@@ -137,46 +133,36 @@ def scale_by_generalized_momentum(
       output: the nonlinearity sigma of Eq. 52 on [..., rows, columns], such as ``muon_step``; None: the identity.
       matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two axes is a matrix, embeddings too.
         A leaf that is none is one column, [size, 1].
-      state_dtype: see ``precision.with_state_dtype``; of the memory. A preconditioner's state is its own affair.
+      state_dtype: see ``with_state_dtype``; of the memory. A preconditioner's state is its own affair.
 
     Raises:
       UserError: retention or rate out of range, or an argument of another kind; a preconditioner given to a memory of
         fixed values; from ``init``, leaves that are no floating-point arrays.
     """
-    check_decay("retention", retention, state_dtype)
-    engine = _Engine(
-        objective=dot if objective is None else objective,
-        memory=LinearMemory() if memory is None else memory,
-        retention=retention,
-        rate=rate,
-        precondition=precondition,
-        output=output,
-        labels=labels_or_default(matrices, exclude=()),
-    )
-    transformation = optax.GradientTransformationExtraArgs(engine.init, engine.update)
-    return with_state_dtype(transformation, state_dtype, _narrow_memory)
-
-
-def _narrow_memory(state: GeneralizedMomentumState, cast: Cast) -> GeneralizedMomentumState:
-    return state._replace(memory=cast(state.memory))
+    if not callable(retention):
+        check_decay("retention", retention, state_dtype)
+    objective = dot if objective is None else objective
+    memory = LinearMemory() if memory is None else memory
+    labels = labels_or_default(matrices, exclude=())
+    rules = _Rules(objective, memory, retention, rate, precondition, output, labels)
+    transformation = optax.GradientTransformationExtraArgs(rules.init, rules.update)
+    return with_state_dtype(transformation, state_dtype, lambda state, cast: state._replace(memory=cast(state.memory)))
 
 
 @dataclass(frozen=True)
-class _Engine:
-    """``scale_by_generalized_momentum`` at work: its arguments, all given but those that mean nothing as None."""
+class _Rules:
+    """``scale_by_generalized_momentum`` at work: its arguments, checked, and what they do."""
 
-    objective: Any
-    memory: Any
+    objective: Objective
+    memory: Memory
     retention: Any
     rate: Any
     precondition: Any
     output: Any
-    labels: Any
+    labels: Labels
 
     def __post_init__(self) -> None:
         check_memory(self.memory)
-        if not callable(self.retention):
-            check("retention", self.retention, 0, 1, open_high=False)
         check("rate", self.rate, 0)
         check_function("objective", self.objective, "(prediction, value) -> scalar, such as l2")
         check_function("output", self.output, "of [..., rows, columns], such as muon_step")
@@ -205,25 +191,20 @@ class _Engine:
 
     def _write(self, gradient: Array, target: Array, state: Any, view: MatrixView) -> Any:
         slope = jax.grad(self.memory.loss)(state, gradient, target, self.objective, view)
-        retain = self.retention if callable(self.retention) else decay(self.retention)
-        kept = retain(state, gradient, view)
+        if callable(self.retention):
+            kept = self.retention(state, gradient, view)
+        else:
+            kept = jax.tree.map(lambda m: self.retention * m, state)
         return jax.tree.map(lambda m, d: m - self.rate * d.conj(), kept, slope)
 
     def _answer(self, gradient: Array, state: Any, view: MatrixView) -> Array:
         found = -self.memory.read(state, gradient, view)
-        return found if self.output is None else view.from_matrices(_same_shape(self.output, view.to_matrices(found)))
-
-
-def _same_shape(output: Callable[[Array], Array], x: Array) -> Array:
-    y = output(x)
-    if y.shape != x.shape:
-        raise UserError(f"output makes {y.shape} of matrices {x.shape}; expected the same shape")
-    return y
-
-
-def decay(share: Any) -> Retention:
-    """Keep this share of everything: alpha of Eq. 33."""
-    return lambda state, gradient, view: jax.tree.map(lambda m: share * m, state)
+        if self.output is None:
+            return found
+        x = view.to_matrices(found)
+        if (y := self.output(x)).shape != x.shape:
+            raise UserError(f"output makes {y.shape} of matrices {x.shape}; expected the same shape")
+        return view.from_matrices(y)
 
 
 def generalized_momentum(

@@ -9,7 +9,6 @@ and its arguments, so that it can be compared, hashed and saved:
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import optax
 
 from hope_jax.optim.newton_schulz import muon_step
@@ -34,7 +33,7 @@ def inner(make: Callable[..., optax.GradientTransformation], **settings: float) 
 
 def muon(decay: float) -> optax.GradientTransformation:
     """Momentum whose direction is orthogonalised."""
-    return optax.chain(optax.trace(decay), optax.stateless_with_tree_map(lambda u, _: muon_step(jnp.asarray(u))))
+    return optax.chain(optax.trace(decay), optax.stateless_with_tree_map(lambda u, _: muon_step(u)))
 
 
 SGD = inner(optax.identity)

@@ -17,12 +17,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
-from jax.tree_util import tree_map_with_path
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Inexact
 from optax.contrib import MuonDimensionNumbers
 
-from hope_jax.errors import UserError
-from hope_jax.optim.checks import check_function, check_whole, leaf_name
+from hope_jax.errors import UserError, whole
+from hope_jax.optim.checks import check_function, leaf_name
 from hope_jax.types import Array
 
 MATRIX = "matrix"
@@ -91,13 +93,13 @@ def matrix_labels(batch_axes: Mapping[str, int] | None = None, exclude: Sequence
     """
     counts = {pattern.lower(): axes for pattern, axes in (batch_axes or {}).items()}
     for pattern, axes in counts.items():
-        check_whole(f"batch_axes[{pattern!r}]", axes, 0, "leading axes")
+        whole(f"batch_axes[{pattern!r}]", axes, 0, "leading axes")
     if isinstance(exclude, str):
         raise UserError(f"exclude is {exclude!r}; expected several patterns, such as ({exclude!r},)")
     excluded = [pattern.lower() for pattern in exclude]
 
     def label(path: tuple[Any, ...], leaf: Any) -> Any:
-        names = [_name(entry).lower() for entry in path]
+        names = [keystr((entry,), simple=True).lower() for entry in path]
         batch = sum(n for pattern, n in counts.items() for name in names if fnmatchcase(name, pattern))
         if batch > leaf.ndim:
             raise UserError(f"{leaf_name(path)} has shape {leaf.shape}; batch_axes takes {batch} leading axes of it")
@@ -117,12 +119,17 @@ def labels_or_default(matrices: Labels | None, exclude: Sequence[str] = NOT_MATR
 def matrix_views(params: Any, labels: Labels) -> Any:
     """For every leaf its ``MatrixView``, or None where the label is not that of a matrix.
 
-    The result goes second into ``jax.tree.map``: ``jax.tree.map(lambda leaf, view: ..., params, views)``.
+    The result goes second into ``jax.tree.map``, as None is no leaf.
 
     Raises:
       UserError: naming the leaf, a label that is none, or dimension numbers that do not fit the leaf.
     """
-    return tree_map_with_path(_view, params, _checked(labels(params), params))
+    found = labels(params)
+    try:
+        jax.tree.structure(params).flatten_up_to(found)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"labels are not shaped like the parameters; return one label per leaf ({error})") from None
+    return tree_map_with_path(_view, params, found)
 
 
 def matrix_or_column_views(params: Any, labels: Labels) -> Any:
@@ -148,17 +155,16 @@ def dimension_numbers(labels: Labels) -> Callable[[Any], Any]:
     return lambda params: jax.tree.map(numbers, params, matrix_views(params, labels))
 
 
-def _name(entry: Any) -> str:
-    """The name of one step of a path: a dictionary's key, an attribute or an index."""
-    return str(next(getattr(entry, kind) for kind in ("key", "name", "idx") if hasattr(entry, kind)))
+def by_largest(x: Inexact[Array, "*batch rows columns"]) -> tuple[Array, Array]:
+    """Matrices divided by their largest entry, so that squares are finite; and that entry, 1 where all are zeros."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0))  # it cancels
+    largest = jnp.where(largest > 0, largest, 1.0)
+    return x / largest, largest
 
 
-def _checked(labels: Any, params: Any) -> Any:
-    try:
-        jax.tree.structure(params).flatten_up_to(labels)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"labels are not shaped like the parameters; return one label per leaf ({error})") from None
-    return labels
+def squared_norm(x: Inexact[Array, "*batch rows columns"]) -> Array:
+    """Squared Frobenius norm of each matrix, [..., 1, 1]."""
+    return jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)
 
 
 def _view(path: tuple[Any, ...], leaf: Any, label: Any) -> MatrixView | None:
@@ -168,7 +174,7 @@ def _view(path: tuple[Any, ...], leaf: Any, label: Any) -> MatrixView | None:
         label = MuonDimensionNumbers(0, tuple(range(1, leaf.ndim)))
     if not isinstance(label, MuonDimensionNumbers):
         raise UserError(f"{leaf_name(path)} is labelled {label!r}; expected 'matrix', 'adamw' or MuonDimensionNumbers")
-    rows, columns = _axes(label.reduction_axis), _axes(label.output_axis)
+    rows, columns = (np.atleast_1d(axes).tolist() for axes in (label.reduction_axis, label.output_axis))
     used = [axis % leaf.ndim for axis in (*rows, *columns) if -leaf.ndim <= axis < leaf.ndim]
     if leaf.ndim < 2 or not rows or not columns or len(set(used)) != len(rows) + len(columns):
         raise UserError(
@@ -176,7 +182,3 @@ def _view(path: tuple[Any, ...], leaf: Any, label: Any) -> MatrixView | None:
         )
     batch = tuple(axis for axis in range(leaf.ndim) if axis not in used)
     return MatrixView(leaf.shape, batch, tuple(used[: len(rows)]), tuple(used[len(rows) :]))
-
-
-def _axes(axes: Sequence[int] | int) -> tuple[int, ...]:
-    return tuple(axes) if isinstance(axes, Sequence) else (int(axes),)

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Inexact
 
-from hope_jax.errors import UserError
-from hope_jax.optim.checks import check_dtype, check_whole
+from hope_jax.errors import UserError, whole
+from hope_jax.optim.checks import check_dtype
+from hope_jax.optim.matrices import by_largest, squared_norm
 from hope_jax.types import Array
 
 Method = Literal["quintic", "cubic"]
-STEPS = {"quintic": 5, "cubic": 15}
-COEFFICIENTS = {"quintic": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -0.5, 0.0)}
+METHODS = {"quintic": (5, (3.4445, -4.7750, 2.0315)), "cubic": (15, (1.5, -0.5, 0.0))}
+"""Number of steps, and the coefficients of an iteration."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class NewtonSchulz:
     dtype: Any = None
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
+        if self.method not in METHODS:
             raise UserError(f"method is {self.method!r}; expected one of {get_args(Method)}")
         if self.steps is not None:
-            check_whole("steps", self.steps, 1, "iterations")
+            whole("steps", self.steps, 1, "iterations")
         check_dtype("dtype", self.dtype)
 
     def orthogonalize(self, x: Array) -> Array:
-        """See ``orthogonalize``."""
+        """See the function ``orthogonalize``."""
         if x.ndim < 2:
             raise UserError(f"x has shape {x.shape}; expected [..., rows, columns]. A vector has no orthogonal factor")
         if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -51,21 +51,18 @@ class NewtonSchulz:
             return self.orthogonalize(x.mT).mT
         own = self.dtype is None or jnp.iscomplexobj(x)
         y = _normalized(x).astype(x.dtype if own else self.dtype)
-        a, b, c = COEFFICIENTS[self.method]
-        for _ in range(self.steps or STEPS[self.method]):
+        steps, (a, b, c) = METHODS[self.method]
+        for _ in range(self.steps or steps):
             gram = y @ y.mT.conj()
             y = a * y + (b * gram + c * gram @ gram if c else b * gram) @ y
         return y.astype(x.dtype)
 
 
 def _normalized(x: Array) -> Array:
-    """``x / (||x||_F + 1e-7)`` in at least float32, for entries up to 1e37 (in float32): the largest is divided out."""
+    """``x / (||x||_F + 1e-7)`` in at least float32, for entries up to 1e37 (in float32)."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0))  # it cancels
-    largest = jnp.where(largest > 0, largest, 1.0)
-    y = x / largest
-    norm = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(y)), axis=(-2, -1), keepdims=True))
-    return y / (norm + 1e-7 / largest)
+    y, largest = by_largest(x)
+    return y / (jnp.sqrt(squared_norm(y)) + 1e-7 / largest)
 
 
 def orthogonalize(
@@ -86,7 +83,6 @@ def orthogonalize(
     return NewtonSchulz(steps, method, dtype).orthogonalize(x)
 
 
-def muon_step(x: Inexact[Array, "*batch rows columns"], newton_schulz: NewtonSchulz | None = None) -> Array:
+def muon_step(x: Inexact[Array, "*batch rows columns"]) -> Inexact[Array, "*batch rows columns"]:
     """``0.2 sqrt(max(rows, columns)) NS(x)``: Muon's step at the size of Adam's (SPEC 5.1)."""
-    direction = (newton_schulz or NewtonSchulz()).orthogonalize(x)
-    return 0.2 * max(x.shape[-2:]) ** 0.5 * direction
+    return 0.2 * max(x.shape[-2:]) ** 0.5 * orthogonalize(x)

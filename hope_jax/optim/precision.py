@@ -1,7 +1,4 @@
-"""What every optimizer here owes its parameters: state of its own precision.
-
-``with_state_dtype`` wraps a transformation that is written as if everything were float32.
-"""
+"""What every optimizer here owes its parameters: state of its own precision, whatever theirs is."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
-from hope_jax.errors import UserError
-from hope_jax.optim.checks import check_dtype, check_leaves, real_number
+from hope_jax.optim.checks import check_dtype, check_leaves
 
 Cast = Callable[[Any], Any]
 
@@ -25,9 +20,10 @@ def with_state_dtype(
     """Gradients and parameters reach ``transformation`` in at least float32; updates leave in the gradients' dtype.
 
     Args:
-      transformation: any; arithmetic and, with dtype None, state in float32 (or wider, where the parameters are).
-      dtype: what floating-point state is stored in between steps. None: as computed, so bfloat16 parameters have
-        float32 state. Half precision halves the memory. Complex state keeps its kind: the complex type of float32.
+      transformation: any; it may be written as if everything were float32.
+      dtype: what floating-point state is stored in between steps. None: as computed, float32 (or wider, where the
+        parameters are), so bfloat16 parameters have float32 state. Half precision halves the memory. Complex state is
+        stored as complex64.
       stored: ``(state, cast) -> state`` says which parts of the state ``cast`` makes of that dtype; by default all.
 
     Raises:
@@ -52,22 +48,11 @@ def with_state_dtype(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def check_decay(name: str, decay: Any, dtype: Any) -> None:
-    """Raise UserError if ``dtype`` has too few digits for a moment of this decay: it would stand still.
+def _of_floats(change: Callable[[Any], Any], tree: Any) -> Any:
+    def leaf(x: Any) -> Any:
+        return change(x) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact) else x
 
-    A share smaller than half the spacing of the numbers is rounded away: 0.004 in bfloat16, hence decays up to 0.996.
-    """
-    check_dtype("state_dtype", dtype)
-    share = None if dtype is None or isinstance(decay, Tracer) else real_number(decay)
-    if share is None or share == 1:
-        return
-    least = float(jnp.finfo(dtype).eps) / 2
-    if 1 - share < least:
-        raise UserError(f"{name} is {share:g}, which {jnp.dtype(dtype)} cannot hold; expected at most {1 - least:g}")
-
-
-def _is_float(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return jax.tree.map(leaf, tree)
 
 
 def _wide(tree: Any) -> Any:
@@ -77,14 +62,11 @@ def _wide(tree: Any) -> Any:
             return jnp.zeros(x.shape, dtype, device=x.sharding)
         return jnp.asarray(x, dtype)
 
-    return jax.tree.map(lambda x: widen(x) if _is_float(x) else x, tree)
+    return _of_floats(widen, tree)
 
 
 def _narrow(tree: Any, dtype: Any) -> Any:
     def store(x: Any) -> Any:
-        if not _is_float(x):
-            return x
-        complex_like = jnp.issubdtype(x.dtype, jnp.complexfloating)
-        return x.astype(jnp.promote_types(dtype, jnp.complex64) if complex_like else dtype)
+        return x.astype(jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype)
 
-    return jax.tree.map(store, tree)
+    return _of_floats(store, tree)

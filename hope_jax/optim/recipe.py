@@ -47,8 +47,7 @@ def recipe(
         del links[1]
     chain = optax.chain(*links)
     if fallback is not None:
-        labels = partition_labels(labels_or_default(matrices))
-        chain = optax.partition({MATRIX: chain, ADAMW: fallback}, labels)
+        chain = optax.partition({MATRIX: chain, ADAMW: fallback}, partition_labels(labels_or_default(matrices)))
     return with_state_dtype(chain)
 
 

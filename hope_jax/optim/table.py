@@ -9,22 +9,22 @@ else: learning rate, schedule, clip and levels belong to the training (``train/o
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import optax
 
-from hope_jax.optim.checks import check, check_whole
-from hope_jax.optim.delta_momentum import Form, delta_momentum
-from hope_jax.optim.dmgd import MLPMemory, dmgd
-from hope_jax.optim.m3 import m3
+from hope_jax.errors import whole
+from hope_jax.optim.checks import check
+from hope_jax.optim.delta_momentum import Form, scale_by_delta_momentum
+from hope_jax.optim.dmgd import MLPMemory, scale_by_dmgd
+from hope_jax.optim.m3 import scale_by_m3
 from hope_jax.optim.m3_rules import MomentumScale
 from hope_jax.optim.matrices import Labels, MatrixView, dimension_numbers, labels_or_default, matrix_views
-from hope_jax.optim.preconditioned import learned_preconditioner, preconditioned_momentum
+from hope_jax.optim.preconditioned import learned_preconditioner, scale_by_preconditioned_momentum
 from hope_jax.optim.recipe import recipe
 
-Decays = Callable[[Any], Any]
 BELOW_1 = ("b1", "b2", "momentum")
 UP_TO_1 = ("decay", "slow_decay", "preconditioner_rate")
 NOT_NEGATIVE = ("weight_decay", "erase", "inner_rate")
@@ -39,10 +39,13 @@ class Optimizer(abc.ABC):
       UserError: from every subclass, a setting out of its range, by name.
     """
 
+    weight_decay: float = field(default=0.1, kw_only=True)
+    """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name in WHOLE and value is not None:
-                check_whole(name, value, 1, WHOLE[name])
+                whole(name, value, 1, WHOLE[name])
             elif name in BELOW_1:
                 check(name, value, 0, 1)
             elif name in UP_TO_1 and value is not None:
@@ -50,10 +53,12 @@ class Optimizer(abc.ABC):
             elif name in NOT_NEGATIVE and value is not None:
                 check(name, value, 0)
 
-    @abc.abstractmethod
     def build(
-        self, rate: optax.ScalarOrSchedule, matrices: Labels | None = None, decays: Decays | None = None
-    ) -> optax.GradientTransformation:
+        self,
+        rate: optax.ScalarOrSchedule,
+        matrices: Labels | None = None,
+        decays: Callable[[Any], Any] | None = None,
+    ) -> optax.GradientTransformationExtraArgs:
         """The optimizer.
 
         Args:
@@ -61,6 +66,17 @@ class Optimizer(abc.ABC):
           matrices: ``params -> labels``, see ``matrices.py``; None: leaves of two axes, but no embeddings and heads.
           decays: ``params -> tree of booleans``, the leaves that weight decay moves; None: all.
         """
+        rest = self._rest()
+        fallback = None if rest is None else rest.build(rate, decays=decays)
+        return recipe(self._scale(matrices), rate, self.weight_decay, decays, fallback, matrices)
+
+    @abc.abstractmethod
+    def _scale(self, matrices: Labels | None) -> optax.GradientTransformation:
+        """The transformation of the gradients."""
+
+    def _rest(self) -> "Optimizer | None":
+        """The optimizer of the leaves that are no matrices; None: there is no other."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -71,12 +87,9 @@ class AdamW(Optimizer):
     """Decay of the first moment, from 0 up to but not including 1."""
     b2: float = 0.95
     """Decay of the second moment, from 0 up to but not including 1."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
 
-    def build(self, rate: Any, matrices: Any = None, decays: Any = None) -> optax.GradientTransformation:
-        """See ``Optimizer.build``."""
-        return optax.adamw(rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=decays)
+    def _scale(self, matrices: Labels | None) -> optax.GradientTransformation:
+        return optax.scale_by_adam(self.b1, self.b2)
 
 
 @dataclass(frozen=True)
@@ -91,17 +104,15 @@ class Muon(Optimizer):
     """Decay of AdamW's first moment, from 0 up to but not including 1."""
     b2: float = 0.95
     """Decay of AdamW's second moment, from 0 up to but not including 1."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
 
-    def build(self, rate: Any, matrices: Any = None, decays: Any = None) -> optax.GradientTransformation:
-        """See ``Optimizer.build``."""
+    def _scale(self, matrices: Labels | None) -> optax.GradientTransformation:
         labels = labels_or_default(matrices)
         numbers = dimension_numbers(labels)
         muon = optax.contrib.scale_by_muon(beta=self.momentum, nesterov=self.nesterov, weight_dimension_numbers=numbers)
-        scale = optax.chain(muon, _steps_like_adams(labels))
-        adamw = AdamW(self.b1, self.b2, self.weight_decay).build(rate, decays=decays)
-        return recipe(scale, rate, self.weight_decay, decays, adamw, matrices)
+        return optax.chain(muon, _steps_like_adams(labels))
+
+    def _rest(self) -> Optimizer:
+        return AdamW(self.b1, self.b2, weight_decay=self.weight_decay)
 
 
 def _steps_like_adams(labels: Labels) -> optax.GradientTransformation:
@@ -127,17 +138,15 @@ class M3(Optimizer):
     """Decay of the slow momentum per period, 0 to 1."""
     slow_weight: float = 1.0
     """Weight of the slow direction; the fast one has 1."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
 
-    def build(self, rate: Any, matrices: Any = None, decays: Any = None) -> optax.GradientTransformation:
-        """See ``Optimizer.build``."""
+    def _scale(self, matrices: Labels | None) -> optax.GradientTransformation:
         scales = (MomentumScale(1, self.b1),)
         if self.slow_period is not None:
             scales += (MomentumScale(self.slow_period, self.slow_decay, self.slow_weight),)
-        adamw = AdamW(self.b1, self.b2, self.weight_decay).build(rate, decays=decays)
-        decay = {"weight_decay": self.weight_decay, "mask": decays}
-        return m3(rate, scales, self.b2, matrices=matrices, fallback=adamw, **decay)
+        return scale_by_m3(scales, self.b2, matrices=matrices)
+
+    def _rest(self) -> Optimizer:
+        return AdamW(self.b1, self.b2, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -150,13 +159,9 @@ class DeltaMomentum(Optimizer):
     """Strength of the erase in units of the squared gradient, 0 or more."""
     form: Form = "gram"
     """gram erases along the gradient, scalar in all directions alike, raw as printed (not stable)."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
 
-    def build(self, rate: Any, matrices: Any = None, decays: Any = None) -> optax.GradientTransformation:
-        """See ``Optimizer.build``."""
-        decay = {"weight_decay": self.weight_decay, "mask": decays}
-        return delta_momentum(rate, self.decay, self.erase, self.form, matrices=matrices, **decay)
+    def _scale(self, matrices: Labels | None) -> optax.GradientTransformation:
+        return scale_by_delta_momentum(self.decay, self.erase, self.form, matrices=matrices)
 
 
 @dataclass(frozen=True)
@@ -173,14 +178,10 @@ class DMGD(Optimizer):
     """Step of the inner gradient descent, 0 or more; None: 0.1 for the MLP, 1 for the matrix."""
     target: Literal["precond", "momentum", "self"] | None = None
     """What the memory learns to answer; None: precond for the MLP, self for the matrix."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
 
-    def build(self, rate: Any, matrices: Any = None, decays: Any = None) -> optax.GradientTransformation:
-        """See ``Optimizer.build``."""
+    def _scale(self, matrices: Labels | None) -> optax.GradientTransformation:
         memory = MLPMemory(self.hidden) if self.memory == "mlp" else self.memory
-        decay = {"weight_decay": self.weight_decay, "mask": decays}
-        return dmgd(rate, memory, self.decay, self.inner_rate, self.target, matrices=matrices, **decay)
+        return scale_by_dmgd(memory, self.decay, self.inner_rate, self.target, matrices=matrices)
 
 
 @dataclass(frozen=True)
@@ -191,13 +192,9 @@ class PreconditionedMomentum(Optimizer):
     """Decay of the momentum, 0 to 1."""
     preconditioner_rate: float = 0.01
     """Step with which the preconditioner learns, above 0 and up to 1."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
 
-    def build(self, rate: Any, matrices: Any = None, decays: Any = None) -> optax.GradientTransformation:
-        """See ``Optimizer.build``."""
-        decay = {"weight_decay": self.weight_decay, "mask": decays}
-        return preconditioned_momentum(rate, self.decay, learned_preconditioner(self.preconditioner_rate), **decay)
+    def _scale(self, matrices: Labels | None) -> optax.GradientTransformation:
+        return scale_by_preconditioned_momentum(self.decay, learned_preconditioner(self.preconditioner_rate))
 
 
 @dataclass(frozen=True)
@@ -208,12 +205,9 @@ class SGD(Optimizer):
     """Decay of the momentum, from 0 up to but not including 1."""
     nesterov: bool = False
     """Whether the momentum looks one step ahead."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
 
-    def build(self, rate: Any, matrices: Any = None, decays: Any = None) -> optax.GradientTransformation:
-        """See ``Optimizer.build``."""
-        return recipe(optax.trace(self.momentum, self.nesterov), rate, self.weight_decay, decays)
+    def _scale(self, matrices: Labels | None) -> optax.GradientTransformation:
+        return optax.trace(self.momentum, self.nesterov)
 
 
 @dataclass(frozen=True)
@@ -224,12 +218,9 @@ class Lion(Optimizer):
     """Share of the momentum in the step, from 0 up to but not including 1."""
     b2: float = 0.99
     """Decay of the momentum, from 0 up to but not including 1."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
 
-    def build(self, rate: Any, matrices: Any = None, decays: Any = None) -> optax.GradientTransformation:
-        """See ``Optimizer.build``."""
-        return recipe(optax.scale_by_lion(self.b1, self.b2), rate, self.weight_decay, decays)
+    def _scale(self, matrices: Labels | None) -> optax.GradientTransformation:
+        return optax.scale_by_lion(self.b1, self.b2)
 
 
 OPTIMIZERS: dict[str, Optimizer] = {

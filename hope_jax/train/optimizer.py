@@ -16,8 +16,9 @@ import optax
 import tyro
 
 from hope_jax import optim
+from hope_jax.errors import whole
 from hope_jax.nn import axes as logical
-from hope_jax.optim.checks import check, check_whole
+from hope_jax.optim.checks import check
 from hope_jax.types import Scalar
 
 Schedule = Callable[[Any], Scalar]
@@ -45,7 +46,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check("learning_rate", self.learning_rate, 0, open_low=True)
-        check_whole("warmup", self.warmup, 0, "batches")
+        whole("warmup", self.warmup, 0, "batches")
         check("final_fraction", self.final_fraction, 0, 1, open_high=False)
         if self.clip != math.inf:
             check("clip", self.clip, 0, open_low=True)

@@ -12,7 +12,7 @@ import pytest
 
 from hope_jax import optim
 from hope_jax.optim import dgd_update
-from hope_jax.optim.delta_dense import DeltaDot, rows_of
+from hope_jax.optim.dgd import DeltaDot, rows_of
 
 
 def losses(layer, x, target):

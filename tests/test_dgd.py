@@ -8,7 +8,7 @@ import pytest
 from hope_jax import optim
 from hope_jax.errors import UserError
 from hope_jax.optim import dgd_update, ggd_step
-from hope_jax.optim.delta_dense import DeltaDot
+from hope_jax.optim.dgd import DeltaDot
 
 FORMS = ["exact", "cheap", "spectral"]
 ROWS_IN_OUT = [(1, 4, 3), (3, 8, 2), (8, 3, 5), (4, 4, 4)]

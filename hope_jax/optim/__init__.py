@@ -1,10 +1,10 @@
 """Optimizers as optax transformations: ``scale_by_x`` is the mathematics, ``x(learning_rate, ...)`` the optimizer."""
 
 from hope_jax.optim.by_level import by_level as by_level
-from hope_jax.optim.delta_dense import delta_dense as delta_dense
 from hope_jax.optim.delta_momentum import delta_momentum as delta_momentum
 from hope_jax.optim.delta_momentum import delta_retention as delta_retention
 from hope_jax.optim.delta_momentum import scale_by_delta_momentum as scale_by_delta_momentum
+from hope_jax.optim.dgd import delta_dense as delta_dense
 from hope_jax.optim.dgd import dgd_update as dgd_update
 from hope_jax.optim.dgd import ggd_step as ggd_step
 from hope_jax.optim.dmgd import MLPMemory as MLPMemory
@@ -32,10 +32,10 @@ from hope_jax.optim.matrices import matrix_views as matrix_views
 from hope_jax.optim.newton_schulz import NewtonSchulz as NewtonSchulz
 from hope_jax.optim.newton_schulz import muon_step as muon_step
 from hope_jax.optim.newton_schulz import orthogonalize as orthogonalize
-from hope_jax.optim.precision import with_state_dtype as with_state_dtype
 from hope_jax.optim.preconditioned import learned_preconditioner as learned_preconditioner
 from hope_jax.optim.preconditioned import preconditioned_momentum as preconditioned_momentum
 from hope_jax.optim.preconditioned import scale_by_preconditioned_momentum as scale_by_preconditioned_momentum
+from hope_jax.optim.recipe import with_state_dtype as with_state_dtype
 from hope_jax.optim.table import DMGD as DMGD
 from hope_jax.optim.table import M3 as M3
 from hope_jax.optim.table import OPTIMIZERS as OPTIMIZERS

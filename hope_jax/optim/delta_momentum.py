@@ -6,13 +6,12 @@ and a setting of ``generalized.py``. Formulas are printed for ``W [out, in]``; a
 matrix ``G^T G`` of the input side is a left factor ``G G^T`` here, with G [rows, columns] and rows the inputs.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
 
-from hope_jax.errors import UserError
-from hope_jax.optim.checks import check, check_decay
+from hope_jax.optim.checks import check, check_decay, check_word
 from hope_jax.optim.generalized import Retention, scale_by_generalized_momentum
 from hope_jax.optim.matrices import Labels, MatrixView, by_largest, squared_norm
 from hope_jax.optim.recipe import recipe
@@ -39,8 +38,7 @@ def delta_retention(decay: Any = 0.9, erase: Any = 1.0, form: Form = "gram") -> 
 
     Arguments and errors as of ``scale_by_delta_momentum``.
     """
-    if form not in get_args(Form):
-        raise UserError(f"form is {form!r}; expected one of {get_args(Form)}")
+    check_word("form", form, Form)
     check("decay", decay, 0, 1, open_high=False)
     check("erase", erase, 0)
 

@@ -29,8 +29,7 @@ import optax
 from hope_jax.errors import UserError
 from hope_jax.optim.checks import check, check_decay, check_function, check_transformation
 from hope_jax.optim.matrices import Labels, MatrixView, labels_or_default, matrix_or_column_views
-from hope_jax.optim.precision import with_state_dtype
-from hope_jax.optim.recipe import recipe
+from hope_jax.optim.recipe import recipe, with_state_dtype
 from hope_jax.types import Array, Scalar
 
 Objective = Callable[[Array, Array], Scalar]

@@ -12,8 +12,7 @@ import optax
 from hope_jax.optim.m3_rules import Accumulate, MomentumScale, Rules, SecondMoment
 from hope_jax.optim.matrices import Labels, labels_or_default
 from hope_jax.optim.newton_schulz import NewtonSchulz
-from hope_jax.optim.precision import with_state_dtype
-from hope_jax.optim.recipe import recipe
+from hope_jax.optim.recipe import recipe, with_state_dtype
 
 TWO_SCALES = (MomentumScale(1, 0.9), MomentumScale(100, 0.9))
 

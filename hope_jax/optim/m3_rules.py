@@ -1,7 +1,7 @@
 """The arithmetic of M3: averages, orthogonal directions of several time scales, the size of the step (SPEC 5.5)."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from jax import lax
 
 from hope_jax.errors import UserError, whole
 from hope_jax.levels import due
-from hope_jax.optim.checks import check, check_decay, leaf_name
+from hope_jax.optim.checks import check, check_decay, check_word, leaf_name
 from hope_jax.optim.matrices import Labels, MatrixView, matrix_views
 from hope_jax.optim.newton_schulz import NewtonSchulz
-from hope_jax.optim.precision import Cast
+from hope_jax.optim.recipe import Cast
 from hope_jax.types import Array
 
 Accumulate = Literal["ema", "sum"]
@@ -73,21 +73,19 @@ class Rules:
     def __post_init__(self) -> None:
         if not isinstance(self.newton_schulz, NewtonSchulz):
             raise UserError(f"newton_schulz is {self.newton_schulz!r}; expected NewtonSchulz(steps, method, dtype)")
-        for name, allowed in (("accumulate", Accumulate), ("second_moment", SecondMoment)):
-            if getattr(self, name) not in get_args(allowed):
-                raise UserError(f"{name} is {getattr(self, name)!r}; expected one of {get_args(allowed)}")
+        check_word("accumulate", self.accumulate, Accumulate)
+        check_word("second_moment", self.second_moment, SecondMoment)
         several = isinstance(self.scales, tuple | list) and len(self.scales) > 0
         if not (several and all(isinstance(scale, MomentumScale) for scale in self.scales)):
             raise UserError(f"scales is {self.scales!r}; expected a tuple of MomentumScale(period, decay, weight)")
-        decays = {f"decay of scale {i + 1}": scale.decay for i, scale in enumerate(self.scales)}
-        for name, decay in {**decays, "second_decay": self.second_decay}.items():
-            check(name, decay, 0, 1, open_high=self.accumulate == "ema")
+        for i, scale in enumerate(self.scales, start=1):
+            check(f"decay of scale {i}", scale.decay, 0, 1, open_high=self.accumulate == "ema")
+            if scale.period == 1:
+                check_decay("decay of the fast scale", scale.decay, self.state_dtype)
+        check("second_decay", self.second_decay, 0, 1, open_high=self.accumulate == "ema")
         check("eps", self.eps, 0, open_low=True)
         if self.update_rms is not None:
             check("update_rms", self.update_rms, 0)
-        for scale in self.scales:
-            if scale.period == 1:
-                check_decay("decay of the fast scale", scale.decay, self.state_dtype)
 
     def init(self, params: Any) -> M3State:
         """Nothing taken up yet. Raises UserError for a leaf that is no matrix."""

@@ -71,7 +71,7 @@ class MatrixView:
 
 
 def matrix_labels(batch_axes: Mapping[str, int] | None = None, exclude: Sequence[str] = NOT_MATRICES) -> Labels:
-    """The usual rule: leaves of two axes are matrices, but embeddings and heads are not (SPEC 5.1).
+    """The usual rule, ``params -> labels``: leaves of two axes are matrices, but no embeddings and heads (SPEC 5.1).
 
     Nobody can tell along which axes a kernel of more axes is a matrix (a convolution's [3, 3, in, out] is one of
     [9 in, out], the output of attention [heads, k, out] one of [heads k, out], its queries [in, heads, k] one of
@@ -84,12 +84,8 @@ def matrix_labels(batch_axes: Mapping[str, int] | None = None, exclude: Sequence
         ``optax.partition`` and ``by_level`` show every optimizer only its own part of the tree.
       exclude: patterns of names on the path of leaves that are no matrices, case ignored.
 
-    Returns:
-      ``params -> labels``.
-
     Raises:
-      UserError: no whole number of axes; one pattern in the place of several; from the function, a leaf with fewer
-        axes than it has batch axes.
+      UserError: no whole number of axes, or no several patterns; from the function, a leaf of too few axes.
     """
     counts = {pattern.lower(): axes for pattern, axes in (batch_axes or {}).items()}
     for pattern, axes in counts.items():

@@ -5,13 +5,13 @@ For ``x = U S V^H`` it tends to ``U V^H``: every singular value to 1, nothing tu
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Inexact
 
 from hope_jax.errors import UserError, whole
-from hope_jax.optim.checks import check_dtype
+from hope_jax.optim.checks import check_dtype, check_word
 from hope_jax.optim.matrices import by_largest, squared_norm
 from hope_jax.types import Array
 
@@ -35,8 +35,7 @@ class NewtonSchulz:
     dtype: Any = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"method is {self.method!r}; expected one of {get_args(Method)}")
+        check_word("method", self.method, Method)
         if self.steps is not None:
             whole("steps", self.steps, 1, "iterations")
         check_dtype("dtype", self.dtype)

@@ -8,8 +8,7 @@ import optax
 
 from hope_jax.optim.checks import check, check_decay
 from hope_jax.optim.generalized import scale_by_generalized_momentum
-from hope_jax.optim.precision import with_state_dtype
-from hope_jax.optim.recipe import recipe
+from hope_jax.optim.recipe import recipe, with_state_dtype
 
 
 def scale_by_preconditioned_momentum(
@@ -24,7 +23,7 @@ def scale_by_preconditioned_momentum(
 
     Args:
       decay: alpha, 0 to 1.
-      precondition: P, any optax transformation: ``optax.scale_by_rms()``, ``learned_preconditioner()``, ...
+      precondition: P, any optax transformation, such as ``learned_preconditioner()``.
       state_dtype: see ``with_state_dtype``.
 
     Raises:

@@ -64,7 +64,7 @@ def read_piece(
     no_logits, no_nats = jnp.zeros((len(tokens), model.config.vocab_size), wide), jnp.zeros(state.tokens.shape, wide)
 
     def read_or_skip(carry: Any, slot: Slot) -> tuple[Any, Nats]:
-        return lax.cond(slot[1] | (slot[0].count > 0), step, lambda same, _: (same, no_nats), carry, slot)
+        return lax.cond(slot[1] | (slot[0].count != 0), step, lambda same, _: (same, no_nats), carry, slot)
 
     slots = _slots(schedule.chunk, every, total, state.unfinished, end, learn)
     (after, logits), nats = lax.scan(read_or_skip, (state, no_logits), slots)

@@ -158,9 +158,9 @@ def scale_by_dmgd(
     Raises:
       UserError: an argument out of range or a name unknown; from ``init``, leaves that are no floating-point arrays.
     """
-    memory = _known("memory", memory, MEMORIES)
-    check_memory(memory)
-    linear = type(memory) is LinearMemory
+    network: Any = _known("memory", memory, MEMORIES)
+    check_memory(network)
+    linear = type(network) is LinearMemory
     decay = (0.9 if linear else 0.99) if decay is None else decay
     inner_rate = (1.0 if linear else 0.1) if inner_rate is None else inner_rate
     target = ("self" if linear else "precond") if target is None else target
@@ -169,7 +169,7 @@ def scale_by_dmgd(
     precondition = _known("target", target, TARGETS)
     check_transformation("target", precondition)
     return scale_by_generalized_momentum(
-        dot if linear else l2, memory, decay, inner_rate, precondition, output, matrices, state_dtype
+        dot if linear else l2, network, decay, inner_rate, precondition, output, matrices, state_dtype
     )
 
 

@@ -9,6 +9,7 @@ and its arguments, so that it can be compared, hashed and saved:
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import optax
 
 from hope_jax.optim.newton_schulz import muon_step
@@ -33,7 +34,7 @@ def inner(make: Callable[..., optax.GradientTransformation], **settings: float) 
 
 def muon(decay: float) -> optax.GradientTransformation:
     """Momentum whose direction is orthogonalised."""
-    return optax.chain(optax.trace(decay), optax.stateless_with_tree_map(lambda u, _: muon_step(u)))
+    return optax.chain(optax.trace(decay), optax.stateless_with_tree_map(lambda u, _: muon_step(jnp.asarray(u))))
 
 
 SGD = inner(optax.identity)

@@ -105,16 +105,16 @@ class Rules:
         second = None if self.second_moment == "none" else jax.tree.map(lambda p: p.real, zeros())
         return M3State(jnp.zeros((), jnp.int32), momenta, slow, second)
 
-    def update(self, gradients: Any, state: Any, params: Any = None) -> tuple[Any, M3State]:
+    def update(self, updates: Any, state: Any, params: Any = None) -> tuple[Any, M3State]:
         """The steps and the state after them."""
-        views, count = matrix_views(gradients, self.labels), jnp.asarray(optax.safe_increment(state.count))
+        views, count = matrix_views(updates, self.labels), jnp.asarray(optax.safe_increment(state.count))
         each = zip(self.scales, state.momenta, state.directions, strict=True)
-        moved = [self._moved(*one, gradients, state.count, views) for one in each]
+        moved = [self._moved(*one, updates, state.count, views) for one in each]
         momenta, kept, directions = zip(*moved, strict=True)
-        second, unbiased = None, jax.tree.map(lambda _: None, gradients)
+        second, unbiased = None, jax.tree.map(lambda _: None, updates)
         if state.second is not None:
             b = self.second_decay
-            second = jax.tree.map(lambda v, g: self._blend(v, _squared(g), b), state.second, gradients)
+            second = jax.tree.map(lambda v, g: self._blend(v, _squared(g), b), state.second, updates)
             unbiased = jax.tree.map(lambda v: self._corrected(v, b, count), second)
 
         def step(view: MatrixView, second: Array | None, *directions: Array) -> Array:

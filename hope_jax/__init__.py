@@ -10,31 +10,14 @@ if TYPE_CHECKING:
     from hope_jax import config, context, data, generate, interop, memory, optim, stacking, trace, train
     from hope_jax.models import MODELS, LanguageModel, ModelConfig, model_named
 
-_NAMES = ("MODELS", "LanguageModel", "ModelConfig", "model_named")
-_MODULES = ("config", "context", "data", "generate", "interop", "memory", "optim", "stacking", "trace", "train")
-
-__all__ = [
-    "MODELS",
-    "LanguageModel",
-    "ModelConfig",
-    "config",
-    "context",
-    "data",
-    "generate",
-    "interop",
-    "memory",
-    "model_named",
-    "optim",
-    "stacking",
-    "trace",
-    "train",
-]
+__all__ = ["MODELS", "LanguageModel", "ModelConfig", "config", "context", "data", "generate", "interop", "memory"]
+__all__ += ["model_named", "optim", "stacking", "trace", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMES:
+    if name in ("MODELS", "LanguageModel", "ModelConfig", "model_named"):
         return getattr(importlib.import_module("hope_jax.models"), name)
-    if name in _MODULES:
+    if name in __all__:
         return importlib.import_module(f"hope_jax.{name}")
     raise AttributeError(f"module 'hope_jax' has no attribute {name!r}")
 

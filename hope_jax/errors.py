@@ -1,10 +1,11 @@
 """The errors a caller can mend: mistakes of their own, and a package of an extra that is not installed."""
 
 import contextlib
+import dataclasses
 import difflib
 import operator
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 
 class UserError(ValueError):
@@ -62,3 +63,11 @@ def whole(name: str, value: Any, least: int = 1, what: str = "") -> int:
         unit = f" of {what}" if what else ""
         raise UserError(f"{name} is {value!r}; expected a whole number{unit}, {least} or more")
     return number
+
+
+def check_choices(config: Any) -> None:
+    """Raise UserError unless every field of a dataclass whose type is a ``Literal`` has one of its values."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in choices:
+            raise UserError(f"{field.name} is {value!r}; expected one of {choices}")

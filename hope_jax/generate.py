@@ -8,12 +8,12 @@ The state that comes back has read the prompt and every written token but the la
 a session goes on with a prompt that starts with that token (the user's next words may follow it). With greedy decoding
 the two calls above write exactly what one call of 200 steps writes.
 
-Nothing is compiled twice for a model and batch: prompts are read in pieces of a few fixed lengths (any cut of a
-sequence gives the same result), the decoding loop takes any number of steps, and temperature, top_k and top_p are data.
+Nothing is compiled twice for a model and batch: prompts are read in pieces of a few fixed lengths, the decoding loop
+takes any number of steps, and temperature, top_k and top_p are data.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,7 +47,6 @@ def sample(
     top_p: float | None = None,
     key: PRNGKeyArray,
     learn: bool = False,
-    on_token: Callable[[np.ndarray], Any] | None = None,
 ) -> tuple[Int[Array, "B steps"], Any]:
     """Continue ``prompt`` by ``steps`` tokens.
 
@@ -62,7 +61,6 @@ def sample(
       key: random key. Equal keys give equal text; a longer call starts like a shorter one.
       learn: store what is read in the levels of the model, prompt and written tokens alike, as ``context.learn`` does:
         later tokens are chosen with the weights that the earlier ones wrote. Without it nothing is written.
-      on_token: called with the tokens ``[B]`` of each step, in order, a few steps at a time as they are written.
 
     Returns:
       The written tokens, int32, and the state (which has not read the last of them; see the module docstring).
@@ -72,16 +70,12 @@ def sample(
         more tokens than the attention caches have room for, a model whose logits are not finite, or ``learn`` and a
         model without levels.
     """
-    if on_token is not None and not callable(on_token):
-        raise UserError(f"on_token is a {type(on_token).__name__}; give a function of the tokens [B], or None.")
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key, "learn": learn}
-    written, end = [], state
-    for piece, end in stream(model, params, state, prompt, steps=steps, **settings):  # noqa: B007, the last state is returned
+    written = []
+    for piece, now in stream(model, params, state, prompt, steps=steps, **settings):
         written.append(piece)
-        if on_token is not None:
-            for tokens in piece.T:
-                on_token(tokens)
-    return jnp.asarray(np.concatenate(written, axis=1)), end
+        state = now
+    return jnp.asarray(np.concatenate(written, axis=1)), state
 
 
 def stream(
@@ -101,24 +95,24 @@ def stream(
 
     The first piece is one token, so that it comes as soon as the prompt is read. Mistakes raise at the call.
     """
-    prompt, vocab = _prompt(prompt), model.config.vocab_size
+    vocab = model.config.vocab_size
+    try:  # on the host as it came: a device would cut large ids to 32 bits before anybody looks at them
+        prompt = np.asarray(prompt)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"prompt is no array ({error}); give token ids [batch, time], rows of equal length.") from error
     check_tokens(prompt, vocab, "prompt")
     check_key(key)
     if learn:
         schedule_of(model, trained=False)
     how = choice(vocab, temperature, top_k, top_p)
     _check_state(model, params, state, prompt.shape[0])
-    _check_room(state, prompt.shape[1], whole("steps", steps))
+    room, needed = room_left(state), prompt.shape[1] + whole("steps", steps) - 1
+    if room is not None and needed > room:
+        asked = f"A prompt of {prompt.shape[1]} tokens and {steps} steps need room for {needed} tokens"
+        mend = "make the state with a larger capacity, or ask for less"
+        raise UserError(f"{asked}, and the attention cache has room for {room} more; {mend}.")
     pieces = _learning_pieces if learn else _pieces
     return pieces(model, params, state, prompt.astype(np.int32), steps, how, key)
-
-
-def _prompt(given: Any) -> np.ndarray:
-    """On the host as it came: a device would cut large ids to 32 bits before anybody looks at them."""
-    try:
-        return np.asarray(given)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"prompt is no array ({error}); give token ids [batch, time], rows of equal length.") from error
 
 
 def _check_state(model: Any, params: Any, state: Any, batch: int) -> None:
@@ -134,39 +128,24 @@ def _check_state(model: Any, params: Any, state: Any, batch: int) -> None:
     except (KeyError, TypeError, FlaxError) as error:
         raise UserError(f"params are not those of this model: {str(error).splitlines()[0]}") from error
     if different := first_difference(kinds(blocks.mixer), kinds(expected)):
-        name, there, here = different
-        raise UserError(
-            f"state is not of this model with a prompt of {batch} sequences: {name} is {there}; expected {here}."
-        )
-
-
-def _check_room(state: Any, time: int, steps: int) -> None:
-    room, needed = room_left(state), time + steps - 1
-    if room is not None and needed > room:
-        raise UserError(
-            f"A prompt of {time} tokens and {steps} steps need room for {needed} tokens, and the attention cache has "
-            f"room for {room} more; make the state with a larger capacity, or ask for less."
-        )
+        where = f"state is not of this model with a prompt of {batch} sequences"
+        raise UserError(f"{where}: {different[0]} is {different[1]}; expected {different[2]}.")
 
 
 def _pieces(
     model: Any, params: Any, state: Any, prompt: Int[np.ndarray, "B T"], steps: int, how: Choice, key: PRNGKeyArray
 ) -> Iterator[tuple[Int[np.ndarray, "B n"], Any]]:
-    blocks = state.blocks if isinstance(state, ContextState) else state
-
-    def after() -> Any:
-        return state.read_on(blocks.mixer) if isinstance(state, ContextState) else blocks
-
-    logits = None
+    learns, logits = isinstance(state, ContextState), None
+    blocks = state.blocks if learns else state
     for tokens, count in _padded(prompt):
         logits, blocks = _read(model, params, tokens, blocks, count)
     last, finite = _next(logits, key, 0, how)
-    yield _checked(last[:, None], finite, 0), after()
+    yield _checked(last[:, None], finite, 0), state.read_on(blocks.mixer) if learns else blocks
     for start in range(1, steps, PIECE):
         count = min(PIECE, steps - start)
         tokens, finite, blocks = _write(model, params, blocks, last, key, start, count, how)
         last = tokens[:, count - 1]
-        yield _checked(tokens[:, :count], finite, start), after()
+        yield _checked(tokens[:, :count], finite, start), state.read_on(blocks.mixer) if learns else blocks
 
 
 def _padded(prompt: Int[np.ndarray, "B T"]) -> Iterator[tuple[Int[np.ndarray, "B piece"], np.ndarray]]:
@@ -205,10 +184,8 @@ def _learning_pieces(
 def _checked(tokens: Array, finite: Bool[Array, ""], start: int) -> Int[np.ndarray, "B n"]:
     """The tokens on the host, if the model meant anything by them."""
     if not finite:
-        raise UserError(
-            f"The model's logits are not finite at or soon after written token {start}: its parameters or its state "
-            "are damaged (a diverged training run, or a state that was carried after NaN)."
-        )
+        why = "its parameters or its state are damaged (a diverged training run, or a state that was carried after NaN)"
+        raise UserError(f"The model's logits are not finite at or soon after written token {start}: {why}.")
     return np.asarray(tokens)
 
 

@@ -1,12 +1,11 @@
 """One schedule for everything that has an update period (Nested Learning, section 3).
 
-A level is a set of parameters that share one update period, counted in tokens (or optimizer steps).
-``due`` says whether a level updates now; ``scan_levels`` runs a function over a sequence cut on the grid
-of the fastest level, so that any cut of the sequence into calls sees the same updates.
-Read next: ``memory/rule.py`` and ``memory/self_modifying.py``, whose anchors are refreshed by it, and
-``context/writes.py``, where levels learn by it.
+A level is a set of parameters that share one update period, counted in tokens (or optimizer steps). ``scan_levels``
+runs a function over a sequence cut on the grid of the fastest level, so that any cut of the sequence into calls sees
+the same updates. Anchors (``memory/rule.py``) are refreshed by it, and levels learn by it (``context/writes.py``).
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from hope_jax.errors import UserError
-from hope_jax.types import Array, Bool, Float, Int
+from hope_jax.types import Array, Bool, Count, Float, Int
 
 Due = Bool[Array, ""] | bool
 Active = Float[Array, " C"] | None
@@ -37,17 +36,13 @@ class Level:
             raise UserError(f"a level's period is {self.period}; expected at least 1 token")
 
 
-_SAVED = "saved for backward"
-
-
 def save_for_backward(x: Array) -> Array:
     """``x``, which the backward pass of ``scan_levels`` does not compute again: for small arrays that cost much."""
-    return checkpoint_name(x, _SAVED)
+    return checkpoint_name(x, "saved for backward")
 
 
-def _remat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward pass computes everything again, except what the function saves for it."""
-    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(_SAVED))
+# The backward pass computes everything again, except what the function saves for it.
+_remat = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("saved for backward"))
 
 
 def due(step: Int[Array, ""] | np.ndarray | int, period: int) -> Bool[Array, ""]:
@@ -62,14 +57,6 @@ def check_multiples(periods: Sequence[int]) -> None:
             raise UserError(f"periods {tuple(periods)} do not nest; make {slower} a multiple of {faster}")
 
 
-def check_periods(periods: tuple[int, ...]) -> None:
-    """Raise UserError unless every period is a multiple of the fastest one."""
-    for period in periods:
-        Level(period)
-        if period % min(periods):
-            raise UserError(f"periods {periods} do not divide each other; make {period} a multiple of {min(periods)}")
-
-
 def scan_levels(
     segment: Segment,
     state: Any,
@@ -77,9 +64,9 @@ def scan_levels(
     *,
     position: Int[Array, ""] | np.ndarray,
     periods: tuple[int, ...],
-    count: Int[Array, ""] | None = None,
+    count: Count = None,
 ) -> tuple[Any, Any]:
-    """Run ``segment`` over T tokens, one call per period of the fastest level.
+    """Run ``segment`` over T >= 1 tokens, one call per period of the fastest level: ``(state, outputs)``.
 
     Args:
       segment: ``(state, tokens, active, due) -> (state, outputs)``; tokens and outputs are pytrees with leading
@@ -87,15 +74,11 @@ def scan_levels(
         the first of them (plain True where that is known beforehand). It must leave the state unchanged by inactive
         tokens. Rematerialised in the backward pass.
       state: pytree carried along.
-      tokens: pytree with leading axis T >= 1.
-      position: tokens seen before this call; the grid is that of absolute positions, so the result does not
-        depend on how a sequence is cut into calls. A numpy value (a fresh sequence) is known to the compiler, and
-        whole periods then need no padding; the result is the same.
+      tokens: pytree with leading axis T.
+      position: tokens seen before this call; the grid is that of absolute positions. A numpy value (a fresh sequence)
+        is known to the compiler, and whole periods then need no padding; the result is the same.
       periods: of every level, in tokens; all multiples of the smallest one.
       count: only the first ``count`` tokens are real, the others are padding and inactive; None: all are real.
-
-    Returns:
-      ``(state, outputs)`` with outputs of leading axis T.
     """
     length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
     if length == 1 and count is None:  # decoding: a segment of one token needs no grid
@@ -119,8 +102,8 @@ def scan_periods(
     """``scan_levels`` over whole periods of the fastest level from a multiple of it: nothing is padded.
 
     The loops are nested, a slower level's around a faster one's, and each is rematerialised: the backward pass keeps
-    the states at the ends of the slow loops and, of one at a time, those inside it. ``remat`` does that; the default
-    computes again even what a segment saves (``save_for_backward``).
+    the states at the ends of the slow loops and, of one at a time, those inside it. The default ``remat`` computes
+    again even what a segment saves (``save_for_backward``).
     """
     fastest = min(periods)
     chunks = jax.tree.map(lambda x: x.reshape(-1, fastest, *x.shape[1:]), tokens)
@@ -158,7 +141,7 @@ def _nested_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, each: 
 
 
 def _scan_anywhere(
-    segment: Segment, state: Any, tokens: Any, position: Array, periods: tuple[int, ...], real: Int[Array, ""] | int
+    segment: Segment, state: Any, tokens: Any, position: Array, periods: tuple[int, ...], real: Array | int
 ):
     """Tokens placed on the grid at the offset of the first one; what is around the ``real`` ones is inactive."""
     length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
@@ -176,7 +159,8 @@ def _scan_anywhere(
         return segment(state, chunk, on, tuple(here & due(start, p) for p in periods))
 
     state, outputs = lax.scan(step, state, (jnp.arange(rows), grid, active))
-    return state, jax.tree.map(lambda x: _off_grid(x, offset, length), outputs)
+    outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    return state, jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, offset, length, axis=0), outputs)
 
 
 def _on_grid(x: Array, offset: Int[Array, ""], rows: int, width: int) -> Array:
@@ -184,7 +168,3 @@ def _on_grid(x: Array, offset: Int[Array, ""], rows: int, width: int) -> Array:
     room = jnp.zeros((rows * width, *x.shape[1:]), x.dtype)
     placed = lax.dynamic_update_slice_in_dim(room, x, offset, axis=0)
     return placed.reshape(rows, width, *x.shape[1:])
-
-
-def _off_grid(x: Array, offset: Int[Array, ""], length: int) -> Array:
-    return lax.dynamic_slice_in_dim(x.reshape(-1, *x.shape[2:]), offset, length, axis=0)

@@ -19,7 +19,7 @@ from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.cms import CMSConfig, Wiring
 from hope_jax.nn.feed_forward.fast import Writes
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
-from hope_jax.nn.language_model import LanguageModel
+from hope_jax.nn.language_model import LanguageModel as LanguageModel
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
@@ -162,16 +162,3 @@ def model_named(name: str) -> ModelConfig:
     if name not in MODELS:
         raise UserError(f"no model is called {name!r}; {closest(name, MODELS)}")
     return MODELS[name]
-
-
-__all__ = [
-    "ARCHITECTURES",
-    "MODELS",
-    "SIZES",
-    "LanguageModel",
-    "ModelConfig",
-    "Size",
-    "model_named",
-    "with_in_context",
-    "without_writes",
-]

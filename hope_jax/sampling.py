@@ -1,7 +1,4 @@
-"""How the next token is chosen from logits: the settings, checked in the precision in which they are used.
-
-Read ``generate.py`` next: it writes text with these functions.
-"""
+"""How ``generate.py`` chooses the next token from logits: the settings, checked in the precision of their use."""
 
 from typing import Any, NamedTuple
 
@@ -40,12 +37,9 @@ def choice(vocab: int, temperature: Any, top_k: Any = None, top_p: Any = None) -
     if not SMALLEST <= share <= 1:
         raise UserError(f"top_p is {top_p!r}; give a probability above 0 and at most 1, or None for all tokens.")
     mode = 0 if heat < SMALLEST else 1 if top_k is None and top_p is None else 2
-    integers = (jnp.asarray(number, jnp.int32) for number in (mode, vocab if top_k is None else top_k))
-    # The sum of all probabilities can exceed 1 by rounding: 1 is no limit.
-    limit = np.inf if share == 1 else share
-    reals = (jnp.asarray(number, jnp.float32) for number in (max(heat, SMALLEST), limit))
-    (which, few), (heat, limit) = integers, reals
-    return Choice(which, heat, few, limit)
+    few = vocab if top_k is None else top_k
+    limit = np.inf if share == 1 else share  # the sum of all probabilities can exceed 1 by rounding: 1 is no limit
+    return Choice(jnp.int32(mode), jnp.float32(max(heat, SMALLEST)), jnp.int32(few), jnp.float32(limit))
 
 
 def check_key(key: Any) -> None:
@@ -53,9 +47,8 @@ def check_key(key: Any) -> None:
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     if not typed and not (dtype == jnp.uint32 and shape == (2,)):
-        raise UserError(
-            f"key is a {type(key).__name__} of shape {shape}; give one random key, such as jax.random.key(0)."
-        )
+        kind = type(key).__name__
+        raise UserError(f"key is a {kind} of shape {shape}; give one random key, such as jax.random.key(0).")
 
 
 def choose(logits: Float[Array, "B vocab"], key: PRNGKeyArray, how: Choice) -> Int[Array, " B"]:

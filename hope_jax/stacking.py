@@ -1,8 +1,7 @@
 """Ad-hoc level stacking: a trained Transformer becomes Hope-Attention, its MLPs levels (section 7.3; SPEC 3.3).
 
 Nothing is added: the layers' own MLPs are parted into groups, earlier layers faster, the last group never written. With
-every rate 0 it is the Transformer, to the bit; continual training from there (``pretrain``'s loss does it for any model
-with such levels) learns the rates.
+every rate 0 it is the Transformer, to the bit; continual training from there learns the rates.
 """
 
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ def stack_levels(
       config, params: a model with SwiGLU layers, such as ``transformer_pp`` or what ``load_llama`` returns.
       periods: of the levels in tokens, fastest first, each a multiple of the one before; Hope-1, -2, -3 of the paper
         have one, two, three. The layers are parted into one group more, the last of which stays as it is.
-      writes: how they are written; None: the defaults. Its ``rate`` is that of every level to start with.
+      writes: how they are written; None: the defaults.
 
     Raises:
       UserError: another kind of model, fewer layers than groups, or periods that are none or do not nest.
@@ -37,9 +36,8 @@ def stack_levels(
     if not isinstance(part, SwiGLUConfig) or part.levels:
         raise UserError("stacking needs a model with SwiGLU layers that are no levels yet, such as transformer_pp")
     if not 1 <= len(periods) < config.layers:
-        raise UserError(
-            f"there are {len(periods)} periods for {config.layers} layers; expected 1 to {config.layers - 1}"
-        )
+        most = config.layers - 1
+        raise UserError(f"there are {len(periods)} periods for {config.layers} layers; expected 1 to {most}")
     check_multiples(periods)
     groups = np.array_split(np.arange(config.layers), len(periods) + 1)
     levels = [Level(period) for period, group in zip(periods, groups, strict=False) for _ in group]

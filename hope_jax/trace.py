@@ -7,6 +7,7 @@ A document is read in pieces that end where chunks end, so that every write lies
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,8 +57,7 @@ class Trace(NamedTuple):
         found = {(period, tree) for tree, layers in enumerate(self.periods) for period in layers if period}
         for period, tree in sorted(found):
             layers = np.equal(self.periods[tree], period)
-            written, drift = (kind[tree][:, layers].mean(axis=(1, 2)) for kind in (self.written, self.drift))
-            yield period, written, drift
+            yield period, *(kind[tree][:, layers].mean(axis=(1, 2)) for kind in (self.written, self.drift))
 
     def numbers(self) -> dict[str, Any]:
         """Plain lists for JSON: means over sequences, of a gate over heads too, one list for every layer."""
@@ -69,23 +69,18 @@ class Trace(NamedTuple):
 
 
 def watch(model: Any, params: Any, state: State, tokens: Any, progress: bool = False) -> tuple[Trace, ContextState]:
-    """Read and store ``tokens`` as ``context.surprise`` does: the same losses and final state, up to rounding.
+    """Read and store ``tokens``, a whole document, as ``context.surprise`` does: the same losses, state and errors.
 
-    Args:
-      model, params, state, tokens: as in ``context.surprise``; the whole document at once.
-      progress: show a bar.
-
-    Raises:
-      UserError: as ``context.surprise``. The state that was given is as good as before.
+    Losses and state are equal up to rounding; the state that was given is as good as before. ``progress`` shows a bar.
     """
     tokens = jnp.asarray(tokens)
     check_tokens(tokens, model.config.vocab_size)
     batch_of(state)  # if it is one
-    now = entered(model, state)
-    check_room(now, tokens.shape[1])
-    length, starts, seen = tokens.shape[1], _starts(model, now, tokens.shape[1]), []
-    ends = [*starts[1:], length]
-    for at, end in _shown(list(zip(starts, ends, strict=True)), progress):
+    now, length = entered(model, state), tokens.shape[1]
+    check_room(now, length)
+    chunk, unfinished = schedule_of(model, trained=False).chunk, 0 if now.interrupted else int(now.unfinished)
+    starts, seen = sorted({0, *range(-unfinished % chunk, length, chunk)}), []
+    for at, end in _shown(list(itertools.pairwise([*starts, length])), progress):
         before = now
         nats, now = context.surprise(model, params, now, tokens[:, at:end])
         gates = [gate[..., : int(now.unfinished)] for gate in _gates(model, params, now)]
@@ -108,13 +103,6 @@ def _shown(pieces: list[tuple[int, int]], progress: bool) -> Iterable[tuple[int,
     return tqdm(pieces, "reading", unit="chunk")
 
 
-def _starts(model: Any, state: ContextState, length: int) -> list[int]:
-    """Token 0, and the first of every chunk."""
-    chunk = schedule_of(model, trained=False).chunk
-    unfinished = 0 if state.interrupted else int(state.unfinished)
-    return sorted({0, *range(-unfinished % chunk, length, chunk)})
-
-
 @functools.partial(jax.jit, static_argnames="model")
 def _gates(model: Any, params: Any, state: ContextState) -> tuple[Float[Array, "L B H C"], ...]:
     """eta and alpha of the unfinished chunk (or nothing), read once more from its start, with the same weights."""
@@ -132,7 +120,7 @@ def _sizes(before: Any, after: Any) -> tuple[Float[Array, "trees L B"], Float[Ar
 
 
 def draw(trace: Trace, path: str | Path, title: str, compare: Any = None) -> Path:
-    """``figure`` as a PNG in the file ``path``, which is returned; its folder is made. Needs the extra [train]."""
+    """``figure`` as a PNG in the file ``path``, which is returned; its folder is made."""
     path, drawn = Path(path), figure(trace, title, compare)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=120, format="png")
@@ -143,21 +131,17 @@ def figure(trace: Trace, title: str, compare: Any = None) -> Any:
     """A matplotlib figure of one panel each: surprise, eta, 1 - alpha, drift and sizes of writes, where there are any.
 
     Of the gates, median and quartiles over heads and sequences; otherwise means over sequences, and a level's layers.
-    Curves of tokens are running means over a fiftieth of the document.
-
-    Args:
-      compare: nats of the same tokens read without learning, [B, n]: of the last n of them.
+    Curves of tokens are running means over a fiftieth of the document. ``compare`` [B, n]: nats of the last n of these
+    tokens, read without learning.
 
     Raises:
       UserError: ``compare`` has another shape, or matplotlib (the extra [train]) is missing.
     """
     with extra("train"):
         from matplotlib.figure import Figure
-    batch, length = len(trace.surprise), trace.tokens
-    if compare is not None and np.shape(compare) not in [(batch, n + 1) for n in range(length)]:
-        raise UserError(
-            f"compare has shape {np.shape(compare)}; expected nats of these tokens, [{batch}, 1 to {length}]"
-        )
+    batch, length, given = len(trace.surprise), trace.tokens, np.shape(compare)
+    if compare is not None and given not in [(batch, n + 1) for n in range(length)]:
+        raise UserError(f"compare has shape {given}; expected nats of these tokens, [{batch}, 1 to {length}]")
     panels = list(_panels(trace, compare))
     drawn = Figure(figsize=(9, 0.6 + 1.7 * len(panels)), layout="constrained")
     rows = drawn.subplots(len(panels), sharex=True, squeeze=False)[:, 0]

@@ -14,8 +14,7 @@ N      memories of equal shape evaluated together
 S      triangular systems inverted together
 =====  =======================================================================
 
-Shapes in signatures are jaxtyping strings over these letters. They are checked
-under pytest only (an import hook in ``setup.cfg``); at run time they cost nothing.
+Shapes in signatures are jaxtyping strings over these letters, checked under pytest only (see ``setup.cfg``).
 """
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -28,15 +27,4 @@ Count = Int[Array, ""] | None
 """Of the T tokens of a call, the first ``count`` are real and the others padding: no state knows of those, and what is
 read there means nothing. None: all are real."""
 
-__all__ = [
-    "Array",
-    "Bool",
-    "Count",
-    "Float",
-    "Int",
-    "Logits",
-    "PRNGKeyArray",
-    "Scalar",
-    "Stream",
-    "Tokens",
-]
+__all__ = ["Array", "Bool", "Count", "Float", "Int", "Logits", "PRNGKeyArray", "Scalar", "Stream", "Tokens"]

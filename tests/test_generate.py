@@ -76,19 +76,6 @@ def test_a_longer_sample_starts_like_a_shorter_one_and_other_keys_differ(key):
     assert (other != short).any()
 
 
-def test_on_token_sees_every_step_in_order_and_can_stop_the_text(key):
-    model, params, state, prompt = tiny(MIXERS["attention"], key)
-    seen = []
-    tokens, _ = generate.sample(model, params, state, prompt, steps=40, key=key, on_token=seen.append)
-    np.testing.assert_array_equal(np.stack(seen, axis=1), tokens)
-
-    def stop(tokens):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        generate.sample(model, params, state, prompt, steps=40, key=key, on_token=stop)
-
-
 def test_a_stream_stopped_early_leaves_a_state_to_go_on_from(key):
     model, params, state, prompt = tiny(MIXERS["memory"], key)
     whole, _ = generate.sample(model, params, state, prompt, steps=60, temperature=0, key=key)
@@ -223,11 +210,6 @@ def test_mistakes_are_told_before_anything_runs(key, untyped, changes, words):
 @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-40, 1.2e-38, 1e-30])
 def test_however_cold_the_likeliest_token_is_written(temperature):
     assert frequencies(temperature=temperature)[1] == frequencies(temperature=temperature, top_k=3)[1] == 1
-
-
-def test_a_function_of_tokens_is_asked_for_before_anything_is_written(key, untyped):
-    with pytest.raises(UserError, match="on_token is a int; give a function"):
-        generate.sample(FIXED, {}, (), jnp.zeros((1, 1), jnp.int32), steps=1, key=key, on_token=3)
 
 
 def test_the_last_free_slot_can_be_used_and_room_counts_what_was_read(key):

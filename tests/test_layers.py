@@ -11,8 +11,9 @@ import pytest
 from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
 from hope_jax.memory.kernels import cpu
+from hope_jax.memory.products import shifted_sum
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
-from hope_jax.nn.layers import RMSNorm, ShortConv, shifted_sum, taps_at
+from hope_jax.nn.layers import RMSNorm, ShortConv, taps_at
 from hope_jax.nn.rotary import apply_rope
 
 

@@ -255,7 +255,7 @@ WRONG = {
     "rates must be positive": dict(rate_max=-1.0),
     "at least 1": dict(conv=0),
     "gate_hidden and conv must": dict(gate_hidden=0),
-    "divide each other": dict(c_memory=6, c_projections=4),
+    "do not nest": dict(c_memory=6, c_projections=4),
     "cannot be residual": dict(gate=architectures.residual_mlp),
     "read is": dict(read="later"),
     "impl is": dict(impl="quick"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hope_jax.memory import architectures
-from hope_jax.memory.rule import Gates, MemoryState, Rule
+from hope_jax.memory.rule import Gates, Rule
 from hope_jax.memory.scan import scan as scan_rule
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
@@ -37,12 +37,12 @@ def newest_error(rule, gates, hidden, size=64, pairs=64):
     @jax.jit
     def one(key):
         first, second, third = jax.random.split(key, 3)
-        weights = rule.init_weights(first, size, size, hidden)
+        weights = rule.architecture.init(first, size, size, hidden)
         k, v = (architectures.unit(jax.random.normal(x, (pairs, size))) for x in (second, third))
-        start = MemoryState(rule.start(weights), np.zeros((), np.int32))
-        _, state = scan_rule(rule, start, k, v, k, jax.tree.map(lambda g: g * jnp.ones(pairs), gates), weights)
+        of_tokens = jax.tree.map(lambda g: g * jnp.ones(pairs), gates)
+        fast, _ = scan_rule(rule, weights, rule.start(weights), k, v, k, of_tokens, np.zeros((), np.int32))
         error = lambda w: jnp.mean(jnp.linalg.norm(rule.architecture.apply(w, k) - v, axis=-1)[-16:])  # noqa: E731
-        return error(state.fast.running) / error(weights)
+        return error(fast.running) / error(weights)
 
     return np.mean([one(jax.random.key(i)) for i in range(4)])
 
@@ -81,9 +81,9 @@ def one_period(rate, erases, momentum, damped):
     def after(m, s):
         fast = rule.start((m * jnp.ones((1, 1)),))
         fast = fast._replace(momentum=(s * jnp.ones((1, 1)),)) if momentum_on else fast
-        state = MemoryState(fast, np.zeros((), np.int32))
-        _, state = scan_rule(rule, state, one[:, None], 0 * one[:, None], one[:, None], gates, (jnp.zeros((1, 1)),))
-        return jnp.concatenate([w.ravel() for w in (*state.fast.running, *state.fast.momentum)])
+        streams = (one[:, None], 0 * one[:, None], one[:, None])
+        fast, _ = scan_rule(rule, (jnp.zeros((1, 1)),), fast, *streams, gates, np.zeros((), np.int32))
+        return jnp.concatenate([w.ravel() for w in (*fast.running, *fast.momentum)])
 
     columns = [after(1.0, 0.0), after(0.0, 1.0)] if momentum_on else [after(1.0, 0.0)]
     return jnp.stack(columns, axis=1)

@@ -1,9 +1,9 @@
 """What a memory is made of: a stack of linear layers, optionally residual (SPEC 1.3, 1.4; Eq. 89, 91).
 
 ``matrix`` is one linear layer, ``M(x) = W x``. ``residual_mlp`` is ``M(x) = x + W1 sig(W2 x)``. Every layer of
-either is a linear memory of its own with that layer's input as key; ``rule.py`` does that.
-Weights are kernels as in Flax, a tuple of ``[in, out]`` matrices, first layer first, for one head: the transposes of
-the W of the equations. On CPU ``x W^T`` is slower than ``x W`` (``benchmark.py products``).
+either is a linear memory of its own with that layer's input as key. Weights are kernels as in Flax, a tuple of
+``[in, out]`` matrices, first layer first: the transposes of the W of the equations. On CPU ``x W^T`` is slower than
+``x W`` (``benchmark.py products``).
 """
 
 from collections.abc import Callable
@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from hope_jax.errors import UserError
 from hope_jax.memory.kernels import PLAIN, Products
-from hope_jax.memory.kernels.cpu import by_rows
-from hope_jax.memory.products import transpose
+from hope_jax.memory.products import by_rows, transpose
 from hope_jax.types import Array, Float, PRNGKeyArray
 
 Weights = tuple[Float[Array, "..."], ...]
@@ -25,11 +24,10 @@ Activation = Callable[[Array], Array]
 
 def unit(z: Float[Array, "*axes K"]) -> Float[Array, "*axes K"]:
     """z / ||z|| over the last axis, smooth at 0 (SPEC 0), in at least float32."""
-    return by_rows(_unit_rows, z.astype(jnp.promote_types(z.dtype, jnp.float32)))
-
-
-def _unit_rows(rows: Float[Array, "R K"]) -> Float[Array, "R K"]:
-    return rows * jax.lax.rsqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True) + 1e-6)
+    return by_rows(
+        lambda rows: rows * jax.lax.rsqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True) + 1e-6),
+        z.astype(jnp.promote_types(z.dtype, jnp.float32)),
+    )
 
 
 def unit_gelu(z: Float[Array, "*axes F"]) -> Float[Array, "*axes F"]:
@@ -38,12 +36,10 @@ def unit_gelu(z: Float[Array, "*axes F"]) -> Float[Array, "*axes F"]:
 
 
 class Pass(NamedTuple):
-    """The way of inputs through a memory, layer by layer.
+    """The way of inputs through a memory: the inputs [T,F] of each layer after the first, and how they come about.
 
-    Attributes:
-      inputs: of each layer after the first, [T,F].
-      backs: vector-Jacobian products of the activations in front of those layers.
-      outputs: each layer's weights applied to its input, [T,V]; the last is M(x), less a residual.
+    ``backs`` are the vector-Jacobian products of the activations in front of those layers, ``outputs`` each layer's
+    weights applied to its input, [T,V]; the last is M(x), less a residual.
     """
 
     inputs: list[Array]
@@ -53,13 +49,10 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A memory of ``layers`` linear maps.
+    """A memory of ``layers`` linear maps, 1 or more, with an activation between them, applied to [..., F].
 
-    Attributes:
-      layers: number of linear layers, 1 or more.
-      residual: add the input to the output; needs equal key and value sizes.
-      activation: between layers, applied to [..., F].
-      scales: standard deviation of each layer's initial weights, times 1/sqrt(fan-in). One number per layer.
+    ``residual`` adds the input to the output and needs equal key and value sizes. ``scales``, one for each layer: the
+    standard deviation of its initial weights, times 1/sqrt(fan-in).
     """
 
     layers: int

@@ -15,7 +15,6 @@ hope_dot             as hope with the dot-product objective
 
 from dataclasses import replace
 
-from hope_jax.errors import UserError, closest
 from hope_jax.memory import architectures, objectives
 from hope_jax.memory.rule import Rule
 
@@ -34,10 +33,3 @@ RULES: dict[str, Rule] = {
     "hope_linear_dot": replace(_hope, architecture=architectures.full_rank_matrix, objective=objectives.dot),
     "hope_dot": replace(_hope, objective=objectives.dot),
 }
-
-
-def rule_named(name: str) -> Rule:
-    """The row of that name; UserError with the closest names otherwise."""
-    if name not in RULES:
-        raise UserError(f"no memory rule is called {name!r}; {closest(name, RULES)}")
-    return RULES[name]

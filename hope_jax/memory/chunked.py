@@ -25,9 +25,9 @@ from hope_jax.types import Array, Float
 
 
 class Linear(NamedTuple):
-    """Weights of linear memories before a token: running, momentum (None: there is none) and base.
+    """Weights of linear memories before a token: running, momentum (None: there is none) and base (None: zero).
 
-    ``base`` are weights that are read and erased together with ``memory`` but do not change; None: zero.
+    ``base`` is read and erased together with ``memory`` but does not change.
     """
 
     memory: Float[Array, "*N K V"]
@@ -35,11 +35,7 @@ class Linear(NamedTuple):
     base: Float[Array, "*N K V"] | None = None
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "writes", "erase", "memory_at_keys"],
-    meta_fields=["systems"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Write:
     """What C tokens do to a ``Linear``. Inactive tokens write and erase nothing.
@@ -56,26 +52,28 @@ class Write:
     writes: Any
     erase: Any
     memory_at_keys: Any = None
-    systems: tuple[int, ...] = ()
+    systems: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+
+class Tokens(NamedTuple):
+    """What tokens write into each ``Linear``, what all memories share, and what the tokens read, any pytree."""
+
+    writes: list[Write]
+    shared: Shared
+    queries: Any
 
 
 Lookup = Callable[[int, Array], Array]
 """``lookup(i, inputs)``: the first box of the i-th ``Linear`` at each token's time, applied to its input."""
+Read = Callable[[Lookup, Any], Any]
+"""``read(lookup, queries)`` returns what the lookups made of queries."""
 
 
 def chunk(
-    products: Products,
-    linears: Sequence[Linear],
-    writes: Sequence[Write],
-    shared: Shared,
-    queries: Any,
-    read: Callable[[Lookup, Any], Any],
-    time: ReadTime,
+    products: Products, linears: Sequence[Linear], tokens: Tokens, read: Read, time: ReadTime
 ) -> tuple[list[Linear], Any]:
-    """Write C tokens into every memory, and read: ``read(lookup, queries)`` returns what the lookups made of queries.
-
-    ``time`` says whether token t reads the memories before or after its own write.
-    """
+    """Write C tokens into every memory, and read: before or after a token's own write."""
+    writes, shared, queries = tokens
     coefficients = chunk_coefficients(products, shared, time)
     grams = [products.gram(write.keys) for write in writes]
     inverses = _inverses(products, coefficients.before, writes, grams)
@@ -96,9 +94,6 @@ def chunk(
     return ends, read(lookup, queries)
 
 
-# ---------------------------------------------------------------- boxes
-
-
 def side_by_side(boxes: Float[Array, "*N R F"]) -> Float[Array, "R V"]:
     """Columns of boxes next to each other, V = N F; those of one box as they are."""
     return boxes if boxes.ndim == 2 else jnp.moveaxis(boxes, 0, 1).reshape(boxes.shape[1], -1)
@@ -114,9 +109,6 @@ def first_box(linear: Linear, features: int) -> Linear:
     if linear.memory.ndim == 3:
         return jax.tree.map(lambda x: x[0], linear)
     return jax.tree.map(lambda x: x[:, :features], linear)
-
-
-# ---------------------------------------------------------------- the triangular systems
 
 
 def _inverses(
@@ -152,16 +144,8 @@ def _of_boxes(write: Write, inverses: Float[Array, "S C C"]) -> Float[Array, "*N
     return inverses if write.erase.ndim == 2 else inverses[0]
 
 
-# ---------------------------------------------------------------- writing
-
-
 def _write(
-    products: Products,
-    coefficients: Coefficients,
-    linear: Linear,
-    write: Write,
-    gram: Float[Array, "C C"],
-    inverse: Float[Array, "*N C C"] | None,
+    products, coefficients: Coefficients, linear: Linear, write: Write, gram: Float[Array, "C C"], inverse
 ) -> tuple[Linear, Float[Array, "*N C F"] | None]:
     """The memories after the chunk, and each box's erases E_s = -a_s M_{s-1} k_s (None without erase)."""
     last, erased = coefficients.last, None
@@ -181,33 +165,22 @@ def _erases(products, before: Share, linear: Linear, write: Write, gram, inverse
     at_keys = write.memory_at_keys
     at_keys = products.matmul(write.keys, linear.memory) if at_keys is None else at_keys
     right = _without_erases(products, before, linear, at_keys, write.keys, gram, side_by_side(write.writes))
-    solve = functools.partial(_solve, products, before.erases * gram)
+    lower = before.erases * gram
+
+    def solve(erase, right, inverse):
+        return -erase[:, None] * products.solve(lower, erase, right, inverse)
+
     if write.writes.ndim == 2:
         return solve(write.erase, right, inverse)
     return jax.vmap(solve)(write.erase, apart(right, len(write.writes)), inverse)
 
 
-def _solve(products, lower, erase, right, inverse) -> Float[Array, "C F"]:
-    return -erase[:, None] * products.solve(lower, erase, right, inverse)
+def _without_erases(products, share: Share, linear: Linear, at_inputs, inputs, scores, writes) -> Float[Array, "C V"]:
+    """The memory of every time, as it were without the chunk's erases, applied to that time's input [C,K].
 
-
-# ---------------------------------------------------------------- reading
-
-
-def _without_erases(
-    products: Products,
-    share: Share,
-    linear: Linear,
-    memory_at_inputs: Float[Array, "C V"],
-    inputs: Float[Array, "C K"],
-    scores: Float[Array, "C C"],
-    writes: Float[Array, "C V"],
-) -> Float[Array, "C V"]:
-    """The memory of every time, as it were without the chunk's erases, applied to that time's input.
-
-    ``scores`` are the products of the inputs with the keys.
+    ``at_inputs`` [C,V] is the incoming memory applied to them, ``scores`` [C,C] are their products with the keys.
     """
-    value = share.memory[:, None] * memory_at_inputs + products.matmul(share.writes * scores, writes)
+    value = share.memory[:, None] * at_inputs + products.matmul(share.writes * scores, writes)
     if linear.momentum is not None:
         value += share.momentum[:, None] * products.matmul(inputs, linear.momentum)
     if linear.base is not None:

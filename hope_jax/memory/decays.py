@@ -15,10 +15,7 @@ FLOOR = 1e-30
 
 
 class Shared(NamedTuple):
-    """What all memories have in common at each token: alpha, beta (None: no momentum), and 1 for real tokens.
-
-    ``active`` None means that all tokens are real.
-    """
+    """What memories share at each token: alpha, beta (None: no momentum), and 1 where it is real (None: everywhere)."""
 
     retention: Float[Array, " C"]
     momentum_decay: Float[Array, " C"] | None
@@ -35,13 +32,9 @@ class Share(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Products of decays in one chunk.
+    """What is left of the memory at t - 1 and at the time of the read, for each token t (R = C), and after the chunk.
 
-    Attributes:
-      before: the memory at t - 1, for each token t of the chunk (R = C).
-      read: the memory at the time at which token t reads (R = C).
-      last: the memory after the chunk.
-      momentum: the momentum after the chunk (``memory`` and ``erases`` unused); None without momentum.
+    ``momentum`` is for the momentum after the chunk (``memory`` and ``erases`` unused); None without momentum.
     """
 
     before: Share
@@ -51,10 +44,9 @@ class Coefficients(NamedTuple):
 
 
 def chunk_coefficients(products: Products, shared: Shared, time: ReadTime) -> Coefficients:
-    """Products of the decays of one chunk.
+    """Rows of the products are times 0..C; column 0 belongs to what was there before the chunk, column s to token s.
 
-    They are taken apart by splits, whose cotangents are put together at once; that of each slice would be a whole
-    matrix. Rows are times 0..C; column 0 belongs to what was there before the chunk, column s to token s.
+    They are taken apart by splits, whose cotangents are put together at once; that of each slice is a whole matrix.
     """
     start, tokens = jnp.split(decay_products(shared.retention), [1], axis=1)
     of_memory, of_writes, momentum = (start[:, 0], tokens), (start[:, 0], tokens), None

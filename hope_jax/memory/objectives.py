@@ -1,7 +1,6 @@
-"""Inner objectives: what a memory is asked to make of its prediction for a key, given the value.
+"""Inner objectives, ``(prediction, value) -> loss`` for one token.
 
-An objective is ``(prediction, value) -> loss`` for one token. Its gradient at the prediction is the *error* that
-is written against the key (SPEC 1.3, 4.2). Constants follow SPEC 0: L2 carries the factor 1/2.
+The gradient at the prediction is the *error* that is written against the key (SPEC 1.3, 4.2).
 """
 
 from collections.abc import Callable

@@ -12,16 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hope_jax.levels import Due
 from hope_jax.memory.architectures import Architecture, Weights
 from hope_jax.memory.chunked import apart, side_by_side
-from hope_jax.types import Array, Bool
+from hope_jax.types import Array
 
 
 class Boxes(NamedTuple):
-    """One value per group of boxes: rules, initial weights or log rate scales.
-
-    Initial weights are [in, out] for the memory, which is one box, and [N, in, out] for the others.
-    """
+    """One value per group of boxes. Initial weights are [in, out] for the memory, one box, [N, in, out] for others."""
 
     memory: Any
     projections: Any
@@ -30,13 +28,9 @@ class Boxes(NamedTuple):
 
 @dataclass(frozen=True)
 class Stack:
-    """Boxes of one shape that follow each other.
+    """Boxes that follow each other and have layers of the same shapes [in, out]; their initial scales may differ.
 
-    Attributes:
-      architecture: of each box; their initial scales may differ.
-      shapes: [in, out] of each layer.
-      groups: the group of each box, an index of ``Boxes``.
-      place: where their layers begin in the packed weights.
+    ``groups`` are the group of each box, an index of ``Boxes``, ``place`` is where their packed weights begin.
     """
 
     architecture: Architecture
@@ -48,15 +42,17 @@ class Stack:
         """Its packed layers."""
         return weights[self.place : self.place + len(self.shapes)]
 
-    def boxes(self, group: int) -> slice:
-        """The boxes of a group."""
-        first = self.groups.index(group)
-        return slice(first, first + self.groups.count(group))
+    def holds(self, other: Architecture, shapes: tuple[tuple[int, int], ...]) -> bool:
+        """Whether a box of that kind may follow."""
+        own = self.architecture
+        return self.shapes == shapes and own.residual == other.residual and own.activation is other.activation
 
-    def columns(self, boxes: slice) -> slice:
-        """The columns of those boxes in the first layer."""
-        features = self.shapes[0][1]
-        return slice(features * boxes.start, features * boxes.stop)
+    def of_group(self, weights: Weights, group: int) -> tuple[int, Array, Weights]:
+        """How many boxes a group has, their first layers side by side, and the layers after those."""
+        start, count = self.groups.index(group), self.groups.count(group)
+        first, *later = self.layers(weights)
+        features, end = self.shapes[0][1], start + count
+        return count, first[:, features * start : features * end], tuple(w[start:end] for w in later)
 
 
 def stacks_of(architectures: Boxes, initial: Boxes) -> tuple[Stack, ...]:
@@ -65,17 +61,12 @@ def stacks_of(architectures: Boxes, initial: Boxes) -> tuple[Stack, ...]:
     for group, (architecture, weights) in enumerate(zip(architectures, initial, strict=True)):
         groups = (group,) * (1 if group == 0 else len(weights[0]))
         shapes = tuple(w.shape[-2:] for w in weights)
-        if stacks and _stackable(stacks[-1], architecture, shapes):
+        if stacks and stacks[-1].holds(architecture, shapes):
             stacks[-1] = replace(stacks[-1], groups=stacks[-1].groups + groups)
         elif groups:
             place = stacks[-1].place + len(stacks[-1].shapes) if stacks else 0
             stacks.append(Stack(architecture, shapes, groups, place))
     return tuple(stacks)
-
-
-def _stackable(stack: Stack, architecture: Architecture, shapes: tuple[tuple[int, int], ...]) -> bool:
-    one, other = stack.architecture, architecture
-    return stack.shapes == shapes and one.residual == other.residual and one.activation is other.activation
 
 
 def pack(stacks: Sequence[Stack], initial: Boxes) -> Weights:
@@ -99,11 +90,11 @@ def unpack(stacks: Sequence[Stack], weights: Weights) -> list[Weights]:
     return boxes
 
 
-def where_due(stacks: Sequence[Stack], due: Sequence[Bool[Array, ""]], new: Weights, old: Weights) -> Weights:
+def where_due(stacks: Sequence[Stack], due: Sequence[Due], new: Weights, old: Weights) -> Weights:
     """``new`` where ``due`` of a box's group is true, elsewhere ``old``."""
     masks: list[Array] = []
     for stack in stacks:
-        of_boxes = jnp.stack([due[group] for group in stack.groups])
+        of_boxes = jnp.stack([jnp.asarray(due[group]) for group in stack.groups])
         columns = jnp.repeat(of_boxes, stack.shapes[0][1])[None]
         masks += [columns, *[of_boxes[:, None, None]] * (len(stack.shapes) - 1)]
     return jax.tree.map(jnp.where, tuple(masks), new, old)

@@ -3,14 +3,11 @@
     S_t = beta_t S_{t-1} + w_t k_t^T
     M_t = M_{t-1} (alpha_t I - a_t k_t k_t^T) + S_t
 
-``gated_delta`` evaluates it for one head (``vmap`` for the rest). ``evaluate`` does so for all linear memories that
-share their tokens' alpha and beta, in two interchangeable forms: ``sequential`` is the definition, a ``lax.scan`` over
-tokens; the other one is exact and turns every block of tokens into a handful of matrix products (``chunked.py``).
-``rule.py`` says which (alpha, a, beta, w) make which model.
+``gated_delta`` evaluates it for one head, ``evaluate`` for all linear memories that share their tokens' alpha and beta,
+in two forms: ``sequential`` is the definition, a ``lax.scan`` over tokens; the other one is exact and turns every block
+of tokens into a handful of matrix products (``chunked.py``). ``rule.py``: which (alpha, a, beta, w) make which model.
 """
 
-import functools
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
@@ -19,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hope_jax.errors import UserError
-from hope_jax.memory.chunked import Linear, Lookup, Write, chunk, first_box
+from hope_jax.memory.chunked import Linear, Lookup, Read, Tokens, Write, chunk, first_box
 from hope_jax.memory.decays import ReadTime, Shared
 from hope_jax.memory.kernels import Impl, check_impl, products_of
 from hope_jax.memory.products import transpose
@@ -50,24 +47,22 @@ def gated_delta(
     impl: Impl = "auto",
     block: int = 32,
 ) -> Recurrence:
-    """Run the gated delta recurrence over T tokens of one head.
+    """Run the gated delta recurrence over T tokens of one head (``vmap`` for the rest).
 
     Args:
       memory: M_0, the weights before the first token. Here and in the result memories are the M of the equations;
         everywhere else in the library they are kernels, the transposes.
-      keys: k_t; need not be unit.
-      writes: w_t, the vector written against the key.
+      keys, writes: k_t, which need not be unit, and w_t, the vector written against it.
       queries: q_t, or None when nobody reads (the final state only).
       retention: alpha_t in [0, 1]; 1 keeps everything.
       erase: a_t >= 0, the strength of ``-a k k^T``; None means 0 and skips the triangular solve.
       momentum: S_0; None (with ``momentum_decay`` None) means no momentum, S_t = w_t k_t^T.
       momentum_decay: beta_t in [0, 1].
-      base: weights B that are read and erased together with M but never decay: the recurrence runs on
-        the deviation, reads return (B + M) q and the erase removes a (B + M) k k^T (SPEC 2.4 ``retain_to``).
+      base: weights B that are read and erased together with M but never decay: reads return (B + M) q and the erase
+        removes a (B + M) k k^T (SPEC 2.4 ``retain_to``).
       active: 1 for real tokens, 0 for padding, which leaves memory and momentum untouched.
       read: "before": y_t = M_{t-1} q_t; "after": y_t = M_t q_t.
-      impl: "auto" (exact, matrix products with fast gradients in reverse mode), "chunked" (the same in plain products,
-        differentiable in every mode) or "sequential" (the definition).
+      impl: "auto", "chunked" or "sequential", see ``kernels``.
       block: tokens per block of the chunked form; any positive number.
 
     Returns:
@@ -77,28 +72,25 @@ def gated_delta(
       UserError: momentum without its decay or the reverse, gates that are not one number per token, an unknown
         ``read`` or ``impl``, or block < 1.
     """
-    _check(momentum, momentum_decay, read, impl, block)
     gates = dict(retention=retention, erase=erase, momentum_decay=momentum_decay, active=active)
-    for name, gate in gates.items():
-        if gate is not None and jnp.shape(gate) != keys.shape[:1]:
-            raise UserError(f"{name} has shape {jnp.shape(gate)}; expected one number per token, {keys.shape[:1]}")
+    _check(keys.shape[:1], gates, momentum, read, impl, block)
     if active is not None:
         active = lax.stop_gradient(active)
         writes, erase = active[:, None] * writes, None if erase is None else active * erase
-    weights = jax.tree.map(transpose, Linear(memory, momentum, base))
-    given = (weights, Write(keys, writes, erase), Shared(retention, momentum_decay, active), queries)
+    linear = jax.tree.map(transpose, Linear(memory, momentum, base))
+    tokens = Tokens([Write(keys, writes, erase)], Shared(retention, momentum_decay, active), queries)
     dtype = jnp.promote_types(memory.dtype, jnp.float32)
-    linear, write, shared, queries = jax.tree.map(lambda x: x.astype(dtype), given)
-    (end,), reads = evaluate([linear], [write], shared, queries, _look_up, time=read, impl=impl, block=block)
+    linear, tokens = jax.tree.map(lambda x: x.astype(dtype), (linear, tokens))
+
+    def look_up(lookup: Lookup, queries: Array | None) -> Array | None:
+        return None if queries is None else lookup(0, queries)
+
+    (end,), reads = evaluate([linear], tokens, look_up, read, impl, block)
     return Recurrence(reads, transpose(end.memory), None if end.momentum is None else transpose(end.momentum))
 
 
-def _look_up(lookup: Lookup, queries: Array | None) -> Array | None:
-    return None if queries is None else lookup(0, queries)
-
-
-def _check(momentum: Array | None, momentum_decay: Array | None, read: str, impl: str, block: int) -> None:
-    if (momentum is None) != (momentum_decay is None):
+def _check(length: tuple[int, ...], gates: dict[str, Any], momentum: Any, read: str, impl: str, block: int) -> None:
+    if (momentum is None) != (gates["momentum_decay"] is None):
         missing = "momentum" if momentum is None else "momentum_decay"
         raise UserError(f"{missing} is None but the other is given; pass both, or neither for no momentum")
     if read not in get_args(ReadTime):
@@ -106,26 +98,23 @@ def _check(momentum: Array | None, momentum_decay: Array | None, read: str, impl
     check_impl(impl)
     if block < 1:
         raise UserError(f"block is {block}; expected at least 1 token")
+    for name, gate in gates.items():
+        if gate is not None and jnp.shape(gate) != length:
+            raise UserError(f"{name} has shape {jnp.shape(gate)}; expected one number per token, {length}")
 
 
 def evaluate(
-    linears: Sequence[Linear],
-    writes: Sequence[Write],
-    shared: Shared,
-    queries: Any,
-    read: Callable[[Lookup, Any], Any],
-    *,
-    time: ReadTime,
-    impl: Impl,
-    block: int | None = None,
+    linears: list[Linear], tokens: Tokens, read: Read, time: ReadTime, impl: Impl, block: int | None = None
 ) -> tuple[list[Linear], Any]:
     """Write T tokens into every memory and read them: ``chunked.chunk`` over any number of tokens, or its definition.
 
     ``block`` is the number of tokens per chunk, None for all of them. Inactive tokens must come with zero writes and
     erases; what they retain is seen to here.
     """
-    run = _sequential if impl == "sequential" else functools.partial(_chunked, products_of(impl), block)
-    return run(list(linears), list(writes), _idle(shared), queries, read, time)
+    tokens = tokens._replace(shared=_idle(tokens.shared))
+    if impl == "sequential":
+        return _sequential(linears, tokens, read, time)
+    return _chunked(products_of(impl), block, linears, tokens, read, time)
 
 
 def _idle(shared: Shared) -> Shared:
@@ -136,11 +125,8 @@ def _idle(shared: Shared) -> Shared:
     return Shared(on * shared.retention + (1 - on), None if decay is None else on * decay + (1 - on), on)
 
 
-# ---------------------------------------------------------------- the definition
-
-
-def _sequential(linears, writes, shared: Shared, queries, read, time: ReadTime) -> tuple[list[Linear], Any]:
-    def step(before: list[Linear], token):
+def _sequential(linears: list[Linear], tokens: Tokens, read: Read, time: ReadTime) -> tuple[list[Linear], Any]:
+    def step(before: list[Linear], token: Tokens):
         writes, shared, queries = token
         after = [token_step(*one, shared) for one in zip(before, writes, strict=True)]
         seen = before if time == "before" else after
@@ -151,7 +137,7 @@ def _sequential(linears, writes, shared: Shared, queries, read, time: ReadTime) 
         reads = read(lookup, jax.tree.map(lambda x: x[None], queries))
         return after, jax.tree.map(lambda x: x[0], reads)
 
-    return lax.scan(step, linears, ([_by_token(write) for write in writes], shared, queries))
+    return lax.scan(step, linears, tokens._replace(writes=[_by_token(write) for write in tokens.writes]))
 
 
 def _by_token(write: Write) -> Write:
@@ -179,33 +165,24 @@ def token_step(linear: Linear, write: Write, shared: Shared) -> Linear:
     return Linear(memory, None if linear.momentum is None else added, linear.base)
 
 
-# ---------------------------------------------------------------- the exact block form
+def _chunked(products, block: int | None, linears: list[Linear], tokens: Tokens, read: Read, time: ReadTime):
+    def step(linears: list[Linear], tokens: Tokens):
+        return chunk(products, linears, tokens, read, time)
 
-
-def _chunked(products, block: int | None, linears, writes, shared: Shared, queries, read, time: ReadTime):
-    def step(linears, tokens):
-        some_writes, some_shared, some_queries = tokens
-        return chunk(products, linears, some_writes, some_shared, some_queries, read, time)
-
-    tokens, length = (writes, shared, queries), shared.retention.shape[0]
+    length = tokens.shared.retention.shape[0]
     if block is None or length <= block:
         return step(linears, tokens)
-    blocks = jax.tree.map(lambda x: _split(x, block), _padded(tokens, length, -length % block))
+    if length % block:
+        tokens = _padded(tokens, length, -length % block)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), tokens)
     linears, reads = lax.scan(jax.checkpoint(step), linears, blocks)
     return linears, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], reads)
 
 
-def _padded(tokens: tuple[list[Write], Shared, Any], length: int, extra: int) -> tuple[list[Write], Shared, Any]:
+def _padded(tokens: Tokens, length: int, extra: int) -> Tokens:
     """``extra`` inactive tokens at the end: zero keys and writes, and everything is retained."""
-    if not extra:
-        return tokens
-    writes, shared, queries = tokens
+    shared = tokens.shared
     if shared.active is None:
-        shared = shared._replace(active=jnp.ones(length, shared.retention.dtype))
-    padded = (writes, shared, queries)
-    writes, shared, queries = jax.tree.map(lambda x: jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), padded)
-    return writes, _idle(shared), queries
-
-
-def _split(x: Array, block: int) -> Array:
-    return x.reshape(-1, block, *x.shape[1:])
+        tokens = tokens._replace(shared=shared._replace(active=jnp.ones(length, shared.retention.dtype)))
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), tokens)
+    return padded._replace(shared=_idle(padded.shared))

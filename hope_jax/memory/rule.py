@@ -10,21 +10,23 @@ inner objective at every token, taken at
   every layer is a linear memory with its own input as key (SPEC 1.4).
 
 ``dgd_scope`` adds the proximal erase of delta gradient descent (Eq. 57, 88, 113): rate r = eta/(1 + eta ||z||^2) for a
-layer with input z, once in the erase and once in the write. All functions are for one head of one sequence.
+layer with input z, once in the erase and once in the write. ``layer_writes`` is that step, layer by layer (SPEC 1.3,
+1.4). All functions are for one head of one sequence.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, check_choices
 from hope_jax.levels import Level
 from hope_jax.memory import decays, objectives
 from hope_jax.memory.architectures import Architecture, Weights
-from hope_jax.types import Array, Float, Int, PRNGKeyArray
+from hope_jax.memory.chunked import Write
+from hope_jax.memory.kernels import Products
+from hope_jax.types import Array, Float
 
 GradientAt = Literal["running", "retained", "anchor"]
 DGDScope = Literal["per_layer", "input_only", "none"]
@@ -34,13 +36,7 @@ RetainTo = Literal["zero", "init"]
 
 
 class Gates(NamedTuple):
-    """Per-token gates of one head.
-
-    Attributes:
-      rate: inner learning rate eta >= 0 (theta in Titans).
-      retention: alpha in [0, 1]; 1 keeps.
-      momentum_decay: beta in [0, 1], or None for a rule without momentum.
-    """
+    """Per token: inner learning rate eta >= 0 (theta in Titans), alpha and beta in [0, 1]; no beta without momentum."""
 
     rate: Float[Array, " T"]
     retention: Float[Array, " T"]
@@ -48,18 +44,11 @@ class Gates(NamedTuple):
 
 
 class Fast(NamedTuple):
-    """Weights that change while a sequence is read; each a tuple of [in, out] kernels, empty where unused."""
+    """Weights that change while a sequence is read, each a tuple of [in, out] kernels, or () where there are none."""
 
     anchor: Weights
     running: Weights
     momentum: Weights
-
-
-class MemoryState(NamedTuple):
-    """Fast weights and the number of tokens since the last anchor refresh."""
-
-    fast: Fast
-    position: Int[Array, ""] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,7 +57,7 @@ class Rule:
 
     Attributes:
       architecture: the memory's layers.
-      objective: inner loss of one token, ``(prediction, value) -> scalar``.
+      objective: inner loss of one token, see ``objectives.py``.
       gradient_at: where the inner gradient is taken (module docstring).
       period: anchor period C in tokens; a property of the model, not of the evaluator.
       read: "before" y_t = M_{t-1}(q_t), "after" M_t(q_t), "anchor" M_anchor(q_t).
@@ -78,7 +67,7 @@ class Rule:
       damped: multiply writes by (1 - beta), so that momentum averages instead of sums (SPEC 2.5).
       retain_to: "zero" (Eq. 88) or "init": retention pulls towards the initial weights.
       self_values: the target is the memory's own output for the value, at its anchor (Eq. 84, 87).
-      learned_start: the initial weights are parameters; otherwise the memory starts at zero.
+      learned_start: the initial weights are parameters of the mixer; otherwise the memory starts at zero.
     """
 
     architecture: Architecture
@@ -96,12 +85,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         Level(self.period)
-        choices = dict(
-            gradient_at=GradientAt, read=ReadTime, dgd_scope=DGDScope, rate_form=RateForm, retain_to=RetainTo
-        )
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise UserError(f"{name} is {getattr(self, name)!r}; expected one of {get_args(allowed)}")
+        check_choices(self)
         if self.gradient_at != "anchor":
             self._check_linear()
 
@@ -116,11 +100,6 @@ class Rule:
         if anchored:
             raise UserError(f"{where} has no anchor, which {', '.join(anchored)} needs; use gradient_at='anchor'")
 
-    def init_weights(self, key: PRNGKeyArray, key_dim: int, value_dim: int, hidden: int) -> Weights:
-        """Initial weights M_0 of one head."""
-        weights = self.architecture.init(key, key_dim, value_dim, hidden)
-        return weights if self.learned_start else jax.tree.map(jnp.zeros_like, weights)
-
     @property
     def read_time(self) -> decays.ReadTime:
         """When the running memory is read."""
@@ -130,3 +109,53 @@ class Rule:
         """Fast weights at the start of a sequence: everything at M_0, no momentum."""
         anchor = weights if self.gradient_at == "anchor" else ()
         return Fast(anchor, weights, jax.tree.map(jnp.zeros_like, weights) if self.momentum else ())
+
+
+def layer_writes(
+    rule: Rule,
+    products: Products,
+    later: Weights,
+    pairs: tuple[Array, Array],
+    first: tuple[Array, Array | None],
+    gates: Gates,
+    fresh: bool = False,
+) -> list[Write]:
+    """The write of every layer at the anchor (SPEC 1.4).
+
+    ``pairs`` are keys [T,K] and values [T,V], ``first`` the first layer of the anchor applied to them (to the values
+    only with ``self_values``), ``later`` the anchor's layers after it. ``fresh``: the memory is the anchor still.
+    """
+    (keys, values), architecture = pairs, rule.architecture
+    through = architecture.forward(first[0], later, products)
+    if first[1] is not None:
+        values = architecture.finish(first[1], later, values, products)
+    prediction = through.outputs[-1] + keys if architecture.residual else through.outputs[-1]
+    errors = [objectives.error(rule.objective, prediction, values)]
+    for w, back in zip(later[::-1], through.backs[::-1], strict=True):
+        errors.insert(0, back(products.matmul_nt(errors[0], w))[0])
+    layers = enumerate(zip([keys, *through.inputs], errors, strict=True))
+    writes = [layer_write(rule, i, z, error, gates) for i, (z, error) in layers]
+    if not fresh:
+        return writes
+    return [replace(one, memory_at_keys=output) for one, output in zip(writes, through.outputs, strict=True)]
+
+
+def layer_write(rule: Rule, layer: int, z: Array, error: Array, gates: Gates) -> Write:
+    """From the layer's input z and the inner gradient at its output (without an anchor: less the memory's own part)."""
+    rate, erase = _rates(rule, layer, z, gates)
+    if rule.momentum and rule.damped and gates.momentum_decay is not None:
+        rate = rate * (1 - gates.momentum_decay)
+    return Write(z, -rate[:, None] * error, erase)
+
+
+def _rates(rule: Rule, layer: int, z: Array, gates: Gates) -> tuple[Array, Array | None]:
+    """Write rate and erase of one layer (None: no erase)."""
+    if rule.gradient_at != "anchor":
+        erase = gates.rate * gates.retention if rule.gradient_at == "retained" else gates.rate
+        return gates.rate, erase if rule.objective is objectives.l2 else None
+    if rule.dgd_scope == "none" or (rule.dgd_scope == "input_only" and layer > 0):
+        return gates.rate, None
+    if rule.rate_form == "literal":
+        return gates.rate, gates.rate
+    rate = gates.rate / (1 + gates.rate * jnp.sum(jnp.square(z), axis=-1))
+    return rate, rate

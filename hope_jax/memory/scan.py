@@ -7,90 +7,76 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hope_jax.levels import Due, scan_levels
+from hope_jax.levels import Active, Due, scan_levels
 from hope_jax.memory.architectures import Weights
-from hope_jax.memory.chunked import Linear, Lookup, Write
+from hope_jax.memory.chunked import Linear, Lookup, Tokens
 from hope_jax.memory.decays import Shared
-from hope_jax.memory.inner_step import layer_write, layer_writes
 from hope_jax.memory.kernels import Impl, Products, products_of
 from hope_jax.memory.recurrence import evaluate
-from hope_jax.memory.rule import Fast, Gates, MemoryState, Rule
-from hope_jax.types import Array, Float, Int
+from hope_jax.memory.rule import Fast, Gates, Rule, layer_write, layer_writes
+from hope_jax.types import Array, Count, Float, Int
 
 
-def refresh(fast: Fast, due: Due) -> Fast:
-    """Move the anchor to the running weights where the level is due."""
-    if not fast.anchor:
-        return fast
+def scan(
+    rule: Rule,
+    initial: Weights,
+    fast: Fast,
+    keys: Float[Array, "T K"],
+    values: Float[Array, "T V"],
+    queries: Float[Array, "T K"],
+    gates: Gates,
+    position: Int[Array, ""] | np.ndarray,
+    impl: Impl = "auto",
+    count: Count = None,
+) -> tuple[Fast, Float[Array, "T V"]]:
+    """Read and write one memory over T tokens; returns the fast weights after them, and the reads.
+
+    ``initial`` are the weights M_0 the sequence started from (used by ``retain_to="init"``), ``position`` the tokens
+    before this call, or since an anchor was last refreshed. Any cut of the T tokens into calls gives the same result.
+    ``impl`` is that of ``gated_delta``.
+    """
+    tokens = (keys, values, queries, gates)
+    if rule.gradient_at != "anchor":
+        active = None if count is None else (jnp.arange(len(keys)) < count).astype(jnp.float32)
+        return _write(rule, initial, impl, fast, tokens, active)
+
+    def segment(fast: Fast, tokens, active: Active, due: tuple[Due, ...]):
+        return _write(rule, initial, impl, _refreshed(fast, due[0]), tokens, active)
+
+    return scan_levels(segment, fast, tokens, position=position, periods=(rule.period,), count=count)
+
+
+def _refreshed(fast: Fast, due: Due) -> Fast:
+    """The anchor moved to the running weights where the level is due."""
     if due is True:
         return fast._replace(anchor=fast.running)
     return fast._replace(anchor=jax.tree.map(lambda old, new: jnp.where(due, new, old), fast.anchor, fast.running))
 
 
-def idle(gates: Gates, active: Float[Array, " T"] | None) -> Gates:
-    """Gates that write nothing where a token is not active (``evaluate`` sees to what is retained)."""
-    return gates if active is None else gates._replace(rate=active * gates.rate)
-
-
-def scan(
-    rule: Rule,
-    state: MemoryState,
-    keys: Float[Array, "T K"],
-    values: Float[Array, "T V"],
-    queries: Float[Array, "T K"],
-    gates: Gates,
-    initial: Weights,
-    impl: Impl = "auto",
-    count: Int[Array, ""] | None = None,
-) -> tuple[Float[Array, "T V"], MemoryState]:
-    """Read and write one memory over T tokens, with anchors on the grid of absolute positions.
-
-    ``initial`` are the weights M_0 the sequence started from (used by ``retain_to="init"``). Any cut of the T
-    tokens into calls gives the same reads and final state. ``impl`` is that of ``gated_delta``. ``count``: tokens
-    that are real, from the first; None: all.
-    """
-    time, tokens = keys.shape[0], (keys, values, queries, gates)
-    position = (state.position + (time if count is None else count)) % rule.period
-    if rule.gradient_at != "anchor":
-        active = None if count is None else (jnp.arange(time) < count).astype(jnp.float32)
-        fast, reads = write(rule, state.fast, tokens, active, initial, impl)
-        return reads, MemoryState(fast, position)
-
-    def segment(fast, tokens, active, due):
-        return write(rule, refresh(fast, due[0]), tokens, active, initial, impl)
-
-    grid = {"position": state.position, "periods": (rule.period,), "count": count}
-    fast, reads = scan_levels(segment, state.fast, tokens, **grid)
-    return reads, MemoryState(fast, position)
-
-
-def write(
-    rule: Rule,
-    fast: Fast,
-    tokens: tuple[Array, Array, Array, Gates],
-    active: Float[Array, " T"] | None,
-    initial: Weights,
-    impl: Impl,
+def _write(
+    rule: Rule, initial: Weights, impl: Impl, fast: Fast, given: tuple[Array, Array, Array, Gates], active: Active
 ) -> tuple[Fast, Float[Array, "T V"]]:
-    """Write (keys, values) and read queries inside one period (any length when there is no anchor).
-
-    ``tokens`` is (keys [T,K], values [T,V], queries [T,K], gates). Returns the new fast weights and the reads.
-    """
-    keys, values, queries, gates = tokens
+    """Write and read inside one period (any length when there is no anchor)."""
+    keys, values, queries, gates = given
     products, gates = products_of(impl), idle(gates, active)
     if rule.gradient_at == "anchor":
         at_keys = products.matmul(keys, fast.anchor[0])
         at_values = products.matmul(values, fast.anchor[0]) if rule.self_values else None
-        layers = layer_writes(rule, products, fast.anchor[1:], (keys, values), (at_keys, at_values), gates)
+        writes = layer_writes(rule, products, fast.anchor[1:], (keys, values), (at_keys, at_values), gates)
     else:
-        layers = [layer_write(rule, 0, keys, -values, gates)]
-    writes = [Write(one.keys, one.writes, one.erase) for one in layers]
+        writes = [layer_write(rule, 0, keys, -values, gates)]
     shared = Shared(gates.retention, gates.momentum_decay if rule.momentum else None, active)
     reader = functools.partial(read_memory, rule, products, fast.anchor)
-    linears = linear_memories(rule, fast, initial)
-    ends, reads = evaluate(linears, writes, shared, queries, reader, time=rule.read_time, impl=impl, block=32)
+    tokens = Tokens(writes, shared, queries)
+    ends, reads = evaluate(linear_memories(rule, fast, initial), tokens, reader, rule.read_time, impl, block=32)
     return updated(fast, ends), reads
+
+
+def idle(gates: Gates, active: Active) -> Gates:
+    """Gates that write nothing where a token is not active (``evaluate`` sees to what is retained)."""
+    return gates if active is None else gates._replace(rate=active * gates.rate)
 
 
 def linear_memories(rule: Rule, fast: Fast, initial: Weights) -> list[Linear]:

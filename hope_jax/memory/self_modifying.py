@@ -8,7 +8,7 @@ Six kinds of memory ("boxes") in three groups:
 
 All of them are written at every token with the same key, rate and retention, each towards the target it generates
 itself, M_box(v_t) at its own anchor (Eq. 84, 87), by delta gradient descent with retention (Eq. 88, 90). The whole is
-differentiable, writes included: nothing is under a stop-gradient. The layer around it: ``nn/mixers/self_modifying.py``.
+differentiable, writes included. The layer around it: ``nn/mixers/self_modifying.py``.
 """
 
 import dataclasses
@@ -21,28 +21,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.errors import UserError
-from hope_jax.levels import Active, Due, check_periods, scan_levels
+from hope_jax.levels import Active, Due, check_multiples, scan_levels
 from hope_jax.memory.architectures import Weights, unit
-from hope_jax.memory.chunked import Write, apart, side_by_side
+from hope_jax.memory.chunked import Tokens, Write, apart
 from hope_jax.memory.decays import Shared
-from hope_jax.memory.inner_step import LayerWrite, layer_writes
 from hope_jax.memory.kernels import Impl, Products, products_of
 from hope_jax.memory.packing import Boxes, Stack, pack, stacks_of, unpack, where_due
 from hope_jax.memory.recurrence import evaluate
-from hope_jax.memory.rule import Fast, Gates
+from hope_jax.memory.rule import Fast, Gates, layer_writes
 from hope_jax.memory.scan import idle, linear_memories, read_memory, updated
-from hope_jax.types import Array, Float, Int
+from hope_jax.types import Array, Count, Float, Int
 
 PROJECTIONS, GATES = 1, 2  # groups of ``Boxes``
 
 
 class Streams(NamedTuple):
-    """What arrives per token of one head; all of unit norm.
+    """What arrives per token of one head; x, k, v, q have unit norm.
 
-    Attributes:
-      x: input of the gate memories.
-      k, v, q: input of the projection memory of that name, or the finished projection where it is static.
-      momentum_decay: beta_t, or None without momentum.
+    ``x`` is the input of the gate memories, ``k``, ``v``, ``q`` that of the projection memory of that name, or the
+    finished projection where it is static, ``momentum_decay`` is beta_t, None without momentum.
     """
 
     x: Float[Array, "T K"]
@@ -61,12 +58,9 @@ class Tuning(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one head returns for every token.
+    """What one head returns for every token: y_t, q_t where a memory makes them, and the gates of the main memory.
 
-    Attributes:
-      reads: y_t.
-      queries: q_t where a memory makes them, else None.
-      gates: of the main memory, to be looked at: nothing is differentiated through them.
+    The gates are there to be looked at: nothing is differentiated through them.
     """
 
     reads: Float[Array, "T V"]
@@ -76,13 +70,10 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class SelfModifying:
-    """The static part: one rule per group, which projections are memories, the bound of the rate.
+    """The static part: rules that differ at most in architecture and period, one of which divides the other.
 
-    Attributes:
-      rules: ``Boxes`` of ``Rule`` that differ at most in architecture and period; one period divides the other.
-      adaptive: names among "k", "v", "q" that are memories, in the order of their boxes.
-      rate_max: eta = rate_max * sigmoid(.); 0 switches every write off.
-      retention: False sets alpha = 1.
+    ``adaptive`` are the names among "k", "v", "q" that are memories, in the order of their boxes. The rate is
+    eta = ``rate_max`` * sigmoid(.); without ``retention`` alpha is 1.
     """
 
     rules: Boxes
@@ -91,7 +82,7 @@ class SelfModifying:
     retention: bool
 
     def __post_init__(self) -> None:
-        check_periods(self.periods)
+        check_multiples(sorted(self.periods))
         if self.rules.projections.period != self.rules.gates.period:
             raise UserError("the projections and the gates have one period; give their rules the same")
         one, *others = self.rules
@@ -120,13 +111,13 @@ def scan(
     streams: Streams,
     position: Int[Array, ""] | np.ndarray,
     impl: Impl = "auto",
-    count: Int[Array, ""] | None = None,
+    count: Count = None,
 ) -> tuple[Fast, Reading]:
     """Read T tokens with one head; returns the fast weights after them.
 
     ``initial`` holds M_box,0 per group, ``fast`` the packed weights (``SelfModifying.start``), ``position`` the tokens
     since all anchors were last refreshed together. Any cut of the T tokens into calls gives the same result. ``impl``
-    is that of ``gated_delta``. ``count``: tokens that are real, from the first; None: all.
+    is that of ``gated_delta``.
     """
     bases = pack(spec.stacks(initial), initial) if spec.rules.memory.retain_to == "init" else ()
     segment = functools.partial(_segment, _Head(spec, spec.stacks(initial), bases, tuning, impl))
@@ -134,7 +125,7 @@ def scan(
 
 
 class _Head(NamedTuple):
-    """What stays the same while a sequence is read; ``bases`` are the packed initial weights, if they are needed."""
+    """What does not change while a sequence is read; ``bases`` are the packed initial weights, if they are needed."""
 
     spec: SelfModifying
     stacks: tuple[Stack, ...]
@@ -147,23 +138,20 @@ def _segment(head: _Head, fast: Fast, streams: Streams, active: Active, due: tup
     """Tokens inside one period: generate keys, values and gates at the anchors, then write every layer of every box."""
     rule, products = head.spec.rules.memory, products_of(head.impl)
     fresh = all(now is True for now in due)
-    fast = fast._replace(anchor=fast.running if fresh else _refreshed(head.stacks, fast, due))
+    memory, others = due
+    anchor = fast.running if fresh else where_due(head.stacks, Boxes(memory, others, others), fast.running, fast.anchor)
+    fast = fast._replace(anchor=anchor)
     streams, gates = _generate(head, products, fast.anchor, streams)
     gates = idle(gates, active)
     # Just refreshed, the anchors are the running weights: their products with the keys are known.
-    writes = _writes(head, products, fast.anchor, streams, gates, fresh and not head.bases)
+    write = functools.partial(_write, head, products, fast.anchor, streams, gates, fresh and not head.bases)
+    writes = [layer for stack in head.stacks for layer in write(stack)]
     main = unpack(head.stacks, fast.anchor)[0] if rule.read == "anchor" else ()
-    read, how = functools.partial(read_memory, rule, products, main), dict(time=rule.read_time, impl=head.impl)
-    shared = Shared(gates.retention, gates.momentum_decay, active)
-    ends, reads = evaluate(linear_memories(rule, fast, head.bases), writes, shared, streams.q, read, **how)
+    read, linears = functools.partial(read_memory, rule, products, main), linear_memories(rule, fast, head.bases)
+    tokens = Tokens(writes, Shared(gates.retention, gates.momentum_decay, active), streams.q)
+    ends, reads = evaluate(linears, tokens, read, rule.read_time, head.impl)
     made = streams.q if "q" in head.spec.adaptive else None
     return updated(fast, ends), Reading(reads, made, jax.lax.stop_gradient(gates))
-
-
-def _refreshed(stacks: tuple[Stack, ...], fast: Fast, due: tuple[Due, ...]) -> Weights:
-    """The anchors, moved to the running weights where due; ``due`` is that of the main memory and of all others."""
-    memory, others = map(jnp.asarray, due)
-    return where_due(stacks, Boxes(memory, others, others), fast.running, fast.anchor)
 
 
 def _generate(head: _Head, products: Products, anchor: Weights, streams: Streams) -> tuple[Streams, Gates]:
@@ -184,40 +172,27 @@ def _apply_group(
 ) -> Float[Array, "N C V"]:
     """Each box of a group applied to its own inputs, or all of them to the same ones."""
     (stack,) = [stack for stack in head.stacks if group in stack.groups]
-    boxes, (first, *later) = stack.boxes(group), stack.layers(anchor)
-    first, later, count = first[:, stack.columns(boxes)], tuple(w[boxes] for w in later), boxes.stop - boxes.start
+    count, first, later = stack.of_group(anchor, group)
     finish = functools.partial(stack.architecture.finish, products=products)
     if inputs.ndim == 2:
         return jax.vmap(finish, in_axes=(0, 0, None))(apart(products.matmul(inputs, first), count), later, inputs)
     return jax.vmap(finish)(products.matmul(inputs, apart(first, count)), later, inputs)
 
 
-def _writes(
-    head: _Head, products: Products, anchor: Weights, streams: Streams, gates: Gates, fresh: bool
+def _write(
+    head: _Head, products: Products, anchor: Weights, streams: Streams, gates: Gates, fresh: bool, stack: Stack
 ) -> list[Write]:
-    """What is written into the packed weights; ``fresh``: the memories are the anchors."""
-    writes = []
-    for stack in head.stacks:
-        layers = _stack_writes(head, products, stack, stack.layers(anchor), streams, gates)
-        given = [Write(one.keys, one.writes, one.erase, one.output if fresh else None) for one in layers]
-        # The first layers have the same keys; boxes of one group have the same rate, and so the same erase.
-        known = layers[0].output if fresh else None
-        output = None if known is None else side_by_side(known)
-        systems = tuple(stack.groups.index(group) for group in stack.groups)
-        writes += [dataclasses.replace(given[0], keys=streams.k, memory_at_keys=output, systems=systems), *given[1:]]
-    return writes
-
-
-def _stack_writes(
-    head: _Head, products: Products, stack: Stack, anchor: Weights, streams: Streams, gates: Gates
-) -> list[LayerWrite]:
-    """What is written into each layer of stacked boxes, leaves [N,...]; ``anchor`` are their layers."""
-    rule, count = head.spec.rules[stack.groups[0]], len(stack.groups)
+    """What is written into each layer of stacked boxes; ``fresh``: the memories are the anchors still."""
+    rule, (first, *later) = head.spec.rules[stack.groups[0]], stack.layers(anchor)
     scales = jnp.exp(jnp.stack([head.tuning.log_rate[group] for group in stack.groups]))
-    at_keys, at_values = (apart(products.matmul(x, anchor[0]), count) for x in (streams.k, streams.v))
+    at_keys, at_values = products.matmul(streams.k, first), products.matmul(streams.v, first)
 
-    def of_box(later: Weights, at_keys: Array, at_values: Array, scale: Array) -> list[LayerWrite]:
+    def of_box(later: Weights, at_keys: Array, at_values: Array, scale: Array) -> list[Write]:
         own, pairs = gates._replace(rate=scale * gates.rate), (streams.k, streams.v)
-        return layer_writes(rule, products, later, pairs, (at_keys, at_values), own)
+        return layer_writes(rule, products, later, pairs, (at_keys, at_values), own, fresh)
 
-    return jax.vmap(of_box)(anchor[1:], at_keys, at_values, scales)
+    by_box = (apart(x, len(stack.groups)) for x in (at_keys, at_values))
+    write, *others = jax.vmap(of_box)(tuple(later), *by_box, scales)
+    # The first layers have the same keys; boxes of one group have the same rate, and so the same erase.
+    known, systems = at_keys if fresh else None, tuple(stack.groups.index(group) for group in stack.groups)
+    return [dataclasses.replace(write, keys=streams.k, memory_at_keys=known, systems=systems), *others]

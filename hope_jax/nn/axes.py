@@ -1,47 +1,42 @@
 """Logical axis names: every axis of every parameter has a name that says what it counts.
 
 Each module lists the names of its parameters in ``axes()``, below the place where it makes them; ``LanguageModel.axes``
-joins them to one tree, shaped like the parameters. What depends on the kind of a parameter follows from its names and
-never from the parameter's own name: which parameters are matrices (``matrices``) and which decay (``decays``).
+joins them to one tree, shaped like the parameters. Which parameters are matrices (``matrices``) and which decay
+(``decays``) follows from these names, and never from the parameter's own name.
 
 >>> axes = LanguageModel(MODELS["hope-tiny"]).axes()
 >>> axes["blocks"]["mixer"]["conv_k"]["kernel"]
 ('layers', 'taps', 'embed')
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import jax
-from jax.tree_util import keystr, tree_map_with_path
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from hope_jax.errors import UserError, closest
 from hope_jax.optim.matrices import ADAMW, MATRIX, Labels, MuonDimensionNumbers
 
+# Axes that count equal parameters. As leading axes they are no part of a matrix.
 COPIES = {
     "layers": "blocks of the model, one after another",
     "heads": "independent heads of a mixer",
     "memories": "memories of one head that have equal shapes",
 }
-"""Axes that count equal parameters. As leading axes they are no part of a matrix."""
+# Axes of the layers' own weights, which are matrices and decay.
 FEATURES = {
     "embed": "features of the model, between its blocks",
     "hidden": "hidden features of a feed-forward part",
     "all_heads": "features of all heads side by side",
 }
-"""Axes of the layers' own weights, which are matrices and decay."""
+# Axes of the weights that fast weights start from; these are matrices too, but must not decay.
 MEMORY_FEATURES = {
     "head_dim": "features of one head",
     "memory_hidden": "hidden features of an MLP memory",
     "gate": "the one number that a gate memory answers",
     "rank": "columns of a low-rank Delta of a level",
 }
-"""Axes of the weights that fast weights start from; these are matrices too, but must not decay."""
-OTHERS = {
-    "vocab": "token ids",
-    "taps": "tokens that a convolution sees",
-    "levels": "levels of a continuum memory system",
-}
+OTHERS = {"vocab": "token ids", "taps": "tokens that a convolution sees", "levels": "levels of a feed-forward part"}
 AXES = COPIES | FEATURES | MEMORY_FEATURES | OTHERS
 """Every axis name and what it counts."""
 
@@ -72,7 +67,7 @@ def memory_axes(name: str, layers: int, copies: Names = (), answer: str = "head_
 
 def stacked(axis: str, axes: Axes) -> Axes:
     """The names of parameters that are stacked along a new first ``axis``."""
-    return jax.tree.map(lambda names: (axis, *names), axes, is_leaf=_is_names)
+    return {name: stacked(axis, x) if isinstance(x, dict) else (axis, *x) for name, x in axes.items()}
 
 
 def flat(axes: Axes) -> dict[str, Names]:
@@ -81,15 +76,12 @@ def flat(axes: Axes) -> dict[str, Names]:
     Raises:
       UserError: a name that is not in ``AXES``.
     """
-    found = {keystr(path): names for path, names in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_names)}
+    leaves = tree_leaves_with_path(axes, is_leaf=lambda node: isinstance(node, tuple))
+    found = {keystr(path): names for path, names in leaves}
     for path, names in found.items():
         if unknown := [name for name in names if name not in AXES]:
             raise UserError(f"parameter {path} has an axis {unknown[0]!r}; {closest(unknown[0], AXES)}")
     return found
-
-
-def _is_names(node: Any) -> bool:
-    return isinstance(node, tuple)
 
 
 def matrices(axes: Axes) -> Labels:
@@ -97,7 +89,15 @@ def matrices(axes: Axes) -> Labels:
 
     Embeddings, heads, convolutions, gates, scales and biases are no matrices. For errors see ``of_parameters``.
     """
-    return of_parameters(axes, matrix_label)
+
+    def label(names: Names) -> Any:
+        copies = next((i for i, name in enumerate(names) if name not in COPIES), len(names))
+        inner = names[copies:]
+        if len(inner) != 2 or not set(inner) <= (FEATURES.keys() | MEMORY_FEATURES.keys()):
+            return ADAMW
+        return MuonDimensionNumbers(copies, copies + 1) if copies else MATRIX
+
+    return of_parameters(axes, label)
 
 
 def decays(axes: Axes) -> Callable[[Any], Any]:
@@ -105,40 +105,28 @@ def decays(axes: Axes) -> Callable[[Any], Any]:
 
     For errors see ``of_parameters``.
     """
+
+    def is_decayed(names: Names) -> bool:
+        inner = names[1:] if names[:1] == ("layers",) else names
+        return len(inner) == 2 and set(inner) <= (FEATURES.keys() | {"vocab"})
+
     return of_parameters(axes, is_decayed)
 
 
-def matrix_label(names: Names) -> Any:
-    """The label of one parameter, see ``optim.matrices``: after its copies it has exactly two axes of features."""
-    copies = next((i for i, name in enumerate(names) if name not in COPIES), len(names))
-    inner = names[copies:]
-    if len(inner) != 2 or not set(inner) <= (FEATURES.keys() | MEMORY_FEATURES.keys()):
-        return ADAMW
-    return MuonDimensionNumbers(copies, copies + 1) if copies else MATRIX
-
-
-def is_decayed(names: Names) -> bool:
-    """Whether one parameter decays: in every layer it has exactly two axes, of features or of tokens."""
-    inner = names[1:] if names[:1] == ("layers",) else names
-    return len(inner) == 2 and set(inner) <= (FEATURES.keys() | {"vocab"})
-
-
-def of_parameters(axes: Mapping[str, Any], rule: Callable[[Names], Any]) -> Callable[[Any], Any]:
+def of_parameters(axes: Axes, rule: Callable[[Names], Any]) -> Callable[[Any], Any]:
     """``params -> tree``: for every parameter ``rule`` of its names. ``params`` may be a part of the model's tree.
 
     Raises:
       UserError: an unknown name; from the function, a parameter without names, or with more or fewer than its axes.
     """
-    names_at = flat(dict(axes))
+    names_at = flat(axes)
 
     def answer(path: tuple[Any, ...], leaf: Any) -> Any:
         where = keystr(path)
         names = names_at.get(where)
         if names is None or len(names) != leaf.ndim:
-            raise UserError(
-                f"parameter {where} of shape {leaf.shape} has the axis names {names}; "
-                "expected one name per axis from the method axes() of its module"
-            )
+            expected = "one name per axis from the method axes() of its module"
+            raise UserError(f"parameter {where} of shape {leaf.shape} has the axis names {names}; expected {expected}")
         return rule(names)
 
     return lambda params: tree_map_with_path(answer, params)

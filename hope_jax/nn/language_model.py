@@ -1,7 +1,6 @@
 """Tokens in, logits out: embedding, a scan over equal blocks, a norm and the output projection (tied or not).
 
 A block is ``x = x + mixer(RMSNorm(x))`` followed by the feed-forward part (which holds its own norms and residuals).
-Mixers and feed-forward parts are configs with ``build(width, dtype)``; ``models.py`` combines them.
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ from flax import linen as nn
 from jax.core import Tracer
 
 from hope_jax.errors import UserError
-from hope_jax.memory.kernels.cpu import by_rows
+from hope_jax.memory.products import by_rows
 from hope_jax.nn.axes import Axes, norm_axes, stacked
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.fast import BlockState, ContextState
@@ -36,7 +35,6 @@ class Block(nn.Module):
 
     @nn.nowrap
     def axes(self) -> Axes:
-        """See ``nn/axes.py``."""
         c = self.config
         parts = {"mixer": c.mixer, "feed_forward": c.feed_forward}
         return {"norm": norm_axes()} | {name: part.build(c.width, c.dtype).axes() for name, part in parts.items()}
@@ -83,28 +81,25 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def axes(self) -> Axes:
-        """The logical axis names of every parameter, a tree shaped like the parameters: see ``nn/axes.py``."""
+        """The logical axis names of every parameter, see ``nn/axes.py``."""
         blocks = stacked("layers", Block(self.config, parent=None).axes())
         head = {} if self.config.tied else {"head": ("embed", "vocab")}
         return {"embedding": ("vocab", "embed"), "blocks": blocks, "norm": norm_axes(), **head}
 
     def init_state(self, params: Any, batch: int, capacity: int | None = None) -> BlockState:
-        """State of ``batch`` fresh sequences.
+        """State of ``batch`` fresh sequences, memories at their meta-learned start.
 
-        Args:
-          params: the model's parameters; memories start at their meta-learned initial weights.
-          batch: number of sequences.
-          capacity: tokens an attention cache can hold in all; the model's ``context`` by default. Models without
-            attention ignore it and read on for ever.
+        ``capacity``: tokens an attention cache can hold in all; the model's ``context`` by default. Models without
+        attention ignore it and read on for ever.
         """
         if batch < 1:
             raise UserError(f"batch is {batch}; expected at least one sequence")
         capacity = self.config.context if capacity is None else capacity
 
-        def one_layer(block) -> Any:
+        def of_layer(block: Any) -> Any:
             return Block(self.config, parent=None).apply({"params": block}, batch, capacity, method=Block.init_state)
 
-        return jax.vmap(one_layer)(params["blocks"])
+        return jax.vmap(of_layer)(params["blocks"])
 
     def __call__(self, tokens: Tokens, state: State | None = None, count: Count = None) -> tuple[Logits, State]:
         """Logits in at least float32. Without a state the sequence is fresh (and the caches hold just T tokens).
@@ -122,8 +117,7 @@ class LanguageModel(nn.Module):
         state = state.read_on(blocks.mixer) if learns else blocks
         table, product = (self.embedding, "rd,vd->rv") if self.config.tied else (self.head, "rd,dv->rv")
         table, wide = table.astype(self.config.dtype), param_dtype(self.config.dtype)
-        score = lambda rows: jnp.einsum(product, rows, table, preferred_element_type=wide)  # noqa: E731
-        return by_rows(score, self.norm(x)), state
+        return by_rows(lambda rows: jnp.einsum(product, rows, table, preferred_element_type=wide), self.norm(x)), state
 
     def _embed(self, tokens: Tokens) -> Stream:
         check_tokens(tokens, self.config.vocab_size)

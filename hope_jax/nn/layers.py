@@ -1,6 +1,5 @@
-"""The small parts every mixer is built from: norms, a short convolution with state, SwiGLU.
+"""The small parts every mixer is built from: linear maps, norms, a short convolution with state, heads, their output.
 
-Whatever sees a sequence is ``(x[B,T,D], state) -> (y[B,T,D], state)``; a layer without memory has the state ``()``.
 Parameters are float32 (float64 in a float64 model); ``dtype`` is what the matrix products and activations use;
 norms compute in at least float32. Read ``attention.py`` next: the simplest mixer made of these.
 """
@@ -16,8 +15,8 @@ from flax.typing import Initializer
 from jax.typing import DTypeLike
 
 from hope_jax.memory.architectures import unit
-from hope_jax.memory.kernels import Impl, cpu
-from hope_jax.memory.kernels.cpu import by_rows
+from hope_jax.memory.kernels import Impl, cpu, products_of
+from hope_jax.memory.products import by_rows
 from hope_jax.nn.axes import Axes, dense_axes
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
@@ -33,7 +32,7 @@ def param_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-_FAN_IN = nn.initializers.lecun_normal()
+FAN_IN = nn.initializers.lecun_normal()  # variance 1 / in
 
 
 def rows_product(x: Array, kernel: Array, dimensions: Any, **settings: Any) -> Array:
@@ -43,16 +42,12 @@ def rows_product(x: Array, kernel: Array, dimensions: Any, **settings: Any) -> A
 
 
 def dense(
-    features: int, dtype: DTypeLike, name: str | None = None, start: Initializer = _FAN_IN, bias: float | None = None
+    features: int, dtype: DTypeLike, name: str | None = None, start: Initializer = FAN_IN, bias: float | None = None
 ) -> nn.Dense:
-    """A linear map, kernel ``[in, features]`` drawn with variance 1 / in unless ``start`` says otherwise.
-
-    ``bias`` is the number a learned bias starts at; None: there is no bias.
-    """
-    wide = param_dtype(dtype)
-    fixed = {"dtype": dtype, "param_dtype": wide, "dot_general": rows_product, "name": name}
-    offset = nn.initializers.constant(bias or 0.0)
-    return nn.Dense(features, use_bias=bias is not None, kernel_init=start, bias_init=offset, **fixed)
+    """A linear map [in, features], with a learned bias if ``bias`` is the number at which it starts."""
+    offset, dtypes = nn.initializers.constant(bias or 0.0), dict(dtype=dtype, param_dtype=param_dtype(dtype))
+    how = dict(use_bias=bias is not None, kernel_init=start, bias_init=offset, dot_general=rows_product)
+    return nn.Dense(features, name=name, **how, **dtypes)
 
 
 def near_identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "D D"]:
@@ -96,9 +91,8 @@ def taps_at(lag: int) -> Initializer:
 class ShortConv(nn.Module):
     """Causal depthwise convolution over time, ``y_t = sum_i kernel_i * x_(t - width + 1 + i)``, kernel ``[width, D]``.
 
-    The state is the tail, the last ``width - 1`` inputs, so any cut of a sequence equals the whole. Written as
-    ``width`` shifted products: on a CPU more than 20 times faster than a grouped convolution. ``impl`` is that of the
-    memories: "auto" has a fast gradient, anything else derivatives in every mode.
+    The state is the tail, the last ``width - 1`` inputs. Written as ``width`` shifted products: on a CPU more than 20
+    times faster than a grouped convolution. ``impl`` is that of the memories.
     """
 
     width: int = 4
@@ -118,8 +112,7 @@ class ShortConv(nn.Module):
         time, channels = x.shape[1:]
         kernel = self.param("kernel", self.start, (self.width, channels), param_dtype(self.dtype)).astype(self.dtype)
         seen = jnp.concatenate([tail, x.astype(self.dtype)], axis=1)
-        convolve = cpu.shifted_sum if self.impl == "auto" else shifted_sum
-        return convolve(seen, kernel), last_of(seen, time, count, axis=1)
+        return products_of(self.impl).shifted_sum(seen, kernel), last_of(seen, time, count, axis=1)
 
 
 def last_of(seen: Array, time: int, count: Count, axis: int) -> Array:
@@ -127,12 +120,6 @@ def last_of(seen: Array, time: int, count: Count, axis: int) -> Array:
     if count is None:
         return jax.lax.slice_in_dim(seen, time, None, axis=axis)
     return jax.lax.dynamic_slice_in_dim(seen, count, seen.shape[axis] - time, axis)
-
-
-def shifted_sum(x: Float[Array, "B seen D"], kernel: Float[Array, "width D"]) -> Float[Array, "B T D"]:
-    """``sum_i kernel_i * x_(t + i)`` at every t that has all terms, T = seen - width + 1."""
-    time = x.shape[1] - len(kernel) + 1
-    return functools.reduce(jnp.add, [scaled(x[:, i : i + time], tap) for i, tap in enumerate(kernel)])
 
 
 def short_convs(width: int, dtype: DTypeLike, impl: Impl) -> list[ShortConv]:
@@ -160,16 +147,9 @@ def merge_heads(x: Float[Array, "B H T K"]) -> Stream:
 
 
 def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...], impl: Impl) -> Any:
-    """``head(*shared, *own)`` of every head of every sequence.
+    """``head(*shared, *own)`` of every head of every sequence, leaves [B,H,...].
 
-    Args:
-      head: a function of one head's arrays.
-      shared: what the sequences of a batch share, leaves [H,...].
-      own: what each sequence has, leaves [B,H,...].
-      impl: "auto" runs batch and heads as one axis, which is fast on CPU.
-
-    Returns:
-      Its results, leaves [B,H,...].
+    ``shared`` is what the sequences of a batch share, leaves [H,...], ``own`` what each has, leaves [B,H,...].
     """
     if impl == "auto":
         return cpu.batch_and_heads_as_one(head, shared, own)
@@ -177,65 +157,38 @@ def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any
     return jax.vmap(of_sequence, in_axes=(None,) * len(shared) + (0,) * len(own))(*shared, *own)
 
 
-def output_axes() -> Axes:
-    """Axis names of the two layers that every output has."""
-    return {"gate": dense_axes("embed", "all_heads"), "down": dense_axes("all_heads", "embed")}
-
-
 class HeadOutput(nn.Module):
-    """What a mixer does with the reads of a plain memory: ``W_o(RMSNorm_head(reads) * silu(W_g u))`` (SPEC 2.8)."""
+    """What a mixer does with the reads of its memories: ``W_o(s RMSNorm_head(reads) * silu(W_g u))`` (SPEC 2.8).
 
-    heads: int
-    width: int
-    dtype: DTypeLike = jnp.float32
-
-    def setup(self):
-        self.gate = dense(self.width, self.dtype)
-        self.down = dense(self.width, self.dtype)
-        shape = (self.heads, self.width // self.heads)
-        self.scale = self.param("scale", nn.initializers.ones, shape, param_dtype(self.dtype))
-
-    @nn.nowrap
-    def axes(self) -> Axes:
-        """See ``nn/axes.py``."""
-        return {**output_axes(), "scale": ("heads", "head_dim")}
-
-    @light
-    def __call__(self, u: Stream, reads: Float[Array, "B H T V"]) -> Stream:
-        merged = scaled(merge_heads(normal(reads)), self.scale.reshape(-1))
-        return self.down(merged.astype(self.dtype) * nn.silu(self.gate(u)))
-
-
-class AnswerOutput(nn.Module):
-    """What a mixer does with the reads of a residual memory: ``W_o [s q * silu(W_g u); s' (M(q) - q)]``.
-
-    Such a memory returns the query itself and what it found, which is small beside it. Kept apart, the two have maps
-    of their own, and what was found is neither gated nor normalised: its size says how much the memory knows. The
-    scales are per channel.
+    With ``asks``, ``W_o [s q * silu(W_g u); s' answers]`` of queries and answers: a residual memory returns the query
+    itself and what it found, which is small beside it. Kept apart, the two have maps of their own, and what was found
+    is neither gated nor normalised: its size says how much the memory knows. The scales are per channel.
     """
 
     heads: int
     width: int
-    dtype: DTypeLike
+    asks: bool
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         self.gate = dense(self.width, self.dtype)
         self.down = dense(self.width, self.dtype)
-        self.scale_query, self.scale_answer = self._scale("query", 1.0), self._scale("answer", 4.0)
-
-    def _scale(self, name: str, start: float) -> Array:
-        """Multiples of sqrt(K): a query of norm 1 has features of size 1."""
         size = self.width // self.heads
-        constant = nn.initializers.constant(start * size**0.5)
-        return self.param(f"scale_{name}", constant, (self.heads, size), param_dtype(self.dtype))
+        starts = (size**0.5, 4 * size**0.5) if self.asks else (1.0,)  # a query of norm 1 has features of size K^-1/2
+        draws = zip(self._names(), map(nn.initializers.constant, starts), strict=True)
+        self.scales = [self.param(name, start, (self.heads, size), param_dtype(self.dtype)) for name, start in draws]
+
+    @nn.nowrap
+    def _names(self) -> tuple[str, ...]:
+        return ("scale_query", "scale_answer") if self.asks else ("scale",)
 
     @nn.nowrap
     def axes(self) -> Axes:
-        """See ``nn/axes.py``."""
-        return {**output_axes(), "scale_query": ("heads", "head_dim"), "scale_answer": ("heads", "head_dim")}
+        maps = {"gate": dense_axes("embed", "all_heads"), "down": dense_axes("all_heads", "embed")}
+        return maps | dict.fromkeys(self._names(), ("heads", "head_dim"))
 
     @light
-    def __call__(self, u: Stream, queries: Float[Array, "B H T K"], answers: Float[Array, "B H T V"]) -> Stream:
-        asked = scaled(merge_heads(queries), self.scale_query.reshape(-1)).astype(self.dtype)
-        found = scaled(merge_heads(answers), self.scale_answer.reshape(-1)).astype(self.dtype)
-        return self.down(jnp.concatenate([asked * nn.silu(self.gate(u)), found], axis=-1))
+    def __call__(self, u: Stream, *reads: Float[Array, "B H T V"]) -> Stream:
+        pairs = zip(reads if self.asks else map(normal, reads), self.scales, strict=True)
+        gated, *answers = [scaled(merge_heads(x), scale.reshape(-1)).astype(self.dtype) for x, scale in pairs]
+        return self.down(jnp.concatenate([gated * nn.silu(self.gate(u)), *answers], axis=-1))

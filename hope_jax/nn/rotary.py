@@ -13,11 +13,10 @@ from hope_jax.types import Array, Float, Int
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Some features turn ``factor`` times slower than the base says.
+    """Features that turn at most ``low`` times within the context of the training turn ``factor`` times slower.
 
-    A feature of speed s turns ``context * s / (2 pi)`` times within the context of the training. Features that turn at
-    most ``low`` times are slowed, features that turn ``high`` times or more keep their speed, and between them the
-    speed is interpolated linearly in the number of turns (the rule of Llama 3.1).
+    Features that turn ``high`` times or more keep their speed, and between them the speed is interpolated linearly in
+    the number of turns (the rule of Llama 3.1).
 
     factor: at least 1.
     context: tokens of the context of the training, at least 1; None: all features are slowed (linear scaling).

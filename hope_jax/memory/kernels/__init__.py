@@ -1,4 +1,4 @@
-"""Which products the memories are computed with; ``impl`` of ``gated_delta``, of rules and of mixers chooses.
+"""Which forms of products the memories are computed with; ``impl`` of ``gated_delta``, of rules and of mixers chooses.
 
 ``auto``        gradients written by hand: those that are fast on CPU there, plain products on other platforms.
                 Derivatives of any order in reverse mode, none in forward mode (``jax.jvp``).
@@ -7,10 +7,11 @@
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
 from hope_jax.errors import UserError
-from hope_jax.memory import products, triangular
+from hope_jax.memory import products
 from hope_jax.memory.kernels import cpu
 from hope_jax.types import Array
 
@@ -18,7 +19,7 @@ Impl = Literal["auto", "chunked", "sequential"]
 
 
 class Products(NamedTuple):
-    """The products of ``products.py`` and the triangular solve of ``triangular.py``, in one of their forms."""
+    """The functions of ``memory/products.py``, in one of their forms."""
 
     matmul: Callable[[Array, Array], Array]
     matmul_nt: Callable[[Array, Array], Array]
@@ -26,17 +27,15 @@ class Products(NamedTuple):
     gram: Callable[[Array], Array]
     inverse: Callable[[Array], Array]
     solve: Callable[[Array, Array, Array, Array], Array]
+    shifted_sum: Callable[[Array, Array], Array]
 
 
-PLAIN = Products(
-    products.matmul,
-    products.matmul_nt,
-    products.matmul_tn,
-    products.gram,
-    triangular.unit_lower_inverse,
-    triangular.solve_unit_lower,
-)
-AUTO = Products(cpu.matmul, cpu.matmul_nt, cpu.matmul_tn, cpu.gram, cpu.unit_lower_inverse, cpu.solve_unit_lower)
+def _products(form: ModuleType) -> Products:
+    of_matrices = (form.matmul, form.matmul_nt, form.matmul_tn, form.gram)
+    return Products(*of_matrices, form.unit_lower_inverse, form.solve_unit_lower, form.shifted_sum)
+
+
+PLAIN, AUTO = _products(products), _products(cpu)
 
 
 def check_impl(impl: str) -> None:

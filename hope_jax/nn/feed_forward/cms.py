@@ -2,24 +2,24 @@
 
 Each MLP is one *level*, rewritten once per ``period`` tokens. A level whose period is longer than the context is an
 ordinary parameter ("outer" mode): ``optim.by_level`` accumulates its gradient and steps it once per period. The fastest
-``in_context`` levels are written while a sequence is read ("in-context" mode): their matrices are the parameters plus
-what the state says (``fast.py``), which ``writes.py`` writes. With one level the system is a plain Transformer
-feed-forward layer, which is the "without CMS" row of the ablation.
+``in_context`` levels are written while a sequence is read (``fast.py``). With one level the system is a plain
+Transformer feed-forward layer, which is the "without CMS" row of the ablation.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, check_choices
 from hope_jax.levels import Level, check_multiples
 from hope_jax.nn.axes import Axes, dense_axes, norm_axes
-from hope_jax.nn.feed_forward.fast import Fast, Writes, bases, blank, moved
-from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
+from hope_jax.nn.feed_forward.fast import Fast, Writes, blank, moved
+from hope_jax.nn.layers import FAN_IN, RMSNorm, dense, light, param_dtype
 from hope_jax.types import Array, Stream
 
 Wiring = Literal["sequential", "nested", "independent"]
@@ -27,7 +27,7 @@ Wiring = Literal["sequential", "nested", "independent"]
 
 @dataclass(frozen=True)
 class CMSConfig:
-    """A continuum memory system.
+    """A continuum memory system, a ``fast.LevelsConfig``.
 
     Attributes:
       levels: update periods, fastest first.
@@ -50,8 +50,7 @@ class CMSConfig:
         periods = [level.period for level in self.levels]
         if not periods or periods != sorted(periods):
             raise UserError(f"CMS periods are {periods}; expected at least one level, fastest first")
-        if self.wiring not in get_args(Wiring):
-            raise UserError(f"wiring is {self.wiring!r}; expected one of {get_args(Wiring)}")
+        check_choices(self)
         if self.hidden < 1:
             raise UserError(f"CMS hidden is {self.hidden}; expected at least 1 feature")
         if not 0 <= self.in_context <= len(periods):
@@ -61,7 +60,6 @@ class CMSConfig:
         check_multiples(periods[: self.in_context])
 
     def build(self, width: int, dtype: DTypeLike) -> "ContinuumMemory":
-        """The module for a model of ``width`` features."""
         return ContinuumMemory(self, width, dtype)
 
     def update_every(self, tokens_per_batch: int) -> dict[str, int]:
@@ -71,25 +69,20 @@ class CMSConfig:
 
     @property
     def trained(self) -> int:
-        """See ``fast.LevelsConfig``."""
         return self.in_context
 
     @property
     def nested(self) -> bool:
-        """See ``fast.LevelsConfig``."""
         return self.wiring == "nested"
 
     def periods(self, layers: int) -> tuple[tuple[int, ...], ...]:
-        """See ``fast.LevelsConfig``."""
         return tuple((level.period,) * layers for level in self.levels)
 
     def blank(self, batch: int, width: int, dtype: DTypeLike) -> tuple[dict[str, Array], ...]:
-        """See ``fast.LevelsConfig``."""
         shapes = {"up": (width, self.hidden), "down": (self.hidden, width)}
         return tuple(blank(shapes, batch, self.writes.rank, dtype) for _ in self.levels)
 
     def kernels(self, params: Any) -> tuple[dict[str, Any], ...]:
-        """See ``fast.LevelsConfig``."""
         return tuple(params[f"level_{i}"] for i in range(len(self.levels)))
 
 
@@ -105,11 +98,13 @@ class LevelMLP(nn.Module):
         self.norm = RMSNorm(self.dtype)
         self.up = dense(self.hidden, self.dtype)
         self.down = dense(self.width, self.dtype)
-        self.bases = bases(self, {"up": self.width, "down": self.hidden}, self.rank, self.dtype)
+        rows, wide = {"up": self.width, "down": self.hidden}, param_dtype(self.dtype)
+        self.bases = dict.fromkeys(rows)  # of Delta, if its rank is low
+        if self.rank is not None:
+            self.bases = {n: self.param(f"{n}_basis", FAN_IN, (size, self.rank), wide) for n, size in rows.items()}
 
     @nn.nowrap
     def axes(self) -> Axes:
-        """See ``nn/axes.py``."""
         maps = {"up": dense_axes("embed", "hidden"), "down": dense_axes("hidden", "embed")}
         low_rank = {"up_basis": ("embed", "rank"), "down_basis": ("hidden", "rank")} if self.rank is not None else {}
         return {"norm": norm_axes(), **maps, **low_rank}
@@ -129,30 +124,25 @@ class ContinuumMemory(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        count = len(self.config.levels)
-        levels = range(count)
-        rank = self.config.writes.rank
-        self.levels = [LevelMLP(self.config.hidden, self.width, self.dtype, rank, name=f"level_{i}") for i in levels]
-        if self.config.in_context:
-            start = nn.initializers.constant(self.config.writes.rate)
-            self.rate = self.param("rate", start, (self.config.in_context,), param_dtype(self.dtype))
-        if self.config.wiring == "independent":
-            start = nn.initializers.constant(1 / count)
-            self.mixture = self.param("mixture", start, (count,), param_dtype(self.dtype))
+        c, wide, count = self.config, param_dtype(self.dtype), len(self.config.levels)
+        level = functools.partial(LevelMLP, c.hidden, self.width, self.dtype, c.writes.rank)
+        self.levels = [level(name=f"level_{i}") for i in range(count)]
+        if c.in_context:
+            self.rate = self.param("rate", nn.initializers.constant(c.writes.rate), (c.in_context,), wide)
+        if c.wiring == "independent":
+            self.mixture = self.param("mixture", nn.initializers.constant(1 / count), (count,), wide)
 
     @nn.nowrap
     def axes(self) -> Axes:
-        """See ``nn/axes.py``."""
         c = self.config
         level = LevelMLP(c.hidden, self.width, self.dtype, c.writes.rank, parent=None).axes()
-        shares = {"rate": bool(c.in_context), "mixture": c.wiring == "independent"}
+        learned = ["rate"] * bool(c.in_context) + ["mixture"] * (c.wiring == "independent")
         levels = {f"level_{i}": level for i in range(len(c.levels))}
-        return levels | {name: ("levels",) for name, exists in shares.items() if exists}
+        return levels | dict.fromkeys(learned, ("levels",))
 
     @nn.nowrap
     def init_state(self, batch: int, capacity: int) -> tuple[()]:
         """The static model: whoever learns in context adds the fast weights (``context/writes.py``)."""
-        del batch, capacity
         return ()
 
     def __call__(self, x: Stream, state: tuple[Any, ...]) -> tuple[Stream, tuple[Any, ...]]:

@@ -1,8 +1,8 @@
 """Fast weights: what a sequence adds to the matrices of its levels while it is read ("in-context", SPEC 3.1).
 
 A level's matrices are ``theta_0 + Delta``: theta_0 are parameters, Delta belongs to one sequence and starts at 0. The
-feed-forward parts here only *read* Delta: their state is a tuple with the Delta of every level, fastest first (None for
-a level that is not written in context), or () for the static model, which Delta = 0 equals to the bit.
+feed-forward parts only *read* Delta: their state is a tuple with the Delta of every level, fastest first (None for a
+level that is not written in context), or () for the static model, which Delta = 0 equals to the bit.
 ``context/writes.py`` writes Delta, from the loss of the whole model.
 """
 
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
+from hope_jax.nn.layers import param_dtype
 from hope_jax.optim.inner import SGD, InnerOptimizer
 from hope_jax.types import Array, Bool, Float, Int
 
@@ -33,9 +33,8 @@ class Writes:
       optimizer: what is made of the mean gradient of a finished period, an optax transformation of each matrix. The
         gradient as it is is Eq. 71; others carry their moments from period to period (see ``optim/inner.py``).
       bptt: for each level written in context, fastest first, how training differentiates its writes: None through all,
-        0 through none (first order: the rate is then not learned), n: every n-th write starts from a constant, so that
-        the last 1 to n add up with gradients. (The gradients that are written still depend on the weights they were
-        taken at.) (): None for all.
+        0 through none (the rate is then not learned), n: every n-th write starts from a constant, so that the last 1
+        to n add up with gradients. The gradients that are written always depend on the weights. (): None for all.
       rank: of Delta; None: any. A low rank keeps ``rank x columns`` numbers per matrix and sequence in the place of
         ``rows x columns``: ``Delta = basis F``, the basis [rows, rank] a parameter, F fast.
     """
@@ -49,10 +48,8 @@ class Writes:
         if not 0 <= self.rate < np.inf:
             raise UserError(f"the rate of writes is {self.rate}; expected 0 or more")
         if not isinstance(self.optimizer, InnerOptimizer):
-            raise UserError(
-                f"the optimizer of writes is {self.optimizer!r}; expected an InnerOptimizer such as "
-                "optim.inner(optax.trace, decay=0.9)"
-            )
+            example = "an InnerOptimizer such as optim.inner(optax.trace, decay=0.9)"
+            raise UserError(f"the optimizer of writes is {self.optimizer!r}; expected {example}")
         if any(count is not None and count < 0 for count in self.bptt):
             raise UserError(f"bptt is {self.bptt}; expected 0 or more writes for each level, or None for all")
         if self.rank is not None and self.rank < 1:
@@ -88,12 +85,10 @@ class BlockState(NamedTuple):
 
 
 class LevelState(NamedTuple):
-    """What one level holds besides its parameters; leaves [L, B, rows, columns] where they are shaped like Delta.
+    """What one level holds besides its parameters, and the state of its inner optimizer.
 
-    Attributes:
-      delta: what its writes have added up to.
-      gathered: sum of the gradients since its last write, shaped like ``delta``.
-      optimizer: state of its inner optimizer.
+    ``delta`` [L, B, rows, columns] is what its writes have added up to, ``gathered`` the sum of the gradients since its
+    last write.
     """
 
     delta: Any
@@ -131,28 +126,19 @@ class ContextState(NamedTuple):
 
     def within_chunk(self, tokens: Int[np.ndarray, "B n"], mixer: Any) -> "ContextState":
         """The state after ``tokens`` were read, which the unfinished chunk has room for."""
-        held, count = np.array(self.tokens), int(self.unfinished)
-        held[:, count : count + tokens.shape[1]] = tokens
-        unfinished = jnp.asarray(count + tokens.shape[1], jnp.int32)
-        return self._replace(mixer=mixer, tokens=jnp.asarray(held), unfinished=unfinished)
+        held, start, end = np.array(self.tokens), int(self.unfinished), int(self.unfinished) + tokens.shape[1]
+        held[:, start:end] = tokens
+        return self._replace(mixer=mixer, tokens=jnp.asarray(held), unfinished=jnp.asarray(end, jnp.int32))
 
     def read_on(self, mixer: Any) -> "ContextState":
         """The state after more tokens were read and not learned."""
         return self._replace(mixer=mixer, interrupted=jnp.ones((), bool))
 
 
-def bases(module: nn.Module, rows: Mapping[str, int], rank: int | None, dtype: DTypeLike) -> dict[str, Any]:
-    """Parameters ``<name>_basis`` [rows, rank] for Delta of low rank; None for each name otherwise."""
-    if rank is None:
-        return dict.fromkeys(rows)
-    wide, start = jnp.promote_types(dtype, jnp.float32), nn.initializers.lecun_normal()
-    return {name: module.param(f"{name}_basis", start, (size, rank), wide) for name, size in rows.items()}
-
-
 def blank(shapes: Mapping[str, tuple[int, int]], batch: int, rank: int | None, dtype: DTypeLike) -> dict[str, Array]:
     """Delta = 0 for matrices of these shapes [rows, columns], in at least float32."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return {name: jnp.zeros((batch, rank or rows, columns), wide) for name, (rows, columns) in shapes.items()}
+    sizes = {name: (batch, rank or rows, columns) for name, (rows, columns) in shapes.items()}
+    return {name: jnp.zeros(size, param_dtype(dtype)) for name, size in sizes.items()}
 
 
 def moved(y: Array, x: Array, fast: Fast | None, name: str, basis: Array | None = None) -> Array:

@@ -1,7 +1,7 @@
 """A gated feed-forward part, the Transformer's, whose matrices can be made levels (ad-hoc stacking, SPEC 3.3)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,7 +17,7 @@ from hope_jax.types import Array, Stream
 
 @dataclass(frozen=True)
 class SwiGLUConfig:
-    """A gated feed-forward part.
+    """A gated feed-forward part, a ``fast.LevelsConfig``.
 
     Attributes:
       hidden: inner features, at least 1 (about 8/3 of the model width is usual).
@@ -37,21 +37,16 @@ class SwiGLUConfig:
             raise UserError(f"rank is {self.writes.rank}; SwiGLU layers are written whole, leave it None")
 
     def build(self, width: int, dtype: DTypeLike) -> "SwiGLU":
-        """The module for a model of ``width`` features."""
         return SwiGLU(self, width, dtype)
+
+    nested: ClassVar[bool] = False
 
     @property
     def trained(self) -> int:
-        """See ``fast.LevelsConfig``."""
         return int(any(self.levels))
 
-    @property
-    def nested(self) -> bool:
-        """See ``fast.LevelsConfig``."""
-        return False
-
     def periods(self, layers: int) -> tuple[tuple[int, ...], ...]:
-        """See ``fast.LevelsConfig``: one tree, whose layers have periods of their own."""
+        """One tree, whose layers have periods of their own."""
         if not self.levels:
             return ()
         if len(self.levels) != layers:
@@ -59,12 +54,10 @@ class SwiGLUConfig:
         return (tuple(0 if level is None else level.period for level in self.levels),)
 
     def blank(self, batch: int, width: int, dtype: DTypeLike) -> tuple[dict[str, Array], ...]:
-        """See ``fast.LevelsConfig``."""
         shapes = {"gate": (width, self.hidden), "up": (width, self.hidden), "down": (self.hidden, width)}
         return (blank(shapes, batch, None, dtype),)
 
     def kernels(self, params: Any) -> tuple[dict[str, Any], ...]:
-        """See ``fast.LevelsConfig``."""
         return (params,)
 
 
@@ -86,7 +79,6 @@ class SwiGLU(nn.Module):
 
     @nn.nowrap
     def axes(self) -> Axes:
-        """See ``nn/axes.py``."""
         maps = {"gate": dense_axes("embed", "hidden"), "up": dense_axes("embed", "hidden")}
         rate = {"rate": ("levels",)} if self.config.trained else {}
         return {"norm": norm_axes(), **maps, "down": dense_axes("hidden", "embed"), **rate}

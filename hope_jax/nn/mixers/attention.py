@@ -1,13 +1,14 @@
 """Causal softmax attention, full or over a sliding window, with a cache of static size.
 
-``y = softmax(q k^T / sqrt(K)) v`` over the tokens up to the present one (Eq. 62), rotary positions, no biases. The
-mixer of ``transformer_pp`` and of ``hope_attention`` (SPEC.md 2.8). Norm and residual belong to the block around it.
+``y = softmax(q k^T / sqrt(K)) v`` over the tokens up to the present one (Eq. 62), rotary positions, no biases: the
+mixer of ``transformer_pp`` and of ``hope_attention`` (SPEC.md 2.8).
 
 The cache of full attention has as many slots as the state was made for. A call that would need more returns NaN, as a
 traced program cannot raise: ask ``room_left`` first, as ``generate`` does. A window has no such limit.
 Read ``language_model.py`` next.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes
-from hope_jax.nn.layers import ShortConv, dense, last_of, param_dtype
+from hope_jax.nn.layers import ShortConv, dense, last_of, merge_heads, param_dtype
 from hope_jax.nn.rotary import RopeScaling, apply_rope
 from hope_jax.types import Array, Bool, Count, Float, Int, Stream
 
@@ -43,15 +44,18 @@ Cache = FullCache | WindowCache
 
 
 class AttentionState(NamedTuple):
-    """The cache, and the tails of the convolutions of the query, key and value streams (empty without them)."""
+    """The cache, and the tails of the convolutions of the query, key and value streams, if there are any."""
 
     cache: Cache
     tails: tuple[Float[Array, "B tail D"], ...]
 
 
+def _is_full(node: Any) -> bool:
+    return isinstance(node, FullCache)
+
+
 def _full_caches(state: Any) -> list[FullCache]:
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, FullCache))
-    return [node for node in nodes if isinstance(node, FullCache)]
+    return list(filter(_is_full, jax.tree.leaves(state, is_leaf=_is_full)))
 
 
 def room_left(state: Any) -> int | None:
@@ -76,7 +80,7 @@ def without_empty_slots(state: Any) -> Any:
         held = int(jnp.max(node.position))
         return node._replace(keys=node.keys[..., :held, :], values=node.values[..., :held, :])
 
-    return jax.tree.map(cut, state, is_leaf=lambda node: isinstance(node, FullCache))
+    return jax.tree.map(cut, state, is_leaf=_is_full)
 
 
 def _softmax_block(
@@ -84,8 +88,8 @@ def _softmax_block(
 ) -> Float[Array, "B H t K"]:
     """Attention of some queries to some keys, statistics in at least float32.
 
-    Dividing after the product with the values, and holding the maximum constant (it cancels), leaves less elementwise
-    work over the scores than the gradient of a softmax: about half the time on a CPU.
+    Dividing after the product with the values, and holding the maximum constant (it cancels), takes about half the time
+    of the gradient of a softmax on a CPU.
     """
     wide = param_dtype(q.dtype)
     scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=wide)
@@ -100,7 +104,7 @@ def attend(q: Float[Array, "B H T K"], cache: Cache, window: int | None) -> Floa
 
     A full cache is filled from slot 0; a window's slots end with the present tokens, and slots of negative positions
     hold nothing. Queries go in blocks, and a block looks only at slots that can matter: whatever the position, queries
-    before b see no slot from ``slots - T + b`` on. With as many slots as queries that is the causal triangle.
+    before b see no slot from ``slots - T + b`` on.
     """
     time, slots = q.shape[2], cache.keys.shape[2]
     first_slot = 0 if window is None else cache.position - slots
@@ -112,8 +116,8 @@ def attend(q: Float[Array, "B H T K"], cache: Cache, window: int | None) -> Floa
         start = 0 if window is None else max(0, end - (b - a) - window + 1)
         age = query_at[a:b, None] - slot_at[None, start:end]
         visible = (age >= 0) & (age < (window or slots)) & (slot_at[None, start:end] >= 0)
-        block_of = (q[:, :, a:b], cache.keys[:, :, start:end], cache.values[:, :, start:end])
-        blocks.append(_softmax_block(*block_of, visible))
+        keys, values = cache.keys[:, :, start:end], cache.values[:, :, start:end]
+        blocks.append(_softmax_block(q[:, :, a:b], keys, values, visible))
     return jnp.concatenate(blocks, axis=2)
 
 
@@ -140,7 +144,7 @@ def _push(cache: Cache, k: Float[Array, "B H T K"], v: Float[Array, "B H T K"], 
 class AttentionConfig:
     """Softmax attention.
 
-    heads: at least 1; each head gets width / heads features, an even number (rotary positions pair them).
+    heads: at least 1, of an even number of features each (rotary positions pair them).
     window: tokens a token sees, itself included, at least 1; None: all earlier ones.
     conv: width of causal convolutions on the inputs of the query, key and value maps, as Hope has them; 0: none.
     rope_base: the slowest rotary feature turns by about ``1 / rope_base`` per token.
@@ -166,10 +170,8 @@ class AttentionConfig:
     def build(self, width: int, dtype: DTypeLike) -> "Attention":
         """The mixer for a model of ``width`` features. Raises UserError if the heads do not divide it evenly."""
         if width % (2 * self.heads):
-            raise UserError(
-                f"Attention with heads={self.heads} cannot split width={width}; "
-                f"choose a width that is a multiple of {2 * self.heads} (heads of an even number of features)."
-            )
+            choose = f"choose a width that is a multiple of {2 * self.heads} (heads of an even number of features)"
+            raise UserError(f"Attention with heads={self.heads} cannot split width={width}; {choose}.")
         return Attention(self, width, dtype)
 
 
@@ -186,7 +188,6 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def axes(self) -> Axes:
-        """See ``nn/axes.py``."""
         maps = {name: dense_axes("embed", "all_heads") for name in ("query", "key", "value")}
         convs = {f"convs_{i}": conv_axes("embed") for i in range(3)} if self.config.conv else {}
         return {**maps, "out": dense_axes("all_heads", "embed"), **convs}
@@ -194,34 +195,28 @@ class Attention(nn.Module):
     @nn.nowrap
     def init_state(self, batch: int, capacity: int) -> AttentionState:
         """Nothing seen. ``capacity``: tokens a full cache can hold (a window needs ``window - 1`` slots instead)."""
-        config = self.config
-        slots = capacity if config.window is None else config.window - 1
-        empty = jnp.zeros((batch, config.heads, slots, self.width // config.heads), self.dtype)
-        kind = FullCache if config.window is None else WindowCache
-        tails = 3 * (jnp.zeros((batch, config.conv - 1, self.width), self.dtype),) if config.conv else ()
+        c = self.config
+        kind, slots = (FullCache, capacity) if c.window is None else (WindowCache, c.window - 1)
+        empty = jnp.zeros((batch, c.heads, slots, self.width // c.heads), self.dtype)
+        tails = 3 * (jnp.zeros((batch, c.conv - 1, self.width), self.dtype),) if c.conv else ()
         return AttentionState(kind(empty, empty, jnp.zeros((), jnp.int32)), tails)
 
     def __call__(self, x: Stream, state: AttentionState, count: Count = None) -> tuple[Stream, AttentionState]:
-        streams, tails = self._convolve(x, state.tails, count)
+        streams, tails = [x] * 3, ()
+        if self.convs:
+            convolved = (conv(x, tail, count) for conv, tail in zip(self.convs, state.tails, strict=True))
+            streams, tails = zip(*convolved, strict=True)
         q, k, v = self._project(streams, state.cache.position)
         seen, kept = _push(state.cache, k, v, count)
         y = attend(q, seen, self.config.window)
         if isinstance(kept, FullCache):
             y = jnp.where(kept.position <= kept.keys.shape[2], y, jnp.nan)
-        return self.out(jnp.swapaxes(y, 1, 2).reshape(x.shape)), AttentionState(kept, tails)
+        return self.out(merge_heads(y)), AttentionState(kept, tails)
 
-    def _convolve(self, x: Stream, tails: tuple[Array, ...], count: Count) -> tuple[list[Array], tuple[Array, ...]]:
-        """The inputs of the query, key and value maps, each through its own convolution if there are any."""
-        if not self.convs:
-            return [x] * 3, ()
-        pairs = [conv(x, tail, count) for conv, tail in zip(self.convs, tails, strict=True)]
-        return [y for y, _ in pairs], tuple(tail for _, tail in pairs)
-
-    def _project(self, streams: list[Array], position: Int[Array, ""]) -> list[Array]:
+    def _project(self, streams: Sequence[Stream], position: Int[Array, ""]) -> list[Array]:
         """Queries, keys and values ``[B,H,T,K]``, queries and keys turned to their absolute positions."""
-        maps = (self.query, self.key, self.value)
-        split = (*streams[0].shape[:2], self.config.heads, self.width // self.config.heads)
-        q, k, v = (to(stream).reshape(split) for to, stream in zip(maps, streams, strict=True))
-        at = position + jnp.arange(split[1])
+        pairs = zip((self.query, self.key, self.value), streams, strict=True)
+        q, k, v = (to(x).reshape(*x.shape[:2], self.config.heads, -1) for to, x in pairs)
+        at = position + jnp.arange(q.shape[1])
         q, k = (apply_rope(z, at, self.config.rope_base, self.config.rope_scaling) for z in (q, k))
         return [jnp.swapaxes(z, 1, 2) for z in (q, k, v)]

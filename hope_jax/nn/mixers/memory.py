@@ -5,6 +5,7 @@ self-modification. ``self_modifying.py`` is the same layer with memories in plac
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,28 +15,19 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError
-from hope_jax.memory.kernels import Impl, check_impl
-from hope_jax.memory.rule import Fast, Gates, MemoryState, Rule
+from hope_jax.errors import UserError, check_choices
+from hope_jax.memory.architectures import Architecture
+from hope_jax.memory.kernels import Impl
+from hope_jax.memory.rule import Fast, Gates, Rule
 from hope_jax.memory.scan import scan
+from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
-from hope_jax.nn.layers import (
-    AnswerOutput,
-    HeadOutput,
-    dense,
-    light,
-    over_heads,
-    param_dtype,
-    short_convs,
-    split_heads,
-    unit_heads,
-)
 from hope_jax.types import Array, Count, Int, Stream
 
 
 @dataclass(frozen=True)
 class MemoryMixerConfig:
-    """A mixer around one rule. A residual memory (Titans) has the output ``AnswerOutput``, others ``HeadOutput``.
+    """A mixer around one rule.
 
     Attributes:
       rule: what is written and read, a row of ``memory.RULES`` or your own.
@@ -61,7 +53,7 @@ class MemoryMixerConfig:
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        check_impl(self.impl)
+        check_choices(self)
         if min(self.heads, self.hidden, self.conv) < 1 or (self.horizon is not None and self.horizon < 2):
             raise UserError("heads, hidden and conv must be at least 1 and horizon at least 2 (or None)")
         if self.rate_max < 0:
@@ -70,18 +62,39 @@ class MemoryMixerConfig:
             raise UserError("a rule with self_values reads the value as a key; set unit_values=True")
 
     def build(self, width: int, dtype: DTypeLike) -> "MemoryMixer":
-        """The module for a model of ``width`` features."""
         if width % self.heads:
             raise UserError(f"{self.heads} heads do not divide width {width}; choose a divisor")
         return MemoryMixer(self, width, dtype)
 
 
 class MemoryMixerState(NamedTuple):
-    """Convolution tails of the q, k, v streams, fast weights [B,H,...], tokens since the last anchor refresh."""
+    """Convolution tails of the q, k, v streams, fast weights [B,H,...], tokens since all anchors were refreshed."""
 
     tails: tuple[Array, ...]
     fast: Fast
     position: Int[Array, ""] | np.ndarray
+
+
+def fresh_state(convs: Sequence[layers.ShortConv], start: Fast, batch: int, width: int) -> MemoryMixerState:
+    """The state before the first token, of memories that are at their ``start``, leaves [H,...]."""
+    fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), start)
+    return MemoryMixerState(tuple(conv.init_state(batch, width) for conv in convs), fast, np.zeros((), np.int32))
+
+
+def learned_start(
+    module: nn.Module, name: str, architecture: Architecture, copies: tuple[int, ...], sizes: tuple[int, int, int]
+) -> tuple[Array, ...]:
+    """Parameters of ``module``, the initial weights of memories: per layer [*copies, in, out].
+
+    ``sizes`` are the features of keys and values, and the hidden ones.
+    """
+
+    def draw(key: Array, layer: int) -> Array:
+        keys = jax.random.split(key, math.prod(copies))
+        weights = jax.vmap(lambda key: architecture.init(key, *sizes))(keys)[layer]
+        return weights.reshape(*copies, *weights.shape[1:]).astype(layers.param_dtype(module.dtype))
+
+    return tuple(module.param(f"start_{name}_{i}", draw, i) for i in range(architecture.layers))
 
 
 class MemoryMixer(nn.Module):
@@ -92,90 +105,64 @@ class MemoryMixer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
+        c, wide, size = self.config, layers.param_dtype(self.dtype), self.width // self.config.heads
+        self.projections = [layers.dense(self.width, self.dtype, name=f"project_{n}") for n in "qkv"]
+        self.convs = layers.short_convs(c.conv, self.dtype, c.impl)
+        self.gates = {n: layers.dense(c.heads, wide, f"gate_{n}", bias=bias) for n, bias in self._gates().items()}
+        self.out = layers.HeadOutput(c.heads, self.width, c.rule.architecture.residual, self.dtype)
+        if c.rule.learned_start:
+            sizes = (size, size, c.hidden * size)
+            self.initial = learned_start(self, "memory", c.rule.architecture, (c.heads,), sizes)
+        else:
+            self.initial = (jnp.zeros((c.heads, size, size), wide),)
+
+    @nn.nowrap
+    def _gates(self) -> dict[str, float]:
+        """Initial biases of the gates that depend on the token."""
         c = self.config
-        self.projections = [dense(self.width, self.dtype, name=f"project_{n}") for n in "qkv"]
-        self.convs = short_convs(c.conv, self.dtype, c.impl)
-        output = AnswerOutput if c.rule.architecture.residual else HeadOutput
-        self.out = output(c.heads, self.width, self.dtype)
-        if c.rate_bias is not None:
-            self.rate = self._gate("rate", c.rate_bias)
-        if c.horizon is not None:
-            self.retention = self._gate("retention", math.log(c.horizon - 1))
-        if c.rule.momentum:
-            self.momentum = self._gate("momentum", c.momentum_bias)
-        layers = c.rule.architecture.layers if c.rule.learned_start else 0
-        self.learned = tuple(self.param(f"start_memory_{i}", self._draw, i) for i in range(layers))
+        retention = None if c.horizon is None else math.log(c.horizon - 1)
+        biases = {"rate": c.rate_bias, "retention": retention, "momentum": c.momentum_bias if c.rule.momentum else None}
+        return {name: bias for name, bias in biases.items() if bias is not None}
 
     @nn.nowrap
     def axes(self) -> Axes:
-        """See ``nn/axes.py``."""
-        c, rule = self.config, self.config.rule
-        gates = {"rate": c.rate_bias is not None, "retention": c.horizon is not None, "momentum": rule.momentum}
-        output = AnswerOutput if rule.architecture.residual else HeadOutput
+        c, memory = self.config, self.config.rule.architecture
         return {
             **{f"project_{n}": dense_axes("embed", "all_heads") for n in "qkv"},
             **{f"conv_{n}": conv_axes("all_heads") for n in "qkv"},
-            **{f"gate_{name}": dense_axes("embed", "heads", bias=True) for name, exists in gates.items() if exists},
-            **(memory_axes("memory", rule.architecture.layers) if rule.learned_start else {}),
-            "out": output(c.heads, self.width, self.dtype, parent=None).axes(),
+            **{f"gate_{name}": dense_axes("embed", "heads", bias=True) for name in self._gates()},
+            **(memory_axes("memory", memory.layers) if c.rule.learned_start else {}),
+            "out": layers.HeadOutput(c.heads, self.width, memory.residual, self.dtype, parent=None).axes(),
         }
-
-    def _gate(self, name: str, bias: float) -> nn.Dense:
-        return dense(self.config.heads, param_dtype(self.dtype), f"gate_{name}", bias=bias)
-
-    def _draw(self, key: Array, layer: int) -> Array:
-        size, heads = self.width // self.config.heads, self.config.heads
-        start = lambda k: self.config.rule.init_weights(k, size, size, self.config.hidden * size)  # noqa: E731
-        return jax.vmap(start)(jax.random.split(key, heads))[layer].astype(param_dtype(self.dtype))
-
-    def _initial(self) -> tuple[Array, ...]:
-        if self.config.rule.learned_start:
-            return self.learned
-        size = self.width // self.config.heads
-        return (jnp.zeros((self.config.heads, size, size), param_dtype(self.dtype)),)
 
     def init_state(self, batch: int, capacity: int) -> MemoryMixerState:
         """A fresh sequence: the memory at its start. ``capacity`` is for attention and unused here."""
-        del capacity
-        fast = self.config.rule.start(self._initial())
-        fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), fast)
-        tails = tuple(conv.init_state(batch, self.width) for conv in self.convs)
-        return MemoryMixerState(tails, fast, np.zeros((), np.int32))
+        return fresh_state(self.convs, self.config.rule.start(self.initial), batch, self.width)
 
     def __call__(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Stream, MemoryMixerState]:
         (q, k, v), tails = self._streams(u, state.tails, count)
-        rule, position, impl = self.config.rule, state.position, self.config.impl
+        rule, impl = self.config.rule, self.config.impl
 
         def head(initial, fast, k, v, q, gates):
-            reads, new = scan(rule, MemoryState(fast, position), k, v, q, gates, initial, impl, count)
-            return reads, new.fast
+            return scan(rule, initial, fast, k, v, q, gates, state.position, impl, count)
 
-        reads, fast = over_heads(head, (self._initial(),), (state.fast, k, v, q, self._gates(u)), impl)
+        fast, reads = layers.over_heads(head, (self.initial,), (state.fast, k, v, q, self._gates_of(u)), impl)
         found = (q, reads - q) if rule.architecture.residual else (reads,)
-        position = (position + (u.shape[1] if count is None else count)) % rule.period
+        position = (state.position + (u.shape[1] if count is None else count)) % rule.period
         return self.out(u, *found), MemoryMixerState(tails, fast, position)
 
-    @light
+    @layers.light
     def _streams(self, u: Stream, tails: tuple[Array, ...], count: Count) -> tuple[list[Array], tuple[Array, ...]]:
         """Queries, keys and values per head [B,H,T,K]: projection, convolution, SiLU, then unit norm."""
-        streams, new_tails = [], []
-        for name, project, conv, tail in zip("qkv", self.projections, self.convs, tails, strict=True):
-            x, tail = conv(project(u), tail, count)
-            make = unit_heads if name != "v" or self.config.unit_values else split_heads
-            streams.append(make(nn.silu(x), self.config.heads).astype(param_dtype(x.dtype)))
-            new_tails.append(tail)
-        return streams, tuple(new_tails)
+        maps = zip(self.projections, self.convs, tails, strict=True)
+        streams, tails = zip(*(conv(project(u), tail, count) for project, conv, tail in maps), strict=True)
+        of_values = layers.unit_heads if self.config.unit_values else layers.split_heads
+        pairs = zip((layers.unit_heads, layers.unit_heads, of_values), streams, strict=True)
+        return [to(nn.silu(x), self.config.heads).astype(layers.param_dtype(x.dtype)) for to, x in pairs], tails
 
-    def _gates(self, u: Stream) -> Gates:
+    def _gates_of(self, u: Stream) -> Gates:
         """Rate, retention and momentum decay per token and head, [B,H,T]."""
-        c, wide = self.config, param_dtype(self.dtype)
-
-        def gate(layer: nn.Dense) -> Array:
-            return jnp.swapaxes(jax.nn.sigmoid(layer(u)), 1, 2)
-
-        ones = jnp.ones((u.shape[0], c.heads, u.shape[1]), wide)
-        return Gates(
-            rate=c.rate_max * (ones if c.rate_bias is None else gate(self.rate)),
-            retention=ones if c.horizon is None else gate(self.retention),
-            momentum_decay=gate(self.momentum) if c.rule.momentum else None,
-        )
+        gates = {name: jnp.swapaxes(jax.nn.sigmoid(layer(u)), 1, 2) for name, layer in self.gates.items()}
+        ones = jnp.ones((u.shape[0], self.config.heads, u.shape[1]), layers.param_dtype(self.dtype))
+        rate = self.config.rate_max * gates.get("rate", ones)
+        return Gates(rate, gates.get("retention", ones), gates.get("momentum"))

@@ -13,36 +13,27 @@ without CMS               the model's ``feed_forward`` (see ``cms.py``)
 ========================  ==========================================================
 """
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, check_choices
 from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture
-from hope_jax.memory.kernels import Impl, check_impl
+from hope_jax.memory.kernels import Impl
 from hope_jax.memory.packing import Boxes
-from hope_jax.memory.rule import DGDScope, Fast, RateForm, ReadTime, RetainTo, Rule
+from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import SelfModifying, Streams, Tuning, scan
+from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
-from hope_jax.nn.layers import (
-    AnswerOutput,
-    dense,
-    light,
-    merge_heads,
-    near_identity,
-    over_heads,
-    param_dtype,
-    short_convs,
-    unit_heads,
-)
-from hope_jax.types import Array, Count, Float, Int, Stream
+from hope_jax.nn.mixers.memory import MemoryMixerState, fresh_state, learned_start
+from hope_jax.types import Array, Count, Float, Stream
 
 Projection = Literal["k", "v", "q"]
 Momentum = Literal["none", "const", "gated"]
@@ -50,7 +41,7 @@ Momentum = Literal["none", "const", "gated"]
 
 @dataclass(frozen=True)
 class SelfModifyingConfig:
-    """Everything about the mixer; defaults are SPEC 2, or what ``docs/defaults.md`` says was measured better.
+    """Defaults are SPEC 2, or what ``docs/defaults.md`` says was measured better.
 
     Attributes:
       heads: independent sets of memories; must divide the model width.
@@ -100,57 +91,32 @@ class SelfModifyingConfig:
         names = self.inner_projection
         if not set(names) <= set(get_args(Projection)) or len(set(names)) < len(names):
             raise UserError(f"inner_projection is {names}; expected a subset of ('k', 'v', 'q'), each once")
-        if self.momentum not in get_args(Momentum):
-            raise UserError(f"momentum is {self.momentum!r}; expected one of {get_args(Momentum)}")
+        check_choices(self)
         if self.rate_max < 0 or self.projection_rate <= 0:
-            raise UserError(
-                f"rates must be positive (rate_max may be 0): rate_max={self.rate_max}, "
-                f"projection_rate={self.projection_rate}"
-            )
+            rates = f"rate_max={self.rate_max}, projection_rate={self.projection_rate}"
+            raise UserError(f"rates must be positive (rate_max may be 0): {rates}")
         if min(self.heads, self.hidden, self.gate_hidden, self.conv) < 1 or self.horizon < 2:
             raise UserError("heads, hidden, gate_hidden and conv must be at least 1 and horizon at least 2")
-        check_impl(self.impl)
         if self.gate.residual:
             raise UserError("a gate memory has one output and cannot be residual; use architectures.mlp")
         self.spec()  # checks the rest
 
     def spec(self) -> SelfModifying:
         """The pure function's static part."""
-
-        def rule(architecture: Architecture, period: int) -> Rule:
-            return Rule(
-                architecture,
-                self.objective,
-                period=period,
-                read=self.read,
-                dgd_scope=self.dgd_scope,
-                rate_form=self.rate_form,
-                momentum=self.momentum != "none",
-                damped=self.damped,
-                retain_to=self.retain_to,
-                self_values=True,
-            )
-
+        names = ("objective", "dgd_scope", "rate_form", "read", "damped", "retain_to")
+        same = {name: getattr(self, name) for name in names}
+        rule = functools.partial(Rule, momentum=self.momentum != "none", self_values=True, **same)
         groups = Boxes(
-            rule(self.memory, self.c_memory),
-            rule(self.projection, self.c_projections),
-            rule(self.gate, self.c_projections),
+            rule(self.memory, period=self.c_memory),
+            rule(self.projection, period=self.c_projections),
+            rule(self.gate, period=self.c_projections),
         )
         return SelfModifying(groups, self.inner_projection, self.rate_max, self.retention)
 
     def build(self, width: int, dtype: DTypeLike) -> "SelfModifyingMixer":
-        """The module for a model of ``width`` features."""
         if width % self.heads:
             raise UserError(f"{self.heads} heads do not divide width {width}; choose a divisor")
         return SelfModifyingMixer(self, width, dtype)
-
-
-class SelfModifyingState(NamedTuple):
-    """Convolution tails of the q, k, v streams, packed fast weights [B,H,...], tokens since the last refresh."""
-
-    tails: tuple[Array, ...]
-    fast: Fast
-    position: Int[Array, ""] | np.ndarray
 
 
 class SelfModifyingMixer(nn.Module):
@@ -165,96 +131,79 @@ class SelfModifyingMixer(nn.Module):
 
     def setup(self) -> None:
         c, size = self.config, self.width // self.config.heads
-        wide = param_dtype(self.dtype)
-        self.convs = short_convs(c.conv, self.dtype, c.impl)
+        wide = layers.param_dtype(self.dtype)
+        self.convs = layers.short_convs(c.conv, self.dtype, c.impl)
         static = [n for n in "qkv" if n not in c.inner_projection]
-        self.static = {n: dense(self.width, self.dtype, f"project_{n}", near_identity) for n in static}
-        self.out = AnswerOutput(c.heads, self.width, self.dtype)
+        self.static = {n: layers.dense(self.width, self.dtype, f"project_{n}", layers.near_identity) for n in static}
+        self.out = layers.HeadOutput(c.heads, self.width, True, self.dtype)
+        boxes = len(c.inner_projection)
         self.initial = Boxes(
-            self._initial("memory", c.memory, (), size, c.hidden * size),
-            self._initial("projections", c.projection, (len(c.inner_projection),), size, size),
-            self._initial("gates", c.gate, (2,), 1, c.gate_hidden),
+            learned_start(self, "memory", c.memory, (c.heads,), (size, size, c.hidden * size)),
+            learned_start(self, "projections", c.projection, (c.heads, boxes), (size, size, size)),
+            learned_start(self, "gates", c.gate, (c.heads, 2), (size, 1, c.gate_hidden)),
         )
-        log_rates = Boxes(0.0, math.log(c.projection_rate), math.log(c.projection_rate))
-        self.tuning = Tuning(
-            Boxes(*(self._constant(f"log_rate_{n}", start) for n, start in zip(Boxes._fields, log_rates, strict=True))),
-            self._constant("rate_bias", c.rate_bias),
-            self._constant("retention_bias", math.log(c.horizon - 1)),
-        )
-        if c.momentum != "none":
-            self.momentum_bias = self._constant("momentum_bias", c.momentum_bias)
+        draws = {name: nn.initializers.constant(start) for name, start in self._constants().items()}
+        constants = {name: self.param(name, draw, (c.heads,), wide) for name, draw in draws.items()}
+        log_rates = Boxes(*(constants[f"log_rate_{name}"] for name in Boxes._fields))
+        self.tuning = Tuning(log_rates, constants["rate_bias"], constants["retention_bias"])
+        self.momentum_bias = constants.get("momentum_bias")
         if c.momentum == "gated":
             self.momentum_kernel = self.param("momentum_kernel", nn.initializers.zeros, (c.heads, size), wide)
 
     @nn.nowrap
-    def axes(self) -> Axes:
-        """See ``nn/axes.py``."""
+    def _constants(self) -> dict[str, float]:
+        """Initial values of the parameters that are one number per head."""
         c = self.config
-        constants = [f"log_rate_{name}" for name in Boxes._fields] + ["rate_bias", "retention_bias"]
-        constants += ["momentum_bias"] if c.momentum != "none" else []
+        rates = Boxes(0.0, math.log(c.projection_rate), math.log(c.projection_rate))
+        constants = {f"log_rate_{name}": rate for name, rate in rates._asdict().items()}
+        constants |= {"rate_bias": c.rate_bias, "retention_bias": math.log(c.horizon - 1)}
+        return constants | ({"momentum_bias": c.momentum_bias} if c.momentum != "none" else {})
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        c = self.config
         return {
             **{f"conv_{n}": conv_axes("embed") for n in "qkv"},
             **{f"project_{n}": dense_axes("all_heads", "all_heads") for n in "qkv" if n not in c.inner_projection},
             **memory_axes("memory", c.memory.layers),
             **memory_axes("projections", c.projection.layers, ("memories",)),
             **memory_axes("gates", c.gate.layers, ("memories",), answer="gate"),
-            **dict.fromkeys(constants, ("heads",)),
+            **dict.fromkeys(self._constants(), ("heads",)),
             **({"momentum_kernel": ("heads", "head_dim")} if c.momentum == "gated" else {}),
-            "out": AnswerOutput(c.heads, self.width, self.dtype, parent=None).axes(),
+            "out": layers.HeadOutput(c.heads, self.width, True, self.dtype, parent=None).axes(),
         }
 
-    def _constant(self, name: str, value: float) -> Array:
-        start = nn.initializers.constant(value)
-        return self.param(name, start, (self.config.heads,), param_dtype(self.dtype))
-
-    def _initial(
-        self, name: str, architecture: Architecture, stack: tuple[int, ...], value_dim: int, hidden: int
-    ) -> tuple[Array, ...]:
-        """Meta-learned M_box,0 of one group: per layer [H, *stack, in, out]."""
-        heads, size = self.config.heads, self.width // self.config.heads
-
-        def draw(key, layer):
-            keys = jax.random.split(key, heads * math.prod(stack))
-            weights = jax.vmap(lambda k: architecture.init(k, size, value_dim, hidden))(keys)[layer]
-            return weights.reshape(heads, *stack, *weights.shape[1:]).astype(param_dtype(self.dtype))
-
-        return tuple(self.param(f"start_{name}_{i}", draw, i) for i in range(architecture.layers))
-
-    def init_state(self, batch: int, capacity: int) -> SelfModifyingState:
+    def init_state(self, batch: int, capacity: int) -> MemoryMixerState:
         """A fresh sequence: every memory at its meta-learned start. ``capacity`` is for attention and unused here."""
-        del capacity
-        fast = jax.vmap(self.config.spec().start)(self.initial)
-        fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), fast)
-        tails = tuple(conv.init_state(batch, self.width) for conv in self.convs)
-        return SelfModifyingState(tails, fast, np.zeros((), np.int32))
+        return fresh_state(self.convs, jax.vmap(self.config.spec().start)(self.initial), batch, self.width)
 
-    def __call__(self, u: Stream, state: SelfModifyingState, count: Count = None) -> tuple[Stream, SelfModifyingState]:
+    def __call__(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Stream, MemoryMixerState]:
         streams, tails = self._streams(u, state.tails, count)
         spec, impl = self.config.spec(), self.config.impl
 
         def head(initial, tuning, fast, streams):
             return scan(spec, initial, tuning, fast, streams, state.position, impl, count)
 
-        fast, reading = over_heads(head, (self.initial, self.tuning), (state.fast, streams), impl)
+        fast, reading = layers.over_heads(head, (self.initial, self.tuning), (state.fast, streams), impl)
         self.sow("intermediates", "rate", reading.gates.rate)
         self.sow("intermediates", "retention", reading.gates.retention)
         queries = streams.q if reading.queries is None else reading.queries
         position = (state.position + (u.shape[1] if count is None else count)) % max(spec.periods)
         answers = reading.reads - queries if self.config.memory.residual else reading.reads
-        return self.out(u, queries, answers), SelfModifyingState(tails, fast, position)
+        return self.out(u, queries, answers), MemoryMixerState(tails, fast, position)
 
-    @light
+    @layers.light
     def _streams(self, u: Stream, tails, count: Count) -> tuple[Streams, tuple[Array, ...]]:
         """Inputs of the memories per head, [B,H,T,K] and of unit norm, and the convolutions' new tails."""
         heads = self.config.heads
-        inputs, new_tails = {"x": unit_heads(u, heads)}, []
+        inputs, new_tails = {"x": layers.unit_heads(u, heads)}, []
         for name, conv, tail in zip("qkv", self.convs, tails, strict=True):
             x, tail = conv(u, tail, count)
-            inputs[name] = unit_heads(nn.silu(x), heads)
+            inputs[name] = layers.unit_heads(nn.silu(x), heads)
             new_tails.append(tail)
         for name, project in self.static.items():
-            projected = project(merge_heads(inputs[name]).astype(self.dtype))
-            inputs[name] = unit_heads(projected, heads)
+            merged = layers.merge_heads(inputs[name]).astype(self.dtype)
+            inputs[name] = layers.unit_heads(project(merged), heads)
         return Streams(momentum_decay=self._momentum_decay(inputs["x"]), **inputs), tuple(new_tails)
 
     def _momentum_decay(self, x: Float[Array, "B H T K"]) -> Float[Array, "B H T"] | None:

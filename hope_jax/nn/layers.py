@@ -45,9 +45,9 @@ def dense(
     features: int, dtype: DTypeLike, name: str | None = None, start: Initializer = FAN_IN, bias: float | None = None
 ) -> nn.Dense:
     """A linear map [in, features], with a learned bias if ``bias`` is the number at which it starts."""
-    offset, dtypes = nn.initializers.constant(bias or 0.0), dict(dtype=dtype, param_dtype=param_dtype(dtype))
-    how = dict(use_bias=bias is not None, kernel_init=start, bias_init=offset, dot_general=rows_product)
-    return nn.Dense(features, name=name, **how, **dtypes)
+    offset = nn.initializers.constant(bias or 0.0)
+    fixed: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype(dtype), dot_general=rows_product, name=name)
+    return nn.Dense(features, use_bias=bias is not None, kernel_init=start, bias_init=offset, **fixed)
 
 
 def near_identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "D D"]:

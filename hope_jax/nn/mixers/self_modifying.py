@@ -146,7 +146,8 @@ class SelfModifyingMixer(nn.Module):
         constants = {name: self.param(name, draw, (c.heads,), wide) for name, draw in draws.items()}
         log_rates = Boxes(*(constants[f"log_rate_{name}"] for name in Boxes._fields))
         self.tuning = Tuning(log_rates, constants["rate_bias"], constants["retention_bias"])
-        self.momentum_bias = constants.get("momentum_bias")
+        if c.momentum != "none":
+            self.momentum_bias = constants["momentum_bias"]
         if c.momentum == "gated":
             self.momentum_kernel = self.param("momentum_kernel", nn.initializers.zeros, (c.heads, size), wide)
 

@@ -24,6 +24,7 @@ from hope_jax.nn.feed_forward.fast import BlockState, ContextState, as_matrix
 from hope_jax.nn.language_model import check_tokens
 from hope_jax.nn.mixers.attention import room_left, slots_of
 from hope_jax.storage.digests import first_difference, kinds
+from hope_jax.storage.programs import run_stored
 from hope_jax.types import Array, Float, Scalar, Tokens
 
 State = BlockState | ContextState
@@ -107,7 +108,8 @@ def _read_piece(
     """One call of the program, with up to ``piece_size`` tokens. Raises UserError where numbers are not finite."""
     count = tokens.shape[1]
     padded = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, piece_size(model) - count)))
-    nats, logits, finite, state = read_piece(model, params, state, padded, count, learn, end, finish)
+    request = params, state, padded, count, learn, end, finish
+    nats, logits, finite, state = run_stored(read_piece, model, request, like=(0, 0, 0, state))
     if not finite:
         raise UserError(
             "this made losses or weights that are not finite, so nothing was learned: the parameters or the state are "

@@ -1,0 +1,106 @@
+"""Traced programs kept on disk: a second process neither traces nor compiles what a first one did.
+
+JAX's compilation cache saves the compiling, but every process traces a program anew, which takes longer than reading a
+document with it. Where that cache is on, ``run_stored`` keeps the traced program in the same folder.
+"""
+
+import base64
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from hope_jax.config import from_json, to_json
+from hope_jax.errors import UserError
+from hope_jax.storage.digests import digest_json, kind, read_sealed, write_sealed
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax")
+"""What a traced program depends on, apart from our own source."""
+
+
+def run_stored(program: Callable[..., Any], model: Any, arrays: tuple[Any, ...], like: Any) -> Any:
+    """``program(model, *arrays)``, by the traced program on disk if there is one.
+
+    It is called directly where nothing can be stored: without a compilation cache, for a model whose configuration has
+    no name or names code of other packages, on several devices, or without the package flatbuffers.
+
+    Args:
+      program: a compiled function at the top of a module of hope_jax whose first argument is static.
+      model: its first argument, with a ``config``.
+      arrays: the others, trees of arrays and numbers.
+      like: any tree of the structure of the result.
+    """
+    leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arrays))
+    path = _path(program, model, tree, leaves)
+    if path is None or any(len(leaf.devices()) > 1 for leaf in leaves):
+        return program(model, *arrays)
+    specs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type) for leaf in leaves)
+    return jax.tree.unflatten(jax.tree.structure(like), _stored(path, program, model, tree, specs)(*leaves))
+
+
+def _path(program: Callable[..., Any], model: Any, tree: Any, leaves: list[jax.Array]) -> Path | None:
+    """Where the traced program lies; None: it cannot be told from others, or there is no place for it."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    config = _named(model.config)
+    if folder is None or config is None or not _can_store():
+        return None
+    kinds = [f"{kind(leaf)} {leaf.weak_type}" for leaf in leaves]
+    about = {"program": f"{program.__module__}:{program.__qualname__}", "model": config, "arrays": kinds}
+    about |= {"tree": str(tree), "machine": _machine()}
+    return Path(folder) / f"traced-{digest_json(about)}.json"
+
+
+@functools.lru_cache
+def _named(config: Any) -> str | None:
+    """The configuration as text; None where it names what this package does not define."""
+    try:
+        from_json(data := to_json(config))
+    except UserError:
+        return None
+    return json.dumps(data)
+
+
+@functools.cache
+def _can_store() -> bool:
+    return importlib.util.find_spec("flatbuffers") is not None
+
+
+def _machine() -> list[str]:
+    """What else the traced program depends on."""
+    settings = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_rank_promotion")
+    return [jax.default_backend(), _source(), *(str(getattr(jax.config, name)) for name in settings)]
+
+
+@functools.cache
+def _source() -> str:
+    """Digest of the package's source and of the versions of ``PACKAGES``."""
+    known = hashlib.sha256("".join(map(importlib.metadata.version, PACKAGES)).encode())
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        known.update(file.read_bytes())
+    return known.hexdigest()
+
+
+@functools.lru_cache
+def _stored(path: Path, program: Callable[..., Any], model: Any, tree: Any, specs: tuple[Any, ...]) -> Any:
+    """The program on flat arrays: from the file, or traced and written there. An unreadable file is written anew."""
+
+    def flat(*leaves: Any) -> list[Any]:
+        return jax.tree.leaves(program(model, *jax.tree.unflatten(tree, leaves)))
+
+    try:
+        data = base64.b64decode(read_sealed(path)["program"])
+    except (OSError, ValueError, KeyError, TypeError):
+        data = export.export(jax.jit(flat))(*specs).serialize()
+        with contextlib.suppress(OSError):  # a full or read-only disk, or another process at the same file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_sealed(path, {"program": base64.b64encode(data).decode()})
+    return jax.jit(export.deserialize(data).call)

@@ -1,0 +1,124 @@
+"""Traced programs on disk: the same numbers as without, traced once for all processes, anew where something differs."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.levels import Level
+from hope_jax.storage import programs
+from hope_jax.storage.programs import run_stored
+
+TRACES = []
+"""Models that ``program`` was traced for."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Whatever has a configuration."""
+
+    config: object
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def program(model, tree, count):
+    """Some numbers; the state has the structure of ``tree``."""
+    TRACES.append(model)
+    return jnp.sum(tree["x"]) * count, jax.tree.map(lambda x: x + model.config.period, tree)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A compilation cache of the test's own, and none of its programs in memory."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    another_process()
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def another_process():
+    """Nothing is in memory; what is found lies on the disk."""
+    TRACES.clear()
+    program.clear_cache()
+    programs._stored.cache_clear()
+
+
+def called(period=3, size=4, count=5, model=None):
+    """The result of one call, checked."""
+    tree = {"x": jnp.arange(size, dtype=jnp.float32), "y": (jnp.ones(2),)}
+    total, after = run_stored(program, model or Model(Level(period)), (tree, count), (0, tree))
+    assert total == count * size * (size - 1) / 2
+    np.testing.assert_array_equal(after["x"], np.arange(size) + period)
+    np.testing.assert_array_equal(after["y"][0], [1 + period] * 2)
+    return len(TRACES)
+
+
+def files(folder):
+    """The traced programs there."""
+    return sorted(folder.glob("traced-*"))
+
+
+def test_a_second_process_does_not_trace(folder):
+    assert called() == 1 and len(files(folder)) == 1
+    assert called(count=7) == 1
+    another_process()
+    assert called() == 0 and len(files(folder)) == 1
+
+
+def test_another_model_or_shape_is_another_program(folder):
+    called()
+    for change in ({"period": 4}, {"size": 5}):
+        another_process()
+        assert called(**change) == 1
+    assert len(files(folder)) == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"half"])
+def test_a_damaged_file_is_written_anew(folder, damage):
+    called()
+    (file,) = files(folder)
+    good = file.read_bytes()
+    file.write_bytes(good[: len(good) // 2] if damage == b"half" else damage)
+    another_process()
+    assert called() == 1
+    another_process()
+    assert called() == 0
+
+
+def test_changed_source_is_another_program(folder, monkeypatch):
+    called()
+    another_process()
+    monkeypatch.setattr(programs, "_source", lambda: "another version")
+    assert called() == 1 and len(files(folder)) == 2
+
+
+def test_float64_is_another_program(folder):
+    called()
+    another_process()
+    with jax.enable_x64(True):
+        assert called() == 1
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Not of the package: its source may change without notice."""
+
+    period: int = 3
+
+
+def test_what_the_package_does_not_define_is_not_stored(folder):
+    assert called(model=Model(Foreign())) == 1
+    assert not files(folder)
+
+
+def test_nothing_is_stored_without_flatbuffers_or_a_cache(folder, monkeypatch):
+    monkeypatch.setattr(programs, "_can_store", lambda: False)
+    assert called() == 1 and not files(folder)
+    monkeypatch.undo()
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert called() == 1 and not Path("None").exists()

@@ -191,8 +191,8 @@ def _write(
         own, pairs = gates._replace(rate=scale * gates.rate), (streams.k, streams.v)
         return layer_writes(rule, products, later, pairs, (at_keys, at_values), own, fresh)
 
-    by_box = (apart(x, len(stack.groups)) for x in (at_keys, at_values))
-    write, *others = jax.vmap(of_box)(tuple(later), *by_box, scales)
+    keys_of, values_of = (apart(x, len(stack.groups)) for x in (at_keys, at_values))
+    write, *others = jax.vmap(of_box)(tuple(later), keys_of, values_of, scales)
     # The first layers have the same keys; boxes of one group have the same rate, and so the same erase.
     known, systems = at_keys if fresh else None, tuple(stack.groups.index(group) for group in stack.groups)
     return [dataclasses.replace(write, keys=streams.k, memory_at_keys=known, systems=systems), *others]

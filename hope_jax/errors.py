@@ -60,8 +60,8 @@ def whole(name: str, value: Any, least: int = 1, what: str = "") -> int:
     except TypeError:
         number = least - 1
     if number < least:
-        unit = f" of {what}" if what else ""
-        raise UserError(f"{name} is {value!r}; expected a whole number{unit}, {least} or more")
+        unit = f" ({what})" if what else ""
+        raise UserError(f"{name} is {value!r}; give a whole number of at least {least}{unit}.")
     return number
 
 

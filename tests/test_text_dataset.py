@@ -160,7 +160,7 @@ def test_a_text_of_exactly_one_window_is_enough(tmp_path):
 
 @pytest.mark.parametrize("length", [0, 2.5, "16", True])
 def test_a_length_that_is_no_number_of_tokens_is_refused(folder, tmp_path, untyped, length):
-    with pytest.raises(UserError, match=f"length is {length!r}; expected a whole number, 1 or more"):
+    with pytest.raises(UserError, match=f"length is {length!r}; give a whole number of at least 1"):
         open_folder(folder, tmp_path, length=length)
 
 

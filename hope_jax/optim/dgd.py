@@ -152,7 +152,7 @@ class DeltaDot:
     def __post_init__(self) -> None:
         check("strength", self.strength, 0)
         if self.rows is not None:
-            whole("rows", self.rows, 1, "rows (None: all leading axes)")
+            whole("rows", self.rows, 1, "rows; None: all leading axes")
         object.__setattr__(self, "strength", float(self.strength))  # a module's field must be hashable
 
     def __call__(self, x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:

@@ -29,6 +29,7 @@ from hope_jax.nn.language_model import check_tokens
 from hope_jax.nn.mixers.attention import room_left, slots_of
 from hope_jax.sampling import Choice, check_key, choice, choose
 from hope_jax.storage.digests import first_difference, kinds
+from hope_jax.storage.programs import run_stored
 from hope_jax.types import Array, Bool, Float, Int, PRNGKeyArray, Tokens
 
 READS = (512, 64)  # lengths of the pieces a prompt is read in; the last one is filled up with padding
@@ -138,12 +139,13 @@ def _pieces(
     learns, logits = isinstance(state, ContextState), None
     blocks = state.blocks if learns else state
     for tokens, count in _padded(prompt):
-        logits, blocks = _read(model, params, tokens, blocks, count)
+        logits, blocks = run_stored(_read, model, (params, tokens, blocks, count), like=(0, blocks))
     last, finite = _next(logits, key, 0, how)
     yield _checked(last[:, None], finite, 0), state.read_on(blocks.mixer) if learns else blocks
     for start in range(1, steps, PIECE):
         count = min(PIECE, steps - start)
-        tokens, finite, blocks = _write(model, params, blocks, last, key, start, count, how)
+        request = params, blocks, last, key, start, count, how
+        tokens, finite, blocks = run_stored(_write, model, request, like=(0, 0, blocks))
         last = tokens[:, count - 1]
         yield _checked(tokens[:, :count], finite, start), state.read_on(blocks.mixer) if learns else blocks
 
@@ -169,7 +171,8 @@ def _learning_pieces(
     while start < steps:
         count = min(PIECE, steps - start, chunk - int(state.unfinished))
         if count:
-            tokens, finite, blocks = _write(model, params, state.blocks, last, key, start, count, how)
+            request = params, state.blocks, last, key, start, count, how
+            tokens, finite, blocks = run_stored(_write, model, request, like=(0, 0, state.blocks))
             tokens = tokens[:, :count]
             state = state.within_chunk(np.concatenate([last[:, None], tokens[:, :-1]], axis=1), blocks.mixer)
         else:  # the last token completes the chunk before it, and is itself read with what that chunk taught

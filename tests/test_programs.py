@@ -19,9 +19,10 @@ TRACES = []
 
 @dataclass(frozen=True)
 class Model:
-    """Whatever has a configuration."""
+    """A model of the package, as its name says."""
 
     config: object
+    __module__ = "hope_jax.tests"
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -111,8 +112,15 @@ class Foreign:
     period: int = 3
 
 
-def test_what_the_package_does_not_define_is_not_stored(folder):
-    assert called(model=Model(Foreign())) == 1
+class ForeignModel(Model):
+    """Neither."""
+
+    __module__ = "tests"
+
+
+@pytest.mark.parametrize("model", [Model(Foreign()), ForeignModel(Level(3))])
+def test_what_the_package_does_not_define_is_not_stored(folder, model):
+    assert called(model=model) == 1
     assert not files(folder)
 
 

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jax import export
 
 from hope_jax.config import from_json, to_json
 from hope_jax.errors import UserError
-from hope_jax.storage.digests import digest_json, kind, read_sealed, write_sealed
+from hope_jax.storage.digests import digest_json, read_sealed, write_sealed
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 """What a traced program depends on, apart from our own source."""
@@ -30,32 +30,36 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax")
 def run_stored(program: Callable[..., Any], model: Any, arrays: tuple[Any, ...], like: Any) -> Any:
     """``program(model, *arrays)``, by the traced program on disk if there is one.
 
-    It is called directly where nothing can be stored: without a compilation cache, for a model whose configuration has
-    no name or names code of other packages, on several devices, or without the package flatbuffers.
+    It is called directly where nothing can be stored: without a compilation cache, for a model that has no name or
+    is made of code of other packages, on several devices, or without the package flatbuffers.
 
     Args:
       program: a compiled function at the top of a module of hope_jax whose first argument is static.
-      model: its first argument, with a ``config``.
+      model: its first argument, such as a ``LanguageModel``.
       arrays: the others, trees of arrays and numbers.
       like: any tree of the structure of the result.
     """
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arrays))
-    path = _path(program, model, tree, leaves)
+    kinds = tuple(map(jax.typeof, leaves))
+    path = _path(program, model, tree, kinds)
     if path is None or any(len(leaf.devices()) > 1 for leaf in leaves):
         return program(model, *arrays)
-    specs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type) for leaf in leaves)
-    return jax.tree.unflatten(jax.tree.structure(like), _stored(path, program, model, tree, specs)(*leaves))
+    return jax.tree.unflatten(jax.tree.structure(like), _stored(path, program, model, tree, kinds)(*leaves))
 
 
-def _path(program: Callable[..., Any], model: Any, tree: Any, leaves: list[jax.Array]) -> Path | None:
+def _path(program: Callable[..., Any], model: Any, tree: Any, kinds: Iterable[Any]) -> Path | None:
     """Where the traced program lies; None: it cannot be told from others, or there is no place for it."""
     folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    config = _named(model.config)
+    config = _named(model.config) if type(model).__module__.startswith("hope_jax.") else None
     if folder is None or config is None or not _can_store():
         return None
-    kinds = [f"{kind(leaf)} {leaf.weak_type}" for leaf in leaves]
-    about = {"program": f"{program.__module__}:{program.__qualname__}", "model": config, "arrays": kinds}
-    about |= {"tree": str(tree), "machine": _machine()}
+    about = {
+        "program": f"{program.__module__}:{program.__qualname__}",
+        "model": [type(model).__qualname__, config],
+        "arrays": [f"{kind} {kind.weak_type}" for kind in kinds],
+        "tree": str(tree),
+        "machine": _machine(),
+    }
     return Path(folder) / f"traced-{digest_json(about)}.json"
 
 
@@ -90,7 +94,7 @@ def _source() -> str:
 
 
 @functools.lru_cache
-def _stored(path: Path, program: Callable[..., Any], model: Any, tree: Any, specs: tuple[Any, ...]) -> Any:
+def _stored(path: Path, program: Callable[..., Any], model: Any, tree: Any, kinds: tuple[Any, ...]) -> Any:
     """The program on flat arrays: from the file, or traced and written there. An unreadable file is written anew."""
 
     def flat(*leaves: Any) -> list[Any]:
@@ -99,7 +103,7 @@ def _stored(path: Path, program: Callable[..., Any], model: Any, tree: Any, spec
     try:
         data = base64.b64decode(read_sealed(path)["program"])
     except (OSError, ValueError, KeyError, TypeError):
-        data = export.export(jax.jit(flat))(*specs).serialize()
+        data = export.export(jax.jit(flat))(*kinds).serialize()
         with contextlib.suppress(OSError):  # a full or read-only disk, or another process at the same file
             path.parent.mkdir(parents=True, exist_ok=True)
             write_sealed(path, {"program": base64.b64encode(data).decode()})

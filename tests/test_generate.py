@@ -183,7 +183,7 @@ def test_other_lengths_and_settings_of_a_second_call_compile_nothing_new():
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"steps": ROOM}, "room for 205 tokens.*room for 140"),
-        ({"steps": 2.5}, "steps is 2.5; expected a whole number"),
+        ({"steps": 2.5}, "steps is 2.5; give a whole number"),
         ({"steps": True}, "steps is True"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"temperature": 1e39}, "temperature is 1e[+]39"),

@@ -71,7 +71,10 @@ def limit(optimizer: Callable[[Any], optax.GradientTransformation]):
 
 def matrix_or_not(params: Any) -> Any:
     """Labels of the table's tree and of the other problems: kernels with two axes are matrices."""
-    kernel = lambda path, p: "matrix" if p.ndim == 2 and path[-1].key == "kernel" else "adamw"  # noqa: E731
+
+    def kernel(path, p):
+        return "matrix" if p.ndim == 2 and path[-1].key == "kernel" else "adamw"
+
     return jax.tree_util.tree_map_with_path(kernel, params)
 
 

@@ -161,7 +161,10 @@ def test_reset_forgets_one_level_or_all(x64):
     model, params, tokens = made()
     _, state = stream(model, params, tokens[:, :21], CUTS[2])
     one, every = context.reset(model, state, level=0), context.reset(model, state)
-    written = lambda s: [bool(np.any(jax.tree.leaves(f)[0])) for f in s.blocks.feed_forward]  # noqa: E731
+
+    def written(s):
+        return [bool(np.any(jax.tree.leaves(f)[0])) for f in s.blocks.feed_forward]
+
     assert (written(state), written(one), written(every)) == ([True, True], [False, True], [False, False])
     close(every.blocks.mixer, state.blocks.mixer, rtol=0)
     close(one.levels[1].gathered, state.levels[1].gathered, rtol=0)

@@ -155,7 +155,10 @@ def test_a_terminal_that_is_closed_saves_and_stops_as_sigterm_does(straight, tmp
 
 
 def test_a_run_ends_where_the_measurement_is_good_enough_and_stays_ended(tmp_path):
-    good = lambda means: means["loss"] < 1.0  # noqa: E731
+
+    def good(means):
+        return means["loss"] < 1.0
+
     with training.open_run(tmp_path / "run") as folder:
         first = fit(folder=folder, until=good)
         again = fit(folder=folder, until=good, batches=training.ComputedBatches(lambda index: 1 / 0))

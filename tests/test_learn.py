@@ -104,7 +104,10 @@ def test_reading_that_was_stopped_goes_on_as_if_it_never_had(trained, tmp_path, 
 
 def test_documents_and_windows_begin_with_an_empty_context():
     documents = [np.arange(5), np.arange(7), np.arange(0)]
-    cut = lambda *how: [(known.tolist(), rest.tolist()) for known, rest in learn.windows(documents, *how)]  # noqa: E731
+
+    def cut(*how):
+        return [(known.tolist(), rest.tolist()) for known, rest in learn.windows(documents, *how)]
+
     assert cut(None, 0) == [([], list(range(5))), ([], list(range(7)))]
     assert cut(4, 0) == [([], [0, 1, 2, 3]), ([], [4]), ([], [0, 1, 2, 3]), ([], [4, 5, 6])]
     assert cut(4, 6) == [([0], [1, 2, 3]), ([], [4, 5, 6])]

@@ -160,7 +160,10 @@ def fake_run(tmp_path, steps, *, poison=None, stop_after=None, heldout=(3.0,) * 
 
     with Record(tmp_path, 0) as record, Watching(record, 0, steps.total, 10) as monitor:
         handed = {"step_fn": step_fn, "evaluate": evaluate, "save": save, "monitor": monitor}
-        stop = lambda: batches.given == stop_after  # noqa: E731
+
+        def stop():
+            return batches.given == stop_after
+
         try:
             state = run_steps(steps, state, batches, until=until, stop=stop, **handed)
         except training.Diverged as error:

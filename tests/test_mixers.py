@@ -36,7 +36,10 @@ def conv(x, kernel):
 
 def answer_output(params, u, q, answers):
     """W_o applied to s q * silu(W_g u), and to s' (M(q) - q) beside it; everything [H,T,K]."""
-    merge = lambda z: np.moveaxis(z, 0, 1).reshape(len(u), WIDTH)  # noqa: E731
+
+    def merge(z):
+        return np.moveaxis(z, 0, 1).reshape(len(u), WIDTH)
+
     asked = merge(q * params["scale_query"][:, None]) * silu(u @ params["gate"]["kernel"])
     found = merge(answers * params["scale_answer"][:, None])
     return np.concatenate([asked, found], axis=1) @ params["down"]["kernel"]
@@ -56,7 +59,10 @@ def drawn(config):
     """
     module = config.build(WIDTH, jnp.float64)
     u = jax.random.normal(jax.random.key(1), (2, T, WIDTH), jnp.float64)
-    run = lambda m, u: m(u, m.init_state(len(u), T))[0]  # noqa: E731
+
+    def run(m, u):
+        return m(u, m.init_state(len(u), T))[0]
+
     leaves, tree = jax.tree.flatten(module.init(jax.random.key(0), u, method=run)["params"])
     keys = jax.random.split(jax.random.key(2), len(leaves))
     moved = [w + 0.3 * jax.random.normal(k, w.shape, w.dtype) for w, k in zip(leaves, keys, strict=True)]
@@ -100,7 +106,10 @@ def test_the_mixer_of_a_rule_is_its_equations(x64, name, unit_values):
     streams = [silu(conv(u @ params[f"project_{n}"]["kernel"], params[f"conv_{n}"]["kernel"])) for n in "qkv"]
     q, k = map(units, streams[:2])
     v = units(streams[2]) if unit_values else np.moveaxis(streams[2].reshape(T, HEADS, SIZE), 1, 0)
-    gate = lambda n: sigmoid(u @ params[f"gate_{n}"]["kernel"] + params[f"gate_{n}"]["bias"]).T  # noqa: E731
+
+    def gate(n):
+        return sigmoid(u @ params[f"gate_{n}"]["kernel"] + params[f"gate_{n}"]["bias"]).T
+
     rate, retention, decay = 0.7 * gate("rate"), gate("retention"), gate("momentum")
     starts = [params[key].swapaxes(1, 2) for key in sorted(params) if key.startswith("start_")]
     rule = getattr(references, name)

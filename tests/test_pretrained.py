@@ -95,7 +95,10 @@ def test_the_parameters_are_shaped_as_init_shapes_them(x64, tmp_path, dtype, cha
     stored = CONFIG | changes
     config, params = load_llama(write(tmp_path, stored, draw(stored, "F16")), dtype)
     shaped = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), TOKENS[:, :1])["params"]
-    describe = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+
+    def describe(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
     assert describe(params) == describe(shaped)
 
 
@@ -218,7 +221,10 @@ def test_an_untied_model_scores_with_its_head_alone_and_trains_it_as_an_embeddin
     tokens = jnp.array([[1, 2, 3]])
     params = jax.jit(LanguageModel(config).init)(jax.random.key(0), tokens)["params"]
     slopes = jax.jit(jax.grad(lambda params: jnp.sum(read(config, params, tokens)[0][..., 5])))(params)
-    used = lambda table: np.flatnonzero(np.any(np.asarray(table) != 0, axis=1)).tolist()  # noqa: E731
+
+    def used(table):
+        return np.flatnonzero(np.any(np.asarray(table) != 0, axis=1)).tolist()
+
     assert used(slopes["head"].T) == [5] and used(slopes["embedding"]) == [1, 2, 3]
     labels = matrices(LanguageModel(config).axes())(params)
     assert labels["head"] == labels["embedding"] == optim.matrix_labels()(params)["head"] == "adamw"

@@ -169,7 +169,10 @@ def test_the_state_is_a_fixed_point_and_bfloat16_stays_finite(name):
         inputs[n] = [jnp.asarray(w, jnp.float32) for w in x] if n == "weights" else jnp.asarray(x, jnp.bfloat16)
     before = jax.tree.map(jnp.asarray, fresh(rule, inputs["weights"]))
     reads, after = step(name)(inputs, before)
-    shape = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)  # noqa: E731
+
+    def shape(tree):
+        return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+
     assert shape(after) == shape(before)
     assert all(np.all(np.isfinite(np.array(x, np.float32))) for x in jax.tree.leaves((reads, after)))
 
@@ -191,7 +194,10 @@ def test_an_objectives_error_is_its_gradient_by_hand(x64, objective):
 @functools.partial(jax.jit, static_argnums=0)
 def one_token(rule, weights, k, v, rate, retention=1.0, decay=0.0):
     """The weights after a single token."""
-    one = lambda x: jnp.full(1, x)  # noqa: E731
+
+    def one(x):
+        return jnp.full(1, x)
+
     gates = Gates(one(rate), one(retention), one(decay) if rule.momentum else None)
     weights = tuple(map(jnp.asarray, weights))
     fast, position = fresh(rule, weights)
@@ -210,9 +216,15 @@ def inner_problem(v, objective):
     """A two-layer memory, a key, and the gradients at each layer's output by autodiff, with the target frozen."""
     rng = np.random.default_rng(2)
     w2, w1, k = (jnp.asarray(rng.normal(size=s)) for s in ((H, D), (D, H), (D,)))
-    sig = lambda z: architectures.unit(jax.nn.gelu(z))  # noqa: E731
+
+    def sig(z):
+        return architectures.unit(jax.nn.gelu(z))
+
     target = v + w1 @ sig(w2 @ v)
-    loss = lambda w: objective(k + w[1] @ sig(w[0] @ k), target)  # noqa: E731
+
+    def loss(w):
+        return objective(k + w[1] @ sig(w[0] @ k), target)
+
     return (w2, w1), k, sig(w2 @ k), jax.jit(jax.grad(loss))((w2, w1))
 
 

@@ -41,7 +41,10 @@ def newest_error(rule, gates, hidden, size=64, pairs=64):
         k, v = (architectures.unit(jax.random.normal(x, (pairs, size))) for x in (second, third))
         of_tokens = jax.tree.map(lambda g: g * jnp.ones(pairs), gates)
         fast, _ = scan_rule(rule, weights, rule.start(weights), k, v, k, of_tokens, np.zeros((), np.int32))
-        error = lambda w: jnp.mean(jnp.linalg.norm(rule.architecture.apply(w, k) - v, axis=-1)[-16:])  # noqa: E731
+
+        def error(w):
+            return jnp.mean(jnp.linalg.norm(rule.architecture.apply(w, k) - v, axis=-1)[-16:])
+
         return error(fast.running) / error(weights)
 
     return np.mean([one(jax.random.key(i)) for i in range(4)])

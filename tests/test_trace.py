@@ -116,7 +116,10 @@ def test_the_gates_of_a_stream_are_those_of_its_tokens_at_the_weights_they_are_r
 @functools.partial(jax.jit, static_argnums=0)
 def mixed(module, params, u):
     """Output of a mixer of fresh sequences, and what it sows."""
-    read = lambda m, u: m(u, m.init_state(*u.shape[:2]))[0]  # noqa: E731
+
+    def read(m, u):
+        return m(u, m.init_state(*u.shape[:2]))[0]
+
     return module.apply({"params": params}, u, method=read, mutable=["intermediates"])
 
 
@@ -184,8 +187,13 @@ def test_the_ordinary_call_sows_nothing_and_scans_no_more():
 def drawn_trace(gates, periods=((4,) * 3, (8,) * 3), tokens=120, written=1.0) -> Any:
     """A trace of made-up numbers."""
     draw, layers = np.random.default_rng(0), len(periods[0])
-    size = lambda *shape: draw.uniform(0.1, 0.9, shape)  # noqa: E731
-    gate = lambda: size(layers, 2, 2, tokens) if gates else None  # noqa: E731
+
+    def size(*shape):
+        return draw.uniform(0.1, 0.9, shape)
+
+    def gate():
+        return size(layers, 2, 2, tokens) if gates else None
+
     starts = np.arange(0, tokens, 4)
     levels = (written * size(len(periods), len(starts), layers, 2) for _ in range(2))
     return tracing.Trace(size(2, tokens - 1), 1, gate(), gate(), starts, *levels, periods)

@@ -49,7 +49,10 @@ def test_a_hope_can_be_differentiated_through_the_writes_of_its_levels(x64):
 
 def test_full_gradients_are_those_of_finite_differences(x64):
     model, params, tokens = made()
-    loss = lambda p: read(model, p, tokens[:, :T], tokens[:, 1 : T + 1]).mean()  # noqa: E731
+
+    def loss(p):
+        return read(model, p, tokens[:, :T], tokens[:, 1 : T + 1]).mean()
+
     slope = gradient(model, params, tokens[:, : T + 1])["blocks"]["feed_forward"]
     for path in (("rate",), ("level_0", "up", "kernel"), ("level_1", "down", "kernel")):
 
@@ -103,7 +106,10 @@ def test_the_count_of_differentiated_writes_changes_gradients_and_not_values(x64
         gradient(made(bptt=counts)[0], params, tokens[:, : T + 1]) for counts in ((), (0, 0), (1, 1), (100, 100))
     )
     close(many, full, rtol=1e-10, atol=1e-13)
-    kernel = lambda tree: tree["blocks"]["feed_forward"]["level_0"]["up"]["kernel"]  # noqa: E731
+
+    def kernel(tree):
+        return tree["blocks"]["feed_forward"]["level_0"]["up"]["kernel"]
+
     different = [np.abs(kernel(a) - kernel(b)).max() for a, b in ((full, first), (full, one), (first, one))]
     assert min(different) > 1e-8
     assert not np.any(first["blocks"]["feed_forward"]["rate"]) and np.any(one["blocks"]["feed_forward"]["rate"])
@@ -124,7 +130,9 @@ def test_first_order_is_the_gradient_with_the_written_weights_held(x64):
             logits, after = model.apply({"params": params}, inputs, BlockState(mixer, fast))
             return after.mixer, -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1).sum()
 
-        cut = lambda shifted: jnp.stack(jnp.split(shifted, T // 4, axis=1))  # noqa: E731
+        def cut(shifted):
+            return jnp.stack(jnp.split(shifted, T // 4, axis=1))
+
         every = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), cut(tokens[:, :T]), cut(tokens[:, 1 : T + 1])
         return jax.lax.scan(chunk, model.init_state(params, 2).mixer, every)[1].sum() / (2 * T)
 

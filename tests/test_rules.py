@@ -13,6 +13,7 @@ from hope_jax.errors import UserError
 from hope_jax.memory import RULES, architectures, objectives
 from hope_jax.memory.rule import Gates, Rule
 from hope_jax.memory.scan import scan
+from hope_jax.storage.digests import kinds
 
 D, H, T, PERIOD = 4, 5, 11, 4
 ref = references
@@ -169,11 +170,7 @@ def test_the_state_is_a_fixed_point_and_bfloat16_stays_finite(name):
         inputs[n] = [jnp.asarray(w, jnp.float32) for w in x] if n == "weights" else jnp.asarray(x, jnp.bfloat16)
     before = jax.tree.map(jnp.asarray, fresh(rule, inputs["weights"]))
     reads, after = step(name)(inputs, before)
-
-    def shape(tree):
-        return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
-
-    assert shape(after) == shape(before)
+    assert kinds(after) == kinds(before)
     assert all(np.all(np.isfinite(np.array(x, np.float32))) for x in jax.tree.leaves((reads, after)))
 
 
@@ -194,11 +191,7 @@ def test_an_objectives_error_is_its_gradient_by_hand(x64, objective):
 @functools.partial(jax.jit, static_argnums=0)
 def one_token(rule, weights, k, v, rate, retention=1.0, decay=0.0):
     """The weights after a single token."""
-
-    def one(x):
-        return jnp.full(1, x)
-
-    gates = Gates(one(rate), one(retention), one(decay) if rule.momentum else None)
+    gates = Gates(jnp.full(1, rate), jnp.full(1, retention), jnp.full(1, decay) if rule.momentum else None)
     weights = tuple(map(jnp.asarray, weights))
     fast, position = fresh(rule, weights)
     fast, _ = scan(rule, kernels(weights), fast, k[None], v[None], k[None], gates, position)
@@ -221,11 +214,8 @@ def inner_problem(v, objective):
         return architectures.unit(jax.nn.gelu(z))
 
     target = v + w1 @ sig(w2 @ v)
-
-    def loss(w):
-        return objective(k + w[1] @ sig(w[0] @ k), target)
-
-    return (w2, w1), k, sig(w2 @ k), jax.jit(jax.grad(loss))((w2, w1))
+    gradients = jax.jit(jax.grad(lambda w: objective(k + w[1] @ sig(w[0] @ k), target)))
+    return (w2, w1), k, sig(w2 @ k), gradients((w2, w1))
 
 
 @pytest.mark.parametrize("objective", [objectives.l2, objectives.dot], ids=["l2", "dot"])

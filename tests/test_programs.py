@@ -105,6 +105,16 @@ def test_float64_is_another_program(folder):
         assert called() == 1
 
 
+def test_an_array_from_a_mesh_on_one_device_fits_the_program(folder):
+    tree = {"x": jnp.arange(4.0), "y": (jnp.ones(2),)}
+    mesh = jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), jax.sharding.PartitionSpec())
+    shared = jax.device_put(tree, mesh)
+    for arrays in (jax.device_put(shared, jax.devices()[0]), tree, shared):  # the last one is not stored
+        total, _ = run_stored(program, Model(Level(3)), (arrays, 2), (0, tree))
+        assert total == 12
+    assert len(files(folder)) == 1 and len(TRACES) == 2
+
+
 @dataclass(frozen=True)
 class Foreign:
     """Not of the package: its source may change without notice."""

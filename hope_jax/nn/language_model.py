@@ -73,7 +73,8 @@ class LanguageModel(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType], one for each argument
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-            check_constancy_invariants=False,  # the check would trace the block a second time
+            # The check traces the block a second time. What a seed draws at the start depends on it, nothing else does.
+            check_constancy_invariants=self.is_initializing(),
         )(c)
         self.norm = RMSNorm(c.dtype)
         if not c.tied:

@@ -40,11 +40,16 @@ def run_stored(program: Callable[..., Any], model: Any, arrays: tuple[Any, ...],
       like: any tree of the structure of the result.
     """
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arrays))
-    kinds = tuple(map(jax.typeof, leaves))
+    kinds = tuple(map(_kind, leaves))
     path = _path(program, model, tree, kinds)
     if path is None or any(len(leaf.devices()) > 1 for leaf in leaves):
         return program(model, *arrays)
     return jax.tree.unflatten(jax.tree.structure(like), _stored(path, program, model, tree, kinds)(*leaves))
+
+
+def _kind(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    """What the program depends on; not the mesh that an array was made on."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=jax.typeof(leaf).weak_type)
 
 
 def _path(program: Callable[..., Any], model: Any, tree: Any, kinds: Iterable[Any]) -> Path | None:
@@ -56,7 +61,7 @@ def _path(program: Callable[..., Any], model: Any, tree: Any, kinds: Iterable[An
     about = {
         "program": f"{program.__module__}:{program.__qualname__}",
         "model": [type(model).__qualname__, config],
-        "arrays": [f"{kind} {kind.weak_type}" for kind in kinds],
+        "arrays": list(map(str, kinds)),
         "tree": str(tree),
         "machine": _machine(),
     }

@@ -43,6 +43,7 @@ def run(config):
     return lines(config.results / "compare.jsonl")
 
 
+@pytest.mark.slow
 def test_every_row_is_tuned_with_the_first_seed_alone_and_no_run_is_done_again(monkeypatch):
     rows = run(configured())
     assert [(row["row"], row["learning_rate"], row["seed"]) for row in rows] == [

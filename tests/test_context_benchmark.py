@@ -18,6 +18,7 @@ def nano(monkeypatch):
     monkeypatch.setitem(MODELS, "nano", row)
 
 
+@pytest.mark.slow
 def test_it_prints_and_leaves_a_line_for_each_period(tmp_path, capsys):
     flags = f"--model nano --periods 128 512 --length 512 --streams 2 --batch 1 --repeats 1 --results {tmp_path}"
     assert main(["context_benchmark", *flags.split()]) == 0
@@ -30,6 +31,7 @@ def test_it_prints_and_leaves_a_line_for_each_period(tmp_path, capsys):
         assert row["ratio"] == pytest.approx(row["tokens_per_second"] / left[0]["tokens_per_second"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_speeds_are_tokens_of_a_call_by_its_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(context_benchmark, "best_seconds", lambda calls, _: dict.fromkeys(calls, 2.0))
     flags = f"--model nano --periods 128 --length 256 --streams 3 --batch 4 --results {tmp_path}"

@@ -29,7 +29,13 @@ MODELS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulate"), [("hope", 1), ("levels in context", 1), ("transformer_pp", 1), ("transformer_pp", 2)]
+    ("name", "accumulate"),
+    [
+        pytest.param("hope", 1, marks=pytest.mark.slow),
+        ("levels in context", 1),
+        ("transformer_pp", 1),
+        ("transformer_pp", 2),
+    ],
 )
 def test_a_step_on_two_devices_is_the_step_on_one_and_only_sums_move_between_them(name, accumulate):
     model, tx = LanguageModel(MODELS[name]), optax.sgd(1.0)
@@ -80,6 +86,7 @@ def test_each_core_is_a_device_if_asked_before_anything_is_computed_and_no_flag_
     assert found == ["3 3\n", "2 2\n"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_other_devices_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(NAMED, "nano", ARCHITECTURES["transformer_pp"](Size(16, 1, 2, 256, 16, (Level(64),))))
     (tmp_path / "text.txt").write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(20)))

@@ -32,6 +32,7 @@ def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
 
 
+@pytest.mark.slow
 def test_the_session_of_the_readme_runs_and_going_on_equals_one_go(tiny):
     names = run(README, blocks(README, "python")[:1])
     whole, _ = names["model"].apply({"params": names["params"]}, names["whole"])
@@ -44,6 +45,7 @@ def test_the_optimizer_line_of_the_readme_is_m3():
     assert _holds(state, optim.M3State)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_document_of_the_guide_is_less_surprising_the_second_time(tiny):
     names = run(GUIDES / "keep_learning.md", blocks(GUIDES / "keep_learning.md", "python"))

@@ -125,6 +125,7 @@ def test_a_lower_rate_on_the_second_text_scales_every_step(learner):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_every_row_learns_both_texts_from_the_same_state_at_the_switch(config, tmp_path, monkeypatch):
     rows = ("levels_1", "together_1", "later_1")
     config = dataclasses.replace(config, steps=32, rows=rows, second_rates=(1.0, 0.1), seeds=(0,), eval_every=16)
@@ -146,6 +147,7 @@ def test_every_row_learns_both_texts_from_the_same_state_at_the_switch(config, t
     assert domains.domains(config, results) == json.loads(json.dumps(lines))
 
 
+@pytest.mark.slow
 def test_the_command_leaves_lines_a_table_and_a_plot_and_later_prints_them_again(tmp_path, capsys, monkeypatch):
     assert main(["domains", *RUN, "--rows", "levels_0", "levels_1", "--seeds", "0", "1", "--second-rates", "1"]) == 0
     printed = capsys.readouterr().out

@@ -55,6 +55,7 @@ def test_a_recall_run_learns_and_leaves_one_line_and_a_curve(tmp_path):
     assert recall.draw(config, [row]).read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_the_recall_command_says_what_each_model_reached_at_its_best_rate(tmp_path, capsys):
     task = "recall --rows deltanet --width 16 --layers 1 --length 16 --pairs 2 --vocab 16 --batch 8 --eval-batches 1"
     assert main(f"{task} --seeds 0 1 --steps 2 --results r".split()) == 0
@@ -105,7 +106,7 @@ def test_accuracy_counts_only_the_positions_that_ask():
     assert float(loss) < 1e-6
 
 
-@pytest.mark.parametrize("row", ["hope", "titans", "deltanet"])
+@pytest.mark.parametrize("row", [pytest.param("hope", marks=pytest.mark.slow), "titans", "deltanet"])
 def test_the_control_never_writes_and_has_the_same_parameters(row, key):
     """Fast weights after reading: with writes they turn, without they at most shrink by retention."""
     turned = {}

@@ -157,6 +157,7 @@ def test_fine_tuning_is_reported_at_the_rate_that_recalls_most_of_other_facts(re
     assert set(seen[:6]) == {incorporation.CHOOSERS} and seen[6] == 2, "chosen on other facts than the reported ones"
 
 
+@pytest.mark.slow
 def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_path, capsys, monkeypatch):
     corpus = tmp_path / "text.txt"
     corpus.write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(20)))

@@ -153,6 +153,7 @@ def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(reading, monkey
     assert context.note(place) == FINISHED
 
 
+@pytest.mark.slow
 def test_what_is_done_in_between_takes_nothing_from_a_stopped_reading(reading, monkeypatch, tmp_path, capfd):
     command, place = reading
     with monkeypatch.context() as patch:
@@ -198,6 +199,7 @@ def test_who_hears_no_more_loses_nothing(reading, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["last piece", "save"])
+@pytest.mark.slow
 def test_ctrl_c_at_the_end_loses_nothing(reading, monkeypatch, capfd, where):
     command, place = reading
     total = 2 * len(load_run(place.parents[1]).tokenizer.encode(Path(command[4]).read_text()))

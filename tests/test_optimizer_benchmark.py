@@ -18,6 +18,7 @@ def nano(monkeypatch):
     monkeypatch.setitem(MODELS, "hope-nano", ARCHITECTURES["hope"](Size(16, 1, 2, 32, 32, (Level(32),))))
 
 
+@pytest.mark.slow
 def test_it_prints_and_leaves_a_line_per_optimizer(tmp_path, capsys):
     flags = f"--model hope-nano --optimizers adamw m3 --against adamw --repeats 1 --results {tmp_path}"
     assert main(["optimizer_benchmark", *flags.split()]) == 0

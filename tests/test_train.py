@@ -123,7 +123,7 @@ def test_bfloat16_flag_keeps_parameters_and_loss_in_float32(small):
     assert float(loss) == pytest.approx(float(exact), rel=0.02)
 
 
-@pytest.mark.parametrize("method", [AdamW(), M3()], ids=["adamw", "m3"])
+@pytest.mark.parametrize("method", [AdamW(), pytest.param(M3(), marks=pytest.mark.slow)], ids=["adamw", "m3"])
 def test_hope_after_three_steps_a_save_a_restore_and_three_more_is_bit_for_bit_hope_after_six(tmp_path, method):
     model, draw = narrow("hope-tiny"), np.random.default_rng(0)
     config = training.OptimizerConfig(warmup=2, method=method)

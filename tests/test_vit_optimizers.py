@@ -169,6 +169,7 @@ def race(folder, *more):
     return [json.loads(line) for line in (folder / "results" / "vit_optimizers.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_race_tunes_alike_reports_its_seeds_and_does_not_repeat_itself(folder, capsys):
     rows = race(folder, "--optimizers", "sgd_momentum", "adamw", "--seeds", "0")
     for name in ("sgd_momentum", "adamw"):

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 from hope_jax.types import Array, Bool, Count, Float, Int
 
 Due = Bool[Array, ""] | bool
@@ -32,8 +32,7 @@ class Level:
     period: int
 
     def __post_init__(self) -> None:
-        if self.period < 1:
-            raise UserError(f"a level's period is {self.period}; expected at least 1 token")
+        whole("a level's period", self.period, 1, "tokens")
 
 
 def save_for_backward(x: Array) -> Array:

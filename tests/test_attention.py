@@ -131,6 +131,22 @@ def test_bfloat16_follows_float32(key):
     np.testing.assert_allclose(np.array(y, np.float32), run(params, x, state)[0], atol=0.05)
 
 
+def test_plain_convolutions_can_be_differentiated_forward(x64, key):
+    _, params, x, state = make(AttentionConfig(HEADS, conv=3), key, time=4)
+    layer = AttentionConfig(HEADS, conv=3, impl="chunked").build(D, jnp.float64)
+
+    @jax.jit
+    def slopes(x, direction):
+        def loss(x):
+            return jnp.sum(jnp.sin(layer.apply(params, x, state)[0]))
+
+        return jax.jvp(loss, (x,), (direction,))[1], jnp.vdot(jax.grad(loss)(x), direction)
+
+    forward, backward = slopes(x, jnp.cos(x))
+    assert abs(forward) > 1e-3
+    np.testing.assert_allclose(forward, backward, rtol=1e-9)
+
+
 def test_huge_scores_stay_finite_forward_and_backward(key):
     run, params, x, state = make(AttentionConfig(HEADS), key, jnp.float32)
     loss, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.sum(run(params, x, state)[0] ** 2)))(1e4 * x)
@@ -163,14 +179,15 @@ def test_more_tokens_than_slots_is_an_error_that_names_both(key):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ({"heads": 0}, "heads=0"),
-        ({"heads": 2, "window": 0}, "window=0"),
-        ({"heads": 2, "conv": -1}, "conv=-1"),
+        ({"heads": 0}, "heads is 0; give a whole number of at least 1"),
+        ({"heads": 2, "window": 0}, "window is 0; .* None: all"),
+        ({"heads": 2, "conv": -1}, "conv is -1; .* 0: no convolutions"),
+        ({"heads": 2, "impl": "quick"}, "impl is 'quick'"),
         ({"heads": 2, "rope_base": 0.0}, "rope_base"),
         ({"heads": 5}, "multiple of 10"),
         ({"heads": 4}, "multiple of 8"),
     ],
 )
-def test_wrong_settings_are_refused_before_any_array_exists(arguments, word):
+def test_wrong_settings_are_refused_before_any_array_exists(untyped, arguments, word):
     with pytest.raises(UserError, match=word):
         AttentionConfig(**arguments).build(D, jnp.float32)

@@ -48,5 +48,5 @@ def test_levels_come_fastest_first(periods):
 
 
 def test_a_level_without_features_is_refused():
-    with pytest.raises(UserError, match="at least 1 feature"):
+    with pytest.raises(UserError, match="hidden is 0; .* at least 1 .features"):
         CMSConfig((Level(16),), hidden=0)

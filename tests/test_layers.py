@@ -115,7 +115,7 @@ def test_swiglu_is_its_formula_with_norm_and_residual_inside(x64, key):
 
 
 def test_swiglu_without_features_is_refused():
-    with pytest.raises(UserError, match="hidden=0"):
+    with pytest.raises(UserError, match="hidden is 0"):
         SwiGLUConfig(hidden=0)
 
 

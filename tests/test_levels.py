@@ -89,8 +89,8 @@ def test_a_level_is_due_at_multiples_of_its_period_and_at_the_start():
     assert all(bool(due(np.asarray(step), 1)) for step in range(3))
 
 
-@pytest.mark.parametrize("period", [0, -3])
-def test_a_period_below_one_token_is_refused(period):
+@pytest.mark.parametrize("period", [0, -3, 2.5])
+def test_a_period_that_is_no_number_of_tokens_is_refused(untyped, period):
     with pytest.raises(UserError, match=str(period)):
         Level(period)
 

@@ -91,7 +91,7 @@ def test_the_command_leaves_a_line_per_optimizer_and_problem_a_table_and_a_pictu
     gram = next(line.split() for line in printed.splitlines() if "delta_gram" in line)
     assert gram[:4] == ["0.9", "delta_gram", "74", f"{rows[2]['solved']}/54"]
     assert (results / "optimizers_toy.png").read_bytes()[:4] == b"\x89PNG"
-    assert (config := toy.OptimizersToyConfig(optimizers=("m3",), decays=(0.9,), steps=120, seeds=1, task_steps=3))
+    config = toy.OptimizersToyConfig(optimizers=("m3",), decays=(0.9,), steps=120, seeds=1, task_steps=3)
     toy.race(config, Results(results, "optimizers_toy", tmp_path))
     assert lines(results / "optimizers_toy.jsonl") == rows, "nothing is run again"
 

@@ -91,6 +91,12 @@ def test_periods_that_do_not_fit_are_refused(periods, message):
         stack_levels(config, params, periods)
 
 
+def test_of_several_bptt_none_is_left_unread():
+    config, params, _ = transformer()
+    with pytest.raises(UserError, match="bptt is \\(0, 1\\); all SwiGLU layers have one"):
+        stack_levels(config, params, (4, 8), Writes(bptt=(0, 1)))
+
+
 def test_only_transformers_are_stacked():
     with pytest.raises(UserError, match="stacking needs a model with SwiGLU layers"):
         stack_levels(MODELS["hope-tiny"], {}, (4,))

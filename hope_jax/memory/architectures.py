@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 from hope_jax.memory.kernels import PLAIN, Products
 from hope_jax.memory.products import by_rows, transpose
 from hope_jax.types import Array, Float, PRNGKeyArray
@@ -61,8 +61,7 @@ class Architecture:
     activation: Activation = unit_gelu
 
     def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise UserError(f"a memory has {self.layers} layers; expected at least 1")
+        whole("layers", self.layers)
         if len(self.scales) != self.layers:
             raise UserError(f"scales has {len(self.scales)} numbers for {self.layers} layers; give one per layer")
 

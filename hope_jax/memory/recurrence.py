@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 from hope_jax.memory.chunked import Linear, Lookup, Read, Tokens, Write, chunk, first_box
 from hope_jax.memory.decays import ReadTime, Shared
-from hope_jax.memory.kernels import Impl, check_impl, products_of
+from hope_jax.memory.kernels import Impl, Products, products_of
 from hope_jax.memory.products import transpose
 from hope_jax.types import Array, Float
 
@@ -73,7 +73,7 @@ def gated_delta(
         ``read`` or ``impl``, or block < 1.
     """
     gates = dict(retention=retention, erase=erase, momentum_decay=momentum_decay, active=active)
-    _check(keys.shape[:1], gates, momentum, read, impl, block)
+    _check(keys.shape[:1], gates, momentum, read, block)
     if active is not None:
         active = lax.stop_gradient(active)
         writes, erase = active[:, None] * writes, None if erase is None else active * erase
@@ -89,15 +89,13 @@ def gated_delta(
     return Recurrence(reads, transpose(end.memory), None if end.momentum is None else transpose(end.momentum))
 
 
-def _check(length: tuple[int, ...], gates: dict[str, Any], momentum: Any, read: str, impl: str, block: int) -> None:
+def _check(length: tuple[int, ...], gates: dict[str, Any], momentum: Any, read: str, block: int) -> None:
     if (momentum is None) != (gates["momentum_decay"] is None):
         missing = "momentum" if momentum is None else "momentum_decay"
         raise UserError(f"{missing} is None but the other is given; pass both, or neither for no momentum")
     if read not in get_args(ReadTime):
         raise UserError(f"read is {read!r}; expected 'before' or 'after'")
-    check_impl(impl)
-    if block < 1:
-        raise UserError(f"block is {block}; expected at least 1 token")
+    whole("block", block, 1, "tokens")
     for name, gate in gates.items():
         if gate is not None and jnp.shape(gate) != length:
             raise UserError(f"{name} has shape {jnp.shape(gate)}; expected one number per token, {length}")
@@ -111,10 +109,10 @@ def evaluate(
     ``block`` is the number of tokens per chunk, None for all of them. Inactive tokens must come with zero writes and
     erases; what they retain is seen to here.
     """
-    tokens = tokens._replace(shared=_idle(tokens.shared))
+    tokens, products = tokens._replace(shared=_idle(tokens.shared)), products_of(impl)
     if impl == "sequential":
         return _sequential(linears, tokens, read, time)
-    return _chunked(products_of(impl), block, linears, tokens, read, time)
+    return _chunked(products, block, linears, tokens, read, time)
 
 
 def _idle(shared: Shared) -> Shared:
@@ -165,7 +163,9 @@ def token_step(linear: Linear, write: Write, shared: Shared) -> Linear:
     return Linear(memory, None if linear.momentum is None else added, linear.base)
 
 
-def _chunked(products, block: int | None, linears: list[Linear], tokens: Tokens, read: Read, time: ReadTime):
+def _chunked(
+    products: Products, block: int | None, linears: list[Linear], tokens: Tokens, read: Read, time: ReadTime
+) -> tuple[list[Linear], Any]:
     def step(linears: list[Linear], tokens: Tokens):
         return chunk(products, linears, tokens, read, time)
 

@@ -67,7 +67,7 @@ class Rule:
       damped: multiply writes by (1 - beta), so that momentum averages instead of sums (SPEC 2.5).
       retain_to: "zero" (Eq. 88) or "init": retention pulls towards the initial weights.
       self_values: the target is the memory's own output for the value, at its anchor (Eq. 84, 87).
-      learned_start: the initial weights are parameters of the mixer; otherwise the memory starts at zero.
+      learned_start: the initial weights are parameters of the mixer; otherwise the memory, a matrix, starts at zero.
     """
 
     architecture: Architecture
@@ -86,6 +86,8 @@ class Rule:
     def __post_init__(self) -> None:
         Level(self.period)
         check_choices(self)
+        if not self.learned_start and self.architecture.layers > 1:
+            raise UserError("learned_start=False needs a matrix memory: an MLP cannot learn from weights that are 0")
         if self.gradient_at != "anchor":
             self._check_linear()
 
@@ -141,10 +143,17 @@ def layer_writes(
 
 
 def layer_write(rule: Rule, layer: int, z: Array, error: Array, gates: Gates) -> Write:
-    """From the layer's input z and the inner gradient at its output (without an anchor: less the memory's own part)."""
-    rate, erase = _rates(rule, layer, z, gates)
-    if rule.momentum and rule.damped and gates.momentum_decay is not None:
-        rate = rate * (1 - gates.momentum_decay)
+    """From the layer's input z and the inner gradient at its output (without an anchor: less the memory's own part).
+
+    Raises:
+      UserError: the rule has momentum and the gates no ``momentum_decay``, or the reverse.
+    """
+    (rate, erase), decay = _rates(rule, layer, z, gates), gates.momentum_decay
+    if rule.momentum != (decay is not None):
+        came = "None" if decay is None else "given"
+        raise UserError(f"momentum_decay is {came}; expected one for a rule with momentum, and None for others")
+    if decay is not None and rule.damped:
+        rate = rate * (1 - decay)
     return Write(z, -rate[:, None] * error, erase)
 
 

@@ -36,6 +36,9 @@ def scan(
     ``initial`` are the weights M_0 the sequence started from (used by ``retain_to="init"``), ``position`` the tokens
     before this call, or since an anchor was last refreshed. Any cut of the T tokens into calls gives the same result.
     ``impl`` is that of ``gated_delta``.
+
+    Raises:
+      UserError: an unknown ``impl``, or gates without ``momentum_decay`` for a rule with momentum, or the reverse.
     """
     tokens = (keys, values, queries, gates)
     if rule.gradient_at != "anchor":
@@ -67,7 +70,7 @@ def _write(
         writes = layer_writes(rule, products, fast.anchor[1:], (keys, values), (at_keys, at_values), gates)
     else:
         writes = [layer_write(rule, 0, keys, -values, gates)]
-    shared = Shared(gates.retention, gates.momentum_decay if rule.momentum else None, active)
+    shared = Shared(gates.retention, gates.momentum_decay, active)
     reader = functools.partial(read_memory, rule, products, fast.anchor)
     tokens = Tokens(writes, shared, queries)
     ends, reads = evaluate(linear_memories(rule, fast, initial), tokens, reader, rule.read_time, impl, block=32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError
+from hope_jax.errors import whole
 from hope_jax.nn.feed_forward.cms import CMSConfig
 
 
@@ -46,8 +46,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "vocab_size", "context"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
+            whole(name, getattr(self, name))
         self.mixer.build(self.width, self.dtype)  # the parts check themselves against the width
         self.feed_forward.build(self.width, self.dtype)
 

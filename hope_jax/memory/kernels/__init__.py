@@ -38,12 +38,8 @@ def _products(form: ModuleType) -> Products:
 PLAIN, AUTO = _products(products), _products(cpu)
 
 
-def check_impl(impl: str) -> None:
-    """Raise UserError unless ``impl`` is one of the names above."""
+def products_of(impl: Impl) -> Products:
+    """The products that ``impl`` asks for. Raises UserError for another word."""
     if impl not in get_args(Impl):
         raise UserError(f"impl is {impl!r}; expected one of {get_args(Impl)}")
-
-
-def products_of(impl: Impl) -> Products:
-    """The products that ``impl`` asks for."""
     return AUTO if impl == "auto" else PLAIN

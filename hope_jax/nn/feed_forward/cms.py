@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError, check_choices
+from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.levels import Level, check_multiples
 from hope_jax.nn.axes import Axes, dense_axes, norm_axes
 from hope_jax.nn.feed_forward.fast import Fast, Writes, blank, moved
@@ -51,8 +51,7 @@ class CMSConfig:
         if not periods or periods != sorted(periods):
             raise UserError(f"CMS periods are {periods}; expected at least one level, fastest first")
         check_choices(self)
-        if self.hidden < 1:
-            raise UserError(f"CMS hidden is {self.hidden}; expected at least 1 feature")
+        whole("hidden", self.hidden, 1, "features of each level")
         if not 0 <= self.in_context <= len(periods):
             raise UserError(f"in_context is {self.in_context}; expected 0 to {len(periods)}, the number of levels")
         if len(self.writes.bptt) not in (0, self.in_context):

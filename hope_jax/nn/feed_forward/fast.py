@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 from hope_jax.nn.layers import param_dtype
 from hope_jax.optim.inner import SGD, InnerOptimizer
 from hope_jax.types import Array, Bool, Float, Int
@@ -52,8 +52,8 @@ class Writes:
             raise UserError(f"the optimizer of writes is {self.optimizer!r}; expected {example}")
         if any(count is not None and count < 0 for count in self.bptt):
             raise UserError(f"bptt is {self.bptt}; expected 0 or more writes for each level, or None for all")
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"rank is {self.rank}; expected 1 or more, or None")
+        if self.rank is not None:
+            whole("rank", self.rank, 1, "or None")
 
 
 @runtime_checkable

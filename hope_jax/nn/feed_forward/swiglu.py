@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 from hope_jax.levels import Level
 from hope_jax.nn.axes import Axes, dense_axes, norm_axes
 from hope_jax.nn.feed_forward.fast import Writes, blank, moved
@@ -31,10 +31,11 @@ class SwiGLUConfig:
     writes: Writes = Writes()
 
     def __post_init__(self):
-        if self.hidden < 1:
-            raise UserError(f"SwiGLU got hidden={self.hidden}; it needs at least 1 inner feature.")
+        whole("hidden", self.hidden, 1, "inner features")
         if self.writes.rank is not None:
             raise UserError(f"rank is {self.writes.rank}; SwiGLU layers are written whole, leave it None")
+        if len(self.writes.bptt) not in (0, self.trained):
+            raise UserError(f"bptt is {self.writes.bptt}; all SwiGLU layers have one, so give one number, or none")
 
     def build(self, width: int, dtype: DTypeLike) -> "SwiGLU":
         return SwiGLU(self, width, dtype)

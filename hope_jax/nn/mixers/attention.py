@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, check_choices, whole
+from hope_jax.memory.kernels import Impl
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes
 from hope_jax.nn.layers import ShortConv, dense, last_of, merge_heads, param_dtype
 from hope_jax.nn.rotary import RopeScaling, apply_rope
@@ -149,6 +150,7 @@ class AttentionConfig:
     conv: width of causal convolutions on the inputs of the query, key and value maps, as Hope has them; 0: none.
     rope_base: the slowest rotary feature turns by about ``1 / rope_base`` per token.
     rope_scaling: slower rotary features for contexts longer than those of the training; None: none.
+    impl: how the convolutions are computed, see ``memory.kernels``.
     """
 
     heads: int
@@ -156,14 +158,14 @@ class AttentionConfig:
     conv: int = 0
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    impl: Impl = "auto"
 
     def __post_init__(self):
-        if self.heads < 1:
-            raise UserError(f"Attention got heads={self.heads}; it needs at least 1.")
-        if self.window is not None and self.window < 1:
-            raise UserError(f"Attention got window={self.window}; give at least 1 token, or None to see all of them.")
-        if self.conv < 0:
-            raise UserError(f"Attention got conv={self.conv}; give the width of the convolutions (4), or 0 for none.")
+        check_choices(self)
+        whole("heads", self.heads)
+        if self.window is not None:
+            whole("window", self.window, 1, "tokens; None: all")
+        whole("conv", self.conv, 0, "tokens that a convolution sees; 0: no convolutions")
         if self.rope_base <= 1:
             raise UserError(f"Attention got rope_base={self.rope_base}; it must exceed 1 (10000 is usual).")
 
@@ -184,7 +186,8 @@ class Attention(nn.Module):
 
     def setup(self):
         self.query, self.key, self.value, self.out = (dense(self.width, self.dtype) for _ in range(4))
-        self.convs = [ShortConv(self.config.conv, self.dtype) for _ in range(3)] if self.config.conv else []
+        c = self.config
+        self.convs = [ShortConv(c.conv, self.dtype, impl=c.impl) for _ in range(3)] if c.conv else []
 
     @nn.nowrap
     def axes(self) -> Axes:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError, check_choices
+from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.memory.architectures import Architecture
 from hope_jax.memory.kernels import Impl
 from hope_jax.memory.rule import Fast, Gates, Rule
@@ -54,8 +54,10 @@ class MemoryMixerConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if min(self.heads, self.hidden, self.conv) < 1 or (self.horizon is not None and self.horizon < 2):
-            raise UserError("heads, hidden and conv must be at least 1 and horizon at least 2 (or None)")
+        for name in ("heads", "hidden", "conv"):
+            whole(name, getattr(self, name))
+        if self.horizon is not None:
+            whole("horizon", self.horizon, 2, "tokens; None: everything is kept")
         if self.rate_max < 0:
             raise UserError(f"rate_max is {self.rate_max}; expected 0 (no writes) or more")
         if self.rule.self_values and not self.unit_values:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError, check_choices
+from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture
 from hope_jax.memory.kernels import Impl
@@ -95,8 +95,8 @@ class SelfModifyingConfig:
         if self.rate_max < 0 or self.projection_rate <= 0:
             rates = f"rate_max={self.rate_max}, projection_rate={self.projection_rate}"
             raise UserError(f"rates must be positive (rate_max may be 0): {rates}")
-        if min(self.heads, self.hidden, self.gate_hidden, self.conv) < 1 or self.horizon < 2:
-            raise UserError("heads, hidden, gate_hidden and conv must be at least 1 and horizon at least 2")
+        for name in ("heads", "hidden", "gate_hidden", "conv", "horizon"):
+            whole(name, getattr(self, name), 2 if name == "horizon" else 1)
         if self.gate.residual:
             raise UserError("a gate memory has one output and cannot be residual; use architectures.mlp")
         self.spec()  # checks the rest

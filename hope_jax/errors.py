@@ -65,9 +65,14 @@ def whole(name: str, value: Any, least: int = 1, what: str = "") -> int:
     return number
 
 
+def check_word(name: str, value: Any, words: Any) -> None:
+    """Raise UserError unless ``value`` is one of those of the ``Literal``."""
+    if value not in get_args(words):
+        raise UserError(f"{name} is {value!r}; expected one of {get_args(words)}")
+
+
 def check_choices(config: Any) -> None:
-    """Raise UserError unless every field of a dataclass whose type is a ``Literal`` has one of its values."""
+    """``check_word`` for every field of a dataclass whose type is a ``Literal``."""
     for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), get_args(field.type)
-        if get_origin(field.type) is Literal and value not in choices:
-            raise UserError(f"{field.name} is {value!r}; expected one of {choices}")
+        if get_origin(field.type) is Literal:
+            check_word(field.name, getattr(config, field.name), field.type)

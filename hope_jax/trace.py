@@ -1,7 +1,7 @@
 """See what a memory does while it reads: surprise, inner rate and retention per token, what every level stores.
 
->>> trace, state = trace.watch(model, params, model.init_state(params, batch=1), document)
->>> trace.draw(trace, "document.png", "what was stored of it")
+>>> seen, state = trace.watch(model, params, model.init_state(params, batch=1), document)
+>>> trace.draw(seen, "document.png", "what was stored of it")
 
 A document is read in pieces that end where chunks end, so that every write lies between two of them.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from hope_jax import context
 from hope_jax.context.schedule import schedule_of
-from hope_jax.context.stream import State, batch_of, check_room, entered
+from hope_jax.context.stream import State, check_room, entered
 from hope_jax.errors import UserError, extra
 from hope_jax.nn.feed_forward.fast import BlockState, ContextState, sizes
 from hope_jax.nn.language_model import check_tokens
@@ -75,7 +75,6 @@ def watch(model: Any, params: Any, state: State, tokens: Any, progress: bool = F
     """
     tokens = jnp.asarray(tokens)
     check_tokens(tokens, model.config.vocab_size)
-    batch_of(state)  # if it is one
     now, length = entered(model, state), tokens.shape[1]
     check_room(now, length)
     chunk, unfinished = schedule_of(model, trained=False).chunk, 0 if now.interrupted else int(now.unfinished)

@@ -115,9 +115,11 @@ def test_the_two_momenta_of_m3_are_those_of_its_settings():
         ("dmgd", {"inner_rate": -1.0}, "inner_rate is -1"),
         ("preconditioned_momentum", {"preconditioner_rate": 1.5}, "preconditioner_rate is 1.5"),
         ("lion", {"b1": float("nan")}, "b1 is nan"),
+        ("delta_momentum", {"form": "grma"}, "form is 'grma'; expected one of"),
+        ("dmgd", {"memory": "lin"}, "memory is 'lin'; expected one of"),
     ],
 )
-def test_a_setting_out_of_its_range_is_named_at_once(name, setting, message):
+def test_a_setting_out_of_its_range_is_named_at_once(untyped, name, setting, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(OPTIMIZERS[name], **setting)
 

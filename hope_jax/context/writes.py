@@ -90,15 +90,12 @@ def gather(
 
     deltas = tuple(level.delta for level in levels)
     value, pullback, read = jax.vjp(loss, deltas, has_aux=True)
-    slopes = _slopes(pullback, jnp.ones_like(value), deltas, chunk.stored)
+    one = jnp.ones_like(value)
+    if chunk.stored is None:
+        (slopes,) = pullback(one)
+    else:  # not computed where it is not wanted
+        slopes = lax.cond(chunk.stored, lambda: pullback(one)[0], lambda: jax.tree.map(jnp.zeros_like, deltas))
     return tuple(map(added, range(len(levels)), levels, slopes)), read
-
-
-def _slopes(pullback: Any, one: Array, deltas: Any, stored: Array | None) -> tuple[Any, ...]:
-    """The gradient, which is not computed where it is not wanted."""
-    if stored is None:
-        return pullback(one)[0]
-    return lax.cond(stored, lambda: pullback(one)[0], lambda: jax.tree.map(jnp.zeros_like, deltas))
 
 
 def cross_entropy(logits: Float[Array, "B T vocab"], labels: Tokens) -> Nats:

@@ -3,7 +3,7 @@
 ``matrix`` is one linear layer, ``M(x) = W x``. ``residual_mlp`` is ``M(x) = x + W1 sig(W2 x)``. Every layer of
 either is a linear memory of its own with that layer's input as key. Weights are kernels as in Flax, a tuple of
 ``[in, out]`` matrices, first layer first: the transposes of the W of the equations. On CPU ``x W^T`` is slower than
-``x W`` (``benchmark.py products``).
+``x W`` (``hope-jax benchmark products``).
 """
 
 from collections.abc import Callable

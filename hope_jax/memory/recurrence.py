@@ -9,13 +9,13 @@ of tokens into a handful of matrix products (``chunked.py``). ``rule.py``: which
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hope_jax.errors import UserError, whole
+from hope_jax.errors import UserError, check_word, whole
 from hope_jax.memory.chunked import Linear, Lookup, Read, Tokens, Write, chunk, first_box
 from hope_jax.memory.decays import ReadTime, Shared
 from hope_jax.memory.kernels import Impl, Products, products_of
@@ -93,8 +93,7 @@ def _check(length: tuple[int, ...], gates: dict[str, Any], momentum: Any, read: 
     if (momentum is None) != (gates["momentum_decay"] is None):
         missing = "momentum" if momentum is None else "momentum_decay"
         raise UserError(f"{missing} is None but the other is given; pass both, or neither for no momentum")
-    if read not in get_args(ReadTime):
-        raise UserError(f"read is {read!r}; expected 'before' or 'after'")
+    check_word("read", read, ReadTime)
     whole("block", block, 1, "tokens")
     for name, gate in gates.items():
         if gate is not None and jnp.shape(gate) != length:
@@ -116,7 +115,7 @@ def evaluate(
 
 
 def _idle(shared: Shared) -> Shared:
-    """Everything is retained where a token is not active; the gain on S is what ``active`` itself does."""
+    """Memory and momentum are retained where a token is not active; ``active`` keeps S from being added there."""
     on, decay = shared.active, shared.momentum_decay
     if on is None:
         return shared

@@ -1,7 +1,7 @@
 """Mistakes in hyper-parameters and parameters are refused at construction or in ``init``, by name."""
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,12 +77,6 @@ def check_decay(name: str, decay: Any, dtype: Any) -> None:
     share, least = 1 - float(decay), float(jnp.finfo(dtype).eps) / 2
     if 0 < share < least:
         raise UserError(f"{name} is {decay:g}, which {jnp.dtype(dtype)} cannot hold; expected at most {1 - least:g}")
-
-
-def check_word(name: str, value: Any, words: Any) -> None:
-    """Raise UserError unless ``value`` is one of those of the ``Literal``."""
-    if value not in get_args(words):
-        raise UserError(f"{name} is {value!r}; expected one of {get_args(words)}")
 
 
 def check_function(name: str, value: Any, signature: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from hope_jax.optim.checks import check, check_decay, check_word
+from hope_jax.errors import check_word
+from hope_jax.optim.checks import check, check_decay
 from hope_jax.optim.generalized import Retention, scale_by_generalized_momentum
 from hope_jax.optim.matrices import Labels, MatrixView, by_largest, squared_norm
 from hope_jax.optim.recipe import recipe

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from hope_jax.errors import UserError, whole
-from hope_jax.optim.checks import check, check_word
+from hope_jax.errors import UserError, check_word, whole
+from hope_jax.optim.checks import check
 from hope_jax.types import Array, Float
 
 Form = Literal["exact", "cheap", "spectral"]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from hope_jax.errors import UserError, whole
+from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.levels import due
-from hope_jax.optim.checks import check, check_decay, check_word, leaf_name
+from hope_jax.optim.checks import check, check_decay, leaf_name
 from hope_jax.optim.matrices import Labels, MatrixView, matrix_views
 from hope_jax.optim.newton_schulz import NewtonSchulz
 from hope_jax.optim.recipe import Cast
@@ -73,8 +73,7 @@ class Rules:
     def __post_init__(self) -> None:
         if not isinstance(self.newton_schulz, NewtonSchulz):
             raise UserError(f"newton_schulz is {self.newton_schulz!r}; expected NewtonSchulz(steps, method, dtype)")
-        check_word("accumulate", self.accumulate, Accumulate)
-        check_word("second_moment", self.second_moment, SecondMoment)
+        check_choices(self)
         several = isinstance(self.scales, tuple | list) and len(self.scales) > 0
         if not (several and all(isinstance(scale, MomentumScale) for scale in self.scales)):
             raise UserError(f"scales is {self.scales!r}; expected a tuple of MomentumScale(period, decay, weight)")

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Inexact
 
-from hope_jax.errors import UserError, whole
-from hope_jax.optim.checks import check_dtype, check_word
+from hope_jax.errors import UserError, check_choices, whole
+from hope_jax.optim.checks import check_dtype
 from hope_jax.optim.matrices import by_largest, squared_norm
 from hope_jax.types import Array
 
@@ -35,7 +35,7 @@ class NewtonSchulz:
     dtype: Any = None
 
     def __post_init__(self) -> None:
-        check_word("method", self.method, Method)
+        check_choices(self)
         if self.steps is not None:
             whole("steps", self.steps, 1, "iterations")
         check_dtype("dtype", self.dtype)
@@ -49,19 +49,14 @@ class NewtonSchulz:
         if x.shape[-2] > x.shape[-1]:
             return self.orthogonalize(x.mT).mT
         own = self.dtype is None or jnp.iscomplexobj(x)
-        y = _normalized(x).astype(x.dtype if own else self.dtype)
+        y, largest = by_largest(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        # Divided by ||x||_F + 1e-7, also where the squares of the entries would not be finite.
+        y = (y / (jnp.sqrt(squared_norm(y)) + 1e-7 / largest)).astype(x.dtype if own else self.dtype)
         steps, (a, b, c) = METHODS[self.method]
         for _ in range(self.steps or steps):
             gram = y @ y.mT.conj()
             y = a * y + (b * gram + c * gram @ gram if c else b * gram) @ y
         return y.astype(x.dtype)
-
-
-def _normalized(x: Array) -> Array:
-    """``x / (||x||_F + 1e-7)`` in at least float32, for entries up to 1e37 (in float32)."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    y, largest = by_largest(x)
-    return y / (jnp.sqrt(squared_norm(y)) + 1e-7 / largest)
 
 
 def orthogonalize(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from hope_jax.errors import whole
+from hope_jax.errors import check_choices, whole
 from hope_jax.optim.checks import check
 from hope_jax.optim.delta_momentum import Form, scale_by_delta_momentum
 from hope_jax.optim.dmgd import MLPMemory, scale_by_dmgd
@@ -43,6 +43,7 @@ class Optimizer(abc.ABC):
     """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name, value in vars(self).items():
             if name in WHOLE and value is not None:
                 whole(name, value, 1, WHOLE[name])

@@ -24,7 +24,14 @@ from hope_jax.errors import UserError
 from hope_jax.storage.digests import digest_json, read_sealed, write_sealed
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
-"""What a traced program depends on, apart from our own source."""
+SETTINGS = (
+    "enable_x64",
+    "default_matmul_precision",
+    "numpy_rank_promotion",
+    "default_prng_impl",
+    "threefry_partitionable",
+)
+"""What a traced program depends on, apart from our own source: packages, and settings of JAX."""
 
 
 def run_stored(program: Callable[..., Any], model: Any, arrays: tuple[Any, ...], like: Any) -> Any:
@@ -85,8 +92,7 @@ def _can_store() -> bool:
 
 def _machine() -> list[str]:
     """What else the traced program depends on."""
-    settings = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_rank_promotion")
-    return [jax.default_backend(), _source(), *(str(getattr(jax.config, name)) for name in settings)]
+    return [jax.default_backend(), _source(), *(str(getattr(jax.config, f"jax_{name}", None)) for name in SETTINGS)]
 
 
 @functools.cache

@@ -8,9 +8,9 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
-from hope_jax.errors import UserError
+from hope_jax.errors import check_word
 from hope_jax.memory import products
 from hope_jax.memory.kernels import cpu
 from hope_jax.types import Array
@@ -40,6 +40,5 @@ PLAIN, AUTO = _products(products), _products(cpu)
 
 def products_of(impl: Impl) -> Products:
     """The products that ``impl`` asks for. Raises UserError for another word."""
-    if impl not in get_args(Impl):
-        raise UserError(f"impl is {impl!r}; expected one of {get_args(Impl)}")
+    check_word("impl", impl, Impl)
     return AUTO if impl == "auto" else PLAIN

@@ -2,8 +2,8 @@
 
 The gradient of a product contains ``a^T b``. XLA folds that transpose into the product and on CPU then leaves its
 fast kernel for one two to three times slower, so here the transposed operand is written out first on CPU
-(``benchmark.py products`` shows the ratio). On other platforms the same derivatives are plain products. They are of any
-order but have no forward mode (``jax.jvp``), nor has anything built on them.
+(``hope-jax benchmark products`` shows the ratio). On other platforms the same derivatives are plain products. They are
+of any order but have no forward mode (``jax.jvp``), nor has anything built on them.
 """
 
 import functools

@@ -146,10 +146,8 @@ def with_in_context(
 def without_writes(config: ModelConfig) -> ModelConfig:
     """The same model, parameters included, whose memories never write: the inner learning rate is 0.
 
-    Retention goes on: Hope's memories then fade from their learned start, at first by 1/horizon per token.
-
-    Raises:
-      UserError: the mixer is no memory.
+    Retention goes on: Hope's memories then fade from their learned start, at first by 1/horizon per token. Raises
+    UserError where the mixer is no memory.
     """
     mixer = config.mixer
     if not isinstance(mixer, SelfModifyingConfig | MemoryMixerConfig):

@@ -25,8 +25,7 @@ class Choice(NamedTuple):
 def choice(vocab: int, temperature: Any, top_k: Any = None, top_p: Any = None) -> Choice:
     """The settings as arrays: ``temperature`` at least 0, ``top_k`` in 1 .. ``vocab``, ``top_p`` in (0, 1].
 
-    Raises:
-      UserError: one of them is out of range, or of another type.
+    Raises UserError where one of them is out of range, or of another type.
     """
     heat = _real(temperature)
     if not 0 <= heat < np.inf:

@@ -62,8 +62,7 @@ def _each(periods: tuple[int, ...]) -> np.ndarray:
 def schedule_of(model: Any, *, trained: bool) -> Schedule:
     """The schedule of a model: of the levels that training writes in context, or of all that it has.
 
-    Raises:
-      UserError: it has none, or their periods are not multiples of one another.
+    Raises UserError where it has none, or their periods are not multiples of one another.
     """
     part = model.config.feed_forward
     if not isinstance(part, LevelsConfig):

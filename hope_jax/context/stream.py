@@ -147,9 +147,6 @@ def merge(model: Any, params: Any, state: State) -> tuple[Any, ContextState]:
 
     The stream is brought to an end first (``finish``); the new parameters read as the old ones did then, up to
     rounding. Of several streams the mean is taken.
-
-    Raises:
-      UserError: a state of another model.
     """
     state = finish(model, params, state)
     part = jax.tree.map(lambda leaf: leaf, params["blocks"]["feed_forward"])  # its containers are copies

@@ -143,11 +143,7 @@ def layer_writes(
 
 
 def layer_write(rule: Rule, layer: int, z: Array, error: Array, gates: Gates) -> Write:
-    """From the layer's input z and the inner gradient at its output (without an anchor: less the memory's own part).
-
-    Raises:
-      UserError: the rule has momentum and the gates no ``momentum_decay``, or the reverse.
-    """
+    """From the layer's input z and the inner gradient at its output (without an anchor: less the memory's own part)."""
     (rate, erase), decay = _rates(rule, layer, z, gates), gates.momentum_decay
     if rule.momentum != (decay is not None):
         came = "None" if decay is None else "given"

@@ -71,11 +71,7 @@ def stacked(axis: str, axes: Axes) -> Axes:
 
 
 def flat(axes: Axes) -> dict[str, Names]:
-    """The names by the path of the parameter, as ``jax.tree_util.keystr`` writes it.
-
-    Raises:
-      UserError: a name that is not in ``AXES``.
-    """
+    """The names by the path of the parameter, as ``keystr`` writes it. Raises UserError for a name not in ``AXES``."""
     leaves = tree_leaves_with_path(axes, is_leaf=lambda node: isinstance(node, tuple))
     found = {keystr(path): names for path, names in leaves}
     for path, names in found.items():
@@ -87,7 +83,7 @@ def flat(axes: Axes) -> dict[str, Names]:
 def matrices(axes: Axes) -> Labels:
     """``params -> labels`` of ``optim.matrices``: every copy of a layer's or memory's weights is a matrix [in, out].
 
-    Embeddings, heads, convolutions, gates, scales and biases are no matrices. For errors see ``of_parameters``.
+    Embeddings, heads, convolutions, gates, scales and biases are no matrices.
     """
 
     def label(names: Names) -> Any:
@@ -101,10 +97,7 @@ def matrices(axes: Axes) -> Labels:
 
 
 def decays(axes: Axes) -> Callable[[Any], Any]:
-    """``params -> tree of booleans``: layers' weights, embeddings and heads decay, in the sense of weight decay.
-
-    For errors see ``of_parameters``.
-    """
+    """``params -> tree of booleans``: layers' weights, embeddings and heads decay, in the sense of weight decay."""
 
     def is_decayed(names: Names) -> bool:
         inner = names[1:] if names[:1] == ("layers",) else names
@@ -116,8 +109,7 @@ def decays(axes: Axes) -> Callable[[Any], Any]:
 def of_parameters(axes: Axes, rule: Callable[[Names], Any]) -> Callable[[Any], Any]:
     """``params -> tree``: for every parameter ``rule`` of its names. ``params`` may be a part of the model's tree.
 
-    Raises:
-      UserError: an unknown name; from the function, a parameter without names, or with more or fewer than its axes.
+    Raises UserError, also from the function that is returned, for names that are unknown or do not fit a parameter.
     """
     names_at = flat(axes)
 

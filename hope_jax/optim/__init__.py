@@ -1,4 +1,8 @@
-"""Optimizers as optax transformations: ``scale_by_x`` is the mathematics, ``x(learning_rate, ...)`` the optimizer."""
+"""Optimizers as optax transformations: ``scale_by_x`` is the mathematics, ``x(learning_rate, ...)`` the optimizer.
+
+All of them raise UserError, by name, for an argument that is out of range or of another kind, and in ``init`` for a
+parameter that is no floating-point array.
+"""
 
 from hope_jax.optim.by_level import by_level as by_level
 from hope_jax.optim.delta_momentum import delta_momentum as delta_momentum

@@ -35,9 +35,6 @@ def least_squares_memory(
       value: P, what every gradient shall be mapped to.
       ridge: lambda >= 0. At 0 a weight whose gradients are all 0 has no minimiser and gives NaN.
       decay: b in (0, 1], the weight of a term relative to the one after it.
-
-    Raises:
-      UserError: ``ridge`` or ``decay`` out of range, or no gradients.
     """
     check("ridge", ridge, 0)
     first, second = (weighted_sum(moment, decay) for moment in (gradients, jnp.square(gradients)))
@@ -45,7 +42,7 @@ def least_squares_memory(
 
 
 def weighted_sum(terms: Float[Array, "T *weights"], decay: float) -> Float[Array, "*weights"]:
-    """``sum_i decay^(T-i) terms_i``. Raises UserError for a decay outside (0, 1], no terms, or complex ones."""
+    """``sum_i decay^(T-i) terms_i``, of at least one real term."""
     check("decay", decay, 0, 1, open_low=True, open_high=False)
     _check_gradients(terms, "[T, ...] with at least one gradient", terms.ndim > 0)
     age = jnp.arange(terms.shape[0] - 1, -1, -1, dtype=terms.dtype)
@@ -53,17 +50,17 @@ def weighted_sum(terms: Float[Array, "T *weights"], decay: float) -> Float[Array
 
 
 def momentum_memory(gradients: Float[Array, "T *weights"], decay: float = 1.0) -> Float[Array, "*weights"]:
-    """``sum_i decay^(T-i) g_i``: the memory of value ``sum g^2``. Errors as of ``least_squares_memory``."""
+    """``sum_i decay^(T-i) g_i``: the memory of value ``sum g^2``."""
     return least_squares_memory(gradients, weighted_sum(jnp.square(gradients), decay), decay=decay)
 
 
 def adagrad_memory(gradients: Float[Array, "T *weights"], decay: float = 1.0) -> Float[Array, "*weights"]:
-    """``sum g / sqrt(sum g^2)``: the memory of value ``sqrt(sum g^2)``. Errors as of ``least_squares_memory``."""
+    """``sum g / sqrt(sum g^2)``: the memory of value ``sqrt(sum g^2)``."""
     return least_squares_memory(gradients, jnp.sqrt(weighted_sum(jnp.square(gradients), decay)), decay=decay)
 
 
 def adam_memory(gradients: Float[Array, "T *weights"], decay: float) -> Float[Array, "*weights"]:
-    """``mean g / sqrt(mean g^2)``: the memory of value ``sqrt(mean g^2)``. Errors as of ``least_squares_memory``."""
+    """``mean g / sqrt(mean g^2)``: the memory of value ``sqrt(mean g^2)``."""
     total = weighted_sum(jnp.ones(gradients.shape[:1], gradients.dtype), decay)
     value = jnp.sqrt(weighted_sum(jnp.square(gradients), decay) / total)
     return least_squares_memory(gradients, value, decay=decay)
@@ -74,7 +71,6 @@ def matrix_memory(gradients: Float[Array, "T rows cols"], ridge: float = 0.0) ->
 
     The type-correct form of Eq. 106-111. Whole matrices are keys here, and their correlations count: H is [rows, rows].
     At ridge 0 H must have full rank (T cols >= rows, gradients in general position) or the result is not finite.
-    Raises UserError where ``gradients`` are not matrices, there are none, or ``ridge`` is negative.
     """
     gram = _gram(gradients)
     check("ridge", ridge, 0)
@@ -84,7 +80,7 @@ def matrix_memory(gradients: Float[Array, "T rows cols"], ridge: float = 0.0) ->
 def matrix_adagrad(gradients: Float[Array, "T rows cols"]) -> Float[Array, "rows cols"]:
     """``H^(1/2) matrix_memory = H^(-1/2) sum_i G_i``: full-matrix AdaGrad on one side, with summed momentum.
 
-    As AdaGrad follows from the elementwise memory by the value ``sqrt(sum g^2)``. Errors as of ``matrix_memory``.
+    As AdaGrad follows from the elementwise memory by the value ``sqrt(sum g^2)``.
     """
     values, vectors = jnp.linalg.eigh(_gram(gradients))
     return (vectors * jnp.sqrt(values)[None, :]) @ vectors.T @ matrix_memory(gradients)

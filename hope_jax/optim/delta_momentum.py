@@ -35,10 +35,7 @@ def _erased(m: Array, g: Array) -> Array:
 
 
 def delta_retention(decay: Any = 0.9, erase: Any = 1.0, form: Form = "gram") -> Retention:
-    """What delta momentum keeps of m when G arrives, for ``generalized_momentum(retention=...)``.
-
-    Arguments and errors as of ``scale_by_delta_momentum``.
-    """
+    """What delta momentum keeps of m when G arrives, for ``generalized_momentum(retention=...)``."""
     check_word("form", form, Form)
     check("decay", decay, 0, 1, open_high=False)
     check("erase", erase, 0)
@@ -86,9 +83,6 @@ def scale_by_delta_momentum(
       precondition: P, any optax transformation of the gradients that are written; those that erase stay as they are.
       matrices, state_dtype: as of ``scale_by_generalized_momentum``.
         Of a leaf that is no matrix ``G G^T m = <G, m> G``.
-
-    Raises:
-      UserError: decay, erase or form out of range; from ``init``, leaves that are no floating-point arrays.
     """
     check_decay("decay", decay, state_dtype)
     retention = delta_retention(decay, erase, form)

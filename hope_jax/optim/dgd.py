@@ -50,9 +50,6 @@ def dgd_update(
         number of rows.
       rate: eta >= 0.
       form: see above.
-
-    Raises:
-      UserError: shapes that do not fit together, arrays that are not real and floating, a rate or form out of range.
     """
     _check(kernel, inputs, output_gradients, rate, form)
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
@@ -140,10 +137,9 @@ def ggd_step(
 class DeltaDot:
     """``jax.lax.dot_general`` whose right factor, the kernel, has the delta term in its gradient; see ``delta_dense``.
 
-    For ``y = x K``, with X and Y the N rows of x and y: ``dK = X^T (dY + strength / N * Y)``, for complex arrays with
-    jax's conjugate of Y, and dX as ever. The gradient is that of the loss plus
-    ``strength / (2 N) ||stop_gradient(X) K||^2``, without the loss being any larger. No product is added; the outputs
-    y are kept for the way back. Fits the ``dot_general`` field of linen's layers. No forward-mode derivative.
+    The gradient is that of the loss plus ``strength / (2 N) ||stop_gradient(X) K||^2``, without the loss being any
+    larger. No product is added, as ``dK = X^T (dY + strength / N * Y)``: the outputs Y are kept for the way back. Fits
+    the ``dot_general`` field of linen's layers. No forward-mode derivative.
     """
 
     strength: float = 1.0
@@ -209,10 +205,7 @@ def delta_dense(features: int, strength: float = 1.0, rows: int | None = None, *
       rows: N, the number of rows that the loss averages over; 1 for a summed loss. By default the product of all axes
         of the input but the last. Give it where the layer does not see all rows at once (under ``vmap``, ``shard_map``,
         accumulated gradients) or where the loss leaves some out.
-      dense: fields of ``flax.linen.Dense`` (``use_bias``, ``dtype``, ``kernel_init``, ``name``, ...).
-
-    Raises:
-      UserError: ``strength`` or ``rows`` out of range; a ``dot_general`` of your own beside ours.
+      dense: fields of ``flax.linen.Dense`` but for ``dot_general`` (``use_bias``, ``dtype``, ``kernel_init``, ...).
     """
     if taken := {"dot_general", "dot_general_cls"} & dense.keys():
         raise UserError(f"delta_dense sets dot_general itself; leave out {sorted(taken)} or use flax.linen.Dense")

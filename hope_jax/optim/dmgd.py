@@ -103,10 +103,8 @@ def signed_powers(coefficients: Sequence[float]) -> optax.GradientTransformation
     With r the root mean square of a leaf, phi(c G) = c phi(G) for c >= 0; the sign keeps every power an ascent
     direction. ``(1.0,)`` is the identity; ``(0.0, 1.0)`` stresses the large entries, as squaring does.
 
-    ``optax.chain(signed_powers(...), dmgd(...))`` writes a memory with them. ``coefficients``: c_1, c_2, ...
-
-    Raises:
-      UserError: no coefficients, or a negative one: it would turn the gradient around.
+    ``optax.chain(signed_powers(...), dmgd(...))`` writes a memory with them. ``coefficients``: c_1, c_2, ..., none of
+    them negative: it would turn the gradient around.
     """
     if not isinstance(coefficients, tuple | list) or not coefficients:
         raise UserError(f"coefficients is {coefficients}; expected one or more numbers of 0 or more")
@@ -154,9 +152,6 @@ def scale_by_dmgd(
       matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two axes is a matrix, embeddings too.
         A leaf that is none is one row of the paper's W.
       state_dtype: see ``with_state_dtype``.
-
-    Raises:
-      UserError: an argument out of range or a name unknown; from ``init``, leaves that are no floating-point arrays.
     """
     network: Any = _known("memory", memory, MEMORIES)
     check_memory(network)

@@ -128,15 +128,11 @@ def scale_by_generalized_momentum(
       retention: share of the state kept at each step, 0 to 1, or ``(state, gradient, view) -> state``. States are
         deviations from what a memory starts as, so keeping nothing means starting again.
       rate: step of the inner gradient descent, 0 or more.
-      precondition: P, any optax transformation of the gradients (Eq. 47); None: the identity.
+      precondition: P, any optax transformation of the gradients (Eq. 47); None: the identity. ``KeyedMemory`` has none.
       output: the nonlinearity sigma of Eq. 52 on [..., rows, columns], such as ``muon_step``; None: the identity.
       matrices: ``params -> labels``, see ``matrices.py``; None: every leaf of two axes is a matrix, embeddings too.
         A leaf that is none is one column, [size, 1].
       state_dtype: see ``with_state_dtype``; of the memory. A preconditioner's state is its own affair.
-
-    Raises:
-      UserError: retention or rate out of range, or an argument of another kind; a preconditioner given to a memory of
-        fixed values; from ``init``, leaves that are no floating-point arrays.
     """
     if not callable(retention):
         check_decay("retention", retention, state_dtype)

@@ -28,7 +28,7 @@ def scale_by_m3(
     matrices: Labels | None = None,
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of M3, for matrices alone.
+    """The direction of M3, for matrices alone: other parameters are refused.
 
     With scale 1 fast (b1) and the others slow (period f, decay b, weight alpha), at step t = 1, 2, ...::
 
@@ -61,9 +61,6 @@ def scale_by_m3(
       matrices: ``params -> labels``, see ``matrices.py``; None: ``matrix_labels()``.
       state_dtype: see ``with_state_dtype``; of the fast momenta and the directions. V and the slow momenta take up
         shares of about 0.001, which half precision would round away, so they stay as computed.
-
-    Raises:
-      UserError: an argument out of range; from ``init``, leaves that are no floating-point arrays or no matrices.
     """
     literal = second_moment == "literal"
     if isinstance(update_rms, str) and update_rms == "default":

@@ -83,9 +83,6 @@ def matrix_labels(batch_axes: Mapping[str, int] | None = None, exclude: Sequence
         vector stacked over layers is none. Names are shell patterns, case ignored; a pattern may match nothing, because
         ``optax.partition`` and ``by_level`` show every optimizer only its own part of the tree.
       exclude: patterns of names on the path of leaves that are no matrices, case ignored.
-
-    Raises:
-      UserError: no whole number of axes, or no several patterns; from the function, a leaf of too few axes.
     """
     counts = {pattern.lower(): axes for pattern, axes in (batch_axes or {}).items()}
     for pattern, axes in counts.items():
@@ -115,10 +112,7 @@ def labels_or_default(matrices: Labels | None, exclude: Sequence[str] = NOT_MATR
 def matrix_views(params: Any, labels: Labels) -> Any:
     """For every leaf its ``MatrixView``, or None where the label is not that of a matrix.
 
-    The result goes second into ``jax.tree.map``, as None is no leaf.
-
-    Raises:
-      UserError: naming the leaf, a label that is none, or dimension numbers that do not fit the leaf.
+    The result goes second into ``jax.tree.map``, as None is no leaf. Raises UserError for a label that does not fit.
     """
     found = labels(params)
     try:

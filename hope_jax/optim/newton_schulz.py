@@ -70,9 +70,6 @@ def orthogonalize(
     Args:
       x: matrices; leading axes count them.
       steps, method, dtype: as of ``NewtonSchulz``; a complex x is iterated in its own type.
-
-    Raises:
-      UserError: fewer than two axes, whole numbers, or settings out of range.
     """
     return NewtonSchulz(steps, method, dtype).orthogonalize(x)
 

@@ -25,9 +25,6 @@ def scale_by_preconditioned_momentum(
       decay: alpha, 0 to 1.
       precondition: P, any optax transformation, such as ``learned_preconditioner()``.
       state_dtype: see ``with_state_dtype``.
-
-    Raises:
-      UserError: decay out of range; from ``init``, leaves that are no floating-point arrays.
     """
     check_decay("decay", decay, state_dtype)
     return scale_by_generalized_momentum(retention=decay, precondition=precondition, state_dtype=state_dtype)
@@ -70,9 +67,6 @@ def learned_preconditioner(rate: Any = 0.01, eps: Any = 1e-8) -> optax.GradientT
     Args:
       rate: zeta, step of the inner gradient descent, above 0 and up to 1, which forgets all but the present gradient.
       eps: added to P, above 0.
-
-    Raises:
-      UserError: rate or eps out of range; from ``init``, leaves that are no floating-point arrays.
     """
     check("rate", rate, 0, 1, open_low=True, open_high=False)
     check("eps", eps, 0, open_low=True)

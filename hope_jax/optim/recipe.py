@@ -34,14 +34,12 @@ def recipe(
     Args:
       scale: a ``scale_by_x``, whose state has the precision it chose.
       learning_rate: a number, 0 or more, or a schedule over its steps.
-      weight_decay: decoupled decay, 0 or more, multiplied by the learning rate; a number or a schedule.
+      weight_decay: decoupled decay, 0 or more, multiplied by the learning rate; a number or a schedule. ``update`` then
+        needs the parameters.
       mask: which leaves decay, a tree of booleans or ``params -> tree``; None: all that ``scale`` has.
       fallback: a whole optimizer for the leaves that are not matrices, such as ``optax.adamw(learning_rate)``. None:
         ``scale`` has them all. Its state is its own affair (``mu_dtype``), but at least float32 by default.
       matrices: ``params -> labels`` of ``matrices.py``, used with ``fallback``; None: ``matrix_labels()``.
-
-    Raises:
-      UserError: an argument out of range; from ``update``, no parameters although weights decay.
     """
     check("learning_rate", learning_rate, 0, schedule=True)
     check("weight_decay", weight_decay, 0, schedule=True)
@@ -80,10 +78,6 @@ def with_state_dtype(
         parameters are), so bfloat16 parameters have float32 state. Half precision halves the memory. Complex state is
         stored as complex64.
       stored: ``(state, cast) -> state`` says which parts of the state ``cast`` makes of that dtype; by default all.
-
-    Raises:
-      UserError: dtype is no floating type; from ``init`` and ``update``, a leaf of the parameters or gradients that is
-        no real or complex floating-point array, by its path.
     """
     check_dtype("state_dtype", dtype)
     inner = optax.with_extra_args_support(transformation)

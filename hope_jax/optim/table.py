@@ -33,11 +33,7 @@ WHOLE = {"slow_period": "optimizer steps", "hidden": "features"}
 
 @dataclass(frozen=True)
 class Optimizer(abc.ABC):
-    """Settings of a training optimizer, numbers and words alone. Each subclass is one optimizer.
-
-    Raises:
-      UserError: from every subclass, a setting out of its range, by name.
-    """
+    """Settings of a training optimizer, numbers and words alone. Each subclass is one optimizer."""
 
     weight_decay: float = field(default=0.1, kw_only=True)
     """Decoupled weight decay, multiplied by the learning rate; 0 or more."""

@@ -24,13 +24,7 @@ from hope_jax.errors import UserError
 from hope_jax.storage.digests import digest_json, read_sealed, write_sealed
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
-SETTINGS = (
-    "enable_x64",
-    "default_matmul_precision",
-    "numpy_rank_promotion",
-    "default_prng_impl",
-    "threefry_partitionable",
-)
+SETTINGS = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
 """What a traced program depends on, apart from our own source: packages, and settings of JAX."""
 
 

@@ -98,11 +98,12 @@ def test_changed_source_is_another_program(folder, monkeypatch):
     assert called() == 1 and len(files(folder)) == 2
 
 
-def test_float64_is_another_program(folder):
+@pytest.mark.parametrize("setting", [lambda: jax.enable_x64(True), lambda: jax.threefry_partitionable(False)])
+def test_float64_and_another_way_to_draw_numbers_are_other_programs(folder, setting):
     called()
     another_process()
-    with jax.enable_x64(True):
-        assert called() == 1
+    with setting():
+        assert called() == 1 and len(files(folder)) == 2
 
 
 def test_an_array_from_a_mesh_on_one_device_fits_the_program(folder):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import chex
 import jax
@@ -267,6 +268,14 @@ WRONG = {
 def test_a_wrong_configuration_says_what_is_wrong(untyped, message, change):
     with pytest.raises(UserError, match=message):
         SelfModifyingConfig(**SMALL | change)
+
+
+@pytest.mark.parametrize("change", [dict(self_values=False), dict(momentum=False)], ids=str)
+def test_rules_that_are_not_those_of_one_head_are_refused(change):
+    spec = config_of({}).spec()
+    rules = spec.rules._replace(memory=replace(spec.rules.memory, **change))
+    with pytest.raises(UserError, match="self_values=True|may differ in architecture and period only"):
+        replace(spec, rules=rules)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

@@ -13,7 +13,7 @@ STATIC = "static"
 
 
 def level_labels(params: Any, labels: Mapping[str, int]) -> Any:
-    """For each leaf, the one of ``labels`` on its path, or "static". Raises UserError for a label that is on no path."""
+    """For each leaf, the one of ``labels`` on its path, or "static". Raises UserError for a label that no path has."""
     found = tree_map_with_path(lambda path, _: next((n for n in _names(path) if n in labels), STATIC), params)
     absent = sorted(labels.keys() - {STATIC} - set(jax.tree.leaves(found)))
     if absent:

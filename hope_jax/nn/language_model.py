@@ -40,8 +40,8 @@ class Block(nn.Module):
         return {"norm": norm_axes()} | {name: part.build(c.width, c.dtype).axes() for name, part in parts.items()}
 
     def init_state(self, batch: int, capacity: int) -> BlockState:
-        """State before the first token."""
-        return BlockState(self.mixer.init_state(batch, capacity), self.feed_forward.init_state(batch, capacity))
+        """State before the first token, of the static model: learning in context adds Delta (``context/writes.py``)."""
+        return BlockState(self.mixer.init_state(batch, capacity), ())
 
     def __call__(self, x: Stream, state: BlockState | None, count: Count = None) -> tuple[Stream, BlockState]:
         if state is None:

@@ -139,11 +139,6 @@ class ContinuumMemory(nn.Module):
         levels = {f"level_{i}": level for i in range(len(c.levels))}
         return levels | dict.fromkeys(learned, ("levels",))
 
-    @nn.nowrap
-    def init_state(self, batch: int, capacity: int) -> tuple[()]:
-        """The static model: whoever learns in context adds the fast weights (``context/writes.py``)."""
-        return ()
-
     def __call__(self, x: Stream, state: tuple[Any, ...]) -> tuple[Stream, tuple[Any, ...]]:
         pairs = list(zip(self.levels, state or (None,) * len(self.levels), strict=True))
         if self.config.wiring == "independent":

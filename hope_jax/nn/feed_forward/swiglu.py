@@ -84,11 +84,6 @@ class SwiGLU(nn.Module):
         rate = {"rate": ("levels",)} if self.config.trained else {}
         return {"norm": norm_axes(), **maps, "down": dense_axes("hidden", "embed"), **rate}
 
-    @nn.nowrap
-    def init_state(self, batch: int, capacity: int) -> tuple[()]:
-        """The static model: whoever learns in context adds the fast weights (``context/writes.py``)."""
-        return ()
-
     @light
     def __call__(self, x: Stream, state: tuple[Any, ...]) -> tuple[Stream, tuple[Any, ...]]:
         u, fast = self.norm(x), state[0] if state else None

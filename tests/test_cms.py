@@ -17,7 +17,7 @@ def run(config, key):
     x = jax.random.normal(key, (2, 5, WIDTH), jnp.float64)
     params = module.init(key, x, ())["params"]
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(key, p.shape, p.dtype), params)
-    y, _ = module.apply({"params": params}, x, ())
+    y = module.apply({"params": params}, x, ())
     return np.asarray(x), jax.tree.map(np.asarray, params), np.asarray(y)
 
 

@@ -47,8 +47,7 @@ class Block(nn.Module):
         if state is None:
             state = self.init_state(*x.shape[:2])
         y, mixer = self.mixer(self.norm(x), state.mixer, count)
-        x, feed_forward = self.feed_forward(x + y, state.feed_forward)
-        return x, BlockState(mixer, feed_forward)
+        return self.feed_forward(x + y, state.feed_forward), state._replace(mixer=mixer)
 
 
 class LanguageModel(nn.Module):

@@ -116,7 +116,7 @@ class LevelMLP(nn.Module):
 
 
 class ContinuumMemory(nn.Module):
-    """``(x[B,T,D], state) -> (x, state)``; norms and residual connections are inside."""
+    """``(x[B,T,D], deltas) -> x``; norms and residual connections are inside."""
 
     config: CMSConfig
     width: int
@@ -139,11 +139,11 @@ class ContinuumMemory(nn.Module):
         levels = {f"level_{i}": level for i in range(len(c.levels))}
         return levels | dict.fromkeys(learned, ("levels",))
 
-    def __call__(self, x: Stream, state: tuple[Any, ...]) -> tuple[Stream, tuple[Any, ...]]:
-        pairs = list(zip(self.levels, state or (None,) * len(self.levels), strict=True))
+    def __call__(self, x: Stream, deltas: tuple[Any, ...]) -> Stream:
+        pairs = list(zip(self.levels, deltas or (None,) * len(self.levels), strict=True))
         if self.config.wiring == "independent":
             parts = [s * level(x, fast) for s, (level, fast) in zip(self.mixture.astype(x.dtype), pairs, strict=True)]
-            return x + sum(parts), state
+            return x + sum(parts)
         for level, fast in pairs:
             x = x + level(x, fast)
-        return x, state
+        return x

@@ -1,8 +1,8 @@
 """Fast weights: what a sequence adds to the matrices of its levels while it is read ("in-context", SPEC 3.1).
 
 A level's matrices are ``theta_0 + Delta``: theta_0 are parameters, Delta belongs to one sequence and starts at 0. The
-feed-forward parts only *read* Delta: their state is a tuple with the Delta of every level, fastest first (None for a
-level that is not written in context), or () for the static model, which Delta = 0 equals to the bit.
+feed-forward parts only *read* Delta: they are given that of every level, fastest first (None for a level that is not
+written in context), or () for the static model, which Delta = 0 equals to the bit.
 ``context/writes.py`` writes Delta, from the loss of the whole model.
 """
 

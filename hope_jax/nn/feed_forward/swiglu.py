@@ -85,8 +85,8 @@ class SwiGLU(nn.Module):
         return {"norm": norm_axes(), **maps, "down": dense_axes("hidden", "embed"), **rate}
 
     @light
-    def __call__(self, x: Stream, state: tuple[Any, ...]) -> tuple[Stream, tuple[Any, ...]]:
-        u, fast = self.norm(x), state[0] if state else None
+    def __call__(self, x: Stream, deltas: tuple[Any, ...]) -> Stream:
+        u, fast = self.norm(x), deltas[0] if deltas else None
         gate, up = moved(self.gate(u), u, fast, "gate"), moved(self.up(u), u, fast, "up")
         hidden = nn.silu(gate) * up
-        return x + moved(self.down(hidden), hidden, fast, "down"), state
+        return x + moved(self.down(hidden), hidden, fast, "down")

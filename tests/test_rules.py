@@ -277,9 +277,7 @@ WRONG = {
     "no anchor, which read": dict(gradient_at="retained", architecture=architectures.matrix, read="anchor"),
     "no anchor, which self_values": dict(gradient_at="running", architecture=architectures.matrix, self_values=True),
     "learned_start=False needs a matrix": dict(learned_start=False),
-    "needs the l2 or dot objective": dict(
-        gradient_at="running", architecture=architectures.matrix, objective=lambda p, v: jnp.sum(p * v) ** 2
-    ),
+    "needs the l2 or dot objective": dict(gradient_at="running", architecture=architectures.matrix, objective=jnp.vdot),
 }
 
 
@@ -287,14 +285,6 @@ WRONG = {
 def test_a_wrong_rule_says_what_is_wrong(untyped, message, change):
     with pytest.raises(UserError, match=message):
         Rule(**dict(architecture=architectures.residual_mlp) | change)
-
-
-@pytest.mark.parametrize("momentum", [True, False])
-def test_a_momentum_decay_belongs_to_a_rule_with_momentum(momentum):
-    rule, tokens, gate = Rule(architectures.matrix, momentum=momentum), jnp.ones((2, D)), jnp.ones(2)
-    fast, gates = rule.start((jnp.zeros((D, D)),)), Gates(gate, gate, None if momentum else gate)
-    with pytest.raises(UserError, match=f"momentum_decay is {'None' if momentum else 'given'}"):
-        scan(rule, fast.running, fast, tokens, tokens, tokens, gates, np.zeros((), np.int32))
 
 
 @pytest.mark.parametrize("change", [dict(layers=0, scales=()), dict(layers=2, scales=(1.0,))], ids=str)

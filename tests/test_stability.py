@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax.errors import UserError
 from hope_jax.memory import architectures
 from hope_jax.memory.rule import Gates, Rule
 from hope_jax.memory.scan import scan as scan_rule
@@ -62,6 +63,14 @@ def test_the_memory_that_ships_stores_less_at_its_start_but_not_nothing():
     gates = Gates(config.rate_max * expit(config.rate_bias), 1 - 1 / config.horizon, expit(config.momentum_bias))
     assert newest_error(rule, gates, hidden=64 * config.hidden) < 0.86
     assert newest_error(rule, gates._replace(rate=config.rate_max * 0.5), hidden=64 * config.hidden) < 0.75
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_a_momentum_decay_belongs_to_a_rule_with_momentum(momentum):
+    rule, tokens, gate = Rule(architectures.matrix, momentum=momentum), jnp.ones((2, 3)), jnp.ones(2)
+    fast, gates = rule.start((jnp.zeros((3, 3)),)), Gates(gate, gate, None if momentum else gate)
+    with pytest.raises(UserError, match=f"momentum_decay is {'None' if momentum else 'given'}"):
+        scan_rule(rule, fast.running, fast, tokens, tokens, tokens, gates, np.zeros((), np.int32))
 
 
 # (erases, momentum decay or None, damped) -> factor at rate 0.05, 0.1, 0.5; a linear memory with period 16.

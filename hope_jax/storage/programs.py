@@ -112,4 +112,4 @@ def _stored(path: Path, program: Callable[..., Any], model: Any, tree: Any, kind
         with contextlib.suppress(OSError):  # a full or read-only disk, or another process at the same file
             path.parent.mkdir(parents=True, exist_ok=True)
             write_sealed(path, {"program": base64.b64encode(data).decode()})
-    return jax.jit(export.deserialize(data).call)
+    return jax.jit(export.deserialize(bytearray(data)).call)

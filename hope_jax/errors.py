@@ -71,6 +71,13 @@ def check_word(name: str, value: Any, words: Any) -> None:
         raise UserError(f"{name} is {value!r}; expected one of {get_args(words)}")
 
 
+def check_seed(seed: Any) -> int:
+    """The seed. Raises UserError unless it is a whole number of 32 bits: JAX would drop the others."""
+    if whole("seed", seed, 0) >= 2**32:
+        raise UserError(f"seed is {seed}; give a number below {2**32}.")
+    return operator.index(seed)
+
+
 def check_choices(config: Any) -> None:
     """``check_word`` for every field of a dataclass whose type is a ``Literal``."""
     for field in dataclasses.fields(config):

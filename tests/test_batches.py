@@ -88,7 +88,7 @@ def test_something_that_is_no_position_is_refused():
         ({"index": 2, "processes": 2}, "process_index must be in"),
         ({"processes": 0}, "process_count is 0; give a whole number of at least 1"),
         ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
-        ({"seed": 2**32}, "seed must be in"),
+        ({"seed": 2**32}, "seed is 4294967296; give a number below 4294967296"),
     ],
 )
 def test_batches_that_cannot_be_made_are_refused(arguments, message):

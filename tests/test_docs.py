@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 from documents import ROOT, blocks, run
 
+from experiments import EXPERIMENTS
+from experiments.__main__ import main as experiments
 from hope_jax import context, memory, optim
+from hope_jax.cli import COMMANDS
+from hope_jax.cli.main import main
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, MODELS, Size
 
 README = ROOT / "README.md"
 GUIDES = ROOT / "docs" / "guides"
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.md"))
+SOURCES = sorted(path for top in ("hope_jax", "experiments") for path in (ROOT / top).rglob("*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *(path for path in ROOT.glob("docs/**/*.md") if "_build" not in path.parts)])
 
 
@@ -136,27 +141,40 @@ def _holds(state, kind) -> bool:
     return any(isinstance(part, kind) for part in jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, kind)))
 
 
-def test_flags_of_the_documents_exist(capsys):
-    """Every ``--flag`` of a command line in the documents is one that the command knows."""
-    from hope_jax.cli import COMMANDS
-    from hope_jax.cli.main import main
+PROGRAMS = {r"(?:hope-jax|python -m hope_jax)": (COMMANDS, main), "python -m experiments": (EXPERIMENTS, experiments)}
 
-    known: dict[str, str] = {}
-    for line in _command_lines():
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_flags_of_the_documents_and_docstrings_exist(program, capsys):
+    """Every ``--flag`` of a command line that they show is one that the command knows."""
+    (table, start), known = PROGRAMS[program], {}
+    for line in _command_lines(program):
         name, *rest = line.split()
-        if name not in COMMANDS:
+        if name not in table:
             continue
         if name not in known:
             with pytest.raises(SystemExit):
-                main([name, "--help"])
+                start([name, "--help"])
             known[name] = capsys.readouterr().out
         for flag in re.findall(r"(--[\w.-]+)", " ".join(rest)):
             assert flag == "--help" or re.search(rf"{re.escape(flag)}[ ,]", known[name]), (name, flag)
+    assert known.keys() == table.keys()
 
 
-def _command_lines() -> list[str]:
-    text = "\n".join(path.read_text() for path in PAGES if path.name != "CHANGELOG.md")
-    return re.findall(r"(?:hope-jax|python -m hope_jax) ([a-z]+[^`\n#]*)", text)
+def _command_lines(program: str) -> list[str]:
+    pages = [path for path in [*PAGES, *SOURCES] if path.name != "CHANGELOG.md"]
+    text = "\n".join(path.read_text().replace("\\\n", " ") for path in pages)
+    return re.findall(rf"{program} ([a-z]+[^`\n#]*)", text)
+
+
+def test_sources_name_only_files_that_exist():
+    files = {path.relative_to(ROOT).as_posix() for path in SOURCES}
+    wrong = []
+    for source in SOURCES:
+        for name in re.findall(r"``([\w/]+\.py)``|(?<=Read )([\w/]+\.py)", source.read_text()):
+            named = f"/{name[0] or name[1]}"
+            wrong += [] if any(f"/{file}".endswith(named) for file in files) else [f"{source}: {named[1:]}"]
+    assert not wrong
 
 
 def test_the_figure_of_the_readme_is_drawn_from_the_numbers_on_file(tmp_path):

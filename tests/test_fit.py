@@ -218,18 +218,28 @@ def test_a_folder_of_another_configuration_or_of_an_earlier_version_is_refused(t
         assert json.loads(sealed)["body"]["class"].endswith(":LineConfig")
 
 
-@pytest.mark.parametrize("state", [{}, {"next": -1}, {"next": "3"}, {"next": 3, "more": 1}])
+@pytest.mark.parametrize("state", [{}, {"next": -1}, {"next": "3"}, {"next": True}, {"next": 3, "more": 1}])
 def test_a_position_that_is_none_is_refused(state):
     with pytest.raises(UserError, match="is no position of computed batches"):
         training.ComputedBatches(points).set_state(state)
 
 
+@pytest.mark.parametrize("state", [{}, {"parts": 3}, {"parts": [{"next": 1}]}, {"parts": [{"next": 1}] * 2, "more": 1}])
+def test_a_position_of_other_parts_is_refused(state):
+    parts = [training.ComputedBatches(points) for _ in range(2)]
+    with pytest.raises(UserError, match="is no position of joined batches; expected one of each of 2 parts"):
+        training.JoinedBatches(*parts).set_state(state)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: training.Steps(-1), "total is -1; expected at least 0"),
-        (lambda: training.Steps(3, save_every=0), "save_every is 0; expected at least 1"),
-        (lambda: training.Run(None, None, keep=1), "keep is 1; expected at least 2"),
+        (lambda: training.Steps(-1), "total is -1; give a whole number of at least 0"),
+        (lambda: training.Steps(3, save_every=0), "save_every is 0; give a whole number of at least 1"),
+        (lambda: training.Steps(1.5), "total is 1.5; give a whole number of at least 0"),
+        (lambda: training.Run(None, None, keep=1), r"keep is 1; give a whole number of at least 2 \(checkpoints\)"),
+        (lambda: SETUP.start(-1), "seed is -1; give a whole number of at least 0"),
+        (lambda: SETUP.start(2**32), "seed is 4294967296; give a number below 4294967296"),
     ],
 )
 def test_numbers_outside_their_range_are_named(make, said, untyped):

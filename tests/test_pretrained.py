@@ -137,6 +137,11 @@ def test_rotary_speeds_of_older_files_may_stand_there_if_they_follow_from_the_ba
     load_llama(write(tmp_path, CONFIG, draw(CONFIG) | {name: speeds}))
     with pytest.raises(UserError, match=f"{name} is left over"):
         load_llama(write(tmp_path, CONFIG, draw(CONFIG) | {name: 1.1 * speeds}))
+    scaled = CONFIG | {"rope_scaling": {"type": "linear", "factor": 4.0}}
+    for there in (speeds, speeds / 4):  # older files hold those of the base, whatever the scaling
+        load_llama(write(tmp_path, scaled, draw(scaled) | {name: there}))
+    with pytest.raises(UserError, match=f"{name} is left over"):
+        load_llama(write(tmp_path, scaled, draw(scaled) | {name: speeds / 2}))
 
 
 # ---------------------------------------------------------------- refusals

@@ -23,7 +23,7 @@ from hope_jax.cli.checks import at_least_one
 from hope_jax.cli.parse import parse
 from hope_jax.cli.runs import Source, Trained, readings
 from hope_jax.data import Continuation
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, check_seed
 from hope_jax.nn.mixers.attention import room_left
 
 
@@ -43,6 +43,7 @@ class AskConfig(Source):
     def __post_init__(self):
         super().__post_init__()
         at_least_one(self, "tokens")
+        check_seed(self.seed)
         if not self.prompt:
             raise UserError("The prompt is empty; give some text to go on from.")
 

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 from jaxtyping import Int, Int32
 
-from hope_jax.errors import UserError, whole
+from hope_jax.errors import UserError, check_seed, whole
 
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 """Batches read in the background while the device works."""
@@ -39,11 +39,9 @@ class TrainBatches:
     def __init__(
         self, windows: Sequence, fingerprint: str, *, batch: int, seed: int, process_index: int, process_count: int
     ):
-        batch, seed, count = whole("batch", batch), whole("seed", seed, 0), whole("process_count", process_count)
+        batch, seed, count = whole("batch", batch), check_seed(seed), whole("process_count", process_count)
         self._order = {"batch": batch, "seed": seed, "process_count": count, "fingerprint": fingerprint}
         share = len(windows) // count
-        if seed >= 2**32:
-            raise UserError(f"seed must be in 0..{2**32 - 1}, got {seed}")
         if not 0 <= process_index < count:
             raise UserError(f"process_index must be in 0..process_count - 1, got {process_index} of {count}")
         if batch > share:

@@ -13,7 +13,7 @@ The two architectures compute the same function, with three differences that the
 * **Grouped queries.** A key or value head that serves g query heads is stored g times, one for each. Attention is the
   same; its cache is g times as large as theirs.
 
-Rotary positions pair feature i with i + K/2 in both, with the scaling of Llama 3 where a checkpoint has it.
+Rotary positions pair feature i with i + K/2 in both, with the scaling (linear or of Llama 3) that a checkpoint has.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.layers import EPS, param_dtype
 from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.nn.rotary import rope_speeds
 
 with extra("train"):
     from safetensors import SafetensorError, safe_open
@@ -41,7 +42,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
-SPEEDS = "rotary_emb.inv_freq"  # older files hold the rotary speeds, which follow from the base
+SPEEDS = "rotary_emb.inv_freq"  # older files hold the rotary speeds, which follow from config.json
 
 
 def load_llama(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfig, dict[str, Any]]:
@@ -200,7 +201,11 @@ def _check_dtype(dtype: DTypeLike) -> None:
 
 
 def _speeds_follow(stored: np.ndarray, llama: Llama) -> bool:
-    """Whether stored rotary speeds are those of the base, up to the rounding of 16 bits."""
-    half = llama.head_size // 2
-    speeds = llama.rope_base ** (-np.arange(half) / half)
-    return stored.shape == speeds.shape and np.allclose(stored.astype(float), speeds, rtol=2**-8, atol=1e-6)
+    """Whether stored rotary speeds are those of the base, scaled or not, up to the rounding of 16 bits."""
+    of_base, scaled = (
+        np.asarray(rope_speeds(llama.head_size, llama.rope_base, scaling, jnp.float32))
+        for scaling in (None, llama.rope_scaling)
+    )
+    return stored.shape == of_base.shape and any(
+        np.allclose(stored.astype(float), speeds, rtol=2**-8, atol=1e-6) for speeds in (of_base, scaled)
+    )

@@ -1,1 +1,1 @@
-"""What lies on the disk: digests, sealed files and folders, used by checkpoints and contexts alike."""
+"""What lies on the disk: digests, sealed files, files of tensors, locks; and traced programs."""

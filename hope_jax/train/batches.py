@@ -44,7 +44,7 @@ class ComputedBatches(Iterator[Any]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from such a number."""
         number = state.get("next")
-        if state.keys() != {"next"} or not isinstance(number, int) or number < 0:
+        if state.keys() != {"next"} or type(number) is not int or number < 0:
             raise UserError(f"{state} is no position of computed batches; expected the number of the next batch")
         self._next = number
 
@@ -64,5 +64,10 @@ class JoinedBatches(Iterator[Any]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from such positions."""
-        for part, position in zip(self._parts, state["parts"], strict=True):
+        positions = state.get("parts")
+        if state.keys() != {"parts"} or not isinstance(positions, list) or len(positions) != len(self._parts):
+            raise UserError(
+                f"{state} is no position of joined batches; expected one of each of {len(self._parts)} parts"
+            )
+        for part, position in zip(self._parts, positions, strict=True):
             part.set_state(position)

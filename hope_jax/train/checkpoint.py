@@ -50,7 +50,7 @@ class Manifest:
 def saved_steps(run: Path) -> list[int]:
     """Finished steps of a run folder, ascending; whether they are undamaged only ``restore`` knows."""
     folders = (run / FOLDER).glob(f"*/{MANIFEST}")
-    return sorted(int(path.parent.name) for path in folders if path.parent.name.isdigit())
+    return sorted(int(path.parent.name) for path in folders if path.parent.name.isdecimal())
 
 
 def find_step(run: Path, wanted: int | None) -> int | None:
@@ -134,7 +134,7 @@ def set_aside(run: Path, after: int) -> list[Path]:
     Nothing is deleted; returns the new places, ``set_aside/<step>`` with a number where that is taken.
     """
     kept = {str(step) for step in saved_steps(run) if step <= after}
-    strays = [path for path in sorted((run / FOLDER).glob("*")) if path.name.isdigit() and path.name not in kept]
+    strays = [path for path in sorted((run / FOLDER).glob("*")) if path.name.isdecimal() and path.name not in kept]
     return [_move_to(run / "set_aside", path) for path in strays]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hope_jax.errors import UserError
+from hope_jax.errors import whole
 from hope_jax.train.batches import Batches
 from hope_jax.train.monitor import Monitor
 from hope_jax.train.record import Means
@@ -33,8 +33,7 @@ class Steps:
 
     def __post_init__(self) -> None:
         for name, least in (("total", 0), ("eval_every", 0), ("save_every", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}")
+            whole(name, getattr(self, name), least)
 
     def evaluates(self, done: int) -> bool:
         """Whether held-out batches are measured after ``done`` updates: before training, at intervals, at the end."""

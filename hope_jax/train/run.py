@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from hope_jax.config import TRUSTED, Json, check_same, flatten, flatten_json, from_json
 from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, whole
 from hope_jax.models import LanguageModel, ModelConfig
 from hope_jax.storage.digests import read_sealed
 from hope_jax.storage.locks import locked
@@ -64,8 +64,7 @@ class Run:
     resume_from: int | None = None
 
     def __post_init__(self) -> None:
-        if self.keep < 2:
-            raise UserError(f"keep is {self.keep}; expected at least 2 checkpoints")
+        whole("keep", self.keep, 2, "checkpoints")
 
 
 @contextlib.contextmanager
@@ -137,7 +136,7 @@ def load_run(folder: Path, trusted: Sequence[str] = TRUSTED) -> Trained:
     no ``TextRun``, or its tokenizer is missing.
     """
     run, wanted = folder, None
-    if folder.name.isdigit() and folder.absolute().parent.name == checkpoint.FOLDER:
+    if folder.name.isdecimal() and folder.absolute().parent.name == checkpoint.FOLDER:
         run, wanted = folder.absolute().parent.parent, int(folder.name)
     step = checkpoint.find_step(run, wanted)
     if step is None:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hope_jax.errors import check_seed
 from hope_jax.models import LanguageModel
 from hope_jax.train.devices import DATA, abstract
 from hope_jax.train.optimizer import OptimizerConfig, Schedule, optimizer, schedule
@@ -81,7 +82,7 @@ class Setup:
 
     def start(self, seed: int, params: Any = None) -> TrainState:
         """The state before the first batch; it begins with a copy of ``params``, None: with what ``init`` draws."""
-        return self._start(jax.random.key(seed), params)
+        return self._start(jax.random.key(check_seed(seed)), params)
 
     def shapes(self) -> TrainState:
         """Shapes, dtypes and placement of ``start`` without computing it: what a checkpoint is restored into."""

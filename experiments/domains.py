@@ -31,7 +31,7 @@ import numpy as np
 from experiments.two_texts import SHOWN, Learner
 from hope_jax import ModelConfig
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least_one, given, known
+from hope_jax.cli.checks import at_least, given, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
 from hope_jax.cli.results import Results, Row, aligned, heading, settings, spread
@@ -80,7 +80,7 @@ class DomainsConfig:
     """The text that is learned after the first; there is no default."""
 
     def __post_init__(self) -> None:
-        at_least_one(self, "width", "layers", "heads", "steps", "batch", "length", "eval_every", "eval_batches")
+        at_least(self, 1, "width", "layers", "heads", "steps", "batch", "length", "eval_every", "eval_batches")
         given(self, "rows", "seeds", "second_rates")
         if not min(self.second_rates) > 0:
             raise UserError(f"--second-rates must be greater than 0, got {self.second_rates}.")

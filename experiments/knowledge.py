@@ -27,7 +27,7 @@ from experiments.facts import LINE, WORDS, draw_facts, episodes, names
 from experiments.incorporation import RATES, bits_per_byte, by_levels, by_tuning, recall, untouched
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least_one, given
+from hope_jax.cli.checks import at_least, given
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
 from hope_jax.cli.results import Results, Row, aligned, deviation, heading, settings, spread
@@ -77,7 +77,7 @@ class KnowledgeConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "width", "layers", "steps", "batch", "text", "length", "readers", "passes")
+        at_least(self, 1, "width", "layers", "steps", "batch", "text", "length", "readers", "passes")
         given(self, "seeds", "levels", "facts", "periods")
         if self.data.tokenizer is not None:
             raise UserError("--data.tokenizer cannot be given here: the facts are bytes, and so is the text.")

@@ -22,7 +22,7 @@ import optax
 
 from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least_one, known
+from hope_jax.cli.checks import at_least, known
 from hope_jax.cli.measuring import best_seconds, report
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, open_results
@@ -46,7 +46,7 @@ class OptimizerBenchmarkConfig:
     def __post_init__(self):
         for name in (*self.optimizers, self.against):
             known("optimizer", name, OPTIMIZERS)
-        at_least_one(self, "repeats")
+        at_least(self, 1, "repeats")
         model_named(self.model)
 
 

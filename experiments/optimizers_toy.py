@@ -29,7 +29,7 @@ import optax
 
 from experiments.toy_problems import AMPLITUDE, FREQUENCY, START, K, Make, descend, height, learn, stream
 from hope_jax import optim
-from hope_jax.cli.checks import at_least_one, given, known
+from hope_jax.cli.checks import at_least, given, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
 from hope_jax.cli.results import Results, Row, aligned
@@ -116,7 +116,7 @@ class OptimizersToyConfig:
         given(self, "optimizers", "decays")
         if not all(0 <= decay < 1 for decay in self.decays):
             raise UserError(f"--decays must be 0 or more and below 1, got {self.decays}.")
-        at_least_one(self, "steps", "seeds", "tasks", "task_steps")
+        at_least(self, 1, "steps", "seeds", "tasks", "task_steps")
         if self.size < self.tasks:
             raise UserError(f"--size must be at least --tasks, got {self.size} for {self.tasks}: tasks are orthogonal.")
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least_one, known
+from hope_jax.cli.checks import at_least, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
 from hope_jax.cli.results import Results, Row
@@ -48,7 +48,7 @@ class RecallConfig(Trials):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(self, "width", "layers", "heads")
+        at_least(self, 1, "width", "layers", "heads")
         for row in self.rows:
             self.model(row)
         self.examples(min(self.seeds), 0)

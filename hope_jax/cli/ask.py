@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from hope_jax import context, generate
-from hope_jax.cli.checks import at_least_one
+from hope_jax.cli.checks import at_least
 from hope_jax.cli.parse import parse
 from hope_jax.cli.runs import Source, Trained, readings
 from hope_jax.data import Continuation
@@ -42,7 +42,7 @@ class AskConfig(Source):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least_one(self, "tokens")
+        at_least(self, 1, "tokens")
         check_seed(self.seed)
         if not self.prompt:
             raise UserError("The prompt is empty; give some text to go on from.")

@@ -24,7 +24,7 @@ import tyro
 
 from hope_jax import LanguageModel, ModelConfig, generate, model_named
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least_one, known, must_divide
+from hope_jax.cli.checks import at_least, known, must_divide
 from hope_jax.cli.measuring import best_seconds, operations, report
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, open_results
@@ -59,7 +59,7 @@ class BenchmarkConfig:
     results: Path = Path("experiments/results")  # Folder of benchmark.jsonl.
 
     def __post_init__(self):
-        at_least_one(self, "width", "layers", "heads", "length", "batch", "devices", "tokens", "repeats")
+        at_least(self, 1, "width", "layers", "heads", "length", "batch", "devices", "tokens", "repeats")
         must_divide("devices", self.devices, "batch", self.batch)
         if self.size is not None:
             known("size", self.size, SIZES)

@@ -13,11 +13,6 @@ def at_least(config: Any, least: int, *names: str) -> None:
             raise UserError(f"{flag(name)} must be at least {least}, got {getattr(config, name)}.")
 
 
-def at_least_one(config: Any, *names: str) -> None:
-    """Raise UserError for the first of the fields that is below 1."""
-    at_least(config, 1, *names)
-
-
 def given(config: Any, *names: str) -> None:
     """Raise UserError unless each of the fields, which are tuples, has something in it."""
     if not all(getattr(config, name) for name in names):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from hope_jax import context
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least_one
+from hope_jax.cli.checks import at_least
 from hope_jax.cli.parse import parse
 from hope_jax.cli.runs import Source, Trained, readings
 from hope_jax.context.piece import piece_size
@@ -63,9 +63,9 @@ class LearnConfig(Source):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least_one(self, "passes")
+        at_least(self, 1, "passes")
         if self.window is not None:
-            at_least_one(self, "window")
+            at_least(self, 1, "window")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import shlex
 import signal
@@ -39,7 +40,9 @@ def run(program: str, kind: str, table: Mapping[str, str], needs: str, arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_listing(program, table), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
-    write_anything()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # "?" for what a terminal cannot show, instead of an error
     name, *rest = arguments
     with handled((signal.SIGTERM, signal.SIGHUP), _terminate):  # outside of training: cleaned up as after Ctrl-C
         return _status(lambda: _start(kind, table, needs, name, rest), [program, name, *rest])
@@ -81,14 +84,6 @@ def _status(work: Callable[[], int], command: Sequence[str]) -> int:
     except KeyboardInterrupt as interrupt:
         say("Stopped at once; what was saved before is intact.", sys.stderr)
         return 128 + (*interrupt.args, signal.SIGINT)[0]  # Python's own has no number
-
-
-def write_anything() -> None:
-    """Characters that a terminal cannot show become "?", instead of an error in the middle of a text."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="replace")
 
 
 def say(text: str, stream: Any = None) -> None:

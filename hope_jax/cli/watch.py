@@ -18,7 +18,7 @@ import numpy as np
 
 from hope_jax import context
 from hope_jax import trace as tracing
-from hope_jax.cli.checks import at_least_one
+from hope_jax.cli.checks import at_least
 from hope_jax.cli.learn import DocumentConfig, texts
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import open_results
@@ -38,7 +38,7 @@ class WatchConfig(Source):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least_one(self, "tokens")
+        at_least(self, 1, "tokens")
         if self.figure is not None and self.figure.suffix != ".png":
             raise UserError(f"--figure is {self.figure}; give the name of a .png file.")
 

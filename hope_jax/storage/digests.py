@@ -46,16 +46,6 @@ def digest_arrays(tree: Any) -> str:
     return digest_json(describe(tree))
 
 
-def described_kinds(described: Mapping[str, str]) -> dict[str, str]:
-    """``kinds`` of the arrays that ``describe`` described."""
-    return {path: entry.rsplit(" ", 1)[0] for path, entry in described.items()}
-
-
-def changed_array(state: Any, described: Mapping[str, str]) -> str | None:
-    """Path of the first array that is not as ``described``; None: all are."""
-    return next((path for path, entry in describe(state).items() if entry != described[path]), None)
-
-
 def changed_file(folder: Path, files: Mapping[str, str]) -> str | None:
     """The first of ``files`` (see ``digest_files``) that is missing or differs from its digest; None: all are there."""
     for name, expected in files.items():

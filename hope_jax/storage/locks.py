@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from hope_jax.errors import UserError
 
@@ -13,13 +12,8 @@ from hope_jax.errors import UserError
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file ``path``, made if needed. Raises UserError, saying ``busy``, where another process does."""
     with path.open("ab") as lock:
-        hold(lock, busy)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(busy) from error
         yield
-
-
-def hold(lock: BinaryIO, busy: str) -> None:
-    """Lock a file until it is closed. Raises UserError, saying ``busy``, where another process has."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(busy) from error

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hope_jax.errors import extra
-from hope_jax.storage.digests import describe, sealed, unsealed, write_file
+from hope_jax.storage.digests import describe, first_difference, sealed, unsealed, write_file
 
 HEADER = "hope_jax"
 
@@ -48,9 +48,8 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors = library.load(path.read_bytes())
     if tensors.keys() != body["tensors"].keys():
         raise NotWhole("it has other tensors than its header")
-    for name, found in describe(tensors).items():
-        if found != body["tensors"][name]:
-            raise NotWhole(f"{name} differs from its digest")
+    if different := first_difference(body["tensors"], describe(tensors)):
+        raise NotWhole(f"{different[0]} differs from its digest")
     return tensors, body["about"]
 
 

@@ -99,7 +99,8 @@ def _read(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str, Any]
     if name := digests.changed_file(folder, files):
         what = "differs from its digest" if (folder / name).is_file() else "is missing"
         raise _damaged(run, manifest.step, f"{name} {what}")
-    if different := digests.first_difference(digests.described_kinds(arrays), digests.kinds(like)):
+    saved_kinds = {name: entry.rsplit(" ", 1)[0] for name, entry in arrays.items()}  # without the digests
+    if different := digests.first_difference(saved_kinds, digests.kinds(like)):
         path, there, here = different
         raise UserError(
             f"The checkpoint of step {manifest.step} in {run} belongs to another model or optimizer: {path} is "
@@ -110,8 +111,8 @@ def _read(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str, Any]
             parts = ocp.load_checkpointables(place, like)
     except Exception as error:  # Orbax reports unreadable files by many classes; each means the same here.
         raise _damaged(run, manifest.step, f"orbax cannot read it ({error})") from error
-    if path := digests.changed_array(parts, arrays):
-        raise _damaged(run, manifest.step, f"{path} differs from its digest")
+    if different := digests.first_difference(arrays, digests.describe(parts)):
+        raise _damaged(run, manifest.step, f"{different[0]} differs from its digest")
     return parts
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from experiments.two_texts import SHOWN, Learner
 from hope_jax import ModelConfig
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least, given, known
+from hope_jax.cli.checks import at_least, check_seeds, given, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
 from hope_jax.cli.results import Results, Row, aligned, heading, settings, spread
@@ -82,6 +82,7 @@ class DomainsConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "width", "layers", "heads", "steps", "batch", "length", "eval_every", "eval_batches")
         given(self, "rows", "seeds", "second_rates")
+        check_seeds(self)
         if not min(self.second_rates) > 0:
             raise UserError(f"--second-rates must be greater than 0, got {self.second_rates}.")
         if list(self.every) != sorted(set(self.every)) or not all(n > 1 and self.steps % n == 0 for n in self.every):

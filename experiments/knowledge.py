@@ -27,7 +27,7 @@ from experiments.facts import LINE, WORDS, draw_facts, episodes, names
 from experiments.incorporation import RATES, bits_per_byte, by_levels, by_tuning, recall, untouched
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least, given
+from hope_jax.cli.checks import at_least, check_seeds, given
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
 from hope_jax.cli.results import Results, Row, aligned, deviation, heading, settings, spread
@@ -79,6 +79,7 @@ class KnowledgeConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "width", "layers", "steps", "batch", "text", "length", "readers", "passes")
         given(self, "seeds", "levels", "facts", "periods")
+        check_seeds(self)
         if self.data.tokenizer is not None:
             raise UserError("--data.tokenizer cannot be given here: the facts are bytes, and so is the text.")
         most, first, known = len(self.periods), self.periods[0], len(names(heldout=True))

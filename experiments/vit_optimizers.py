@@ -24,7 +24,7 @@ from experiments.images import ImageSet, Split, digits, draws, from_tfds, mnist
 from experiments.vit import ViT, image_loss, matrices
 from hope_jax import optim
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least, given, known
+from hope_jax.cli.checks import at_least, check_seeds, given, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
 from hope_jax.cli.results import Results, Row, aligned, spread
@@ -91,6 +91,7 @@ class VitOptimizersConfig:
         for name in self.optimizers:
             known("optimizer", name, CONTESTANTS)
         given(self, "optimizers", "seeds")
+        check_seeds(self)
         at_least(self, 1, "patch", "width", "layers", "heads", "steps", "batch", "evaluate_every")
         if self.steps % self.evaluate_every or not 0 <= self.warmup < self.steps:
             raise UserError(f"--steps {self.steps} must be a multiple of --evaluate-every and more than --warmup.")

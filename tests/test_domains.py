@@ -218,6 +218,7 @@ def test_the_plot_has_a_curve_per_row_at_its_highest_rate_and_a_line_through_its
         (["--steps", "100"], "--every must ascend from 2 and divide --steps, got (4, 16, 64) for 100."),
         (["--second-rates", "0"], "--second-rates must be greater than 0, got (0.0,)."),
         (["--second-rates"], "Give at least one of each: --rows, --seeds, --second-rates"),
+        (["--seeds", "-1"], "seed is -1; give a whole number of at least 0"),
         (["--eval-every", "0"], "--eval-every must be at least 1, got 0."),
         (["--architecture", "transformer_pp"], "transformer_pp has no continuum memory system; take hope or"),
         (["--architecture", "hop"], "No architecture is called 'hop'; did you mean 'hope'"),

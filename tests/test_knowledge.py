@@ -189,6 +189,7 @@ def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_p
         (["--length", "100"], "--length must be a multiple of 32"),
         (["--text", "16"], "--text must be at most --batch, got 16 of 8"),
         (["--seeds"], "Give at least one of each"),
+        (["--seeds", "4294967296"], "seed is 4294967296; give a number below 4294967296"),
         (["--table", "--results", "/nowhere"], "There is nothing in /nowhere/knowledge.jsonl"),
         (
             ["--facts", "5", "--periods", "32", "64", "--levels", "1"],

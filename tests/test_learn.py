@@ -259,6 +259,7 @@ def test_mistakes_are_one_plain_sentence(learned, document, tmp_path, capfd):
     reading = ["learn", "--checkpoint", run, "--data.path"]
     assert "There is no trained model in" in mistake(capfd, "ask", "--checkpoint", tmp_path, "x")
     assert "There is no saved step 3" in mistake(capfd, "ask", "--checkpoint", run / "checkpoints" / "3", "x")
+    assert "seed is 4294967296" in mistake(capfd, "ask", "--checkpoint", run, "--seed", 2**32, "x")
     assert "is empty" in mistake(capfd, *reading, tmp_path / "empty.txt")
     assert "--data.path names nothing" in mistake(capfd, *reading)
     assert "--periods are [8, 16]; give one for each of the 3" in mistake(capfd, *reading, document, "--periods", 8, 16)

@@ -86,9 +86,11 @@ def test_watching_draws_and_changes_nothing(learned, document, tmp_path):
 
 def test_the_tokenizer_of_a_run_is_the_one_it_was_trained_with(trained, bpe, tmp_path):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
-    keep_tokenizer(run, DataConfig(tokenizer=str(run / TOKENIZER)))  # its own file: nothing to copy
-    assert (run / TOKENIZER).read_bytes() == bpe.read_bytes()
     altered = json.loads((run / TOKENIZER).read_text())
+    (tmp_path / "other.json").write_text(json.dumps(altered | {"normalizer": {"type": "Lowercase"}}))
+    for file in (run / TOKENIZER, tmp_path / "other.json"):  # its own file, and one that the run will refuse
+        keep_tokenizer(run, DataConfig(tokenizer=str(file)))
+        assert (run / TOKENIZER).read_bytes() == bpe.read_bytes()
     altered["truncation"] = None  # decides no token of a training text
     (run / TOKENIZER).write_text(json.dumps(altered))
     load_run(run)
@@ -97,6 +99,12 @@ def test_the_tokenizer_of_a_run_is_the_one_it_was_trained_with(trained, bpe, tmp
         change()
         with pytest.raises(UserError, match="another tokenizer than .* put its JSON file at .*tokenizer.json"):
             load_run(run)
+
+
+def test_a_run_that_saved_nothing_has_the_tokenizer_of_the_last_attempt(bpe, tmp_path):
+    for data, kept in ((DataConfig(tokenizer=str(bpe)), True), (DataConfig(), False)):
+        keep_tokenizer(tmp_path, data)
+        assert (tmp_path / TOKENIZER).exists() == kept
 
 
 def test_levels_can_be_written_at_other_periods_and_rates(trained):

@@ -242,6 +242,7 @@ def test_a_run_that_diverged_is_never_the_best(folder, monkeypatch):
         (["--tfds", "mnists"], "TFDS has no dataset 'mnists'"),
         (["--patch", "3"], "--patch must divide the images, got 3 for 8 x 8 pixels"),
         (["--steps", "10"], "--steps 10 must be a multiple of --evaluate-every"),
+        (["--seeds", "0", "-1"], "seed is -1; give a whole number of at least 0"),
         (["--size", "8"], "--size, at least 1, goes with --tfds"),
         (["--heads", "3"], "--heads must divide --width, got 3 for 64"),
         (["--batch", "5000"], "--batch is 5000; digits has 1199 training images"),

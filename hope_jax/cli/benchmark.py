@@ -24,7 +24,7 @@ import tyro
 
 from hope_jax import LanguageModel, ModelConfig, generate, model_named
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least, known, must_divide
+from hope_jax.cli.checks import at_least, given, known, must_divide
 from hope_jax.cli.measuring import best_seconds, operations, report
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, open_results
@@ -60,6 +60,7 @@ class BenchmarkConfig:
 
     def __post_init__(self):
         at_least(self, 1, "width", "layers", "heads", "length", "batch", "devices", "tokens", "repeats")
+        given(self, "models")
         must_divide("devices", self.devices, "batch", self.batch)
         if self.size is not None:
             known("size", self.size, SIZES)

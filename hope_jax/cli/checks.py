@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from hope_jax.errors import UserError, closest
+from hope_jax.errors import UserError, check_seed, closest
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
@@ -17,6 +17,13 @@ def given(config: Any, *names: str) -> None:
     """Raise UserError unless each of the fields, which are tuples, has something in it."""
     if not all(getattr(config, name) for name in names):
         raise UserError(f"Give at least one of each: {', '.join(map(flag, names))}.")
+
+
+def check_seeds(config: Any) -> None:
+    """Raise UserError for the first of the ``seeds`` that is none."""
+    given(config, "seeds")
+    for seed in config.seeds:
+        check_seed(seed)
 
 
 def flag(name: str) -> str:

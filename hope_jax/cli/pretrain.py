@@ -30,7 +30,7 @@ from hope_jax.cli.main import say
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
-from hope_jax.errors import UserError
+from hope_jax.errors import UserError, check_seed
 from hope_jax.models import with_in_context
 from hope_jax.nn.feed_forward.cms import Wiring
 from hope_jax.nn.feed_forward.fast import Writes
@@ -108,7 +108,8 @@ class PretrainConfig:
         self.cms.apply(model_named(self.model))
         at_least(self, 1, "steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every")
         at_least(self, 2, "keep")
-        at_least(self, 0, "seed", "sample_tokens")
+        at_least(self, 0, "sample_tokens")
+        check_seed(self.seed)
         must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.segment is not None:
             must_divide("segment", self.segment, "length", self.length)

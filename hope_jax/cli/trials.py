@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least, given
+from hope_jax.cli.checks import at_least, check_seeds, given
 from hope_jax.cli.results import Row, spread
 from hope_jax.config import flatten
 
@@ -36,6 +36,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         given(self, "rows", "learning_rates", "seeds")
+        check_seeds(self)
         at_least(self, 1, "steps", "batch", "eval_every", "eval_batches")
         for rate in self.learning_rates:
             dataclasses.replace(self.optimizer, learning_rate=rate)

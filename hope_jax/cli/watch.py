@@ -50,11 +50,11 @@ def main(arguments: Sequence[str]) -> int:
     figure = trained.run / "watch.png" if config.figure is None else config.figure
     ids = np.concatenate([trained.tokenizer.encode(text) for text in texts(config.data.path)])
     tokens = jnp.asarray(ids[None, : config.tokens])
-    # Better known now than after the reading.
-    figure, numbers = (open_results(figure.parent, f"{figure.name}{end}", "--figure") for end in ("", ".json"))
     model, params, room = trained.model, trained.params, tokens.shape[1]
     unread, learned = context.start(model, params, 1, room), None if config.fresh else config.saved(trained)
     begin = unread if learned is None else context.clear(model, params, learned, room)
+    # Better known now than after the reading.
+    figure, numbers = (open_results(figure.parent, f"{figure.name}{end}", "--figure") for end in ("", ".json"))
     trace, _ = tracing.watch(model, params, begin, tokens, progress=True)
     static, _ = read_without_learning(model, params, unread, tokens)
     title = f"{trained.run.name} reads {Path(config.data.path[0]).name}"

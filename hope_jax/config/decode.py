@@ -60,7 +60,9 @@ class Reader:
 
     def _member(self, data: dict[str, Any], name: str) -> Any:
         kind = self._named(data["enum"], name)
-        if not (isinstance(kind, type) and issubclass(kind, enum.Enum)) or data.get("name") not in kind.__members__:
+        if not (isinstance(kind, type) and issubclass(kind, enum.Enum)) or data.get("name") not in list(
+            kind.__members__
+        ):
             raise UserError(f"{shown(name)} is {data.get('name')!r}; expected a member of {data['enum']}")
         return kind[data["name"]]
 

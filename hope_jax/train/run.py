@@ -162,9 +162,15 @@ def _tokenizer(run: Path, config: TextRun) -> Tokenizer:
 
 
 def keep_tokenizer(run: Path, data: DataConfig) -> None:
-    """Copy the tokenizer's file into the run folder, so that the folder is all that one needs."""
+    """Copy the tokenizer's file into the run folder, so that the folder is all that one needs.
+
+    A run with saved steps keeps the file that it has, whatever this command reads with: ``resume`` compares them.
+    """
     kept = run / TOKENIZER
-    if data.tokenizer is None or (kept.exists() and kept.samefile(Path(data.tokenizer).expanduser())):
+    if kept.exists() and checkpoint.saved_steps(run):
+        return
+    if data.tokenizer is None:
+        kept.unlink(missing_ok=True)  # of an attempt that saved nothing
         return
     part = kept.with_name(f"{TOKENIZER}.part")
     shutil.copyfile(Path(data.tokenizer).expanduser(), part)

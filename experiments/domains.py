@@ -12,9 +12,10 @@ measured all along. The rows, with equal parameters:
 * ``later_K``: ``together_K`` on the first text, ``levels_K`` on the second: slow levels that have learned the first.
 
 Who learns nothing forgets nothing, so every row learns the second text from the same state at several learning rates,
-and column "more" says how much more it forgets than ``levels_0`` does where that one has learned the second text as
-well: on the line between two of its rates, which flatters the others. Each text begins with a new optimizer and a
-warmup; then the rate is constant. An hour on one core. Expect: slower levels forget no less than learning less does.
+and column "more" says how much more it forgets than ``levels_0`` does where both have learned the second text equally
+well. That point of ``levels_0`` lies on the line between two of its rates, which flatters the others. Each text begins
+with a new optimizer and a warmup; then the rate is constant. An hour on one core. Expect: slower levels forget no less
+than learning less does.
 """
 
 import contextlib

@@ -102,7 +102,7 @@ def recall(predict: Predict, facts: Facts) -> float:
 
 
 def bits_per_byte(predict: Predict, text: Int[np.ndarray, "R window"]) -> float:
-    """Of bytes, each predicted from those before it in its window."""
+    """Bits per byte of a text of bytes, each predicted from those before it in its window."""
     return float(cross_entropy(predict(text[:, :-1]), jnp.asarray(text[:, 1:])).mean()) / np.log(2)
 
 

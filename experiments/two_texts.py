@@ -62,8 +62,8 @@ class Learner:
         return bits | self.parts(first.params, second.params) | {"curve": curve}
 
     def parts(self, first: Any, second: Any) -> Row:
-        """``moved``: how far each level went on the second text, over the norm it had before; ``alone``: bits per byte
-        of the first text if of all that the second one changed only that part is kept."""
+        """``moved``: how far each level went on the second text, over the norm it had before. ``alone``: bits per byte
+        of the first text with one part as it is after the second text, and all others as they were before it."""
         labels, went = level_labels(first, self.every), jax.tree.map(jnp.subtract, second, first)
         parts = ["embedding", "mixer", *(name for name in self.every if name != STATIC)]
         moved = {name: float(_norm(went, labels, name) / _norm(first, labels, name)) for name in self.every}
@@ -83,5 +83,5 @@ def _curve(found: training.Result, before: int) -> list[list[float]]:
 
 
 def _norm(tree: Any, labels: Any, name: str) -> Any:
-    """Of the leaves with that label."""
+    """Norm of the leaves with that label."""
     return optax.tree.norm(jax.tree.map(lambda x, label: x * (label == name), tree, labels))

@@ -49,7 +49,7 @@ class Contestant(NamedTuple):
 
 
 def _muon(rate: Any) -> optax.GradientTransformation:
-    """optax's, on the matrices of M3, with the size of M3's steps and its decay."""
+    """Muon of optax, on the matrices of M3, with the size of M3's steps and its decay."""
     decay: dict[str, Any] = {"weight_decay": 1e-4, "adam_weight_decay": 1e-4}
     numbers = dimension_numbers(matrices)
     return optax.contrib.muon(rate, muon_weight_dimension_numbers=numbers, consistent_rms=0.2, **decay)

@@ -235,6 +235,6 @@ class Report:
 
 
 def _say(line: str) -> None:
-    """Print beside the progress bar. Where nobody listens any more, what is read is worth keeping all the same."""
+    """Print beside the progress bar. A closed output does not end the reading: what is read is worth keeping."""
     with contextlib.suppress(BrokenPipeError):
         tqdm.write(line, file=sys.stdout)

@@ -87,7 +87,7 @@ def _status(work: Callable[[], int], command: Sequence[str]) -> int:
 
 
 def say(text: str, stream: Any = None) -> None:
-    """Print what a finished piece of work has to tell. Nobody who listens any more is no mistake then."""
+    """Print what a finished piece of work has to tell. An output that is closed by then is no mistake."""
     stream = sys.stdout if stream is None else stream
     try:
         print(text, file=stream, flush=True)

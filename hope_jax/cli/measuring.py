@@ -16,7 +16,7 @@ from hope_jax.cli.results import Row, append
 
 
 def machine() -> Row:
-    """What measures: the device, the cores this process may use (``taskset`` counts), and how memory comes."""
+    """What measures: the device, the cores that this process may use, the version of JAX, and the pages of memory."""
     about = {"device": jax.devices()[0].device_kind, "cores": training.cores(), "jax": jax.__version__}
     return about | {"large_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")}
 

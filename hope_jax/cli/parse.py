@@ -126,7 +126,7 @@ def _check_flags(config: Any, chosen: Mapping[str, Any], arguments: Sequence[str
 
 
 def _check_row(config: Any, flag: str) -> None:
-    """Raise UserError for a flag that another row has than the chosen one."""
+    """Raise UserError for a flag that is a setting of another row than the chosen one."""
     for chooser, rows in _tables(config).items():
         prefix = chooser[: chooser.rindex(".") + 1] if "." in chooser else "--"
         owners = [name for name, row in rows.items() if flag in dict(_flags(row, prefix=prefix))]

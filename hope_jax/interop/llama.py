@@ -123,7 +123,7 @@ def _parts(llama: Llama) -> list[_Part]:
 
 
 def _leaf(part: _Part, files: dict[str, Any], wide: np.dtype) -> np.ndarray:
-    """The parameter, from one tensor at a time."""
+    """The parameter, made of one tensor at a time."""
     leaf = np.empty(0)
     for i, name in enumerate(part.names):
         tensor = part.arrange(files[name].get_tensor(name))

@@ -18,7 +18,7 @@ def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def kind(leaf: Any) -> str:
-    """Dtype and shape."""
+    """Dtype and shape of an array, as text."""
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
@@ -42,7 +42,7 @@ def describe(state: Any) -> dict[str, str]:
 
 
 def digest_arrays(tree: Any) -> str:
-    """Of names, dtypes, shapes and values together."""
+    """Digest of the names, dtypes, shapes and values of all arrays together."""
     return digest_json(describe(tree))
 
 
@@ -61,7 +61,7 @@ def digest_files(folder: Path, skip: str) -> dict[str, str]:
 
 
 def digest_file(path: Path) -> str:
-    """Of the bytes of a file."""
+    """Digest of the bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -72,7 +72,7 @@ def digest(data: bytes) -> str:
 
 
 def digest_json(body: Mapping[str, Any]) -> str:
-    """Of JSON with sorted keys: equal for equal contents."""
+    """Digest of JSON with sorted keys: equal for equal contents."""
     return digest(json.dumps(body, sort_keys=True).encode())
 
 

@@ -1,8 +1,8 @@
 """Data parallelism: devices read a share of each batch and hold the same state. Read ``step.py`` next.
 
-The step needs no word of it: JAX follows the placement of its arguments and adds up the gradients. On a CPU a device is
-the whole machine unless ``split_host`` says otherwise: of a model of many small products, that uses one core and little
-of the others; a share of the batch for each core uses them all.
+The training step does not mention devices: JAX follows the placement of its arguments and adds up the gradients. On a
+CPU the whole machine is one device, unless ``split_host`` makes one of each core. A model of many small products keeps
+only one core of a device busy; with a share of the batch for each core, all of them work.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def split_host(count: int | None = None) -> None:
 
 
 def cores() -> int:
-    """Of this machine, that this process may use (``taskset`` counts)."""
+    """How many cores of this machine this process may use (``taskset`` counts)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

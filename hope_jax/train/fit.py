@@ -136,7 +136,7 @@ def _state(
 
 
 def _continuation(setup: Setup, run: Run, steps: Steps, manifest: Manifest) -> str:
-    """A line on where the run goes on, and what a changed number of devices or steps does to it."""
+    """Where the run goes on, and what another number of devices or steps than before changes; one line."""
     step, planned, devices = manifest.step, manifest.about["steps"], manifest.about["devices"]
     if step == steps.total:
         return f"The run in {run.folder} has finished its {step} steps; raise --steps to train on."

@@ -77,7 +77,7 @@ def check_place(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """An empty folder inside ``folder`` that goes in the end, or with ``clear_unfinished`` if this process dies."""
+    """An empty folder inside ``folder``, removed in the end, or by ``clear_unfinished`` if this process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, fcntl.LOCK_SH), tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as name:
         yield Path(name)

@@ -187,7 +187,7 @@ def _pieces(text: bytes) -> Iterator[str]:
 
 
 def _byte_lengths(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Int64[np.ndarray, " vocab"]:
-    """Exact for byte-level vocabularies, which write each byte as one character, and for byte-fallback vocabularies."""
+    """Bytes of each token: exact for byte-level vocabularies (a character for each byte) and for byte-fallback ones."""
     added, definition = tokenizer.get_added_tokens_decoder(), json.loads(tokenizer.to_str())
     byte_level = '"type": "ByteLevel"' in json.dumps([definition["pre_tokenizer"], definition["decoder"]])
     lengths = np.zeros(vocab_size, np.int64)

@@ -99,14 +99,9 @@ def with_levels(trained: Trained, periods: tuple[int, ...], rate: float | None) 
         check_multiples(periods)
     if rate is not None:
         part = dataclasses.replace(part, writes=dataclasses.replace(part.writes, rate=rate))
-        params = _with_rate(params, rate)
+        of_levels = params["blocks"]["feed_forward"]
+        if "rate" in of_levels:
+            of_levels = of_levels | {"rate": jnp.full_like(of_levels["rate"], rate)}
+            params = params | {"blocks": params["blocks"] | {"feed_forward": of_levels}}
     config = dataclasses.replace(trained.model.config, feed_forward=part)
     return trained._replace(model=LanguageModel(config), params=params)
-
-
-def _with_rate(params: Any, rate: float) -> Any:
-    part = params["blocks"]["feed_forward"]
-    if "rate" not in part:
-        return params
-    part = part | {"rate": jnp.full_like(part["rate"], rate)}
-    return params | {"blocks": params["blocks"] | {"feed_forward": part}}

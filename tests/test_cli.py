@@ -247,7 +247,6 @@ def test_another_text_is_another_run_but_another_path_to_it_is_not(command, fini
     [
         (["--model", "hope-tinny"], "no model is called 'hope-tinny'; did you mean 'hope-tiny'"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
-        (["--seed", "-1"], "seed is -1; give a whole number of at least 0"),
         (["--keep", "1"], "--keep must be at least 2, got 1"),
         (["--accumulate", "3"], "--accumulate must divide --batch, got 3 for 2"),
         (["--segment", "5"], "--segment must divide --length, got 5 for 32"),

@@ -162,6 +162,14 @@ def test_a_damaged_configuration_is_refused_with_the_field_named(path, value, sa
         from_json(changed(path, value), TextRun)
 
 
+@pytest.mark.parametrize("name", ["BLUE", [], None])
+def test_a_member_that_there_is_not_is_refused(name):
+    data = to_json(EVERYTHING)
+    data["colour"]["name"] = name
+    with pytest.raises(UserError, match="colour is .*; expected a member of"):
+        from_json(data, trusted=("hope_jax", Colour.__module__))
+
+
 @pytest.mark.parametrize("data", [None, 3, "text", [], {}, {"mapping": 3}])
 def test_what_is_no_configuration_at_all_is_refused(data):
     with pytest.raises(UserError, match="the configuration"):

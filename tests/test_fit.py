@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 from hope_jax import train as training
+from hope_jax.cli.pretrain import PretrainConfig
 from hope_jax.errors import Stopped, UserError
 from hope_jax.train.run import CONFIG_FILE
 
@@ -238,6 +240,7 @@ def test_a_position_of_other_parts_is_refused(state):
         (lambda: training.Steps(3, save_every=0), "save_every is 0; give a whole number of at least 1"),
         (lambda: training.Steps(1.5), "total is 1.5; give a whole number of at least 0"),
         (lambda: training.Run(None, None, keep=1), r"keep is 1; give a whole number of at least 2 \(checkpoints\)"),
+        (lambda: PretrainConfig(Path("x"), seed=-1), "seed is -1; give a whole number of at least 0"),
         (lambda: SETUP.start(-1), "seed is -1; give a whole number of at least 0"),
         (lambda: SETUP.start(2**32), "seed is 4294967296; give a number below 4294967296"),
     ],

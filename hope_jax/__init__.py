@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from hope_jax import config, context, data, generate, interop, memory, optim, stacking, trace, train
     from hope_jax.models import MODELS, LanguageModel, ModelConfig, model_named
 
-__all__ = ["MODELS", "LanguageModel", "ModelConfig", "config", "context", "data", "generate", "interop", "memory"]
-__all__ += ["model_named", "optim", "stacking", "trace", "train"]
+__all__ = [
+    "MODELS", "LanguageModel", "ModelConfig", "config", "context", "data", "generate", "interop", "memory",
+    "model_named", "optim", "stacking", "trace", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -17,5 +17,7 @@ with extra("train"):
     from hope_jax.data.text.text_data import DataConfig, TextData, make_tokenizer, open_text
     from hope_jax.data.text.tokenizers import ByteTokenizer, Continuation, JsonTokenizer, Tokenizer
 
-__all__ = ["IGNORE", "ByteTokenizer", "Continuation", "DataConfig", "HeldoutBatches", "JsonTokenizer", "TextData"]
-__all__ += ["Tokenizer", "TrainBatches", "make_tokenizer", "mqar", "open_text"]
+__all__ = [
+    "IGNORE", "ByteTokenizer", "Continuation", "DataConfig", "HeldoutBatches", "JsonTokenizer", "TextData",
+    "Tokenizer", "TrainBatches", "make_tokenizer", "mqar", "open_text",
+]  # fmt: skip

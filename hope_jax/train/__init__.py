@@ -29,9 +29,10 @@ with extra("train"):
         train_step,
     )
 
-__all__ = ["Batches", "ComputedBatches", "DamagedCheckpoint", "Diverged", "Interrupt", "JoinedBatches", "Mean"]
-__all__ += ["OptimizerConfig", "Result", "Run", "Setup", "Steps", "TextRun", "TrainState", "abstract_params"]
-__all__ += ["answer_loss", "at_rate", "cores", "count_parameters", "data_mesh", "fit", "init_params", "keep_programs"]
-__all__ += ["median_speed", "model_setup", "next_token_loss", "open_run", "optimizer", "progress", "read_manifest"]
-__all__ += ["read_rows", "restore", "restore_params", "save", "saved_steps", "schedule", "split_host", "text_setup"]
-__all__ += ["train_step"]
+__all__ = [
+    "Batches", "ComputedBatches", "DamagedCheckpoint", "Diverged", "Interrupt", "JoinedBatches", "Mean",
+    "OptimizerConfig", "Result", "Run", "Setup", "Steps", "TextRun", "TrainState", "abstract_params", "answer_loss",
+    "at_rate", "cores", "count_parameters", "data_mesh", "fit", "init_params", "keep_programs", "median_speed",
+    "model_setup", "next_token_loss", "open_run", "optimizer", "progress", "read_manifest", "read_rows", "restore",
+    "restore_params", "save", "saved_steps", "schedule", "split_host", "text_setup", "train_step",
+]  # fmt: skip

@@ -139,7 +139,7 @@ def test_ctrl_c_keeps_what_was_read_and_the_same_command_goes_on(reading, monkey
     command, place = reading
     assert main(command) == 0
     said = capfd.readouterr().out
-    assert f"python -m hope_jax ask --checkpoint {place.parents[1]} --rate 0.5 " in said
+    assert f'python -m hope_jax ask "..." --checkpoint {place.parents[1]} --rate 0.5' in said
     straight = place.rename(place.with_name("straight"))
     with monkeypatch.context() as patch:
         interrupt_at(patch, learn.context, "surprise", 3)

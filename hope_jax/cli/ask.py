@@ -1,8 +1,8 @@
 """Let a model write with what it has learned: the run of ``pretrain`` and the context that ``learn`` saved.
 
-    python -m hope_jax ask --checkpoint runs/hope-tiny "def main("
-    python -m hope_jax ask --checkpoint runs/hope-tiny --clear "def main("     # with what the levels stored alone
-    python -m hope_jax ask --checkpoint runs/hope-tiny --learn "def main("     # and keep this exchange too
+    python -m hope_jax ask "def main(" --checkpoint runs/hope-tiny
+    python -m hope_jax ask "def main(" --checkpoint runs/hope-tiny --clear     # with what the levels stored alone
+    python -m hope_jax ask "def main(" --checkpoint runs/hope-tiny --learn     # and keep this exchange too
 
 Without a saved context the model writes as it was trained. Nothing is changed unless ``--learn`` says so.
 """

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         raise _said(reading.error, reading.done, "they are kept")
     print(f"saved: {place}")
     if reading.finished:
-        print(f'To ask: python -m hope_jax ask {shlex.join(config.flags())} "..."')
+        print(f'To ask: python -m hope_jax ask "..." {shlex.join(config.flags())}')  # --periods takes what follows
         return 0
     again = "the same command without --fresh" if config.fresh else "the same command"
     print(f"Stopped after {reading.done:,} tokens, which are kept; to go on: {again}.")

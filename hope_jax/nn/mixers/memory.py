@@ -86,7 +86,7 @@ def fresh_state(convs: Sequence[layers.ShortConv], start: Fast, batch: int, widt
 def learned_start(
     module: nn.Module, name: str, architecture: Architecture, copies: tuple[int, ...], sizes: tuple[int, int, int]
 ) -> tuple[Array, ...]:
-    """Parameters of ``module``, the initial weights of memories: per layer [*copies, in, out].
+    """Parameters of ``module``, the initial weights of memories: per layer ``[*copies, in, out]``.
 
     ``sizes`` are the features of keys and values, and the hidden ones.
     """

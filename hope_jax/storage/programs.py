@@ -40,11 +40,16 @@ def run_stored(program: Callable[..., Any], model: Any, arrays: tuple[Any, ...],
       arrays: the others, trees of arrays and numbers.
       like: any tree of the structure of the result.
     """
-    leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arrays))
-    kinds = tuple(map(_kind, leaves))
-    path = _path(program, model, tree, kinds)
-    if path is None or any(len(leaf.devices()) > 1 for leaf in leaves):
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    ours = type(model).__module__.startswith("hope_jax.")
+    config = _named(model.config) if folder is not None and ours and _can_store() else None
+    if folder is None or config is None:  # before anything is done to the arrays: a call may read a single token
         return program(model, *arrays)
+    leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arrays))
+    if any(len(leaf.devices()) > 1 for leaf in leaves):
+        return program(model, *arrays)
+    kinds = tuple(map(_kind, leaves))
+    path = Path(folder) / _name(program, model, config, tree, kinds)
     return jax.tree.unflatten(jax.tree.structure(like), _stored(path, program, model, tree, kinds)(*leaves))
 
 
@@ -53,12 +58,8 @@ def _kind(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=jax.typeof(leaf).weak_type)
 
 
-def _path(program: Callable[..., Any], model: Any, tree: Any, kinds: Iterable[Any]) -> Path | None:
-    """Where the traced program lies; None: it cannot be told from others, or there is no place for it."""
-    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    config = _named(model.config) if type(model).__module__.startswith("hope_jax.") else None
-    if folder is None or config is None or not _can_store():
-        return None
+def _name(program: Callable[..., Any], model: Any, config: str, tree: Any, kinds: Iterable[Any]) -> str:
+    """The file name of the traced program, which tells it from all others."""
     about = {
         "program": f"{program.__module__}:{program.__qualname__}",
         "model": [type(model).__qualname__, config],
@@ -66,7 +67,7 @@ def _path(program: Callable[..., Any], model: Any, tree: Any, kinds: Iterable[An
         "tree": str(tree),
         "machine": _machine(),
     }
-    return Path(folder) / f"traced-{digest_json(about)}.json"
+    return f"traced-{digest_json(about)}.json"
 
 
 @functools.lru_cache

@@ -147,12 +147,14 @@ def without_writes(config: ModelConfig) -> ModelConfig:
     """The same model, parameters included, whose memories never write: the inner learning rate is 0.
 
     Retention goes on: Hope's memories then fade from their learned start, at first by 1/horizon per token. Raises
-    UserError where the mixer is no memory.
+    UserError where no mixer is a memory with an inner rate.
     """
-    mixer = config.mixer
-    if not isinstance(mixer, SelfModifyingConfig | MemoryMixerConfig):
-        raise UserError(f"{type(mixer).__name__} has no inner learning rate; only memories can stop writing.")
-    return replace(config, mixer=replace(mixer, rate_max=0.0))
+    mixers = [mixer for mixer, _ in config.pattern]
+    if not any(hasattr(mixer, "rate_max") for mixer in mixers):
+        kinds = ", ".join(type(mixer).__name__ for mixer in mixers)
+        raise UserError(f"{kinds} has no inner learning rate; only memories can stop writing.")
+    silent = [replace(mixer, rate_max=0.0) if hasattr(mixer, "rate_max") else mixer for mixer in mixers]
+    return replace(config, mixer=tuple(silent) if isinstance(config.mixer, tuple) else silent[0])
 
 
 def model_named(name: str) -> ModelConfig:

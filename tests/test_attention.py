@@ -15,6 +15,8 @@ ROWS = {
     "window": AttentionConfig(HEADS, window=4),
     "window of one": AttentionConfig(HEADS, window=1),
     "window with convolutions": AttentionConfig(HEADS, window=5, conv=3),
+    "shared keys": AttentionConfig(6, key_heads=2),
+    "window with one key head": AttentionConfig(6, window=4, key_heads=1),
 }
 rows = pytest.mark.parametrize("config", ROWS.values(), ids=ROWS)
 
@@ -34,7 +36,8 @@ def numpy_attention(config, params, x):
     streams = {}
     for i, name in enumerate(("query", "key", "value")):
         source = _numpy_conv(x, kernels[f"convs_{i}"]) if config.conv else x
-        streams[name] = (source @ kernels[name]).reshape(batch, time, config.heads, size)
+        made = (source @ kernels[name]).reshape(batch, time, -1, size)
+        streams[name] = np.repeat(made, config.heads // made.shape[2], axis=2)
     out = np.zeros((batch, time, config.heads, size))
     for b, t, h in np.ndindex(batch, time, config.heads):
         past = range(0 if config.window is None else max(0, t - config.window + 1), t + 1)
@@ -184,6 +187,8 @@ def test_more_tokens_than_slots_is_an_error_that_names_both(key):
         ({"heads": 2, "conv": -1}, "conv is -1; .* 0: no convolutions"),
         ({"heads": 2, "impl": "quick"}, "impl is 'quick'"),
         ({"heads": 2, "rope_base": 0.0}, "rope_base"),
+        ({"heads": 2, "key_heads": 0}, "key_heads is 0"),
+        ({"heads": 6, "key_heads": 4}, "key_heads is 4; expected a divisor of the 6 heads"),
         ({"heads": 5}, "multiple of 10"),
         ({"heads": 4}, "multiple of 8"),
     ],

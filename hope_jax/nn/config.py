@@ -1,4 +1,4 @@
-"""The configuration of a language model: two parts and a few sizes. ``models.MODELS`` holds the named ones."""
+"""The configuration of a language model: its parts and a few sizes. ``models.MODELS`` holds the named ones."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import whole
+from hope_jax.errors import UserError, whole
 from hope_jax.nn.feed_forward.cms import CMSConfig
 
 
@@ -25,18 +25,20 @@ class ModelConfig:
     """A language model.
 
     Attributes:
-      mixer: what mixes tokens: ``SelfModifyingConfig``, ``MemoryMixerConfig`` or ``AttentionConfig``.
-      feed_forward: ``CMSConfig`` or ``SwiGLUConfig``.
+      mixer: what mixes tokens: a configuration of ``nn/mixers``, such as ``SelfModifyingConfig``, or a tuple of them, a
+        pattern: those of the first blocks, in their order, which repeats itself over all blocks. So hybrids are made.
+      feed_forward: ``CMSConfig`` or ``SwiGLUConfig``; of a pattern a tuple, one for each mixer. None: the block has a
+        mixer alone.
       width: model features D.
-      layers: blocks.
+      layers: blocks, a multiple of the length of the pattern.
       vocab_size: token ids; 256 for bytes.
       context: tokens an attention cache holds unless asked otherwise.
       dtype: of activations and matrix products; parameters, norms and memories are at least float32.
       tied: logits are scored against the embedding; False gives the head a matrix of its own.
     """
 
-    mixer: PartConfig
-    feed_forward: PartConfig
+    mixer: PartConfig | tuple[PartConfig, ...]
+    feed_forward: PartConfig | None | tuple[PartConfig | None, ...]
     width: int
     layers: int
     vocab_size: int = 256
@@ -47,10 +49,26 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("width", "layers", "vocab_size", "context"):
             whole(name, getattr(self, name))
-        self.mixer.build(self.width, self.dtype)  # the parts check themselves against the width
-        self.feed_forward.build(self.width, self.dtype)
+        for part in (part for pair in self.pattern for part in pair if part is not None):
+            part.build(self.width, self.dtype)  # the parts check themselves against the width
+        if self.layers % (length := len(self.pattern)):
+            raise UserError(f"layers is {self.layers}; a pattern of {length} blocks needs a multiple of {length}")
+        if len({part.levels for _, part in self.pattern if isinstance(part, CMSConfig)}) > 1:
+            raise UserError("the continuum memory systems of a pattern have different levels; give all the same levels")
+
+    @property
+    def pattern(self) -> tuple[tuple[PartConfig, PartConfig | None], ...]:
+        """Mixer and feed-forward part of the blocks that repeat themselves. Raises UserError where they do not pair."""
+        mixers = self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+        parts = self.feed_forward if isinstance(self.feed_forward, tuple) else (self.feed_forward,) * len(mixers)
+        if not mixers or len(parts) != len(mixers):
+            expected = "one feed_forward (or None) for each mixer, and at least one"
+            came = f"{len(mixers)} mixers and {len(parts)} feed-forward parts"
+            raise UserError(f"the pattern has {came}; give {expected}")
+        return tuple(zip(mixers, parts, strict=True))
 
     def update_every(self, tokens_per_batch: int) -> dict[str, int]:
         """Batches between two updates, by parameter label: "static" and one "level_<i>" per CMS level."""
-        levels = self.feed_forward.update_every(tokens_per_batch) if isinstance(self.feed_forward, CMSConfig) else {}
+        systems = [part for _, part in self.pattern if isinstance(part, CMSConfig)]
+        levels = systems[0].update_every(tokens_per_batch) if systems else {}
         return {"static": 1, **levels}

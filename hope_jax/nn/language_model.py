@@ -1,6 +1,7 @@
 """Tokens in, logits out: embedding, a scan over equal blocks, a norm and the output projection (tied or not).
 
-A block is ``x = x + mixer(RMSNorm(x))`` followed by the feed-forward part (which holds its own norms and residuals).
+A block is ``x = x + mixer(RMSNorm(x))`` followed by the feed-forward part (which holds its own norms and residuals),
+if there is one. In a hybrid what is scanned over is a pattern of different blocks.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from jax.core import Tracer
 from hope_jax.errors import UserError
 from hope_jax.memory.products import by_rows
 from hope_jax.nn.axes import Axes, norm_axes, stacked
-from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.config import ModelConfig, PartConfig
 from hope_jax.nn.feed_forward.fast import BlockState, ContextState
 from hope_jax.nn.layers import RMSNorm, param_dtype
 from hope_jax.types import Array, Count, Logits, Stream, Tokens
@@ -23,21 +24,27 @@ State = BlockState | ContextState
 
 
 class Block(nn.Module):
-    """Mixer and feed-forward part. A call without state reads a fresh sequence."""
+    """Mixer and feed-forward part at one ``place`` of the pattern. A call without state reads a fresh sequence."""
 
     config: ModelConfig
+    place: int = 0
 
     def setup(self) -> None:
-        c = self.config
+        c, parts = self.config, self._parts()
         self.norm = RMSNorm(c.dtype)
-        self.mixer = c.mixer.build(c.width, c.dtype)
-        self.feed_forward = c.feed_forward.build(c.width, c.dtype)
+        self.mixer = parts["mixer"].build(c.width, c.dtype)
+        if "feed_forward" in parts:
+            self.feed_forward = parts["feed_forward"].build(c.width, c.dtype)
+
+    @nn.nowrap
+    def _parts(self) -> dict[str, PartConfig]:
+        mixer, feed_forward = self.config.pattern[self.place]
+        return {"mixer": mixer} | ({} if feed_forward is None else {"feed_forward": feed_forward})
 
     @nn.nowrap
     def axes(self) -> Axes:
         c = self.config
-        parts = {"mixer": c.mixer, "feed_forward": c.feed_forward}
-        return {"norm": norm_axes()} | {name: part.build(c.width, c.dtype).axes() for name, part in parts.items()}
+        return {"norm": norm_axes()} | {n: part.build(c.width, c.dtype).axes() for n, part in self._parts().items()}
 
     def init_state(self, batch: int, capacity: int) -> BlockState:
         """State before the first token, of the static model: learning in context adds Delta (``context/writes.py``)."""
@@ -47,7 +54,40 @@ class Block(nn.Module):
         if state is None:
             state = self.init_state(*x.shape[:2])
         y, mixer = self.mixer(self.norm(x), state.mixer, count)
-        return self.feed_forward(x + y, state.feed_forward), state._replace(mixer=mixer)
+        x = x + y
+        if "feed_forward" in self._parts():
+            x = self.feed_forward(x, state.feed_forward)
+        return x, state._replace(mixer=mixer)
+
+
+class Pattern(nn.Module):
+    """Different blocks, one after another; the mixers' states are a tuple, in their order."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.parts = [Block(self.config, place) for place in range(len(self.config.pattern))]
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        places = range(len(self.config.pattern))
+        return {f"parts_{place}": Block(self.config, place, parent=None).axes() for place in places}
+
+    def init_state(self, batch: int, capacity: int) -> BlockState:
+        """State before the first token."""
+        return BlockState(tuple(part.init_state(batch, capacity).mixer for part in self.parts), ())
+
+    def __call__(self, x: Stream, state: BlockState | None, count: Count = None) -> tuple[Stream, BlockState]:
+        mixers = []
+        for place, part in enumerate(self.parts):
+            x, after = part(x, None if state is None else BlockState(state.mixer[place], ()), count)
+            mixers.append(after.mixer)
+        return x, BlockState(tuple(mixers), ())
+
+
+def body_of(config: ModelConfig) -> type[Block] | type[Pattern]:
+    """What repeats itself over the layers of a model."""
+    return Block if len(config.pattern) == 1 else Pattern
 
 
 class LanguageModel(nn.Module):
@@ -66,11 +106,11 @@ class LanguageModel(nn.Module):
         start = nn.initializers.normal(c.width**-0.5)
         self.embedding = self.param("embedding", start, (c.vocab_size, c.width), param_dtype(c.dtype))
         self.blocks = nn.scan(
-            Block,
+            body_of(c),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType], one for each argument
-            length=c.layers,
+            length=c.layers // len(c.pattern),
             metadata_params={nn.PARTITION_NAME: "layers"},
             # The check traces the block a second time. What a seed draws at the start depends on it, nothing else does.
             check_constancy_invariants=self.is_initializing(),
@@ -82,7 +122,7 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def axes(self) -> Axes:
         """The logical axis names of every parameter, see ``nn/axes.py``."""
-        blocks = stacked("layers", Block(self.config, parent=None).axes())
+        blocks = stacked("layers", body_of(self.config)(self.config, parent=None).axes())
         head = {} if self.config.tied else {"head": ("embed", "vocab")}
         return {"embedding": ("vocab", "embed"), "blocks": blocks, "norm": norm_axes(), **head}
 
@@ -96,8 +136,10 @@ class LanguageModel(nn.Module):
             raise UserError(f"batch is {batch}; expected at least one sequence")
         capacity = self.config.context if capacity is None else capacity
 
+        body = body_of(self.config)
+
         def of_layer(block: Any) -> Any:
-            return Block(self.config, parent=None).apply({"params": block}, batch, capacity, method=Block.init_state)
+            return body(self.config, parent=None).apply({"params": block}, batch, capacity, method=body.init_state)
 
         return jax.vmap(of_layer)(params["blocks"])
 

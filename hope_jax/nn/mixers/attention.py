@@ -122,6 +122,16 @@ def attend(q: Float[Array, "B H T K"], cache: Cache, window: int | None) -> Floa
     return jnp.concatenate(blocks, axis=2)
 
 
+def _grouped_attend(q: Float[Array, "B H T K"], cache: Cache, window: int | None) -> Float[Array, "B H T K"]:
+    """``attend`` where each head of the cache serves a group of heads of q that follow each other."""
+    batch, heads, time, size = q.shape
+    key_heads = cache.keys.shape[1]
+    if heads == key_heads:
+        return attend(q, cache, window)
+    groups = q.reshape(batch, key_heads, heads // key_heads, time, size)
+    return jax.vmap(lambda q: attend(q, cache, window), in_axes=2, out_axes=2)(groups).reshape(q.shape)
+
+
 def _push(cache: Cache, k: Float[Array, "B H T K"], v: Float[Array, "B H T K"], count: Count) -> tuple[Cache, Cache]:
     """The cache with T more tokens in it: as those tokens look at it, and as it is kept for the next call."""
     time = k.shape[2]
@@ -146,6 +156,8 @@ class AttentionConfig:
     """Softmax attention.
 
     heads: at least 1, of an even number of features each (rotary positions pair them).
+    key_heads: heads of keys and values, a divisor of ``heads``: each serves a group of queries' heads (grouped-query
+      attention, arXiv 2305.13245), and caches are smaller by that factor. None: as many as ``heads``.
     window: tokens a token sees, itself included, at least 1; None: all earlier ones.
     conv: width of causal convolutions on the inputs of the query, key and value maps, as Hope has them; 0: none.
     rope_base: the slowest rotary feature turns by about ``1 / rope_base`` per token.
@@ -159,10 +171,15 @@ class AttentionConfig:
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     impl: Impl = "auto"
+    key_heads: int | None = None
 
     def __post_init__(self):
         check_choices(self)
         whole("heads", self.heads)
+        if self.key_heads is not None:
+            whole("key_heads", self.key_heads)
+            if self.heads % self.key_heads:
+                raise UserError(f"key_heads is {self.key_heads}; expected a divisor of the {self.heads} heads")
         if self.window is not None:
             whole("window", self.window, 1, "tokens; None: all")
         whole("conv", self.conv, 0, "tokens that a convolution sees; 0: no convolutions")
@@ -185,8 +202,10 @@ class Attention(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
-        self.query, self.key, self.value, self.out = (dense(self.width, self.dtype) for _ in range(4))
         c = self.config
+        of_keys = self.width // c.heads * (c.key_heads or c.heads)
+        sizes = (self.width, of_keys, of_keys, self.width)
+        self.query, self.key, self.value, self.out = (dense(size, self.dtype) for size in sizes)
         self.convs = [ShortConv(c.conv, self.dtype, impl=c.impl) for _ in range(3)] if c.conv else []
 
     @nn.nowrap
@@ -200,7 +219,7 @@ class Attention(nn.Module):
         """Nothing seen. ``capacity``: tokens a full cache can hold (a window needs ``window - 1`` slots instead)."""
         c = self.config
         kind, slots = (FullCache, capacity) if c.window is None else (WindowCache, c.window - 1)
-        empty = jnp.zeros((batch, c.heads, slots, self.width // c.heads), self.dtype)
+        empty = jnp.zeros((batch, c.key_heads or c.heads, slots, self.width // c.heads), self.dtype)
         tails = 3 * (jnp.zeros((batch, c.conv - 1, self.width), self.dtype),) if c.conv else ()
         return AttentionState(kind(empty, empty, jnp.zeros((), jnp.int32)), tails)
 
@@ -211,7 +230,7 @@ class Attention(nn.Module):
             streams, tails = zip(*convolved, strict=True)
         q, k, v = self._project(streams, state.cache.position)
         seen, kept = _push(state.cache, k, v, count)
-        y = attend(q, seen, self.config.window)
+        y = _grouped_attend(q, seen, self.config.window)
         if isinstance(kept, FullCache):
             y = jnp.where(kept.position <= kept.keys.shape[2], y, jnp.nan)
         return self.out(merge_heads(y)), AttentionState(kept, tails)
@@ -219,7 +238,8 @@ class Attention(nn.Module):
     def _project(self, streams: Sequence[Stream], position: Int[Array, ""]) -> list[Array]:
         """Queries, keys and values ``[B,H,T,K]``, queries and keys turned to their absolute positions."""
         pairs = zip((self.query, self.key, self.value), streams, strict=True)
-        q, k, v = (to(x).reshape(*x.shape[:2], self.config.heads, -1) for to, x in pairs)
+        size = self.width // self.config.heads
+        q, k, v = (to(x).reshape(*x.shape[:2], -1, size) for to, x in pairs)
         at = position + jnp.arange(q.shape[1])
         q, k = (apply_rope(z, at, self.config.rope_base, self.config.rope_scaling) for z in (q, k))
         return [jnp.swapaxes(z, 1, 2) for z in (q, k, v)]

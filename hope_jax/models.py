@@ -11,6 +11,7 @@ titans, deltanet     the mixer of that rule (``memory.RULES``) + SwiGLU; likewis
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hope_jax.errors import UserError, closest
 from hope_jax.levels import Level, check_multiples
@@ -149,7 +150,7 @@ def without_writes(config: ModelConfig) -> ModelConfig:
     Retention goes on: Hope's memories then fade from their learned start, at first by 1/horizon per token. Raises
     UserError where no mixer is a memory with an inner rate.
     """
-    mixers = [mixer for mixer, _ in config.pattern]
+    mixers: list[Any] = [mixer for mixer, _ in config.pattern]
     if not any(hasattr(mixer, "rate_max") for mixer in mixers):
         kinds = ", ".join(type(mixer).__name__ for mixer in mixers)
         raise UserError(f"{kinds} has no inner learning rate; only memories can stop writing.")

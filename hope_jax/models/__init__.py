@@ -1,0 +1,65 @@
+"""The named models, rows of architecture x size, and what can be made of one: levels in context, no writes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from hope_jax.errors import UserError, closest
+from hope_jax.levels import Level, check_multiples
+from hope_jax.models.rows import ARCHITECTURES as ARCHITECTURES
+from hope_jax.models.sizes import SIZES as SIZES
+from hope_jax.models.sizes import Size as Size
+from hope_jax.nn.config import ModelConfig as ModelConfig
+from hope_jax.nn.feed_forward.cms import CMSConfig, Wiring
+from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.nn.language_model import LanguageModel as LanguageModel
+
+MODELS: dict[str, ModelConfig] = {
+    f"{architecture}-{size}": build(SIZES[size]) for architecture, build in ARCHITECTURES.items() for size in SIZES
+}
+
+
+def with_in_context(
+    config: ModelConfig, periods: Sequence[int], wiring: Wiring = "sequential", writes: Writes | None = None
+) -> ModelConfig:
+    """A model whose fastest levels are written while it reads (SPEC 3.1), of the same size within rounding.
+
+    Args:
+      config: a model with a continuum memory system.
+      periods: of those levels in tokens, fastest first, each a multiple of the one before. The model's own levels that
+        are slower stay, as outer levels; all levels together keep the hidden features that there were.
+      wiring, writes: as in ``CMSConfig``; None: the defaults.
+
+    Raises:
+      UserError: the model has no such system, or the periods do not fit.
+    """
+    part = config.feed_forward
+    if not isinstance(part, CMSConfig) or not periods:
+        raise UserError("levels in context need periods, and a model with such levels: hope or hope_attention")
+    slower = [level for level in part.levels if level.period > max(periods)]
+    levels = (*map(Level, periods), *slower)
+    check_multiples([level.period for level in levels])  # of all: after training every level can be written
+    hidden = max(1, round(part.hidden * len(part.levels) / len(levels)))
+    cms = CMSConfig(levels, hidden, wiring, len(periods), Writes() if writes is None else writes)
+    return replace(config, feed_forward=cms)
+
+
+def without_writes(config: ModelConfig) -> ModelConfig:
+    """The same model, parameters included, whose memories never write: the inner learning rate is 0.
+
+    Retention goes on: Hope's memories then fade from their learned start, at first by 1/horizon per token. Raises
+    UserError where no mixer is a memory with an inner rate.
+    """
+    mixers: list[Any] = [mixer for mixer, _ in config.pattern]
+    if not any(hasattr(mixer, "rate_max") for mixer in mixers):
+        kinds = ", ".join(type(mixer).__name__ for mixer in mixers)
+        raise UserError(f"{kinds} has no inner learning rate; only memories can stop writing.")
+    silent = [replace(mixer, rate_max=0.0) if hasattr(mixer, "rate_max") else mixer for mixer in mixers]
+    return replace(config, mixer=tuple(silent) if isinstance(config.mixer, tuple) else silent[0])
+
+
+def model_named(name: str) -> ModelConfig:
+    """The row of that name; UserError with the closest names otherwise."""
+    if name not in MODELS:
+        raise UserError(f"no model is called {name!r}; {closest(name, MODELS)}")
+    return MODELS[name]

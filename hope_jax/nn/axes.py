@@ -28,12 +28,13 @@ FEATURES = {
     "embed": "features of the model, between its blocks",
     "hidden": "hidden features of a feed-forward part",
     "all_heads": "features of all heads side by side",
+    "cell_gates": "the four gates of every cell of an LSTM",
 }
 # Axes of the weights that fast weights start from; these are matrices too, but must not decay.
 MEMORY_FEATURES = {
     "head_dim": "features of one head",
     "memory_hidden": "hidden features of an MLP memory",
-    "gate": "the one number that a gate memory answers",
+    "gate": "the number or numbers that a gate memory answers",
     "rank": "columns of a low-rank Delta of a level",
 }
 OTHERS = {"vocab": "token ids", "taps": "tokens that a convolution sees", "levels": "levels of a feed-forward part"}

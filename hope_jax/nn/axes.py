@@ -37,7 +37,12 @@ MEMORY_FEATURES = {
     "gate": "the number or numbers that a gate memory answers",
     "rank": "columns of a low-rank Delta of a level",
 }
-OTHERS = {"vocab": "token ids", "taps": "tokens that a convolution sees", "levels": "levels of a feed-forward part"}
+OTHERS = {
+    "vocab": "token ids",
+    "taps": "tokens that a convolution sees",
+    "levels": "levels of a feed-forward part",
+    "persistent": "learned vectors in front of every sequence",
+}
 AXES = COPIES | FEATURES | MEMORY_FEATURES | OTHERS
 """Every axis name and what it counts."""
 

@@ -131,6 +131,15 @@ def short_convs(width: int, dtype: DTypeLike, impl: Impl) -> list[ShortConv]:
     return [ShortConv(width, dtype, taps_at(lag), impl, name=f"conv_{n}") for n, lag in lags.items()]
 
 
+def persistent_vectors(module: Any, count: int) -> Float[Array, "P D"] | None:
+    """Parameter ``persistent`` of a mixer, vectors in front of every sequence; None if ``count`` is 0.
+
+    Titans (arXiv 2501.00663) gives no start: that of the usual token embedding.
+    """
+    shape, start = (count, module.width), nn.initializers.normal(0.02)
+    return module.param("persistent", start, shape, param_dtype(module.dtype)) if count else None
+
+
 def split_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:
     """[B,T,D] -> [B,H,T,D/H]."""
     return jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2)

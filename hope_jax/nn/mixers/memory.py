@@ -22,7 +22,7 @@ from hope_jax.memory.rule import Fast, Gates, Rule
 from hope_jax.memory.scan import scan
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
-from hope_jax.types import Array, Count, Int, Stream
+from hope_jax.types import Array, Count, Float, Int, Stream
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class MemoryMixerConfig:
       momentum_bias: initial bias of the momentum gate, where the rule has momentum.
       unit_values: give values norm 1, as keys and queries have.
       impl: how the memory is evaluated, see ``memory.gated_delta``.
+      persistent: learned vectors that the memory reads before a sequence (Titans, arXiv 2501.00663, 3.3); 0: none.
     """
 
     rule: Rule
@@ -51,9 +52,11 @@ class MemoryMixerConfig:
     momentum_bias: float = -3.0
     unit_values: bool = False
     impl: Impl = "auto"
+    persistent: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self)
+        whole("persistent", self.persistent, 0, "vectors in front of a sequence; 0: none")
         for name in ("heads", "hidden", "conv"):
             whole(name, getattr(self, name))
         if self.horizon is not None:
@@ -117,6 +120,7 @@ class MemoryMixer(nn.Module):
             self.initial = learned_start(self, "memory", c.rule.architecture, (c.heads,), sizes)
         else:
             self.initial = (jnp.zeros((c.heads, size, size), wide),)
+        self.persistent = layers.persistent_vectors(self, c.persistent)
 
     @nn.nowrap
     def _gates(self) -> dict[str, float]:
@@ -134,14 +138,30 @@ class MemoryMixer(nn.Module):
             **{f"conv_{n}": conv_axes("all_heads") for n in "qkv"},
             **{f"gate_{name}": dense_axes("embed", "heads", bias=True) for name in self._gates()},
             **(memory_axes("memory", memory.layers) if c.rule.learned_start else {}),
+            **({"persistent": ("persistent", "embed")} if c.persistent else {}),
             "out": layers.HeadOutput(c.heads, self.width, memory.residual, self.dtype, parent=None).axes(),
         }
 
     def init_state(self, batch: int, capacity: int) -> MemoryMixerState:
         """A fresh sequence: the memory at its start. ``capacity`` is for attention and unused here."""
-        return fresh_state(self.convs, self.config.rule.start(self.initial), batch, self.width)
+        return self.started(batch, self.persistent)
+
+    def started(self, batch: int, persistent: Float[Array, "P D"] | None) -> MemoryMixerState:
+        """The state of sequences of which nothing but ``persistent`` was read, which is done once for all of them."""
+        if persistent is None:
+            return fresh_state(self.convs, self.config.rule.start(self.initial), batch, self.width)
+        _, state = self.read(persistent[None], self.started(1, None))
+        tails, fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), state[:2])
+        return MemoryMixerState(tails, fast, np.asarray(len(persistent) % self.config.rule.period, np.int32))
 
     def __call__(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Stream, MemoryMixerState]:
+        (q, reads), state = self.read(u, state, count)
+        return self.out(u, *((q, reads - q) if self.config.rule.architecture.residual else (reads,))), state
+
+    def read(
+        self, u: Stream, state: MemoryMixerState, count: Count = None
+    ) -> tuple[tuple[Array, Array], MemoryMixerState]:
+        """Queries and what the memories answer [B,H,T,K], while they are written: all but the output map."""
         (q, k, v), tails = self._streams(u, state.tails, count)
         rule, impl = self.config.rule, self.config.impl
 
@@ -149,18 +169,25 @@ class MemoryMixer(nn.Module):
             return scan(rule, initial, fast, k, v, q, gates, state.position, impl, count)
 
         fast, reads = layers.over_heads(head, (self.initial,), (state.fast, k, v, q, self._gates_of(u)), impl)
-        found = (q, reads - q) if rule.architecture.residual else (reads,)
         position = (state.position + (u.shape[1] if count is None else count)) % rule.period
-        return self.out(u, *found), MemoryMixerState(tails, fast, position)
+        return (q, reads), MemoryMixerState(tails, fast, position)
+
+    @layers.light
+    def queries(self, u: Stream, tail: Array, count: Count = None) -> tuple[Array, Array]:
+        """The queries alone, and the new tail of their convolution."""
+        return self._stream(0, u, tail, count)
 
     @layers.light
     def _streams(self, u: Stream, tails: tuple[Array, ...], count: Count) -> tuple[list[Array], tuple[Array, ...]]:
-        """Queries, keys and values per head [B,H,T,K]: projection, convolution, SiLU, then unit norm."""
-        maps = zip(self.projections, self.convs, tails, strict=True)
-        streams, tails = zip(*(conv(project(u), tail, count) for project, conv, tail in maps), strict=True)
-        of_values = layers.unit_heads if self.config.unit_values else layers.split_heads
-        pairs = zip((layers.unit_heads, layers.unit_heads, of_values), streams, strict=True)
-        return [to(nn.silu(x), self.config.heads).astype(layers.param_dtype(x.dtype)) for to, x in pairs], tails
+        """Queries, keys and values per head [B,H,T,K], and the convolutions' new tails."""
+        streams, tails = zip(*(self._stream(i, u, tail, count) for i, tail in enumerate(tails)), strict=True)
+        return list(streams), tails
+
+    def _stream(self, i: int, u: Stream, tail: Array, count: Count) -> tuple[Array, Array]:
+        """One of the three: projection, convolution, SiLU, then unit norm (values: if the configuration says so)."""
+        x, tail = self.convs[i](self.projections[i](u), tail, count)
+        to_heads = layers.unit_heads if i < 2 or self.config.unit_values else layers.split_heads
+        return to_heads(nn.silu(x), self.config.heads).astype(layers.param_dtype(x.dtype)), tail
 
     def _gates_of(self, u: Stream) -> Gates:
         """Rate, retention and momentum decay per token and head, [B,H,T]."""

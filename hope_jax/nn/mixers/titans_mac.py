@@ -1,0 +1,204 @@
+"""Titans, memory as context (MAC): attention inside a segment, to its tokens and to what a memory recalls for them.
+
+For token j of a segment, with M_s the memory as it was at the start of the segment:
+
+    h_j = norm(M_s(q(u_j)))                                     recalled
+    y_j = attention of u_j to [P | h_1, u_1, ..., h_j, u_j]
+    M   is written with key and value of y_j
+    o_j = W_o(norm(y_j) * sigmoid(norm(M(q(y_j)))))             M with what was written up to y_j
+
+(arXiv 2501.00663, Eq. 21-25; the norm of h is a choice.) P are learned vectors. Nothing but the memory and the tails of
+its convolutions goes from one segment to the next. As printed, two steps see the future: u_j attends to all of h, which
+stands before the segment, and o_j reads the memory after the whole segment. Here h_j has the position of u_j, and o_j
+reads the memory as token j left it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from hope_jax.errors import UserError, whole
+from hope_jax.memory.architectures import Weights
+from hope_jax.memory.kernels import products_of
+from hope_jax.memory.rule import Fast
+from hope_jax.nn import layers
+from hope_jax.nn.attend import FullCache, attend, push
+from hope_jax.nn.axes import Axes, norm_axes
+from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState
+from hope_jax.nn.mixers.titans_mag import GatedOutput, built, check_parts, parts_axes
+from hope_jax.types import Array, Count, Float, Int, Stream
+
+
+@dataclass(frozen=True)
+class TitansMACConfig:
+    """Attention over segments, and a memory.
+
+    attention, memory: the two parts, without persistent vectors of their own; attention without window (a segment is
+      its window) and convolutions.
+    persistent: learned vectors that every token sees; 0: none.
+    segment: tokens of a segment, a multiple of the anchor period of the memory's rule.
+    """
+
+    attention: AttentionConfig
+    memory: MemoryMixerConfig
+    persistent: int = 16
+    segment: int = 512
+
+    def __post_init__(self) -> None:
+        check_parts(self)
+        whole("segment", self.segment, 1, "tokens")
+        period = self.memory.rule.period
+        if self.memory.rule.gradient_at == "anchor" and self.segment % period:
+            raise UserError(f"segment is {self.segment}; give a multiple of the period of the memory's rule, {period}")
+        if self.attention.window is not None:
+            raise UserError(f"attention.window is {self.attention.window}; set it to None, a segment is the window")
+        if self.attention.conv:
+            raise UserError(f"attention.conv is {self.attention.conv}; set it to 0, segments share no convolution")
+
+    def build(self, width: int, dtype: DTypeLike) -> "TitansMAC":
+        """The mixer for a model of ``width`` features. Raises UserError where the heads of a part do not divide it."""
+        return built(TitansMAC(self, width, dtype))
+
+
+class TitansMACState(NamedTuple):
+    """State between two tokens.
+
+    Attributes:
+      frozen: the memory at the start of the segment, leaves [B,H,...]; set when the first token of a segment is read.
+      fast: the memory now.
+      recall_tail: tail of the convolution of the queries of recall, [B,tail,D].
+      tails: of the queries, keys and values of y.
+      keys, values: of the segment, h and u of each token in turn, zero where nothing was read.
+      position: tokens read since a segment started.
+    """
+
+    frozen: Weights
+    fast: Fast
+    recall_tail: Float[Array, "B tail D"]
+    tails: tuple[Array, ...]
+    keys: Float[Array, "B H slots K"]
+    values: Float[Array, "B H slots K"]
+    position: Int[Array, ""] | np.ndarray
+
+
+_START = np.zeros((), np.int32)
+
+
+class TitansMAC(nn.Module):
+    """``(u[B,T,D], state) -> (y[B,T,D], state)``; see the module docstring."""
+
+    config: TitansMACConfig
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention = c.attention.build(self.width, self.dtype)
+        self.memory = c.memory.build(self.width, self.dtype)
+        self.persistent = layers.persistent_vectors(self, c.persistent)
+        self.norm_recalled = layers.RMSNorm(self.dtype)
+        self.out = GatedOutput(self.width, self.dtype)
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        return parts_axes(self) | {"norm_recalled": norm_axes()}
+
+    def init_state(self, batch: int, capacity: int) -> TitansMACState:
+        """A fresh sequence: the memory at its start. ``capacity`` is unused: the cache holds one segment."""
+        tails, fast, _ = self.memory.started(batch, None)
+        c = self.config.attention
+        shape = (batch, c.key_heads or c.heads, 2 * self.config.segment, self.width // c.heads)
+        empty = jnp.zeros(shape, self.dtype)
+        return TitansMACState(fast.running, fast, tails[0], tails, empty, empty, _START)
+
+    def __call__(self, u: Stream, state: TitansMACState, count: Count = None) -> tuple[Stream, TitansMACState]:
+        time, segment = u.shape[1], self.config.segment
+        at_start = isinstance(state.position, np.ndarray) and state.position == 0  # known before the program runs
+        if time == 1 or (at_start and time <= segment):
+            state, y = self._piece(state, u, count)
+        elif at_start and time % segment == 0 and count is None:
+            state, y = self._loop(TitansMAC._whole, state, u, segment)
+        else:
+            state, y = self._anywhere(state, u, count)
+        return y, state
+
+    def _loop(self, body: Callable[..., Any], state: TitansMACState, u: Stream, size: int, *each: Array) -> Any:
+        """``body`` of one piece of ``size`` tokens after another."""
+        pieces = jnp.swapaxes(u.reshape(u.shape[0], -1, size, u.shape[2]), 0, 1)
+        fixed: dict[str, Any] = dict(variable_broadcast="params", split_rngs={"params": False})
+        loop = nn.scan(body, **fixed, check_constancy_invariants=self.is_initializing())
+        state, y = loop(self, state, pieces, *each)
+        return state, jnp.swapaxes(y, 0, 1).reshape(u.shape)
+
+    def _anywhere(self, state: TitansMACState, u: Stream, count: Count) -> tuple[TitansMACState, Stream]:
+        """Pieces that end with the segments: the first completes the current one, each of the others starts one."""
+        time, real = u.shape[1], u.shape[1] if count is None else count
+        size = min(time, self.config.segment)
+        others = -(-(time - 1) // size)  # the first piece has a token at least
+        first = jnp.minimum(self.config.segment - state.position, real)
+        counts = jnp.concatenate([first[None], jnp.clip(real - first - size * jnp.arange(others), 0, size)])
+        room = ((0, 0), (0, others * size), (0, 0))
+        rest = jax.lax.dynamic_slice_in_dim(jnp.pad(u, room), first, others * size, axis=1)
+        pieces = jnp.concatenate([u[:, :size], rest], axis=1)
+        state, y = self._loop(TitansMAC._piece, state, pieces, size, counts)
+        y = jax.lax.dynamic_update_slice_in_dim(jnp.pad(y[:, :size], room), y[:, size:], first, axis=1)
+        return state, y[:, :time]
+
+    def _whole(self, state: TitansMACState, u: Stream) -> tuple[TitansMACState, Stream]:
+        """A whole segment."""
+        return self._piece(state._replace(position=_START), u, None)
+
+    def _piece(self, state: TitansMACState, u: Stream, count: Count) -> tuple[TitansMACState, Stream]:
+        """Tokens of one segment, after ``state.position`` others of the same."""
+        state, position = self._entered(state, count), state.position
+        queries, recall_tail = self.memory.queries(u, state.recall_tail, count)
+        y, keys, values = self._attend(u, self._recalled(state.frozen, queries), state, count)
+        (_, m), (tails, fast, _) = self.memory.read(y, MemoryMixerState(state.tails, state.fast, position), count)
+        position = (position + (u.shape[1] if count is None else count)) % self.config.segment
+        state = TitansMACState(
+            state.frozen, fast, recall_tail, tails, keys, values, jnp.asarray(position, _START.dtype)
+        )
+        return state, self.out(y, layers.merge_heads(m))
+
+    def _entered(self, state: TitansMACState, count: Count) -> TitansMACState:
+        """Before the first token of a segment, the memory that it recalls from is frozen and the cache is emptied."""
+        due = state.position == 0 if count is None else (state.position == 0) & (count > 0)
+
+        def set_back(new: Array, old: Array) -> Array:
+            return (new if due else old) if isinstance(due, np.bool_) else jnp.where(due, new, old)
+
+        frozen = jax.tree.map(set_back, state.fast.running, state.frozen)
+        keys, values = (set_back(jnp.zeros_like(x), x) for x in (state.keys, state.values))
+        return state._replace(frozen=frozen, keys=keys, values=values)
+
+    def _recalled(self, frozen: Weights, queries: Float[Array, "B H T K"]) -> Stream:
+        """What the frozen memory answers each token."""
+        c = self.config.memory
+
+        def head(weights: Weights, queries: Array) -> Array:
+            return c.rule.architecture.apply(weights, queries, products_of(c.impl))
+
+        return self.norm_recalled(layers.merge_heads(layers.over_heads(head, (), (frozen, queries), c.impl)))
+
+    def _attend(self, u: Stream, h: Stream, state: TitansMACState, count: Count) -> tuple[Stream, Array, Array]:
+        """Attention of the tokens, and the segment's keys and values with theirs."""
+        both = jnp.concatenate([h, u])
+        q, k, v = self.attention.project((u, both, both), state.position)
+        k, v = (_in_turn(x) for x in (k, v))
+        cache = FullCache(state.keys, state.values, 2 * state.position)
+        seen, kept = push(cache, k, v, None if count is None else 2 * count)
+        y = attend(q, seen, None, self.attention.prefix(self.persistent), each=2)
+        return layers.merge_heads(y), kept.keys, kept.values
+
+
+def _in_turn(x: Float[Array, "both H T K"]) -> Float[Array, "B H slots K"]:
+    """A token of the first half of the batch, the same of the second half, the next token of the first, and so on."""
+    first, second = jnp.split(x, 2)
+    return jnp.stack([first, second], axis=3).reshape(*first.shape[:2], -1, first.shape[3])

@@ -7,11 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hope_jax import config, context, data, generate, interop, memory, optim, stacking, trace, train
+    from hope_jax import config, context, data, evals, generate, interop, memory, optim, stacking, trace, train
     from hope_jax.models import MODELS, LanguageModel, ModelConfig, model_named
 
 __all__ = [
-    "MODELS", "LanguageModel", "ModelConfig", "config", "context", "data", "generate", "interop", "memory",
+    "MODELS", "LanguageModel", "ModelConfig", "config", "context", "data", "evals", "generate", "interop", "memory",
     "model_named", "optim", "stacking", "trace", "train",
 ]  # fmt: skip
 

@@ -29,7 +29,7 @@ RANKS = [
     {"nn"},
     {"models"},
     {"context", "train", "interop"},
-    {"generate", "sampling", "trace", "stacking"},
+    {"generate", "sampling", "trace", "stacking", "evals"},
     {"hope_jax"},
     {"cli", "__main__"},
     {"experiments"},

@@ -13,11 +13,12 @@ from hope_jax.errors import extra
 
 with extra("train"):
     from hope_jax.data.batches import HeldoutBatches, TrainBatches
+    from hope_jax.data.tasks.needle import Haystack, needle, noise_haystack, text_haystack
     from hope_jax.data.tasks.recall import IGNORE, mqar
     from hope_jax.data.text.text_data import DataConfig, TextData, make_tokenizer, open_text
     from hope_jax.data.text.tokenizers import ByteTokenizer, Continuation, JsonTokenizer, Tokenizer
 
 __all__ = [
-    "IGNORE", "ByteTokenizer", "Continuation", "DataConfig", "HeldoutBatches", "JsonTokenizer", "TextData",
-    "Tokenizer", "TrainBatches", "make_tokenizer", "mqar", "open_text",
+    "IGNORE", "ByteTokenizer", "Continuation", "DataConfig", "Haystack", "HeldoutBatches", "JsonTokenizer", "TextData",
+    "Tokenizer", "TrainBatches", "make_tokenizer", "mqar", "needle", "noise_haystack", "open_text", "text_haystack",
 ]  # fmt: skip

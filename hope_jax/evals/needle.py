@@ -1,0 +1,61 @@
+"""How many needles a model finds: it reads each haystack once, carrying its state, and then writes the answer.
+
+>>> haystack = noise_haystack(ByteTokenizer())
+>>> needle.found(model, params, haystack, 4096, batches=8, batch=4, seed=1)      # the share that it finds, 0 to 1
+
+The prompt goes through ``generate.sample`` in pieces of a few hundred tokens, so that only what the state holds at the
+end of a piece is left of it. The answer is decoded greedily. As in RULER (arXiv 2404.06654) a needle is found if the
+number stands in what the model writes.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from hope_jax import generate
+from hope_jax.data import IGNORE, Haystack, Tokenizer, needle
+from hope_jax.errors import UserError, whole
+
+
+def found(model: Any, params: Any, haystack: Haystack, length: int, *, batches: int, batch: int, seed: int) -> float:
+    """The share of the needles that the model finds in haystacks of ``length`` tokens; it may be longer than trained.
+
+    Args:
+        model, params: a language model; its vocabulary has the ids of ``haystack.tokenizer``.
+        haystack, length, batch, seed: of ``data.needle``; the seed should be another one than that of training.
+        batches: how many of them, from batch number 0; at least 1.
+
+    Raises:
+        UserError: a number out of range, a vocabulary that is too small, or logits that are not finite.
+    """
+    vocab, needed = model.config.vocab_size, haystack.tokenizer.vocab_size
+    if vocab < needed:
+        raise UserError(f"the model has {vocab} token ids and the tokenizer {needed}: give the model's own tokenizer")
+    examples = (needle(seed, index, batch, length, haystack) for index in range(whole("batches", batches)))
+    right = [answered(model, params, haystack.tokenizer, *example) for example in examples]
+    return float(np.mean(right))
+
+
+def answered(
+    model: Any,
+    params: Any,
+    tokenizer: Tokenizer,
+    inputs: Int32[np.ndarray, "B T"],
+    targets: Int32[np.ndarray, "B T"],
+) -> Bool[np.ndarray, " B"]:
+    """Whether the model, reading what comes before the answer, writes the answer.
+
+    The answer is what ``targets`` has that is not IGNORE; in all rows it must begin at the same position. The model
+    writes as many tokens as there are from there to the end.
+    """
+    start = int(np.argmax(np.any(targets != IGNORE, axis=0)))
+    state = model.init_state(params, len(inputs), inputs.shape[1])
+    steps, key = inputs.shape[1] - start, jax.random.key(0)  # nothing is drawn
+    prompt = inputs[:, : start + 1]
+    written, _ = generate.sample(model, params, state, prompt, steps=steps, temperature=0, key=key)
+    answers = (tokenizer.decode(row[row != IGNORE]).strip() for row in targets)
+    known = np.where(written < tokenizer.vocab_size, written, 0)  # a model may have more ids than its tokenizer
+    texts = map(tokenizer.decode, known)
+    return np.array([answer in text for answer, text in zip(answers, texts, strict=True)])

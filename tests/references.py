@@ -195,13 +195,13 @@ def hope(keys, values, queries, rate, retention, decay, weights, period, objecti
 
 
 def self_modifying(
-    streams, starts, log_rates, biases, *, names, c_memory, c_projections, read, rate_max, retention, **how
+    streams, starts, log_rates, biases, *, names, c_memory, c_projections, read, rate_max, retention, span=None, **how
 ):
     """One head of self-modifying Titans (SPEC 2.1): all boxes of ``names``, eta, alpha and memory, token by token.
 
     ``streams`` has x, k, v, q [T,d] and decay [T] or None; ``starts`` has per box a list of matrices;
     ``log_rates`` per group (memory, projections, gates); ``biases`` of the rate and the retention. A main memory of
-    one matrix is not residual.
+    one matrix is not residual. ``span``, zeros [d,d]: queries are projected with the sum of the keys' k k^T.
     Returns reads [T,d], the boxes by name and the queries [T,d].
     """
     boxes = {n: Box(starts[n], True, c_projections, **how) for n in names}
@@ -216,6 +216,9 @@ def self_modifying(
             box.refresh(t)
         for n in names:
             now[n] = unit(boxes[n].apply(boxes[n].anchor, now[n]))
+        if span is not None:
+            span = span + np.outer(unit(now["k"]), unit(now["k"]))
+            now["q"] = unit(span @ now["q"])
         raw = {n: boxes[n].apply(boxes[n].anchor, now["x"])[0] for n in ("eta", "alpha")}
         eta = rate_max * sigmoid(raw["eta"] + biases[0])
         alpha = sigmoid(raw["alpha"] + biases[1]) if retention else 1.0

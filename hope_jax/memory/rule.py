@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hope_jax.errors import UserError, check_choices
+from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.levels import Level
 from hope_jax.memory import decays, objectives
 from hope_jax.memory.architectures import Architecture, Weights
@@ -44,11 +44,15 @@ class Gates(NamedTuple):
 
 
 class Fast(NamedTuple):
-    """Weights that change while a sequence is read, each a tuple of [in, out] kernels, or () where there are none."""
+    """Weights that change while a sequence is read, each a tuple of [in, out] kernels, or () where there are none.
+
+    ``span`` is the sum of the keys' k k^T, where queries are projected with it.
+    """
 
     anchor: Weights
     running: Weights
     momentum: Weights
+    span: Float[Array, "*N K K"] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Rule:
       retain_to: "zero" (Eq. 88) or "init": retention pulls towards the initial weights.
       self_values: the target is the memory's own output for the value, at its anchor (Eq. 84, 87).
       learned_start: the initial weights are parameters of the mixer; otherwise the memory, a matrix, starts at zero.
+      shard: tokens after which everything is set back to its start, a multiple of the anchor period; None: never.
+        Nothing crosses a shard, so the shards of a sequence can be read at the same time (TNT, arXiv 2511.07343).
+      project_queries: read unit(P_t q_t) in the place of q_t, with P_t = sum k_s k_s^T / ||k_s||^2 over the keys up to
+        and with t (of the shard): the memory is asked in the span of what it was trained on (TNT, Eq. 7).
     """
 
     architecture: Architecture
@@ -82,14 +90,22 @@ class Rule:
     retain_to: RetainTo = "zero"
     self_values: bool = False
     learned_start: bool = True
+    shard: int | None = None
+    project_queries: bool = False
 
     def __post_init__(self) -> None:
         Level(self.period)
         check_choices(self)
+        if self.shard is not None:
+            self._check_shard(whole("shard", self.shard, 1, "tokens; None: never set back"))
         if not self.learned_start and self.architecture.layers > 1:
             raise UserError("learned_start=False needs a matrix memory: an MLP cannot learn from weights that are 0")
         if self.gradient_at != "anchor":
             self._check_linear()
+
+    def _check_shard(self, shard: int) -> None:
+        if self.gradient_at == "anchor" and shard % self.period:
+            raise UserError(f"shard is {shard}; expected a multiple of the anchor period, {self.period}, or None")
 
     def _check_linear(self) -> None:
         where = f"gradient_at={self.gradient_at!r}"
@@ -107,10 +123,18 @@ class Rule:
         """When the running memory is read."""
         return "after" if self.read == "after" else "before"
 
+    @property
+    def cycle(self) -> int:
+        """Tokens after which the grid of anchors and shards repeats itself."""
+        return self.period if self.shard is None else self.shard
+
     def start(self, weights: Weights) -> Fast:
-        """Fast weights at the start of a sequence: everything at M_0, no momentum."""
+        """Fast weights at the start of a sequence or shard: everything at M_0, no momentum, no keys."""
         anchor = weights if self.gradient_at == "anchor" else ()
-        return Fast(anchor, weights, jax.tree.map(jnp.zeros_like, weights) if self.momentum else ())
+        momentum = jax.tree.map(jnp.zeros_like, weights) if self.momentum else ()
+        *copies, size, _ = weights[0].shape
+        span = jnp.zeros((*copies, size, size), weights[0].dtype) if self.project_queries else None
+        return Fast(anchor, weights, momentum, span)
 
 
 def layer_writes(

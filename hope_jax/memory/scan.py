@@ -4,17 +4,19 @@ All functions are for one head of one sequence. ``self_modifying.py`` does the s
 """
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.levels import Active, Due, scan_levels
-from hope_jax.memory.architectures import Weights
+from hope_jax.memory.architectures import Weights, unit
 from hope_jax.memory.chunked import Linear, Lookup, Tokens
 from hope_jax.memory.decays import Shared
 from hope_jax.memory.kernels import Impl, Products, products_of
-from hope_jax.memory.recurrence import evaluate
+from hope_jax.memory.recurrence import evaluate, gated_delta
 from hope_jax.memory.rule import Fast, Gates, Rule, layer_write, layer_writes
 from hope_jax.types import Array, Count, Float, Int
 
@@ -40,18 +42,55 @@ def scan(
     Raises:
       UserError: an unknown ``impl``, or gates without ``momentum_decay`` for a rule with momentum, or the reverse.
     """
-    tokens = (keys, values, queries, gates)
-    if rule.gradient_at != "anchor":
-        active = None if count is None else (jnp.arange(len(keys)) < count).astype(jnp.float32)
+    fast, (reads, _) = read(rule, initial, fast, (keys, values, queries, gates), position, impl, count)
+    return fast, reads
+
+
+def read(
+    rule: Rule,
+    initial: Weights,
+    fast: Fast,
+    tokens: tuple[Array, Array, Array, Gates],
+    position: Int[Array, ""] | np.ndarray,
+    impl: Impl = "auto",
+    count: Count = None,
+) -> tuple[Fast, tuple[Float[Array, "T V"], Float[Array, "T K"] | None]]:
+    """``scan`` of keys, values, queries and gates, which also returns the queries that the rule made (None: none)."""
+    anchored, length = rule.gradient_at == "anchor", len(tokens[0])
+    fast, inside = entered(rule, initial, fast, position, length)
+    if not anchored and not inside:
+        active = None if count is None else (jnp.arange(length) < count).astype(jnp.float32)
         return _write(rule, initial, impl, fast, tokens, active)
+    period = rule.period if anchored else math.gcd(rule.cycle, 32)
 
     def segment(fast: Fast, tokens, active: Active, due: tuple[Due, ...]):
-        return _write(rule, initial, impl, _refreshed(fast, due[0]), tokens, active)
+        for begins in due[1:]:
+            fast = restarted(rule, initial, fast, begins)
+        return _write(rule, initial, impl, refreshed(fast, due[0]) if anchored else fast, tokens, active)
 
-    return scan_levels(segment, fast, tokens, position=position, periods=(rule.period,), count=count)
+    return scan_levels(segment, fast, tokens, position=position, periods=(period, *inside), count=count)
 
 
-def _refreshed(fast: Fast, due: Due) -> Fast:
+def entered(
+    rule: Rule, initial: Weights, fast: Fast, position: Int[Array, ""] | np.ndarray, length: int
+) -> tuple[Fast, tuple[int, ...]]:
+    """The fast weights before the first of ``length`` tokens, and the period of the shards, if one may begin later.
+
+    Tokens that are known to be inside one shard, from its beginning, are read as if there were no shards.
+    """
+    if rule.shard is None:
+        return fast, ()
+    if isinstance(position, np.ndarray) and position % rule.shard == 0 and length <= rule.shard:
+        return rule.start(initial), ()
+    return fast, (rule.shard,)
+
+
+def restarted(rule: Rule, initial: Weights, fast: Fast, due: Due) -> Fast:
+    """Everything set back to its start where a shard begins."""
+    return jax.tree.map(lambda now, start: jnp.where(due, start, now), fast, rule.start(initial))
+
+
+def refreshed(fast: Fast, due: Due) -> Fast:
     """The anchor moved to the running weights where the level is due."""
     if due is True:
         return fast._replace(anchor=fast.running)
@@ -60,10 +99,11 @@ def _refreshed(fast: Fast, due: Due) -> Fast:
 
 def _write(
     rule: Rule, initial: Weights, impl: Impl, fast: Fast, given: tuple[Array, Array, Array, Gates], active: Active
-) -> tuple[Fast, Float[Array, "T V"]]:
+) -> tuple[Fast, tuple[Float[Array, "T V"], Float[Array, "T K"] | None]]:
     """Write and read inside one period (any length when there is no anchor)."""
     keys, values, queries, gates = given
     products, gates = products_of(impl), idle(gates, active)
+    fast, queries = projected(fast, keys, queries, impl, active)
     if rule.gradient_at == "anchor":
         at_keys = products.matmul(keys, fast.anchor[0])
         at_values = products.matmul(values, fast.anchor[0]) if rule.self_values else None
@@ -74,7 +114,19 @@ def _write(
     reader = functools.partial(read_memory, rule, products, fast.anchor)
     tokens = Tokens(writes, shared, queries)
     ends, reads = evaluate(linear_memories(rule, fast, initial), tokens, reader, rule.read_time, impl, block=32)
-    return updated(fast, ends), reads
+    return updated(fast, ends), (reads, queries if rule.project_queries else None)
+
+
+def projected(
+    fast: Fast, keys: Float[Array, "C K"], queries: Float[Array, "C K"], impl: Impl, active: Active
+) -> tuple[Fast, Float[Array, "C K"]]:
+    """The queries in the span of the keys up to each of them, of norm 1; as they are where no span is kept."""
+    if fast.span is None:
+        return fast, queries
+    keys, ones = unit(keys), jnp.ones(len(keys), keys.dtype)
+    gates: dict[str, Any] = dict(retention=ones, erase=None, active=active)
+    found: Any = gated_delta(fast.span, keys, keys, queries, **gates, read="after", impl=impl)
+    return fast._replace(span=found.memory), unit(found.reads)
 
 
 def idle(gates: Gates, active: Active) -> Gates:
@@ -93,7 +145,8 @@ def linear_memories(rule: Rule, fast: Fast, initial: Weights) -> list[Linear]:
 def updated(fast: Fast, ends: list[Linear]) -> Fast:
     """The fast weights, with ``ends`` in the place of the running weights and momenta."""
     running = tuple(end.memory if end.base is None else end.base + end.memory for end in ends)
-    return Fast(fast.anchor, running, tuple(end.momentum for end in ends if end.momentum is not None))
+    momentum = tuple(end.momentum for end in ends if end.momentum is not None)
+    return fast._replace(running=running, momentum=momentum)
 
 
 def read_memory(rule: Rule, products: Products, anchor: Weights, lookup: Lookup, queries: Array) -> Array:

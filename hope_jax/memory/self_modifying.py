@@ -29,7 +29,7 @@ from hope_jax.memory.kernels import Impl, Products, products_of
 from hope_jax.memory.packing import Boxes, Stack, pack, stacks_of, unpack, where_due
 from hope_jax.memory.recurrence import evaluate
 from hope_jax.memory.rule import Fast, Gates, layer_writes
-from hope_jax.memory.scan import idle, linear_memories, read_memory, updated
+from hope_jax.memory.scan import entered, idle, linear_memories, projected, read_memory, restarted, updated
 from hope_jax.types import Array, Count, Float, Int
 
 PROJECTIONS, GATES = 1, 2  # groups of ``Boxes``
@@ -58,7 +58,7 @@ class Tuning(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one head returns for every token: y_t, q_t where a memory makes them, and the gates of the main memory.
+    """What one head returns for every token: y_t, q_t where they are made here, and the gates of the main memory.
 
     The gates are there to be looked at: nothing is differentiated through them.
     """
@@ -96,6 +96,11 @@ class SelfModifying:
         """Anchor periods of the memory and of the others."""
         return (self.rules.memory.period, self.rules.gates.period)
 
+    @property
+    def cycle(self) -> int:
+        """Tokens after which the grid of anchors and shards repeats itself."""
+        return max(rule.cycle for rule in self.rules)
+
     def stacks(self, initial: Boxes) -> tuple[Stack, ...]:
         """How boxes with these initial weights lie in the fast weights."""
         return stacks_of(Boxes(*(rule.architecture for rule in self.rules)), initial)
@@ -121,17 +126,19 @@ def scan(
     since all anchors were last refreshed together. Any cut of the T tokens into calls gives the same result. ``impl``
     is that of ``gated_delta``.
     """
-    bases = pack(spec.stacks(initial), initial) if spec.rules.memory.retain_to == "init" else ()
-    segment = functools.partial(_segment, _Head(spec, spec.stacks(initial), bases, tuning, impl))
-    return scan_levels(segment, fast, streams, position=position, periods=spec.periods, count=count)
+    rule = spec.rules.memory
+    starts = pack(spec.stacks(initial), initial) if rule.retain_to == "init" or rule.shard is not None else ()
+    fast, inside = entered(rule, starts, fast, position, len(streams.x))
+    segment = functools.partial(_segment, _Head(spec, spec.stacks(initial), starts, tuning, impl))
+    return scan_levels(segment, fast, streams, position=position, periods=(*spec.periods, *inside), count=count)
 
 
 class _Head(NamedTuple):
-    """What does not change while a sequence is read; ``bases`` are the packed initial weights, if they are needed."""
+    """What does not change while a sequence is read; ``starts`` are the packed initial weights, if they are needed."""
 
     spec: SelfModifying
     stacks: tuple[Stack, ...]
-    bases: Weights
+    starts: Weights
     tuning: Tuning
     impl: Impl
 
@@ -139,20 +146,23 @@ class _Head(NamedTuple):
 def _segment(head: _Head, fast: Fast, streams: Streams, active: Active, due: tuple[Due, ...]) -> tuple[Fast, Reading]:
     """Tokens inside one period: generate keys, values and gates at the anchors, then write every layer of every box."""
     rule, products = head.spec.rules.memory, products_of(head.impl)
-    fresh = all(now is True for now in due)
-    memory, others = due
+    memory, others, *shards = due
+    for begins in shards:  # all boxes at once: keys of a memory that has moved would not fit one that has not
+        fast = restarted(rule, head.starts, fast, begins)
+    fresh = memory is True and others is True
     anchor = fast.running if fresh else where_due(head.stacks, Boxes(memory, others, others), fast.running, fast.anchor)
     fast = fast._replace(anchor=anchor)
     streams, gates = _generate(head, products, fast.anchor, streams)
     gates = idle(gates, active)
+    fast, queries = projected(fast, streams.k, streams.q, head.impl, active)
     # Just refreshed, the anchors are the running weights: their products with the keys are known.
-    write = functools.partial(_write, head, products, fast.anchor, streams, gates, fresh and not head.bases)
+    write = functools.partial(_write, head, products, fast.anchor, streams, gates, fresh and rule.retain_to != "init")
     writes = [layer for stack in head.stacks for layer in write(stack)]
     main = unpack(head.stacks, fast.anchor)[0] if rule.read == "anchor" else ()
-    read, linears = functools.partial(read_memory, rule, products, main), linear_memories(rule, fast, head.bases)
-    tokens = Tokens(writes, Shared(gates.retention, gates.momentum_decay, active), streams.q)
+    read, linears = functools.partial(read_memory, rule, products, main), linear_memories(rule, fast, head.starts)
+    tokens = Tokens(writes, Shared(gates.retention, gates.momentum_decay, active), queries)
     ends, reads = evaluate(linears, tokens, read, rule.read_time, head.impl)
-    made = streams.q if "q" in head.spec.adaptive else None
+    made = queries if rule.project_queries or "q" in head.spec.adaptive else None
     return updated(fast, ends), Reading(reads, made, jax.lax.stop_gradient(gates))
 
 

@@ -19,9 +19,10 @@ from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.memory.architectures import Architecture
 from hope_jax.memory.kernels import Impl
 from hope_jax.memory.rule import Fast, Gates, Rule
-from hope_jax.memory.scan import scan
+from hope_jax.memory.scan import read
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
+from hope_jax.nn.shards import over_shards
 from hope_jax.types import Array, Count, Float, Int, Stream
 
 
@@ -63,6 +64,8 @@ class MemoryMixerConfig:
             whole("horizon", self.horizon, 2, "tokens; None: everything is kept")
         if self.rate_max < 0:
             raise UserError(f"rate_max is {self.rate_max}; expected 0 (no writes) or more")
+        if self.persistent and self.rule.shard is not None:
+            raise UserError("persistent vectors would be forgotten at the first shard; set persistent=0 or shard=None")
         if self.rule.self_values and not self.unit_values:
             raise UserError("a rule with self_values reads the value as a key; set unit_values=True")
 
@@ -78,6 +81,17 @@ class MemoryMixerState(NamedTuple):
     tails: tuple[Array, ...]
     fast: Fast
     position: Int[Array, ""] | np.ndarray
+
+
+class Found(NamedTuple):
+    """What the memories of a mixer found, all [B,H,T,K]: the queries they were asked, and the reads.
+
+    ``streams`` are queries, keys and values as static maps made them.
+    """
+
+    queries: Float[Array, "B H T K"]
+    reads: Float[Array, "B H T V"]
+    streams: tuple[Array, Array, Array]
 
 
 def fresh_state(convs: Sequence[layers.ShortConv], start: Fast, batch: int, width: int) -> MemoryMixerState:
@@ -152,25 +166,29 @@ class MemoryMixer(nn.Module):
             return fresh_state(self.convs, self.config.rule.start(self.initial), batch, self.width)
         _, state = self.read(persistent[None], self.started(1, None))
         tails, fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), state[:2])
-        return MemoryMixerState(tails, fast, np.asarray(len(persistent) % self.config.rule.period, np.int32))
+        return MemoryMixerState(tails, fast, np.asarray(len(persistent) % self.config.rule.cycle, np.int32))
 
     def __call__(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Stream, MemoryMixerState]:
-        (q, reads), state = self.read(u, state, count)
-        return self.out(u, *((q, reads - q) if self.config.rule.architecture.residual else (reads,))), state
+        found, state = self.read(u, state, count)
+        return self.answer(u, found.queries, found.reads), state
 
-    def read(
-        self, u: Stream, state: MemoryMixerState, count: Count = None
-    ) -> tuple[tuple[Array, Array], MemoryMixerState]:
-        """Queries and what the memories answer [B,H,T,K], while they are written: all but the output map."""
+    def read(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Found, MemoryMixerState]:
+        """All but the output map: what the memories answer while they are written."""
         (q, k, v), tails = self._streams(u, state.tails, count)
         rule, impl = self.config.rule, self.config.impl
 
-        def head(initial, fast, k, v, q, gates):
-            return scan(rule, initial, fast, k, v, q, gates, state.position, impl, count)
+        def head(position, initial, fast, tokens):
+            return read(rule, initial, fast, tokens, position, impl, count)
 
-        fast, reads = layers.over_heads(head, (self.initial,), (state.fast, k, v, q, self._gates_of(u)), impl)
-        position = (state.position + (u.shape[1] if count is None else count)) % rule.period
-        return (q, reads), MemoryMixerState(tails, fast, position)
+        own = (state.fast, (k, v, q, self._gates_of(u)))
+        fast, (reads, asked) = over_shards(head, (self.initial,), own, state.position, rule.shard, impl, count)
+        position = (state.position + (u.shape[1] if count is None else count)) % rule.cycle
+        found = Found(q if asked is None else asked, reads, (q, k, v))
+        return found, MemoryMixerState(tails, fast, position)
+
+    def answer(self, u: Stream, q: Float[Array, "B H T K"], reads: Float[Array, "B H T V"]) -> Stream:
+        """The output map, of queries and reads."""
+        return self.out(u, *((q, reads - q) if self.config.rule.architecture.residual else (reads,)))
 
     @layers.light
     def queries(self, u: Stream, tail: Array, count: Count = None) -> tuple[Array, Array]:

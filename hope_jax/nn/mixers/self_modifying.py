@@ -32,7 +32,8 @@ from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import SelfModifying, Streams, Tuning, scan
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
-from hope_jax.nn.mixers.memory import MemoryMixerState, fresh_state, learned_start
+from hope_jax.nn.mixers.memory import Found, MemoryMixerState, fresh_state, learned_start
+from hope_jax.nn.shards import over_shards
 from hope_jax.types import Array, Count, Float, Stream
 
 Projection = Literal["k", "v", "q"]
@@ -59,6 +60,8 @@ class SelfModifyingConfig:
       horizon: initial memory span in tokens, 1 - alpha = 1/horizon.
       projection_rate: initial rate of all memories but the main one, relative to it.
       memory, projection, gate: architectures of the three groups.
+      shard: tokens after which all memories are set back to their starts, a multiple of both periods; None: never.
+      project_queries: ask the memory in the span of its keys, see ``memory.rule.Rule``.
       impl: how the memories are evaluated, see ``memory.gated_delta``.
     """
 
@@ -85,6 +88,8 @@ class SelfModifyingConfig:
     memory: Architecture = architectures.residual_mlp
     projection: Architecture = architectures.projection_mlp
     gate: Architecture = architectures.mlp
+    shard: int | None = None
+    project_queries: bool = False
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
@@ -103,7 +108,7 @@ class SelfModifyingConfig:
 
     def spec(self) -> SelfModifying:
         """The pure function's static part."""
-        names = ("objective", "dgd_scope", "rate_form", "read", "damped", "retain_to")
+        names = ("objective", "dgd_scope", "rate_form", "read", "damped", "retain_to", "shard", "project_queries")
         same = {name: getattr(self, name) for name in names}
         rule = functools.partial(Rule, momentum=self.momentum != "none", self_values=True, **same)
         groups = Boxes(
@@ -179,19 +184,29 @@ class SelfModifyingMixer(nn.Module):
         return fresh_state(self.convs, jax.vmap(self.config.spec().start)(self.initial), batch, self.width)
 
     def __call__(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Stream, MemoryMixerState]:
+        found, state = self.read(u, state, count)
+        return self.answer(u, found.queries, found.reads), state
+
+    def read(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Found, MemoryMixerState]:
+        """All but the output map: what the memories answer while they are written."""
         streams, tails = self._streams(u, state.tails, count)
-        spec, impl = self.config.spec(), self.config.impl
+        spec, impl, shared = self.config.spec(), self.config.impl, (self.initial, self.tuning)
 
-        def head(initial, tuning, fast, streams):
-            return scan(spec, initial, tuning, fast, streams, state.position, impl, count)
+        def head(position, initial, tuning, fast, streams):
+            return scan(spec, initial, tuning, fast, streams, position, impl, count)
 
-        fast, reading = layers.over_heads(head, (self.initial, self.tuning), (state.fast, streams), impl)
+        own = (state.fast, streams)
+        fast, reading = over_shards(head, shared, own, state.position, self.config.shard, impl, count)
         self.sow("intermediates", "rate", reading.gates.rate)
         self.sow("intermediates", "retention", reading.gates.retention)
         queries = streams.q if reading.queries is None else reading.queries
-        position = (state.position + (u.shape[1] if count is None else count)) % max(spec.periods)
-        answers = reading.reads - queries if self.config.memory.residual else reading.reads
-        return self.out(u, queries, answers), MemoryMixerState(tails, fast, position)
+        position = (state.position + (u.shape[1] if count is None else count)) % spec.cycle
+        found = Found(queries, reading.reads, (streams.q, streams.k, streams.v))
+        return found, MemoryMixerState(tails, fast, position)
+
+    def answer(self, u: Stream, q: Float[Array, "B H T K"], reads: Float[Array, "B H T K"]) -> Stream:
+        """The output map, of queries and reads."""
+        return self.out(u, q, reads - q if self.config.memory.residual else reads)
 
     @layers.light
     def _streams(self, u: Stream, tails, count: Count) -> tuple[Streams, tuple[Array, ...]]:

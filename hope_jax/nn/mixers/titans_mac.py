@@ -160,12 +160,12 @@ class TitansMAC(nn.Module):
         state, position = self._entered(state, count), state.position
         queries, recall_tail = self.memory.queries(u, state.recall_tail, count)
         y, keys, values = self._attend(u, self._recalled(state.frozen, queries), state, count)
-        (_, m), (tails, fast, _) = self.memory.read(y, MemoryMixerState(state.tails, state.fast, position), count)
+        found, (tails, fast, _) = self.memory.read(y, MemoryMixerState(state.tails, state.fast, position), count)
         position = (position + (u.shape[1] if count is None else count)) % self.config.segment
         state = TitansMACState(
             state.frozen, fast, recall_tail, tails, keys, values, jnp.asarray(position, _START.dtype)
         )
-        return state, self.out(y, layers.merge_heads(m))
+        return state, self.out(y, layers.merge_heads(found.reads))
 
     def _entered(self, state: TitansMACState, count: Count) -> TitansMACState:
         """Before the first token of a segment, the memory that it recalls from is frozen and the cache is emptied."""

@@ -49,6 +49,8 @@ def check_parts(config: Any) -> None:
     for name in ("attention", "memory"):
         if count := getattr(config, name).persistent:
             raise UserError(f"{name}.persistent is {count}; set it to 0, both parts see the vectors of the whole mixer")
+    if config.memory.rule.shard is not None:
+        raise UserError(f"the memory's shard is {config.memory.rule.shard}; set it to None, this mixer carries it on")
 
 
 def built(module: Any) -> Any:
@@ -120,5 +122,5 @@ class TitansMAG(nn.Module):
 
     def __call__(self, u: Stream, state: TitansMAGState, count: Count = None) -> tuple[Stream, TitansMAGState]:
         y, attention = self.attention.mix(u, state.attention, count, self.persistent)
-        (_, m), memory = self.memory.read(u, state.memory, count)
-        return self.out(y, layers.merge_heads(m)), TitansMAGState(attention, memory)
+        found, memory = self.memory.read(u, state.memory, count)
+        return self.out(y, layers.merge_heads(found.reads)), TitansMAGState(attention, memory)

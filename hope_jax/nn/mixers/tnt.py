@@ -1,0 +1,136 @@
+"""TNT, arXiv 2511.07343: a local memory that is set back at every shard, and a global one that is written rarely.
+
+    y_t = M(V_n, q_t) + M(W_t, unit(P_t q_t))        P_t = sum of k_s k_s^T / ||k_s||^2 over the shard up to t
+
+W is the memory of any memory mixer (of Hope's, all boxes are set back together) and starts anew every ``shard`` tokens:
+where whole shards of a fresh sequence come, they are read side by side like sequences of a batch, and the sequential
+steps fall from T / C to shard / C. V has steps of ``period`` tokens and is read as it was at the start of its own. It
+alone, and the convolutions, carry anything from shard to shard.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from hope_jax.errors import UserError, whole
+from hope_jax.memory.frozen import scan_frozen
+from hope_jax.memory.rule import Fast, Rule
+from hope_jax.nn import layers
+from hope_jax.nn.axes import Axes, dense_axes, memory_axes
+from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState, learned_start
+from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
+from hope_jax.types import Array, Count, Float, Int, Stream
+
+
+@dataclass(frozen=True)
+class TNTConfig:
+    """A mixer with a local and a global memory.
+
+    Attributes:
+      local: the mixer of the local memory. Hope's, or the rule of the other one, says ``shard``, which must be given,
+        and ``project_queries``, whether the queries go through P_t.
+      period: tokens between two updates of the global memory, which is like the local one in architecture and loss.
+      rate_max: bound of the sum of the global memory's rates over a period; each token's is between 0 and
+        rate_max / period. Above 2 a period of equal keys would diverge. 0 switches its writes off.
+    """
+
+    local: MemoryMixerConfig | SelfModifyingConfig
+    period: int = 2048
+    rate_max: float = 2.0
+
+    def __post_init__(self) -> None:
+        whole("period", self.period, 1, "tokens")
+        if self.rate_max < 0:
+            raise UserError(f"rate_max is {self.rate_max}; expected 0 (no writes) or more")
+        if self.local_rule.shard is None:
+            raise UserError("shard of the local memory is None; give the tokens after which it is set back")
+
+    @property
+    def local_rule(self) -> Rule:
+        """The rule of the local memory that is read."""
+        return self.local.rule if isinstance(self.local, MemoryMixerConfig) else self.local.spec().rules.memory
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the global memory."""
+        return Rule(self.local_rule.architecture, self.local_rule.objective, period=self.period, read="anchor")
+
+    @property
+    def adaptive(self) -> tuple[str, ...]:
+        """Of "q", "k", "v", those that local memories make: they jump at every shard and are not for the global one."""
+        return () if isinstance(self.local, MemoryMixerConfig) else self.local.inner_projection
+
+    def build(self, width: int, dtype: DTypeLike) -> "TNTMixer":
+        self.local.build(width, dtype)  # checks the heads
+        return TNTMixer(self, width, dtype)
+
+
+class TNTState(NamedTuple):
+    """State of the local mixer, weights of the global memory [B,H,...], tokens since its anchor moved."""
+
+    local: MemoryMixerState
+    distant: Fast
+    position: Int[Array, ""] | np.ndarray
+
+
+class TNTMixer(nn.Module):
+    """``(u[B,T,D], state) -> (y[B,T,D], state)``; see the module docstring."""
+
+    config: TNTConfig
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        c, local = self.config, self.config.local
+        size, wide = self.width // local.heads, layers.param_dtype(self.dtype)
+        self.local = local.build(self.width, self.dtype)
+        self.static = {
+            n: layers.dense(self.width, self.dtype, f"project_{n}", layers.near_identity) for n in c.adaptive
+        }
+        self.rate = layers.dense(local.heads, wide, "gate_rate", bias=0.0)
+        sizes = (size, size, local.hidden * size)
+        self.initial = learned_start(self, "memory", c.rule.architecture, (local.heads,), sizes)
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        c = self.config
+        return {
+            "local": c.local.build(self.width, self.dtype).axes(),
+            "gate_rate": dense_axes("embed", "heads", bias=True),
+            **{f"project_{n}": dense_axes("all_heads", "all_heads") for n in c.adaptive},
+            **memory_axes("memory", c.rule.architecture.layers),
+        }
+
+    def init_state(self, batch: int, capacity: int) -> TNTState:
+        """A fresh sequence: both memories at their learned starts. ``capacity`` is for attention and unused here."""
+        start = self.config.rule.start(self.initial)
+        distant = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), start)
+        return TNTState(self.local.init_state(batch, capacity), distant, np.zeros((), np.int32))
+
+    def __call__(self, u: Stream, state: TNTState, count: Count = None) -> tuple[Stream, TNTState]:
+        rule, impl = self.config.rule, self.config.local.impl
+        found, local = self.local.read(u, state.local, count)
+        q, k, v = map(self._projected, "qkv", found.streams)
+
+        def head(fast, *tokens):
+            return scan_frozen(rule, fast, tokens, state.position, impl, count)
+
+        distant, reads = layers.over_heads(head, (), (state.distant, k, v, q, self._rates(u)), impl)
+        position = (state.position + (u.shape[1] if count is None else count)) % rule.period
+        y = self.local.answer(u, q + found.queries, reads + found.reads)
+        return y, TNTState(local, distant, position)
+
+    def _projected(self, name: str, x: Float[Array, "B H T K"]) -> Float[Array, "B H T K"]:
+        """A stream of the local mixer as the global memory sees it: through a static map where that mixer's is none."""
+        if name not in self.config.adaptive:
+            return x
+        return layers.unit_heads(self.static[name](layers.merge_heads(x).astype(self.dtype)), self.config.local.heads)
+
+    def _rates(self, u: Stream) -> Float[Array, "B H T"]:
+        """Inner rates of the global memory."""
+        return self.config.rate_max / self.config.period * jnp.swapaxes(jax.nn.sigmoid(self.rate(u)), 1, 2)

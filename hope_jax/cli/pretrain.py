@@ -2,6 +2,7 @@
 
     python -m hope_jax pretrain --run runs/hope-tiny
     python -m hope_jax pretrain --run runs/mine --model hope-tiny --data.path books/*.txt --steps 2000
+    python -m hope_jax pretrain --run runs/finer --stage-two runs/tnt --period 4 --steps 20
 
 The first command needs no data: its text is the Python standard library of the running interpreter. It measures
 held-out bits per byte before, during and after training, and writes into the run folder ``metrics.jsonl``, TensorBoard
@@ -29,6 +30,7 @@ from hope_jax.cli.checks import at_least, must_divide
 from hope_jax.cli.main import say
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
+from hope_jax.cli.stages import begin, check_stage
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
 from hope_jax.errors import UserError, check_seed
 from hope_jax.models import with_in_context
@@ -100,12 +102,17 @@ class PretrainConfig:
     devices: int | None = None
     """Devices that share each batch; on a CPU, cores. None: all that there are, as far as they divide the batch."""
     compile_cache: bool = True  # Keep compiled programs beside the run folder, so that the next start is quick.
+    stage_two: Path | None = None
+    """Folder of a run of a TNT model whose parameters go on here, with local memories of another period."""
+    period: int | None = None  # With --stage-two: anchor period of the local memories in tokens; must divide a shard.
     cms: InContextConfig = field(default_factory=InContextConfig)
     optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
         self.cms.apply(model_named(self.model))
+        others = (self.model, self.cms) != (PretrainConfig.model, InContextConfig())
+        check_stage(self.run, self.stage_two, self.period, others)
         at_least(self, 1, "steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every")
         at_least(self, 2, "keep")
         at_least(self, 0, "sample_tokens")
@@ -132,6 +139,7 @@ class Job(NamedTuple):
     tokenizer: Tokenizer
     text: TextData
     setup: training.Setup
+    learned: Any  # parameters of the run before this one; None: there is none
 
 
 def pretrain(flags: PretrainConfig) -> training.Result:
@@ -154,6 +162,7 @@ def pretrain(flags: PretrainConfig) -> training.Result:
             job.text.heldout_batches(batch=flags.batch, limit=flags.eval_batches),
             training.Steps(flags.steps, flags.eval_every, flags.save_every),
             seed=flags.seed,
+            start=None if job.learned is None else job.setup.start(flags.seed, job.learned),
             run=training.Run(folder, job.config, flags.keep, flags.resume_from),
         )
         _report(job, result)
@@ -164,7 +173,9 @@ def _prepare(flags: PretrainConfig) -> Job:
     tokenizer = make_tokenizer(flags.data)
     cache = flags.run.absolute().parent / ".cache" / "data"
     text = open_text(flags.data, tokenizer, length=flags.length, cache_dir=cache, progress=True)
-    named = flags.cms.apply(model_named(flags.model))
+    named, learned = flags.cms.apply(model_named(flags.model)), None
+    if flags.stage_two is not None and flags.period is not None:
+        named, learned = begin(flags.stage_two, flags.period, tokenizer)
     # The text counts by its content, not by the path that it is found under.
     config = training.TextRun(
         model=dataclasses.replace(named, vocab_size=tokenizer.vocab_size, dtype=jnp.dtype(flags.dtype)),
@@ -178,7 +189,7 @@ def _prepare(flags: PretrainConfig) -> Job:
     mesh = training.data_mesh(flags.batch // flags.accumulate, flags.devices)
     cut: dict[str, Any] = {"accumulate": flags.accumulate, "segment": flags.segment, "mesh": mesh}
     setup = training.text_setup(config, flags.steps, tokenizer.byte_lengths, **cut)
-    return Job(flags, config, tokenizer, text, setup)
+    return Job(flags, config, tokenizer, text, setup, learned)
 
 
 def _header(job: Job) -> str:
@@ -186,7 +197,7 @@ def _header(job: Job) -> str:
     parameters = training.count_parameters(job.setup.shapes().params)
     read, heldout = (len(part) * flags.length for part in (job.text.train, job.text.heldout))
     rows = {
-        "model": f"{flags.model}, {parameters:,} parameters, {flags.dtype}",
+        "model": f"{flags.stage_two or flags.model}, {parameters:,} parameters, {flags.dtype}",
         "text": f"{read:,} tokens to train on, {heldout:,} held out",
         "batch": f"{flags.batch} x {flags.length} = {tokens:,} tokens per step, {flags.steps:,} steps",
         "device": f"{device.device_kind}, {job.setup.devices} of {jax.device_count()}",
@@ -198,7 +209,7 @@ def _header(job: Job) -> str:
 def _report(job: Job, result: training.Result) -> None:
     """Curve and sample of a finished run, written down and printed."""
     run, bits = job.flags.run, {step: means["bits_per_byte"] for step, means in result.heldout.items()}
-    files = [run / "metrics.jsonl", _draw(run, job.flags.model)]
+    files = [run / "metrics.jsonl", _draw(run, str(job.flags.stage_two or job.flags.model))]
     if job.flags.sample_tokens:
         sample = _sample(job, jax.device_put(result.params, jax.devices()[0]))
         files.append(run / "sample.txt")

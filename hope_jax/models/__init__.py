@@ -1,7 +1,7 @@
 """The named models, rows of architecture x size, and what can be made of one: levels in context, no writes."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from hope_jax.errors import UserError, closest
@@ -10,6 +10,7 @@ from hope_jax.models.rows import ARCHITECTURES as ARCHITECTURES
 from hope_jax.models.sizes import SIZES as SIZES
 from hope_jax.models.sizes import Size as Size
 from hope_jax.nn.config import ModelConfig as ModelConfig
+from hope_jax.nn.config import PartConfig
 from hope_jax.nn.feed_forward.cms import CMSConfig, Wiring
 from hope_jax.nn.feed_forward.fast import Writes
 from hope_jax.nn.language_model import LanguageModel as LanguageModel
@@ -51,11 +52,18 @@ def without_writes(config: ModelConfig) -> ModelConfig:
     UserError where no mixer is a memory with an inner rate.
     """
     mixers: list[Any] = [mixer for mixer, _ in config.pattern]
-    if not any(hasattr(mixer, "rate_max") for mixer in mixers):
+    silent = [_silent(mixer) for mixer in mixers]
+    if silent == mixers and not any(hasattr(mixer, "rate_max") for mixer in mixers):
         kinds = ", ".join(type(mixer).__name__ for mixer in mixers)
         raise UserError(f"{kinds} has no inner learning rate; only memories can stop writing.")
-    silent = [replace(mixer, rate_max=0.0) if hasattr(mixer, "rate_max") else mixer for mixer in mixers]
     return replace(config, mixer=tuple(silent) if isinstance(config.mixer, tuple) else silent[0])
+
+
+def _silent(mixer: Any) -> Any:
+    """A mixer whose inner rate is 0, and those of the mixers it is made of."""
+    values = {field.name: getattr(mixer, field.name) for field in fields(mixer)}
+    changes = {name: _silent(value) for name, value in values.items() if isinstance(value, PartConfig)}
+    return replace(mixer, **changes, **({"rate_max": 0.0} if hasattr(mixer, "rate_max") else {}))
 
 
 def model_named(name: str) -> ModelConfig:

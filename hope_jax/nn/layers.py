@@ -60,10 +60,10 @@ def scaled(x: Float[Array, "*batch D"], scale: Float[Array, " D"]) -> Float[Arra
     return by_rows(lambda rows: rows * scale[None], x)
 
 
-def normal(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """``x / rms(x)`` over the last axis, in at least float32."""
+def normal(x: Float[Array, "*batch D"], eps: float = EPS) -> Float[Array, "*batch D"]:
+    """``x / rms(x)`` over the last axis, in at least float32; ``eps`` is added to the mean square."""
     wide = x.astype(param_dtype(x.dtype))
-    return by_rows(lambda rows: rows * jax.lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + EPS), wide)
+    return by_rows(lambda rows: rows * jax.lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps), wide)
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,188 @@
+"""What the mixers with matrix memories of their own widths share: inputs, decay gates, memories, output.
+
+The key width of a memory may differ from its value width, and the heads of a group may share their keys and queries:
+head h of H heads belongs to group h // (H / G). Read ``gated_deltanet.py`` or ``mamba2.py`` next.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Initializer
+from jax.typing import DTypeLike
+
+from hope_jax.memory import gated_delta
+from hope_jax.memory.kernels import Impl
+from hope_jax.nn import layers
+from hope_jax.nn.axes import Axes, conv_axes, dense_axes
+from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
+
+Gate = Float[Array, "B H T"]
+Tail = Float[Array, "B tail features"]
+
+# U(-n^-1/2, n^-1/2) for n inputs: PyTorch's start of linear maps, and of convolutions, whose inputs are their taps.
+TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class MatrixState(NamedTuple):
+    """Tails of the convolutions, and the memory M of every head."""
+
+    tails: tuple[Tail, ...]
+    memory: Float[Array, "B H V K"]
+
+
+def fresh_state(
+    batch: int, taps: int, channels: Sequence[int], memory: tuple[int, int, int], dtype: DTypeLike
+) -> MatrixState:
+    """The state before the first token: zeros. One convolution for each of ``channels``, memories [H,V,K]."""
+    tails = tuple(jnp.zeros((batch, taps - 1, features), dtype) for features in channels)
+    return MatrixState(tails, jnp.zeros((batch, *memory), layers.param_dtype(dtype)))
+
+
+def heads_of_at_most(features: int, size: int) -> int:
+    """The fewest heads, but 3 at least, that split ``features`` into equal even parts of at most ``size``.
+
+    The published sizes are the largest part, 256 features; no published model has fewer than 3 heads.
+    """
+    fitting = (h for h in range(3, features + 1) if features % (2 * h) == 0 and features <= h * size)
+    return next(fitting, 1)
+
+
+def convolved_axes(biased: bool = False) -> Axes:
+    """Names of the parameters of a ``ConvolvedMap``."""
+    bias = {"bias": ("all_heads",)} if biased else {}
+    return {"project": dense_axes("embed", "all_heads"), "conv": conv_axes("all_heads"), **bias}
+
+
+class ConvolvedMap(nn.Module):
+    """``silu(conv(W u) + bias)`` of a stream u, ``features`` wide; the state is the convolution's tail."""
+
+    features: int
+    taps: int
+    start: Initializer
+    biased: bool = False
+    dtype: DTypeLike = jnp.float32
+    impl: Impl = "auto"
+
+    def setup(self) -> None:
+        self.project = layers.dense(self.features, self.dtype, start=self.start)
+        self.conv = layers.ShortConv(self.taps, self.dtype, TORCH, self.impl)
+        if self.biased:
+            self.bias = self.param("bias", self._start_bias, (self.features,), layers.param_dtype(self.dtype))
+
+    @nn.nowrap
+    def _start_bias(self, key: PRNGKeyArray, shape: tuple[int], dtype: DTypeLike) -> Float[Array, " D"]:
+        bound = self.taps**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    def __call__(self, u: Stream, tail: Tail, count: Count = None) -> tuple[Float[Array, "B T features"], Tail]:
+        x, tail = self.conv(self.project(u), tail, count)
+        return nn.silu(x + self.bias.astype(x.dtype)[None, None] if self.biased else x), tail
+
+
+def _start_step(key: PRNGKeyArray, shape: tuple[int], dtype: DTypeLike) -> Float[Array, " H"]:
+    """Biases whose softplus is spread evenly in logarithm over 0.001 to 0.1."""
+    step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
+    return step + jnp.log(-jnp.expm1(-step))
+
+
+DECAY_AXES: Axes = {"map": dense_axes("embed", "heads"), "step_bias": ("heads",), "log_rate": ("heads",)}
+"""Names of the parameters of a ``DecayGate``."""
+
+
+class DecayGate(nn.Module):
+    """Step ``softplus(W u + step_bias)`` and retention ``exp(-exp(log_rate) step)`` of every token and head.
+
+    ``exp(log_rate)`` starts uniform between ``slowest`` and 16, softplus(step_bias) between 0.001 and 0.1
+    (Mamba-2, arXiv 2405.21060). Steps are clipped to ``limits``. Everything is in at least float32.
+    """
+
+    heads: int
+    start: Initializer
+    slowest: float
+    limits: tuple[float, float] = (0.0, math.inf)
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        wide = layers.param_dtype(self.dtype)
+        self.map = layers.dense(self.heads, wide, start=self.start)
+        self.step_bias = self.param("step_bias", _start_step, (self.heads,), wide)
+        self.log_rate = self.param("log_rate", self._start_log_rate, (self.heads,), wide)
+
+    @nn.nowrap
+    def _start_log_rate(self, key: PRNGKeyArray, shape: tuple[int], dtype: DTypeLike) -> Float[Array, " H"]:
+        return jnp.log(jax.random.uniform(key, shape, dtype, self.slowest, 16.0))
+
+    def __call__(self, u: Stream) -> tuple[Gate, Gate]:
+        """Step and retention, [B,H,T]."""
+        step = jnp.clip(jax.nn.softplus(self.map(u) + self.step_bias[None, None]), *self.limits)
+        retention = jnp.exp(-jnp.exp(self.log_rate)[None, None] * step)
+        return jnp.swapaxes(step, 1, 2), jnp.swapaxes(retention, 1, 2)
+
+
+def write_and_read(
+    memory: Float[Array, "B H V K"],
+    keys: Float[Array, "B G T K"],
+    writes: Float[Array, "B H T V"],
+    queries: Float[Array, "B G T K"],
+    retention: Gate,
+    erase: Gate | None,
+    count: Count,
+    impl: Impl,
+) -> tuple[Float[Array, "B H V K"], Float[Array, "B H T V"]]:
+    """``gated_delta`` of every head, read after the write: the memories after T tokens, and the reads.
+
+    The keys of a group are never copied: what depends on them alone, such as their Gram matrix, is computed once.
+    """
+    groups, heads = keys.shape[1], memory.shape[1]
+    active = None if count is None else (jnp.arange(keys.shape[2]) < count).astype(keys.dtype)
+
+    def head(memory, writes, retention, erase, keys, queries):
+        gates = dict(retention=retention, erase=erase, active=active)
+        found = gated_delta(memory, keys, writes, queries, **gates, read="after", impl=impl)
+        return found.memory, found.reads
+
+    own = (memory, writes, retention, erase)
+    if groups == heads:
+        return layers.over_heads(head, (), (*own, keys, queries), impl)
+    group = jax.vmap(head, in_axes=(0, 0, 0, 0, None, None))
+    own = jax.tree.map(lambda x: x.reshape(x.shape[0], groups, heads // groups, *x.shape[2:]), own)
+    found = layers.over_heads(group, (), (*own, keys, queries), impl)
+    memory, reads = jax.tree.map(lambda x: x.reshape(x.shape[0], heads, *x.shape[3:]), found)
+    return memory, reads
+
+
+def gated_axes(scaled: bool) -> Axes:
+    """Names of the parameters of ``GatedHeads``, with its scale or without."""
+    maps = {"gate": dense_axes("embed", "all_heads"), "down": dense_axes("all_heads", "embed")}
+    return maps | ({"scale": ("head_dim",)} if scaled else {})
+
+
+class GatedHeads(nn.Module):
+    """``W_o (scale RMSNorm_head(reads) * activation(W_g u))`` of reads [B,H,T,V], H V = ``values``.
+
+    The heads share ``scale`` [V]; ``size`` is V, or None for no scale. ``starts``: of W_g and W_o.
+    """
+
+    width: int
+    values: int
+    size: int | None
+    activation: Callable[[Array], Array]
+    starts: tuple[Initializer, Initializer]
+    eps: float = layers.EPS
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.gate = layers.dense(self.values, self.dtype, start=self.starts[0])
+        self.down = layers.dense(self.width, self.dtype, start=self.starts[1])
+        if self.size is not None:
+            self.scale = self.param("scale", nn.initializers.ones, (self.size,), layers.param_dtype(self.dtype))
+
+    @layers.light
+    def __call__(self, u: Stream, reads: Float[Array, "B H T V"]) -> Stream:
+        normed = layers.normal(reads, self.eps)
+        normed = normed if self.size is None else layers.scaled(normed, self.scale)
+        return self.down(layers.merge_heads(normed).astype(self.dtype) * self.activation(self.gate(u)))

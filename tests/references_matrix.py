@@ -44,7 +44,7 @@ def stream(p, u):
 def steps(p, u, limits=(0, np.inf)):
     """Mamba's step and decay, [T,H]."""
     step = np.clip(softplus(u @ p["map"]["kernel"] + p["step_bias"]), *limits)
-    return step, np.exp(-np.exp(p["log_rate"]) * step)
+    return step, np.exp(-np.exp(p["log_decay"]) * step)
 
 
 def output(p, u, reads, activation, eps):

@@ -142,7 +142,7 @@ def test_a_delta_rule_of_rate_one_that_forgets_nothing_reads_what_it_has_just_wr
     _, u, _, params = drawn("gated_deltanet")
     u = np.concatenate([np.ones((B, T, 1)), u[..., 1:]], axis=-1)
     rate = np.concatenate([np.full((1, 4), 1e3), np.zeros((WIDTH - 1, 4))])
-    decay = params["decay"] | {"log_rate": np.full(4, -1e4)}
+    decay = params["decay"] | {"log_decay": np.full(4, -1e4)}
     params = params | {"query": params["key"], "rate": {"kernel": rate}, "decay": decay}
     y, _, _ = pulled("gated_deltanet")(params, u, np.zeros_like(u))
     values = references.stream(params["value"], u[0]).reshape(T, 4, 5)
@@ -171,7 +171,7 @@ def test_a_bfloat16_layer_has_float32_parameters_and_memories(name):
 def test_decays_start_as_published():
     gate = matrix.DecayGate(4096, matrix.TORCH, slowest=1.0)
     params = gate.init(jax.random.key(0), jnp.zeros((1, 1, 4)))["params"]
-    rates, steps = np.exp(params["log_rate"]), np.asarray(jax.nn.softplus(params["step_bias"]))
+    rates, steps = np.exp(params["log_decay"]), np.asarray(jax.nn.softplus(params["step_bias"]))
     for values, low, high, middle in ((rates, 1, 16, 8.5), (steps, 0.001, 0.1, 0.01)):
         assert low <= values.min() < 1.1 * low and 0.9 * high < values.max() <= high * (1 + 1e-5)
         assert np.median(values) == pytest.approx(middle, rel=0.1)

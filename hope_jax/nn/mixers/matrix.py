@@ -89,14 +89,14 @@ def _start_step(key: PRNGKeyArray, shape: tuple[int], dtype: DTypeLike) -> Float
     return step + jnp.log(-jnp.expm1(-step))
 
 
-DECAY_AXES: Axes = {"map": dense_axes("embed", "heads"), "step_bias": ("heads",), "log_rate": ("heads",)}
+DECAY_AXES: Axes = {"map": dense_axes("embed", "heads"), "step_bias": ("heads",), "log_decay": ("heads",)}
 """Names of the parameters of a ``DecayGate``."""
 
 
 class DecayGate(nn.Module):
-    """Step ``softplus(W u + step_bias)`` and retention ``exp(-exp(log_rate) step)`` of every token and head.
+    """Step ``softplus(W u + step_bias)`` and retention ``exp(-exp(log_decay) step)`` of every token and head.
 
-    ``exp(log_rate)`` starts uniform between ``slowest`` and 16, softplus(step_bias) between 0.001 and 0.1
+    ``exp(log_decay)`` starts uniform between ``slowest`` and 16, softplus(step_bias) between 0.001 and 0.1
     (Mamba-2, arXiv 2405.21060). Steps are clipped to ``limits``. Everything is in at least float32.
     """
 
@@ -110,16 +110,16 @@ class DecayGate(nn.Module):
         wide = layers.param_dtype(self.dtype)
         self.map = layers.dense(self.heads, wide, start=self.start)
         self.step_bias = self.param("step_bias", _start_step, (self.heads,), wide)
-        self.log_rate = self.param("log_rate", self._start_log_rate, (self.heads,), wide)
+        self.log_decay = self.param("log_decay", self._start_log_decay, (self.heads,), wide)
 
     @nn.nowrap
-    def _start_log_rate(self, key: PRNGKeyArray, shape: tuple[int], dtype: DTypeLike) -> Float[Array, " H"]:
+    def _start_log_decay(self, key: PRNGKeyArray, shape: tuple[int], dtype: DTypeLike) -> Float[Array, " H"]:
         return jnp.log(jax.random.uniform(key, shape, dtype, self.slowest, 16.0))
 
     def __call__(self, u: Stream) -> tuple[Gate, Gate]:
         """Step and retention, [B,H,T]."""
         step = jnp.clip(jax.nn.softplus(self.map(u) + self.step_bias[None, None]), *self.limits)
-        retention = jnp.exp(-jnp.exp(self.log_rate)[None, None] * step)
+        retention = jnp.exp(-jnp.exp(self.log_decay)[None, None] * step)
         return jnp.swapaxes(step, 1, 2), jnp.swapaxes(retention, 1, 2)
 
 

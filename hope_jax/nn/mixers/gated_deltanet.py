@@ -58,6 +58,11 @@ class GatedDeltaNetConfig:
         for name in ("heads", "key_size", "value_size", "values_per_key", "conv"):
             whole(name, getattr(self, name))
 
+    @property
+    def value_heads(self) -> int:
+        """Heads that have a memory, H."""
+        return self.heads * self.values_per_key
+
     @classmethod
     def published(cls, width: int, form: Form = "gated_deltanet") -> "GatedDeltaNetConfig":
         """Keys of 3/4 of the width in heads of 256 features where that divides (6 at 2048), values twice as wide."""
@@ -78,16 +83,15 @@ class GatedDeltaNet(nn.Module):
 
     def setup(self) -> None:
         c, wide = self.config, layers.param_dtype(self.dtype)
-        keys, value_heads = c.heads * c.key_size, c.heads * c.values_per_key
-        values, (activation, eps) = value_heads * c.value_size, OUTPUTS[c.form]
+        keys, values = c.heads * c.key_size, c.value_heads * c.value_size
         convolved = functools.partial(matrix.ConvolvedMap, taps=c.conv, start=START, dtype=self.dtype, impl=c.impl)
         self.query, self.key, self.value = convolved(keys), convolved(keys), convolved(values)
-        self.decay = matrix.DecayGate(value_heads, START, SLOWEST, dtype=self.dtype)
-        self.rate = layers.dense(value_heads, wide, start=START)
+        self.decay = matrix.DecayGate(c.value_heads, START, SLOWEST, dtype=self.dtype)
+        self.rate = layers.dense(c.value_heads, wide, start=START)
         if c.form == "comba":
-            self.erase_share, self.correction = (
-                self.param(name, nn.initializers.ones, (c.heads,), wide) for name in COMBA
-            )
+            numbers = (self.param(name, nn.initializers.ones, (c.heads,), wide) for name in COMBA)
+            self.erase_share, self.correction = numbers
+        activation, eps = OUTPUTS[c.form]
         self.out = matrix.GatedHeads(self.width, values, c.value_size, activation, (START, START), eps, self.dtype)
 
     @nn.nowrap
@@ -104,9 +108,8 @@ class GatedDeltaNet(nn.Module):
     def init_state(self, batch: int, capacity: int) -> matrix.MatrixState:
         """A fresh sequence: memories of zeros. ``capacity`` is for attention and unused here."""
         c = self.config
-        value_heads, keys = c.heads * c.values_per_key, c.heads * c.key_size
-        channels = (keys, keys, value_heads * c.value_size)
-        return matrix.fresh_state(batch, c.conv, channels, (value_heads, c.value_size, c.key_size), self.dtype)
+        channels = (c.heads * c.key_size, c.heads * c.key_size, c.value_heads * c.value_size)
+        return matrix.fresh_state(batch, c.conv, channels, (c.value_heads, c.value_size, c.key_size), self.dtype)
 
     def __call__(self, u: Stream, state: matrix.MatrixState, count: Count = None) -> tuple[Stream, matrix.MatrixState]:
         (q, k, v), tails = self._streams(u, state.tails, count)
@@ -128,5 +131,5 @@ class GatedDeltaNet(nn.Module):
         c, wide = self.config, layers.param_dtype(self.dtype)
         pairs = zip((self.query, self.key, self.value), tails, strict=True)
         (q, k, v), tails = zip(*(stream(u, tail, count) for stream, tail in pairs), strict=True)
-        values = layers.split_heads(v, c.heads * c.values_per_key).astype(wide)
+        values = layers.split_heads(v, c.value_heads).astype(wide)
         return [layers.unit_heads(q, c.heads), layers.unit_heads(k, c.heads), values], tails

@@ -67,6 +67,7 @@ class Mamba2Config:
         return heads
 
     def build(self, width: int, dtype: DTypeLike) -> "Mamba2":
+        """The mixer for a model of ``width`` features. Raises UserError if head_size or groups do not divide."""
         self.heads(width)
         return Mamba2(self, width, dtype)
 

@@ -184,5 +184,6 @@ class GatedHeads(nn.Module):
     @layers.light
     def __call__(self, u: Stream, reads: Float[Array, "B H T V"]) -> Stream:
         normed = layers.normal(reads, self.eps)
-        normed = normed if self.size is None else layers.scaled(normed, self.scale)
+        if self.size is not None:
+            normed = layers.scaled(normed, self.scale)
         return self.down(layers.merge_heads(normed).astype(self.dtype) * self.activation(self.gate(u)))

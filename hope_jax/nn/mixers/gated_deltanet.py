@@ -120,9 +120,8 @@ class GatedDeltaNet(nn.Module):
             q = q - self.correction[None, :, None, None] * k
             share = jnp.repeat(jax.nn.sigmoid(self.erase_share), self.config.values_per_key)
             erase = share[None, :, None] * rate
-        q = q * self.config.key_size**-0.5
-        gates = dict(retention=retention, erase=erase, count=count, impl=self.config.impl)
-        memory, reads = matrix.write_and_read(state.memory, k, rate[..., None] * v, q, **gates)
+        tokens = (k, rate[..., None] * v, q * self.config.key_size**-0.5)
+        memory, reads = matrix.write_and_read(state.memory, *tokens, retention, erase, count, self.config.impl)
         return self.out(u, reads), matrix.MatrixState(tails, memory)
 
     @layers.light

@@ -95,7 +95,7 @@ class Mamba2(nn.Module):
         return self.config.expand * self.width + 2 * self.config.groups * self.config.state
 
     @nn.nowrap
-    def _start_down(self, key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "in out"]:
+    def _start_down(self, key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "rows columns"]:
         return matrix.TORCH(key, shape, dtype) * self.config.depth**-0.5
 
     @nn.nowrap
@@ -119,9 +119,8 @@ class Mamba2(nn.Module):
     def __call__(self, u: Stream, state: matrix.MatrixState, count: Count = None) -> tuple[Stream, matrix.MatrixState]:
         (x, keys, queries), tail = self._streams(u, state.tails[0], count)
         step, retention = self.decay(u)
-        writes = step[..., None] * x
-        more = dict(retention=retention, erase=None, count=count, impl=self.config.impl)
-        memory, reads = matrix.write_and_read(state.memory, keys, writes, queries, **more)
+        tokens = (keys, step[..., None] * x, queries)
+        memory, reads = matrix.write_and_read(state.memory, *tokens, retention, None, count, self.config.impl)
         return self._output(u, x, reads), matrix.MatrixState((tail,), memory)
 
     @layers.light

@@ -4,6 +4,7 @@ The key width of a memory may differ from its value width, and the heads of a gr
 head h of H heads belongs to group h // (H / G). Read ``gated_deltanet.py`` or ``mamba2.py`` next.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -139,10 +140,10 @@ def write_and_read(
     """
     groups, heads = keys.shape[1], memory.shape[1]
     active = None if count is None else (jnp.arange(keys.shape[2]) < count).astype(keys.dtype)
+    run = functools.partial(gated_delta, active=active, read="after", impl=impl)
 
     def head(memory, writes, retention, erase, keys, queries):
-        gates = dict(retention=retention, erase=erase, active=active)
-        found = gated_delta(memory, keys, writes, queries, **gates, read="after", impl=impl)
+        found = run(memory, keys, writes, queries, retention=retention, erase=erase)
         return found.memory, found.reads
 
     own = (memory, writes, retention, erase)

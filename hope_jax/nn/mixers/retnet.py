@@ -128,7 +128,7 @@ class RetNet(nn.Module):
         """Queries, keys and values of every head, in at least float32."""
         heads, wide = self.config.heads, layers.param_dtype(self.dtype)
         size = self.width // heads
-        angle = angles(position + jnp.arange(u.shape[1]), size // 2, wide)
+        angle = angles(jnp.asarray(position) + jnp.arange(u.shape[1]), size // 2, wide)
         q, k = (to(u).astype(wide).reshape(*u.shape[:2], heads, size) for to in (self.query, self.key))
         turned = [jnp.swapaxes(rotated(x, angle), 1, 2) for x in (q, k * size**-0.5)]
         return [*turned, layers.split_heads(self.value(u), heads).astype(wide)]

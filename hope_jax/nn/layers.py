@@ -67,13 +67,18 @@ def normal(x: Float[Array, "*batch D"], eps: float = EPS) -> Float[Array, "*batc
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * scale`` over the last axis; the mean square in at least float32, the result in ``dtype``."""
+    """``x / rms(x) * scale`` over the last axis; the mean square in at least float32, the result in ``dtype``.
+
+    ``start`` is what all scales start at.
+    """
 
     dtype: DTypeLike = jnp.float32
+    start: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), param_dtype(self.dtype))
+        start = nn.initializers.constant(self.start)
+        scale = self.param("scale", start, (x.shape[-1],), param_dtype(self.dtype))
         return scaled(normal(x), scale).astype(self.dtype)
 
 

@@ -13,6 +13,7 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, MODELS, SIZES, LanguageModel, Size, model_named
 from hope_jax.nn.language_model import Block
+from hope_jax.nn.mixers.attention import AttentionConfig
 
 # Parameters of every architecture at tiny, 30m, 140m, 340m, 760m, 1.3b. A new row of MODELS needs its numbers here.
 PARAMETERS = {
@@ -146,6 +147,31 @@ def test_a_bfloat16_model_gives_finite_float32_logits_and_has_float32_parameters
     assert logits.dtype == jnp.float32
     assert np.all(np.isfinite(logits)) and np.std(logits) > 0.1
     assert np.any(logits != logits.astype(jnp.bfloat16)), "rounded before the loss sees them"
+
+
+def bits_over_uniform(logits):
+    """The loss of a target drawn at random, less that of the uniform distribution, in bits per token."""
+    nats = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+    return float(jnp.mean(nats)) / math.log(2) - math.log2(logits.shape[-1])
+
+
+@architectures
+def test_an_untrained_model_starts_at_the_uniform_loss(name):
+    assert 0 <= bits_over_uniform(started(name)[1]) < 0.1
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_at_every_size_a_token_hardly_scores_itself_at_the_start(size):
+    config = replace(ARCHITECTURES["transformer_pp"](size), layers=1)
+    part = LanguageModel(replace(config, mixer=AttentionConfig(1), feed_forward=None))
+    tokens = jnp.arange(64)[None]
+
+    def without_blocks(key):
+        params = part.init(key, tokens[:, :1])["params"]
+        params["blocks"]["mixer"]["out"]["kernel"] *= 0
+        return part.apply({"params": params}, tokens)[0]
+
+    assert 0 <= bits_over_uniform(jax.jit(without_blocks)(jax.random.key(0))) < 0.1
 
 
 def test_a_float32_hope_reads_any_length_where_float64_is_enabled(x64):

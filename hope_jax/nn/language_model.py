@@ -4,6 +4,7 @@ A block is ``x = x + mixer(RMSNorm(x))`` followed by the feed-forward part (whic
 if there is one. In a hybrid what is scanned over is a pattern of different blocks.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -22,10 +23,8 @@ from hope_jax.types import Array, Count, Logits, Stream, Tokens
 
 State = BlockState | ContextState
 
-# An untrained model must not prefer the token that it has just read, which a tied table scores with its own row:
-# that score starts at 2.5 at every width, where it costs less than 0.1 bits of 8. The last norm starts at 4, and the
-# rows that much smaller, so that logits grow faster than by rows of that size alone (docs/defaults.md).
-OWN_SCORE, LAST_SCALE = 2.5, 4.0
+# The last norm starts here, and the rows of the table that much smaller (``_table_start``).
+LAST_SCALE = 4.0
 
 
 class Block(nn.Module):
@@ -108,7 +107,7 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        start = nn.initializers.normal(OWN_SCORE / LAST_SCALE / c.width)
+        start = nn.initializers.normal(_table_deviation(c.vocab_size, c.width))
         self.embedding = self.param("embedding", start, (c.vocab_size, c.width), param_dtype(c.dtype))
         self.blocks = nn.scan(
             body_of(c),
@@ -172,6 +171,16 @@ class LanguageModel(nn.Module):
         rows = jnp.take(self.embedding, tokens, axis=0, mode="clip")
         x = jnp.where(known[..., None], rows, jnp.nan) * self.config.width**0.5
         return x.astype(self.config.dtype)
+
+
+def _table_deviation(vocab_size: int, width: int) -> float:
+    """Standard deviation of the embedding (and head) at the start, for a loss that is uniform to 0.1 bits per token.
+
+    A tied table scores the token just read with its own row, by ``LAST_SCALE * deviation * width``. At log(1 + 0.03
+    vocab_size) that costs log2(1.03) = 0.04 bits; rows of norm 1 would cost 6 bits at width 192. The scale of the last
+    norm is not 1, so that the logits of smaller rows grow as fast in training.
+    """
+    return math.log1p(0.03 * vocab_size) / (LAST_SCALE * width)
 
 
 def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "tokens") -> None:

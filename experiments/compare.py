@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from hope_jax import LanguageModel, ModelConfig, model_named
 from hope_jax import train as training
 from hope_jax.cli.parse import parse
@@ -32,7 +35,7 @@ from hope_jax.errors import UserError
 from hope_jax.models import without_writes
 
 CONTROL = "_without_writes"
-COLUMNS = ("row", "parameters", "rate", "bits per byte", "at the start", "tokens/s", "seeds")
+COLUMNS = ("row", "parameters", "rate", "bits per byte", "at the start", "tokens/s", "step, MB", "state, KB", "seeds")
 SAME = ("size", "length", "batch", "steps", "eval_batches")
 NEEDED = ("setting", "row", "learning_rate", "seed", "parameters", "start", "chosen_by", "bits_per_byte", "curve")
 Model = tuple[str, int]  # row and number of parameters
@@ -101,10 +104,11 @@ def compare(config: CompareConfig, results: Results) -> None:
     text = open_text(config.data, tokenizer, length=config.length, cache_dir=config.cache / "data")
     setting, setups = config.setting(text), {row: config.setup(row, tokenizer) for row in config.rows}
     counts = {row: training.count_parameters(setup.shapes().params) for row, setup in setups.items()}
+    cost_of = functools.cache(lambda row: costs(config, LanguageModel(config.model(row)), setups[row]))
 
     def line(row: str, rate: float, seed: int) -> Row:
         about = {"setting": setting, "row": row, "parameters": counts[row], "learning_rate": rate, "seed": seed}
-        return results.complete(about, functools.partial(train, config, about, setups[row], text))
+        return results.complete(about, lambda run: train(config, about, setups[row], text, run) | cost_of(row))
 
     first, *others = config.seeds
     swept = {row: [line(row, rate, first) for rate in config.learning_rates] for row in config.rows}
@@ -132,6 +136,15 @@ def train(config: CompareConfig, about: Row, setup: training.Setup, text: TextDa
         **{"chosen_by": chosen_by, "bits_per_byte": final, "start": curve[0][1] if curve else None},
         **{"tokens_per_second": round(training.median_speed(run.folder)), "curve": curve},
     }
+
+
+def costs(config: CompareConfig, model: LanguageModel, setup: training.Setup) -> Row:
+    """Bytes of memory: what a training step needs besides parameters and batch, and the state of one sequence."""
+    batch = jax.ShapeDtypeStruct((config.batch, config.length + 1), np.int32)
+    params = setup.shapes().params
+    state = jax.eval_shape(lambda params: model.init_state(params, 1, config.length), params)
+    of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return {"step_bytes": setup.temporary_bytes(batch), "state_bytes": of_state}
 
 
 def halves(batches: Any) -> tuple[list[Any], list[Any]]:
@@ -187,8 +200,10 @@ def _cells(row: str, lines: Sequence[Row]) -> list[Any]:
     bits, starts = ([math.nan if line[n] is None else line[n] for line in lines] for n in ("bits_per_byte", "start"))
     speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
     speed = f"{statistics.mean(speeds):,.0f}" if speeds else "-"
+    step, state = (next((line[n] for line in lines if n in line), None) for n in ("step_bytes", "state_bytes"))
+    memory = ["-" if step is None else f"{step / 1e6:,.0f}", "-" if state is None else f"{state / 1e3:,.0f}"]
     about = [row, f"{lines[0]['parameters']:,}", f"{lines[0]['learning_rate']:g}"]
-    return [*about, spread(bits, ".4f"), f"{statistics.mean(starts):.3f}", speed, len(lines)]
+    return [*about, spread(bits, ".4f"), f"{statistics.mean(starts):.3f}", speed, *memory, len(lines)]
 
 
 def draw(config: CompareConfig, lines: Sequence[Row]) -> list[Path]:

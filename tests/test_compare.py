@@ -53,6 +53,9 @@ def test_every_row_is_tuned_with_the_first_seed_alone_and_no_run_is_done_again(m
     assert len({(row["parameters"], row["setting"]["fingerprint"]) for row in rows}) == 1
     assert [[tokens for tokens, _ in row["curve"]] for row in rows] == [[0, 10 * 2 * 32, 20 * 2 * 32]] * 6
     assert all(0 < row["bits_per_byte"] < row["start"] and row["tokens_per_second"] > 0 for row in rows)
+    # One layer: three tails of 3 x 16 features, a memory of 8 x 8 for each of 2 heads, and the position.
+    assert {row["state_bytes"] for row in rows} == {4 * (3 * 3 * 16 + 2 * 8 * 8 + 1)}
+    assert all(row["step_bytes"] > 4 * row["parameters"] for row in rows)
     assert all(row["bits_per_byte"] == row["curve"][-1][1] != row["chosen_by"] for row in rows)
     assert len({row["bits_per_byte"] for row in rows}) == 6, "writes, rates and seeds must make a difference"
     monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("trained again"))
@@ -104,7 +107,7 @@ def result(bits=2.0, seed=0, rate=1e-3, chosen_by=1.0, *, row="hope", parameters
 def test_the_table_is_mean_and_sample_deviation_at_the_chosen_rate_and_a_repeated_run_counts_once():
     rows = [result(9.0), result(2.0), result(3.0, seed=1, chosen_by=7.0), result(1.0, rate=2e-3, chosen_by=1.1)]
     _, budget, _, line = compare.table(rows)
-    assert line.split() == ["hope", "7", "0.001", "2.5000", "+-", "0.7071", "8.000", "100", "2"]
+    assert line.split() == ["hope", "7", "0.001", "2.5000", "+-", "0.7071", "8.000", "100", "-", "-", "2"]
     assert "0.001, 0.002 with one seed" in budget
     rows.append(result(5.0, row="titans"))
     assert compare.table(rows)[1] == "tuning is not equal yet: hope at 0.001, 0.002; titans at 0.001"

@@ -23,7 +23,7 @@ from hope_jax.types import Array, Count, Logits, Stream, Tokens
 
 State = BlockState | ContextState
 
-# The last norm starts here, and the rows of the table that much smaller (``_table_start``).
+# The last norm starts here, and the rows of the table that much smaller (``_table_deviation``).
 LAST_SCALE = 4.0
 
 

@@ -68,6 +68,14 @@ class Setup:
         """The compiled training step on placed batches."""
         return train_step(self.loss, self.tx, self.rate, self.accumulate)
 
+    def temporary_bytes(self, batch: Any) -> int:
+        """What the compiled step needs besides its arguments and results; ``batch`` may be its shapes alone.
+
+        The step is compiled for this, once more if it has been before.
+        """
+        step: Any = self.step
+        return step.lower(self.shapes(), batch).compile().memory_analysis().temp_size_in_bytes
+
     @functools.cached_property
     def _measure(self) -> Callable[[Any, Any], Any]:
         return jax.jit(lambda params, batch: self.loss(params, batch)[1])

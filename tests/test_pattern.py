@@ -16,6 +16,7 @@ from hope_jax.nn.axes import flat, of_parameters
 from hope_jax.nn.config import PartConfig
 from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
+from hope_jax.nn.language_model import LOGIT_GAIN
 from hope_jax.nn.layers import RMSNorm
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
@@ -52,7 +53,7 @@ def test_blocks_follow_each_other_in_the_order_of_the_pattern(x64, hybrid):
             start = module.apply({"params": own["mixer"]}, B, T, method="init_state")
             x = x + part(mixer, own["mixer"], norm(own["norm"], x), start)[0]
             x = x if feed_forward is None else part(feed_forward, own["feed_forward"], x, ())
-    expected = norm(params["norm"], x) @ params["embedding"].T
+    expected = LOGIT_GAIN * norm(params["norm"], x) @ params["embedding"].T
     np.testing.assert_allclose(run(params, tokens)[0], expected, rtol=1e-9, atol=1e-12)
 
 

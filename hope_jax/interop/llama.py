@@ -9,7 +9,8 @@ The two architectures compute the same function, with three differences that the
   y / sqrt(mean(y^2) + EPS) = c x / sqrt(c^2 mean(x^2) + c^2 e) = x / sqrt(mean(x^2) + e): every norm gives what theirs
   gives. y = c x holds if all that is added to the stream is c times theirs: embedding, output and down projections.
 * **The embedding.** Our model multiplies its rows by sqrt(D), so they are stored divided by it. A tied head then has
-  c / sqrt(D) times their table, and the last norm's scale makes up for it: sqrt(D) / c times theirs.
+  c / sqrt(D) times their table, and the last norm's scale makes up for it: sqrt(D) / c times theirs. It is divided by
+  ``LOGIT_GAIN``, which our logits are multiplied by.
 * **Grouped queries.** A key or value head that serves g query heads is stored g times, one for each. Attention is the
   same; its cache is g times as large as theirs.
 
@@ -31,6 +32,7 @@ from hope_jax.errors import UserError, extra
 from hope_jax.interop.llama_config import Llama, read_json, read_llama
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
+from hope_jax.nn.language_model import LOGIT_GAIN
 from hope_jax.nn.layers import EPS, param_dtype
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.rotary import rope_speeds
@@ -106,6 +108,7 @@ def _parts(llama: Llama) -> list[_Part]:
         return np.repeat(heads, llama.heads // llama.kv_heads, axis=0).reshape(width, width).T
 
     head = [] if llama.tied else [_Part("head", [HEAD], table)]
+    last = root / stream if llama.tied else 1.0
     return [
         _Part("embedding", [EMBEDDING], table, np.asarray, stream / root),
         _Part("blocks/norm/scale", layers("input_layernorm"), (width,)),
@@ -117,7 +120,7 @@ def _parts(llama: Llama) -> list[_Part]:
         _Part("blocks/feed_forward/gate/kernel", layers("mlp.gate_proj"), (hidden, width)),
         _Part("blocks/feed_forward/up/kernel", layers("mlp.up_proj"), (hidden, width)),
         _Part("blocks/feed_forward/down/kernel", layers("mlp.down_proj"), (width, hidden), factor=stream),
-        _Part("norm/scale", ["model.norm.weight"], (width,), factor=root / stream if llama.tied else 1.0),
+        _Part("norm/scale", ["model.norm.weight"], (width,), factor=last / LOGIT_GAIN),
         *head,
     ]
 

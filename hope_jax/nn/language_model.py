@@ -23,8 +23,9 @@ from hope_jax.types import Array, Count, Logits, Stream, Tokens
 
 State = BlockState | ContextState
 
-# The last norm starts here, and the rows of the table that much smaller (``_table_deviation``).
-LAST_SCALE = 4.0
+# Logits are multiplied by this and the last norm's scale starts that much smaller: a step of the optimizer, which is as
+# large for every parameter, then moves it ten times as fast, from its small start (``_last_scale``).
+LOGIT_GAIN = 10.0
 
 
 class Block(nn.Module):
@@ -107,7 +108,7 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        start = nn.initializers.normal(_table_deviation(c.vocab_size, c.width))
+        start = nn.initializers.normal(c.width**-0.5)
         self.embedding = self.param("embedding", start, (c.vocab_size, c.width), param_dtype(c.dtype))
         self.blocks = nn.scan(
             body_of(c),
@@ -119,7 +120,7 @@ class LanguageModel(nn.Module):
             # The check traces the block a second time. What a seed draws at the start depends on it, nothing else does.
             check_constancy_invariants=self.is_initializing(),
         )(c)
-        self.norm = RMSNorm(c.dtype, LAST_SCALE)
+        self.norm = RMSNorm(c.dtype, _last_scale(c.vocab_size, c.width))
         if not c.tied:
             self.head = self.param("head", start, (c.width, c.vocab_size), param_dtype(c.dtype))
 
@@ -163,7 +164,8 @@ class LanguageModel(nn.Module):
         state = state.read_on(blocks.mixer) if learns else blocks
         table, product = (self.embedding, "rd,vd->rv") if self.config.tied else (self.head, "rd,dv->rv")
         table, wide = table.astype(self.config.dtype), param_dtype(self.config.dtype)
-        return by_rows(lambda rows: jnp.einsum(product, rows, table, preferred_element_type=wide), self.norm(x)), state
+        x = LOGIT_GAIN * self.norm(x)
+        return by_rows(lambda rows: jnp.einsum(product, rows, table, preferred_element_type=wide), x), state
 
     def _embed(self, tokens: Tokens) -> Stream:
         check_tokens(tokens, self.config.vocab_size)
@@ -173,14 +175,13 @@ class LanguageModel(nn.Module):
         return x.astype(self.config.dtype)
 
 
-def _table_deviation(vocab_size: int, width: int) -> float:
-    """Standard deviation of the embedding (and head) at the start, for a loss that is uniform to 0.1 bits per token.
+def _last_scale(vocab_size: int, width: int) -> float:
+    """Where the last norm's scale starts, for a loss that is uniform to 0.1 bits per token.
 
-    A tied table scores the token just read with its own row, by ``LAST_SCALE * deviation * width``. At log(1 + 0.03
-    vocab_size) that costs log2(1.03) = 0.04 bits; rows of norm 1 would cost 6 bits at width 192. The scale of the last
-    norm is not 1, so that the logits of smaller rows grow as fast in training.
+    A tied table scores the token just read with its own row, of norm 1, by ``LOGIT_GAIN * scale * sqrt(width)``. At
+    log(1 + 0.03 vocab_size) that costs log2(1.03) = 0.04 bits; a scale of 1 without gain costs 6 bits at width 192.
     """
-    return math.log1p(0.03 * vocab_size) / (LAST_SCALE * width)
+    return math.log1p(0.03 * vocab_size) / (LOGIT_GAIN * width**0.5)
 
 
 def check_tokens(tokens: Array | np.ndarray, vocab_size: int, name: str = "tokens") -> None:

@@ -6,6 +6,7 @@
 ``gated_delta`` evaluates it for one head, ``evaluate`` for all linear memories that share their tokens' alpha and beta,
 in two forms: ``sequential`` is the definition, a ``lax.scan`` over tokens; the other one is exact and turns every block
 of tokens into a handful of matrix products (``chunked.py``). ``rule.py``: which (alpha, a, beta, w) make which model.
+Where retention differs between key channels, ``diagonal.py`` has both forms.
 """
 
 from dataclasses import replace
@@ -18,6 +19,7 @@ from jax import lax
 from hope_jax.errors import UserError, check_word, whole
 from hope_jax.memory.chunked import Linear, Lookup, Read, Tokens, Write, chunk, first_box
 from hope_jax.memory.decays import ReadTime, Shared
+from hope_jax.memory.diagonal import Erase, check_diagonal, diagonal_delta
 from hope_jax.memory.kernels import Impl, Products, products_of
 from hope_jax.memory.products import transpose
 from hope_jax.types import Array, Float
@@ -37,8 +39,8 @@ def gated_delta(
     writes: Float[Array, "T V"],
     queries: Float[Array, "T K"] | None,
     *,
-    retention: Float[Array, " T"],
-    erase: Float[Array, " T"] | None,
+    retention: Float[Array, " T"] | Float[Array, "T K"],
+    erase: Float[Array, " T"] | Erase | None,
     momentum: Float[Array, "V K"] | None = None,
     momentum_decay: Float[Array, " T"] | None = None,
     base: Float[Array, "V K"] | None = None,
@@ -54,8 +56,10 @@ def gated_delta(
         everywhere else in the library they are kernels, the transposes.
       keys, writes: k_t, which need not be unit, and w_t, the vector written against it.
       queries: q_t, or None when nobody reads (the final state only).
-      retention: alpha_t in [0, 1]; 1 keeps everything.
-      erase: a_t >= 0, the strength of ``-a k k^T``; None means 0 and skips the triangular solve.
+      retention: alpha_t in [0, 1]; 1 keeps everything. [T,K]: a number for every key channel, diag(alpha_t); then
+        there is neither momentum nor base.
+      erase: a_t >= 0, the strength of ``-a k k^T``; None means 0 and skips the triangular solve. With a retention
+        [T,K] also ``Erase(queries, keys)``, two vectors b_t and c_t for ``-b c^T``.
       momentum: S_0; None (with ``momentum_decay`` None) means no momentum, S_t = w_t k_t^T.
       momentum_decay: beta_t in [0, 1].
       base: weights B that are read and erased together with M but never decay: reads return (B + M) q and the erase
@@ -69,11 +73,14 @@ def gated_delta(
       ``Recurrence(reads, memory, momentum)`` in at least float32.
 
     Raises:
-      UserError: momentum without its decay or the reverse, gates that are not one number per token, an unknown
-        ``read`` or ``impl``, or block < 1.
+      UserError: momentum without its decay or the reverse, momentum or base with a retention [T,K], an ``Erase``
+        without it, gates that are not one number per token, an unknown ``read`` or ``impl``, or block < 1.
     """
     gates = dict(retention=retention, erase=erase, momentum_decay=momentum_decay, active=active)
-    _check(keys.shape[:1], gates, momentum, read, block)
+    _check(keys, gates, momentum, base, read, block)
+    if jnp.ndim(retention) == 2 or isinstance(erase, Erase):
+        given = (memory, keys, writes, queries, retention, erase, active)
+        return Recurrence(*diagonal_delta(*given, read, impl, block), None)
     if active is not None:
         active = lax.stop_gradient(active)
         writes, erase = active[:, None] * writes, None if erase is None else active * erase
@@ -82,22 +89,26 @@ def gated_delta(
     dtype = jnp.promote_types(memory.dtype, jnp.float32)
     linear, tokens = jax.tree.map(lambda x: x.astype(dtype), (linear, tokens))
 
-    def look_up(lookup: Lookup, queries: Array | None) -> Array | None:
-        return None if queries is None else lookup(0, queries)
-
-    (end,), reads = evaluate([linear], tokens, look_up, read, impl, block)
+    (end,), reads = evaluate([linear], tokens, _look_up, read, impl, block)
     return Recurrence(reads, transpose(end.memory), None if end.momentum is None else transpose(end.momentum))
 
 
-def _check(length: tuple[int, ...], gates: dict[str, Any], momentum: Any, read: str, block: int) -> None:
+def _look_up(lookup: Lookup, queries: Array | None) -> Array | None:
+    return None if queries is None else lookup(0, queries)
+
+
+def _check(keys: Array, gates: dict[str, Any], momentum: Any, base: Any, read: str, block: int) -> None:
+    if jnp.ndim(gates["retention"]) == 2 or isinstance(gates["erase"], Erase):
+        check_diagonal(keys, gates, momentum, base)
+        gates = dict(momentum_decay=None, active=gates["active"])
     if (momentum is None) != (gates["momentum_decay"] is None):
         missing = "momentum" if momentum is None else "momentum_decay"
         raise UserError(f"{missing} is None but the other is given; pass both, or neither for no momentum")
     check_word("read", read, ReadTime)
     whole("block", block, 1, "tokens")
     for name, gate in gates.items():
-        if gate is not None and jnp.shape(gate) != length:
-            raise UserError(f"{name} has shape {jnp.shape(gate)}; expected one number per token, {length}")
+        if gate is not None and jnp.shape(gate) != keys.shape[:1]:
+            raise UserError(f"{name} has shape {jnp.shape(gate)}; expected one number per token, {keys.shape[:1]}")
 
 
 def evaluate(

@@ -1,0 +1,69 @@
+"""RWKV-7 (arXiv 2503.14456) in plain numpy, token by token, and the recurrence below it; nothing of ours is imported.
+
+The recurrence is also right for complex inputs, so that ``references.derivative`` can differentiate it.
+"""
+
+import numpy as np
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def vector_delta(memory, keys, writes, queries, *, retention, looked_up=None, cleared=None, read="before"):
+    """Reads and final memory of M <- M (diag(r) - b c^T) + w k^T; b are ``looked_up``, c ``cleared``, both [T,K]."""
+    reads = []
+    for t, (k, w, q, r) in enumerate(zip(keys, writes, queries, retention, strict=True)):
+        before = memory
+        memory = before @ np.diag(r) + np.outer(w, k)
+        if looked_up is not None and cleared is not None:
+            memory = memory - np.outer(before @ looked_up[t], cleared[t])
+        reads.append((before if read == "before" else memory) @ q)
+    return np.stack(reads), memory
+
+
+def shifted(u):
+    """The token before, 0 before the first one."""
+    return np.concatenate([np.zeros((1, u.shape[1])), u[:-1]])
+
+
+def low_rank(p, x, inner):
+    return inner(x @ p["down"]["kernel"]) @ p["up"]["kernel"] + p.get("offset", 0)
+
+
+def time_mix(p, u, heads):
+    """Output [T,D] and final memories [H,V,K] of the time mix for normed inputs [T,D]; ``p`` are its parameters."""
+    x = {n: u + (shifted(u) - u) * p[f"mix_{n}"] for n in ("receptance", "decay", "key", "value", "rate", "gate")}
+    r, k, v = (x[n] @ p[n]["kernel"] for n in ("receptance", "key", "value"))
+    w = np.exp(-np.exp(-0.5) * sigmoid(low_rank(p["decay"], x["decay"], np.tanh)))
+    a = sigmoid(low_rank(p["rate"], x["rate"], lambda z: z))
+    g = low_rank(p["gate"], x["gate"], sigmoid)
+    kap, k = k * p["erase_scale"], k * (1 + (a - 1) * p["key_scale"])
+    r, k, v, w, a, kap = (z.reshape(len(u), heads, -1) for z in (r, k, v, w, a, kap))
+    kap = kap / np.maximum(np.linalg.norm(kap, axis=2, keepdims=True), 1e-12)
+    y, ends = np.zeros_like(v), []
+    for h in range(heads):
+        m = np.zeros((v.shape[2], k.shape[2]))
+        for t in range(len(u)):
+            m = m @ (np.diag(w[t, h]) - np.outer(kap[t, h], a[t, h] * kap[t, h])) + np.outer(v[t, h], k[t, h])
+            y[t, h] = m @ r[t, h]
+        ends.append(m)
+    y = (y - y.mean(axis=2, keepdims=True)) / np.sqrt(y.var(axis=2, keepdims=True) + 64e-5)
+    y = y.reshape(u.shape) * p["norm"]["scale"] + p["norm"]["bias"]
+    y = y + (np.sum(r * k * p["bonus"], axis=2, keepdims=True) * v).reshape(u.shape)
+    return (y * g) @ p["out"]["kernel"], np.stack(ends)
+
+
+def channel_mix(p, u):
+    """Output [T,D] of the channel mix for normed inputs [T,D]."""
+    hidden = (u + (shifted(u) - u) * p["mix"]) @ p["key"]["kernel"]
+    return np.maximum(hidden, 0) ** 2 @ p["value"]["kernel"]
+
+
+def gated_linear_attention(keys, values, queries, retention):
+    """y_t = sum_{s <= t} v_s sum_d k_s[d] q_t[d] prod_{s < u <= t} r_u[d]: no state at all."""
+    rows = []
+    for t, q in enumerate(queries):
+        left = [np.prod(retention[s + 1 : t + 1], axis=0) for s in range(t + 1)]
+        rows.append(sum(values[s] * np.sum(keys[s] * left[s] * q) for s in range(t + 1)))
+    return np.stack(rows)

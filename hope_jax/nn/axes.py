@@ -35,7 +35,7 @@ MEMORY_FEATURES = {
     "head_dim": "features of one head",
     "memory_hidden": "hidden features of an MLP memory",
     "gate": "the number or numbers that a gate memory answers",
-    "rank": "columns of a low-rank Delta of a level",
+    "rank": "inner features of a low-rank map, or of the Delta of a level",
 }
 OTHERS = {
     "vocab": "token ids",

@@ -40,7 +40,7 @@ def scan_frozen(
     products = products_of(impl)
 
     def segment(fast: Fast, tokens: tuple[Array, ...], active: Active, due: tuple[Due, ...]):
-        (keys, values, queries, rate), fast = tokens, refreshed(fast, due[1])
+        (keys, values, queries, rate), fast = tokens, refreshed(rule, fast, due[1])
         first, later = fast.anchor[0], fast.anchor[1:]
         gates = idle(Gates(rate, jnp.ones_like(rate), None), active)
         writes = layer_writes(rule, products, later, (keys, values), (products.matmul(keys, first), None), gates)

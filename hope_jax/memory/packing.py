@@ -44,8 +44,7 @@ class Stack:
 
     def holds(self, other: Architecture, shapes: tuple[tuple[int, int], ...]) -> bool:
         """Whether a box of that kind may follow."""
-        own = self.architecture
-        return self.shapes == shapes and own.residual == other.residual and own.activation is other.activation
+        return self.shapes == shapes and replace(other, scales=self.architecture.scales) == self.architecture
 
     def of_group(self, weights: Weights, group: int) -> tuple[int, Array, Weights]:
         """How many boxes a group has, their first layers side by side, and the layers after those."""

@@ -14,6 +14,7 @@ layer with input z, once in the erase and once in the write. ``layer_writes`` is
 1.4). All functions are for one head of one sequence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -33,6 +34,7 @@ DGDScope = Literal["per_layer", "input_only", "none"]
 RateForm = Literal["exact", "literal"]
 ReadTime = Literal["before", "after", "anchor"]
 RetainTo = Literal["zero", "init"]
+Link = Callable[[Array], Array]
 
 
 class Gates(NamedTuple):
@@ -76,6 +78,10 @@ class Rule:
         Nothing crosses a shard, so the shards of a sequence can be read at the same time (TNT, arXiv 2511.07343).
       project_queries: read unit(P_t q_t) in the place of q_t, with P_t = sum k_s k_s^T / ||k_s||^2 over the keys up to
         and with t (of the shard): the memory is asked in the span of what it was trained on (TNT, Eq. 7).
+      transposed: the memory stores the key under the value and is read through its transpose (Oja's rule); for values
+        of norm 1, without an anchor.
+      link: the weights that act are ``link`` of those that are written, layer by layer (``linked.py``); None: they
+        are the same.
     """
 
     architecture: Architecture
@@ -92,6 +98,8 @@ class Rule:
     learned_start: bool = True
     shard: int | None = None
     project_queries: bool = False
+    transposed: bool = False
+    link: Link | None = None
 
     def __post_init__(self) -> None:
         Level(self.period)
@@ -102,21 +110,32 @@ class Rule:
             raise UserError("learned_start=False needs a matrix memory: an MLP cannot learn from weights that are 0")
         if self.gradient_at != "anchor":
             self._check_linear()
+        elif self.transposed:
+            raise UserError("transposed=True has no anchor; use gradient_at='running' or 'retained'")
+        if self.link is not None:
+            self._check_link()
 
     def _check_shard(self, shard: int) -> None:
         if self.gradient_at == "anchor" and shard % self.period:
             raise UserError(f"shard is {shard}; expected a multiple of the anchor period, {self.period}, or None")
 
     def _check_linear(self) -> None:
-        where = f"gradient_at={self.gradient_at!r}"
-        if self.architecture.layers > 1 or self.architecture.residual:
+        where, memory = f"gradient_at={self.gradient_at!r}", self.architecture
+        if memory.layers > 1 or memory.residual or memory.output is not None:
             raise UserError(f"{where} needs a matrix memory; use gradient_at='anchor' for an MLP")
         if self.objective not in (objectives.l2, objectives.dot):
             raise UserError(f"{where} needs the l2 or dot objective; use gradient_at='anchor' for others")
         anchored = [n for n, off in (("dgd_scope", "none"), ("retain_to", "zero")) if getattr(self, n) != off]
         anchored += ["read"] * (self.read == "anchor") + ["self_values"] * self.self_values
+        anchored += ["link"] * (self.link is not None)
         if anchored:
             raise UserError(f"{where} has no anchor, which {', '.join(anchored)} needs; use gradient_at='anchor'")
+
+    def _check_link(self) -> None:
+        plain = dict(dgd_scope="none", retain_to="zero", momentum=False, learned_start=True)
+        wrong = [f"{name}={value!r}" for name, value in plain.items() if getattr(self, name) != value]
+        if wrong:
+            raise UserError(f"a rule with a link is plain gradient descent; set {', '.join(wrong)}")
 
     @property
     def read_time(self) -> decays.ReadTime:
@@ -130,11 +149,15 @@ class Rule:
 
     def start(self, weights: Weights) -> Fast:
         """Fast weights at the start of a sequence or shard: everything at M_0, no momentum, no keys."""
-        anchor = weights if self.gradient_at == "anchor" else ()
+        anchor = self.acting(weights) if self.gradient_at == "anchor" else ()
         momentum = jax.tree.map(jnp.zeros_like, weights) if self.momentum else ()
         *copies, size, _ = weights[0].shape
         span = jnp.zeros((*copies, size, size), weights[0].dtype) if self.project_queries else None
         return Fast(anchor, weights, momentum, span)
+
+    def acting(self, weights: Weights) -> Weights:
+        """The weights that are applied to inputs, from those that are written."""
+        return weights if self.link is None else tuple(self.link(w) for w in weights)
 
 
 def layer_writes(
@@ -155,8 +178,9 @@ def layer_writes(
     through = architecture.forward(first[0], later, products)
     if first[1] is not None:
         values = architecture.finish(first[1], later, values, products)
-    prediction = through.outputs[-1] + keys if architecture.residual else through.outputs[-1]
-    errors = [objectives.error(rule.objective, prediction, values)]
+    prediction = through.answer + keys if architecture.residual else through.answer
+    error = objectives.error(rule.objective, prediction, values)
+    errors = [error if through.back is None else through.back(error)[0]]
     for w, back in zip(later[::-1], through.backs[::-1], strict=True):
         errors.insert(0, back(products.matmul_nt(errors[0], w))[0])
     layers = enumerate(zip([keys, *through.inputs], errors, strict=True))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.levels import Active, Due, scan_levels
+from hope_jax.memory import linked
 from hope_jax.memory.architectures import Weights, unit
 from hope_jax.memory.chunked import Linear, Lookup, Tokens
 from hope_jax.memory.decays import Shared
@@ -66,7 +67,7 @@ def read(
     def segment(fast: Fast, tokens, active: Active, due: tuple[Due, ...]):
         for begins in due[1:]:
             fast = restarted(rule, initial, fast, begins)
-        return _write(rule, initial, impl, refreshed(fast, due[0]) if anchored else fast, tokens, active)
+        return _write(rule, initial, impl, refreshed(rule, fast, due[0]) if anchored else fast, tokens, active)
 
     return scan_levels(segment, fast, tokens, position=position, periods=(period, *inside), count=count)
 
@@ -90,11 +91,12 @@ def restarted(rule: Rule, initial: Weights, fast: Fast, due: Due) -> Fast:
     return jax.tree.map(lambda now, start: jnp.where(due, start, now), fast, rule.start(initial))
 
 
-def refreshed(fast: Fast, due: Due) -> Fast:
+def refreshed(rule: Rule, fast: Fast, due: Due) -> Fast:
     """The anchor moved to the running weights where the level is due."""
+    now = rule.acting(fast.running)
     if due is True:
-        return fast._replace(anchor=fast.running)
-    return fast._replace(anchor=jax.tree.map(lambda old, new: jnp.where(due, new, old), fast.anchor, fast.running))
+        return fast._replace(anchor=now)
+    return fast._replace(anchor=jax.tree.map(lambda old, new: jnp.where(due, new, old), fast.anchor, now))
 
 
 def _write(
@@ -109,11 +111,16 @@ def _write(
         at_values = products.matmul(values, fast.anchor[0]) if rule.self_values else None
         writes = layer_writes(rule, products, fast.anchor[1:], (keys, values), (at_keys, at_values), gates)
     else:
-        writes = [layer_write(rule, 0, keys, -values, gates)]
-    shared = Shared(gates.retention, gates.momentum_decay, active)
-    reader = functools.partial(read_memory, rule, products, fast.anchor)
-    tokens = Tokens(writes, shared, queries)
-    ends, reads = evaluate(linear_memories(rule, fast, initial), tokens, reader, rule.read_time, impl, block=32)
+        stored = (values, keys) if rule.transposed else (keys, values)
+        writes = [layer_write(rule, 0, stored[0], -stored[1], gates)]
+    tokens = Tokens(writes, Shared(gates.retention, gates.momentum_decay, active), queries)
+    linears, reader = linear_memories(rule, fast, initial), functools.partial(read_memory, rule, products, fast.anchor)
+    if rule.transposed:
+        reader = functools.partial(read_transposed, fast.running[0])
+    if rule.link is not None and rule.read != "anchor":
+        ends, reads = linked.evaluate(rule, linears, tokens, impl)
+    else:
+        ends, reads = evaluate(linears, tokens, reader, rule.read_time, impl, block=32)
     return updated(fast, ends), (reads, queries if rule.project_queries else None)
 
 
@@ -157,4 +164,11 @@ def read_memory(rule: Rule, products: Products, anchor: Weights, lookup: Lookup,
     x = lookup(0, queries)
     for layer in range(1, architecture.layers):
         x = lookup(layer, architecture.activation(x))
-    return x + queries if architecture.residual else x
+    return architecture.answer(x, queries)
+
+
+def read_transposed(weights: Float[Array, "V K"], lookup: Lookup, queries: Float[Array, "C K"]) -> Array:
+    """The transpose of the memory applied to every query: the derivative of a lookup by its input."""
+    inputs = jnp.zeros((len(queries), len(weights)), weights.dtype)
+    output, back = jax.vjp(functools.partial(lookup, 0), inputs)
+    return back(queries.astype(output.dtype))[0]

@@ -4,10 +4,11 @@ The layer of the baselines (linear attention, DeltaNet, Gated DeltaNet, Titans) 
 self-modification. ``self_modifying.py`` is the same layer with memories in place of the projections and gates.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.memory.architectures import Architecture
 from hope_jax.memory.kernels import Impl
-from hope_jax.memory.rule import Fast, Gates, Rule
+from hope_jax.memory.rule import Gates, Rule
 from hope_jax.memory.scan import read
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
@@ -68,18 +69,24 @@ class MemoryMixerConfig:
             raise UserError("persistent vectors would be forgotten at the first shard; set persistent=0 or shard=None")
         if self.rule.self_values and not self.unit_values:
             raise UserError("a rule with self_values reads the value as a key; set unit_values=True")
+        if self.rule.transposed and not self.unit_values:
+            raise UserError("a rule with transposed=True diverges unless values have norm 1; set unit_values=True")
 
     def build(self, width: int, dtype: DTypeLike) -> "MemoryMixer":
+        self.check_width(width)
+        return MemoryMixer(self, width, dtype)
+
+    def check_width(self, width: int) -> None:
+        """Raise UserError unless the heads divide the width."""
         if width % self.heads:
             raise UserError(f"{self.heads} heads do not divide width {width}; choose a divisor")
-        return MemoryMixer(self, width, dtype)
 
 
 class MemoryMixerState(NamedTuple):
     """Convolution tails of the q, k, v streams, fast weights [B,H,...], tokens since all anchors were refreshed."""
 
     tails: tuple[Array, ...]
-    fast: Fast
+    fast: Any
     position: Int[Array, ""] | np.ndarray
 
 
@@ -94,7 +101,7 @@ class Found(NamedTuple):
     streams: tuple[Array, Array, Array]
 
 
-def fresh_state(convs: Sequence[layers.ShortConv], start: Fast, batch: int, width: int) -> MemoryMixerState:
+def fresh_state(convs: Sequence[layers.ShortConv], start: Any, batch: int, width: int) -> MemoryMixerState:
     """The state before the first token, of memories that are at their ``start``, leaves [H,...]."""
     fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), start)
     return MemoryMixerState(tuple(conv.init_state(batch, width) for conv in convs), fast, np.zeros((), np.int32))
@@ -128,7 +135,7 @@ class MemoryMixer(nn.Module):
         self.projections = [layers.dense(self.width, self.dtype, name=f"project_{n}") for n in "qkv"]
         self.convs = layers.short_convs(c.conv, self.dtype, c.impl)
         self.gates = {n: layers.dense(c.heads, wide, f"gate_{n}", bias=bias) for n, bias in self._gates().items()}
-        self.out = layers.HeadOutput(c.heads, self.width, c.rule.architecture.residual, self.dtype)
+        self.out = layers.HeadOutput(c.heads, self.width, c.rule.architecture.keeps_query, self.dtype)
         if c.rule.learned_start:
             sizes = (size, size, c.hidden * size)
             self.initial = learned_start(self, "memory", c.rule.architecture, (c.heads,), sizes)
@@ -153,7 +160,7 @@ class MemoryMixer(nn.Module):
             **{f"gate_{name}": dense_axes("embed", "heads", bias=True) for name in self._gates()},
             **(memory_axes("memory", memory.layers) if c.rule.learned_start else {}),
             **({"persistent": ("persistent", "embed")} if c.persistent else {}),
-            "out": layers.HeadOutput(c.heads, self.width, memory.residual, self.dtype, parent=None).axes(),
+            "out": layers.HeadOutput(c.heads, self.width, memory.keeps_query, self.dtype, parent=None).axes(),
         }
 
     def init_state(self, batch: int, capacity: int) -> MemoryMixerState:
@@ -163,10 +170,14 @@ class MemoryMixer(nn.Module):
     def started(self, batch: int, persistent: Float[Array, "P D"] | None) -> MemoryMixerState:
         """The state of sequences of which nothing but ``persistent`` was read, which is done once for all of them."""
         if persistent is None:
-            return fresh_state(self.convs, self.config.rule.start(self.initial), batch, self.width)
+            return fresh_state(self.convs, self._start(), batch, self.width)
         _, state = self.read(persistent[None], self.started(1, None))
         tails, fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), state[:2])
         return MemoryMixerState(tails, fast, np.asarray(len(persistent) % self.config.rule.cycle, np.int32))
+
+    def _start(self) -> Any:
+        """What a fresh sequence starts from, leaves [H,...]."""
+        return self.config.rule.start(self.initial)
 
     def __call__(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Stream, MemoryMixerState]:
         found, state = self.read(u, state, count)
@@ -176,10 +187,7 @@ class MemoryMixer(nn.Module):
         """All but the output map: what the memories answer while they are written."""
         (q, k, v), tails = self._streams(u, state.tails, count)
         rule, impl = self.config.rule, self.config.impl
-
-        def head(position, initial, fast, tokens):
-            return read(rule, initial, fast, tokens, position, impl, count)
-
+        head = functools.partial(self._read_head, count)
         own = (state.fast, (k, v, q, self._gates_of(u)))
         fast, (reads, asked) = over_shards(head, (self.initial,), own, state.position, rule.shard, impl, count)
         position = (state.position + (u.shape[1] if count is None else count)) % rule.cycle
@@ -188,12 +196,17 @@ class MemoryMixer(nn.Module):
 
     def answer(self, u: Stream, q: Float[Array, "B H T K"], reads: Float[Array, "B H T V"]) -> Stream:
         """The output map, of queries and reads."""
-        return self.out(u, *((q, reads - q) if self.config.rule.architecture.residual else (reads,)))
+        return self.out(u, *((q, reads - q) if self.config.rule.architecture.keeps_query else (reads,)))
 
     @layers.light
     def queries(self, u: Stream, tail: Array, count: Count = None) -> tuple[Array, Array]:
         """The queries alone, and the new tail of their convolution."""
         return self._stream(0, u, tail, count)
+
+    @nn.nowrap
+    def _read_head(self, count, position, initial, fast, tokens) -> tuple[Any, tuple[Array, Array | None]]:
+        """``memory.scan.read`` of one head of one sequence."""
+        return read(self.config.rule, initial, fast, tokens, position, self.config.impl, count)
 
     @layers.light
     def _streams(self, u: Stream, tails: tuple[Array, ...], count: Count) -> tuple[list[Array], tuple[Array, ...]]:

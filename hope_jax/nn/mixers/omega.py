@@ -1,0 +1,69 @@
+"""The memory mixer with the Omega rule (ATLAS, arXiv 2505.23735): every token writes its last ``window`` pairs again."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from hope_jax.memory import omega
+from hope_jax.memory.rule import Gates
+from hope_jax.nn.mixers.memory import MemoryMixer, MemoryMixerConfig
+from hope_jax.types import Array, Stream
+
+
+@dataclass(frozen=True)
+class OmegaMixerConfig(MemoryMixerConfig):
+    """``MemoryMixerConfig`` with a window.
+
+    Attributes:
+      window: pairs that each token writes; each has a strength gate of its own, rate_max * sigmoid(w x + rate_bias).
+
+    Raises:
+      UserError: a rule that ``memory.omega.Omega`` refuses, or whatever ``MemoryMixerConfig`` refuses.
+    """
+
+    window: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.omega()
+
+    def omega(self) -> omega.Omega:
+        """The rule with its window."""
+        return omega.Omega(self.rule, self.window)
+
+    def build(self, width: int, dtype: DTypeLike) -> "OmegaMixer":
+        self.check_width(width)
+        return OmegaMixer(self, width, dtype)
+
+
+class OmegaMixer(MemoryMixer):
+    """``(u[B,T,D], state) -> (y[B,T,D], state)``; the state also holds the last ``window - 1`` keys and values."""
+
+    config: OmegaMixerConfig
+
+    @nn.nowrap
+    def _gates(self) -> dict[str, float]:
+        gates = super()._gates()
+        return gates | {f"rate_{lag}": gates["rate"] for lag in range(1, self.config.window) if "rate" in gates}
+
+    def _start(self) -> omega.OmegaState:
+        return jax.vmap(functools.partial(self.config.omega().start, values=self.width // self.config.heads))(
+            self.initial
+        )
+
+    @nn.nowrap
+    def _scan(self, initial, fast, k, v, q, gates, **how) -> tuple[Any, Array]:
+        return omega.scan(self.config.omega(), initial, fast, k, v, q, gates.rate, gates.retention, **how)
+
+    def _gates_of(self, u: Stream) -> Gates:
+        """The same with the strengths of the window's pairs as rate, [B,H,T,c]."""
+        gates, rate = super()._gates_of(u), self.config.rate_max
+        rates = [gates.rate] * self.config.window
+        for lag in range(1, self.config.window if "rate" in self.gates else 1):
+            rates[lag] = rate * jnp.swapaxes(jax.nn.sigmoid(self.gates[f"rate_{lag}"](u)), 1, 2)
+        return gates._replace(rate=jnp.stack(rates, axis=-1))

@@ -1,4 +1,4 @@
-"""The memory mixer with the Omega rule (ATLAS, arXiv 2505.23735): every token writes its last ``window`` pairs again."""
+"""The memory mixer with the Omega rule (ATLAS, arXiv 2505.23735): every token writes its last pairs again."""
 
 import functools
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ class OmegaMixerConfig(MemoryMixerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.omega()
+        self.spec()
 
-    def omega(self) -> omega.Omega:
+    def spec(self) -> omega.Omega:
         """The rule with its window."""
         return omega.Omega(self.rule, self.window)
 
@@ -52,13 +52,12 @@ class OmegaMixer(MemoryMixer):
         return gates | {f"rate_{lag}": gates["rate"] for lag in range(1, self.config.window) if "rate" in gates}
 
     def _start(self) -> omega.OmegaState:
-        return jax.vmap(functools.partial(self.config.omega().start, values=self.width // self.config.heads))(
-            self.initial
-        )
+        of_head = functools.partial(self.config.spec().start, values=self.width // self.config.heads)
+        return jax.vmap(of_head)(self.initial)
 
     @nn.nowrap
     def _scan(self, initial, fast, k, v, q, gates, **how) -> tuple[Any, Array]:
-        return omega.scan(self.config.omega(), initial, fast, k, v, q, gates.rate, gates.retention, **how)
+        return omega.scan(self.config.spec(), initial, fast, k, v, q, gates.rate, gates.retention, **how)
 
     def _gates_of(self, u: Stream) -> Gates:
         """The same with the strengths of the window's pairs as rate, [B,H,T,c]."""

@@ -14,11 +14,14 @@ import references_miras as ref
 
 from hope_jax.errors import UserError
 from hope_jax.memory import RULES, architectures, objectives, omega
+from hope_jax.memory.kernels import PLAIN as PLAIN_PRODUCTS
 from hope_jax.memory.linked import NormLink, SoftmaxLink
 from hope_jax.memory.rule import Gates, Rule
 from hope_jax.memory.scan import scan
+from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
 from hope_jax.nn.mixers.omega import OmegaMixerConfig
+from hope_jax.nn.mixers.titans_mac import TitansMACConfig
 
 D, H, T, PERIOD, C = 4, 6, 11, 4, 3
 RNG = np.random.default_rng(0)
@@ -43,12 +46,12 @@ def arrays(*tree):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def reads_of(rule, impl, kernels, k, v, q, rate, keep):
-    """The reads of a fresh sequence."""
-    return scan(rule, kernels, rule.start(kernels), k, v, q, Gates(rate, keep, None), np.zeros((), np.int32), impl)[1]
+    """The fast weights after a fresh sequence, and the reads."""
+    return scan(rule, kernels, rule.start(kernels), k, v, q, Gates(rate, keep, None), np.zeros((), np.int32), impl)
 
 
 def reads(rule, impl="auto", rate=RATE, kernels=KERNELS):
-    return reads_of(rule, impl, *arrays(tuple(kernels), K, V, Q, rate, KEEP))
+    return reads_of(rule, impl, *arrays(tuple(kernels), K, V, Q, rate, KEEP))[1]
 
 
 def close(ours, theirs):
@@ -117,6 +120,14 @@ def test_weights_of_a_softmax_are_positive_and_sum_to_the_scale(x64):
     np.testing.assert_allclose(np.sum(w, axis=-2), 0.5 * D**0.5)
 
 
+@pytest.mark.parametrize("name", ["moneta", "oja"])
+def test_written_weights_answer_as_the_last_read(x64, name):
+    rule = replace(RULES[name], period=PERIOD)
+    weights = arrays(*(KERNELS if rule.learned_start else [np.zeros((D, D))]))
+    fast, found = reads_of(rule, "auto", weights, *arrays(K, V, Q, RATE, KEEP))
+    close(rule.apply(fast.running, Q[-1:], PLAIN_PRODUCTS)[0], found[-1])
+
+
 # ---------------------------------------------------------------- Omega
 
 
@@ -175,13 +186,14 @@ MIXERS = {
 }
 
 
+def call(m, u, state, count=None):
+    return m(u, m.init_state(len(u), u.shape[1]) if state is None else state, count)
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_layer_reads_pieces_and_padding_as_the_whole_and_no_other_sequence(x64, name):
     config = MIXERS[name]
     module, u = config.build(2 * D, jnp.float64), jnp.asarray(RNG.normal(size=(2, T, 2 * D)))
-
-    def call(m, u, state, count):
-        return m(u, m.init_state(len(u), T) if state is None else state, count)
 
     params = jax.jit(functools.partial(module.init, method=call))(jax.random.key(0), u[:, :1], None, None)
     step = jax.jit(functools.partial(module.apply, params, method=call))
@@ -195,6 +207,13 @@ def test_a_layer_reads_pieces_and_padding_as_the_whole_and_no_other_sequence(x64
     for ours, theirs in zip(*map(jax.tree.leaves, (state, end)), strict=True):
         close(ours, theirs)
     close(step(u.at[0].set(0.0), None, None)[0][1], y[1])
+
+
+def test_memory_as_context_may_be_omega():
+    parts = AttentionConfig(2), replace(MIXERS["omega"], unit_values=False)
+    module, u = TitansMACConfig(*parts, segment=16).build(2 * D, jnp.float32), jnp.zeros((1, 20, 2 * D))
+    out = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), u, method=lambda m, u: call(m, u, None)))
+    assert out[0][0].shape == u.shape
 
 
 # ---------------------------------------------------------------- mistakes

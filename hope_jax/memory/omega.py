@@ -55,6 +55,11 @@ class OmegaState(NamedTuple):
     keys: Float[Array, "c K"]
     values: Float[Array, "c V"]
 
+    @property
+    def running(self) -> Weights:
+        """The weights as they are now."""
+        return self.fast.running
+
 
 def scan(
     omega: Omega,

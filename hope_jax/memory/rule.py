@@ -159,6 +159,12 @@ class Rule:
         """The weights that are applied to inputs, from those that are written."""
         return weights if self.link is None else tuple(self.link(w) for w in weights)
 
+    def apply(self, weights: Weights, x: Float[Array, "T K"], products: Products) -> Float[Array, "T V"]:
+        """What a memory with these written weights answers to ``x``."""
+        if self.transposed:
+            return products.matmul_nt(x, weights[0])
+        return self.architecture.apply(self.acting(weights), x, products)
+
 
 def layer_writes(
     rule: Rule,

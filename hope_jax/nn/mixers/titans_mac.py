@@ -183,7 +183,7 @@ class TitansMAC(nn.Module):
         c = self.config.memory
 
         def head(weights: Weights, queries: Array) -> Array:
-            return c.rule.architecture.apply(weights, queries, products_of(c.impl))
+            return c.rule.apply(weights, queries, products_of(c.impl))
 
         return self.norm_recalled(layers.merge_heads(layers.over_heads(head, (), (frozen, queries), c.impl)))
 

@@ -9,7 +9,7 @@ sum gamma v k^T, whose gradients are at M_{t-1}. The functions are for one head 
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +28,8 @@ class Omega:
     """A rule and its window c, the number of pairs that each token writes.
 
     Raises:
-      UserError: ``window`` below 1, or a rule without an anchor, or with momentum, an erase or a link.
+      UserError: ``window`` below 1, or a rule without an anchor, or with momentum, an erase, a link, shards or
+        projected queries.
     """
 
     rule: Rule
@@ -36,7 +37,8 @@ class Omega:
 
     def __post_init__(self) -> None:
         whole("window", self.window, 1, "pairs")
-        needed = dict(gradient_at="anchor", dgd_scope="none", momentum=False, link=None)
+        needed: dict[str, Any] = dict(gradient_at="anchor", dgd_scope="none", momentum=False, link=None)
+        needed |= dict(shard=None, project_queries=False)
         wrong = [f"{name}={value!r}" for name, value in needed.items() if getattr(self.rule, name) != value]
         if wrong:
             raise UserError(f"the rule of Omega is plain gradient descent from an anchor; set {', '.join(wrong)}")

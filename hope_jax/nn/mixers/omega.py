@@ -56,8 +56,11 @@ class OmegaMixer(MemoryMixer):
         return jax.vmap(of_head)(self.initial)
 
     @nn.nowrap
-    def _scan(self, initial, fast, k, v, q, gates, **how) -> tuple[Any, Array]:
-        return omega.scan(self.config.spec(), initial, fast, k, v, q, gates.rate, gates.retention, **how)
+    def _read_head(self, count, position, initial, fast, tokens) -> tuple[Any, tuple[Array, None]]:
+        *streams, gates = tokens
+        own, how = (*streams, gates.rate, gates.retention), (position, self.config.impl, count)
+        state, reads = omega.scan(self.config.spec(), initial, fast, *own, *how)
+        return state, (reads, None)
 
     def _gates_of(self, u: Stream) -> Gates:
         """The same with the strengths of the window's pairs as rate, [B,H,T,c]."""

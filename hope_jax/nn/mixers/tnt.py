@@ -58,7 +58,8 @@ class TNTConfig:
     @property
     def rule(self) -> Rule:
         """The rule of the global memory."""
-        return Rule(self.local_rule.architecture, self.local_rule.objective, period=self.period, read="anchor")
+        local = self.local_rule
+        return Rule(local.architecture, local.objective, period=self.period, read="anchor", link=local.link)
 
     @property
     def adaptive(self) -> tuple[str, ...]:

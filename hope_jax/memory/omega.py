@@ -90,8 +90,8 @@ def scan(
     gates = Gates(strength.reshape(-1), shared.reshape(-1), None)
     rule, real = replace(omega.rule, period=c * omega.rule.period), None if count is None else c * count
     place = np.asarray(c * position) if isinstance(position, np.ndarray) else c * position  # a known one stays known
-    tokens = (*(_windows(x, c) for x in seen), jnp.repeat(queries, c, axis=0), gates)
-    fast, reads = plain.scan(rule, initial, state.fast, *tokens, place, impl, real)
+    (k, v), q = (_windows(x, c) for x in seen), jnp.repeat(queries, c, axis=0)
+    fast, reads = plain.scan(rule, initial, state.fast, k, v, q, gates, place, impl, real)
     kept = [_last(x, c - 1, length if count is None else count) for x in seen]
     return OmegaState(fast, *kept), reads[c - 1 :: c] if rule.read == "after" else reads[::c]
 

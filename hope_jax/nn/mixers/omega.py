@@ -57,10 +57,10 @@ class OmegaMixer(MemoryMixer):
 
     @nn.nowrap
     def _read_head(self, count, position, initial, fast, tokens) -> tuple[Any, tuple[Array, None]]:
-        *streams, gates = tokens
-        own, how = (*streams, gates.rate, gates.retention), (position, self.config.impl, count)
-        state, reads = omega.scan(self.config.spec(), initial, fast, *own, *how)
-        return state, (reads, None)
+        (k, v, q, gates), (c, spec) = tokens, (self.config, self.config.spec())
+        strength, retention = gates.rate, gates.retention
+        fast, reads = omega.scan(spec, initial, fast, k, v, q, strength, retention, position, c.impl, count)
+        return fast, (reads, None)
 
     def _gates_of(self, u: Stream) -> Gates:
         """The same with the strengths of the window's pairs as rate, [B,H,T,c]."""

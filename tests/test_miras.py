@@ -125,7 +125,7 @@ def test_written_weights_answer_as_the_last_read(x64, name):
     rule = replace(RULES[name], period=PERIOD)
     weights = arrays(*(KERNELS if rule.learned_start else [np.zeros((D, D))]))
     fast, found = reads_of(rule, "auto", weights, *arrays(K, V, Q, RATE, KEEP))
-    close(rule.apply(fast.running, Q[-1:], PLAIN_PRODUCTS)[0], found[-1])
+    close(rule.apply(fast.running, jnp.asarray(Q[-1:]), PLAIN_PRODUCTS)[0], found[-1])
 
 
 # ---------------------------------------------------------------- Omega

@@ -176,6 +176,6 @@ class Attention(nn.Module):
         pairs = zip((self.query, self.key, self.value), streams, strict=True)
         size = self.width // self.config.heads
         q, k, v = (to(x).reshape(*x.shape[:2], -1, size) for to, x in pairs)
-        at = position + jnp.arange(q.shape[1])
+        at = jnp.arange(q.shape[1]) + position
         q, k = (apply_rope(z, at, self.config.rope_base, self.config.rope_scaling) for z in (q, k))
         return [jnp.swapaxes(z, 1, 2) for z in (q, k, v)]

@@ -192,7 +192,7 @@ class TitansMAC(nn.Module):
         both = jnp.concatenate([h, u])
         q, k, v = self.attention.project((u, both, both), state.position)
         k, v = (_in_turn(x) for x in (k, v))
-        cache = FullCache(state.keys, state.values, 2 * state.position)
+        cache = FullCache(state.keys, state.values, jnp.asarray(2 * state.position))
         seen, kept = push(cache, k, v, None if count is None else 2 * count)
         y = attend(q, seen, None, self.attention.prefix(self.persistent), each=2)
         return layers.merge_heads(y), kept.keys, kept.values

@@ -106,9 +106,9 @@ def test_shards_side_by_side_give_what_shards_one_after_another_give(x64, name):
         return piece(name)(*moved, start(name, moved[0]), jnp.int32(T))
 
     assert_equal(after(0.0), (y, state))
-    values = [np.sum(weight * after(step)[0]) for step in (1e-5, -1e-5)]
+    values = [np.sum(weight * after(step)[0]) for step in (1e-6, -1e-6)]
     slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.sum(g * d), gradients, tuple(direction))))
-    assert float(slope) == pytest.approx(float(values[0] - values[1]) / 2e-5, rel=1e-6)
+    assert float(slope) == pytest.approx(float(values[0] - values[1]) / 2e-6, rel=1e-6)
 
 
 @rows

@@ -63,8 +63,11 @@ class Tokens(NamedTuple):
     queries: Any
 
 
-Lookup = Callable[[int, Array], Array]
-"""``lookup(i, inputs)``: the first box of the i-th ``Linear`` at each token's time, applied to its input."""
+Lookup = Callable[..., Array]
+"""``lookup(i, inputs)``: the first box of the i-th ``Linear`` at each token's time, applied to its input.
+
+A third argument, if that is known already: ``Linear.memory`` before the chunk, applied to the inputs.
+"""
 Read = Callable[[Lookup, Any], Any]
 """``read(lookup, queries)`` returns what the lookups made of queries."""
 
@@ -85,11 +88,13 @@ def chunk(
         ends.append(end)
         erased.append(own)
 
-    def lookup(index: int, inputs: Array) -> Array:
+    def lookup(index: int, inputs: Array, at_inputs: Array | None = None) -> Array:
         write, weights = writes[index], first_box(linears[index], writes[index].writes.shape[-1])
         keys = write.keys[0] if write.keys.ndim == 3 else write.keys
         written, own = jax.tree.map(lambda x: x[0] if x.ndim == 3 else x, (write.writes, erased[index]))
-        return _read(products, coefficients.read, weights, keys, written, own, inputs)
+        if at_inputs is None:
+            at_inputs = products.matmul(inputs, weights.memory)
+        return _read(products, coefficients.read, weights, at_inputs, keys, written, own, inputs)
 
     return ends, read(lookup, queries)
 
@@ -188,8 +193,7 @@ def _without_erases(products, share: Share, linear: Linear, at_inputs, inputs, s
     return value
 
 
-def _read(products, share: Share, linear: Linear, keys, writes, erased, inputs) -> Float[Array, "C V"]:
+def _read(products, share: Share, linear: Linear, at_inputs, keys, writes, erased, inputs) -> Float[Array, "C V"]:
     scores = products.matmul_nt(inputs, keys)
-    at_inputs = products.matmul(inputs, linear.memory)
     reads = _without_erases(products, share, linear, at_inputs, inputs, scores, writes)
     return reads if erased is None else reads + products.matmul(share.erases * scores, erased)

@@ -139,7 +139,8 @@ def _sequential(linears: list[Linear], tokens: Tokens, read: Read, time: ReadTim
         after = [token_step(*one, shared) for one in zip(before, writes, strict=True)]
         seen = before if time == "before" else after
 
-        def lookup(index: int, inputs: Array) -> Array:
+        def lookup(index: int, inputs: Array, at_inputs: Array | None = None) -> Array:
+            del at_inputs  # of the memory before all tokens
             return inputs @ _read_weights(first_box(seen[index], writes[index].writes.shape[-1]))
 
         reads = read(lookup, jax.tree.map(lambda x: x[None], queries))

@@ -42,6 +42,7 @@ OTHERS = {
     "taps": "tokens that a convolution sees",
     "levels": "levels of a feed-forward part",
     "persistent": "learned vectors in front of every sequence",
+    "places": "places of a token in a period",
 }
 AXES = COPIES | FEATURES | MEMORY_FEATURES | OTHERS
 """Every axis name and what it counts."""
@@ -60,9 +61,9 @@ def norm_axes() -> Axes:
     return {"scale": ("embed",)}
 
 
-def conv_axes(channels: str) -> Axes:
+def conv_axes(channels: str, bias: bool = False) -> Axes:
     """Names of the parameters of a ``layers.ShortConv``."""
-    return {"kernel": ("taps", channels)}
+    return {"kernel": ("taps", channels)} | ({"bias": (channels,)} if bias else {})
 
 
 def memory_axes(name: str, layers: int, copies: Names = (), answer: str = "head_dim") -> Axes:

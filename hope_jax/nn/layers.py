@@ -97,13 +97,15 @@ class ShortConv(nn.Module):
     """Causal depthwise convolution over time, ``y_t = sum_i kernel_i * x_(t - width + 1 + i)``, kernel ``[width, D]``.
 
     The state is the tail, the last ``width - 1`` inputs. Written as ``width`` shifted products: on a CPU more than 20
-    times faster than a grouped convolution. ``impl`` is that of the memories.
+    times faster than a grouped convolution. ``impl`` is that of the memories. With ``use_bias`` a learned
+    vector [D], at first 0, is added.
     """
 
     width: int = 4
     dtype: DTypeLike = jnp.float32
     start: Initializer = taps_at(0)
     impl: Impl = "auto"
+    use_bias: bool = False
 
     @nn.nowrap
     def init_state(self, batch: int, channels: int) -> Float[Array, "B tail D"]:
@@ -117,7 +119,11 @@ class ShortConv(nn.Module):
         time, channels = x.shape[1:]
         kernel = self.param("kernel", self.start, (self.width, channels), param_dtype(self.dtype)).astype(self.dtype)
         seen = jnp.concatenate([tail, x.astype(self.dtype)], axis=1)
-        return products_of(self.impl).shifted_sum(seen, kernel), last_of(seen, time, count, axis=1)
+        y, tail = products_of(self.impl).shifted_sum(seen, kernel), last_of(seen, time, count, axis=1)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (channels,), param_dtype(self.dtype))
+            y = by_rows(lambda rows: rows + bias.astype(y.dtype)[None], y)
+        return y, tail
 
 
 def last_of(seen: Array, time: int, count: Count, axis: int) -> Array:

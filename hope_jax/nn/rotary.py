@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -62,6 +63,7 @@ def apply_rope(
     wide = param_dtype(x.dtype)
     speeds = rope_speeds(x.shape[-1], base, scaling, wide)
     angles = jnp.outer(positions.astype(wide), speeds)[None, :, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    # Apart from what they turn: XLA on CPU would compute them again for every head of every sequence.
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
     left, right = jnp.split(x.astype(wide), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1).astype(x.dtype)

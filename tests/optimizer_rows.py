@@ -170,7 +170,18 @@ ROWS = {
         deep(NETWORK), (deep(NETWORK, 0.0)(1e-2), optax.sgd(1e-2)), 3e-2, valley=(1e-3, 4000), complex=False
     ),
 }
-table = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+# Two of these are combinations of other rows, one is the long form of another; all compile slowly.
+SLOW = ("m3, levels", "delta, levels", "m3, three scales")
+
+
+def table_of(slow: tuple[str, ...]) -> Any:
+    """A test for every row, those in ``slow`` marked so."""
+    cases = (pytest.param(row, marks=pytest.mark.slow if name in slow else (), id=name) for name, row in ROWS.items())
+    return pytest.mark.parametrize("row", list(cases))
+
+
+table = table_of(SLOW)
+wrapped = table_of((*SLOW, "dmgd, mlp"))
 
 
 def parameters(dtype: Any = jnp.float32):

@@ -139,6 +139,7 @@ def test_the_curve_is_the_mean_of_the_chosen_rate_of_the_last_setting_of_this_te
     assert compare.draw(configured(name="nothing"), rows) == []
 
 
+@pytest.mark.slow
 def test_the_command_compares_and_later_prints_the_table_of_what_is_on_file(capsys, monkeypatch):
     assert main(["compare", *FLAGS.split(), "--learning-rates", "2e-3"]) == 0
     printed = capsys.readouterr().out

@@ -32,7 +32,7 @@ MODELS = {
     ("name", "accumulate"),
     [
         pytest.param("hope", 1, marks=pytest.mark.slow),
-        ("levels in context", 1),
+        pytest.param("levels in context", 1, marks=pytest.mark.slow),
         ("transformer_pp", 1),
         ("transformer_pp", 2),
     ],

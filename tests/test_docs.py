@@ -51,7 +51,6 @@ def test_the_optimizer_line_of_the_readme_is_m3():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_document_of_the_guide_is_less_surprising_the_second_time(tiny):
     names = run(GUIDES / "keep_learning.md", blocks(GUIDES / "keep_learning.md", "python"))
     assert names["second"] < 0.95 * names["first"] and names["written"].shape == (1, 8)

@@ -125,7 +125,6 @@ def test_a_lower_rate_on_the_second_text_scales_every_step(learner):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_every_row_learns_both_texts_from_the_same_state_at_the_switch(config, tmp_path, monkeypatch):
     rows = ("levels_1", "together_1", "later_1")
     config = dataclasses.replace(config, steps=32, rows=rows, second_rates=(1.0, 0.1), seeds=(0,), eval_every=16)

@@ -30,7 +30,10 @@ COUNTS = {f"{name}-{size}": n for name, row in PARAMETERS.items() for size, n in
 
 B, T, VOCAB = 2, 20, 48
 SMALL = Size(width=32, layers=2, heads=2, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
-architectures = pytest.mark.parametrize("name", ARCHITECTURES)
+# A row of every kind of mixer; the others are those with another rule or feed-forward part.
+QUICK = ("hope", "transformer_conv", "titans", "gated_deltanet")
+ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
+architectures = pytest.mark.parametrize("name", ROWS)
 
 
 def count(tree):
@@ -41,7 +44,11 @@ def test_every_model_has_a_pinned_parameter_count():
     assert set(COUNTS) == set(MODELS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The formulas are those of every size: two of them are enough for each edit of the code.
+COUNTED = [pytest.param(n, marks=() if n.endswith(("-30m", "-1.3b")) else pytest.mark.slow) for n in MODELS]
+
+
+@pytest.mark.parametrize("name", COUNTED)
 def test_the_parameter_count_is_the_pinned_one(name):
     model = MODELS[name]
     x = jax.ShapeDtypeStruct((1, 1, model.width), model.dtype)

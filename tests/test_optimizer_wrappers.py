@@ -8,12 +8,12 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.training.train_state import TrainState
-from optimizer_rows import compiled, gradient, parameters, plain_run, program, table, walk
+from optimizer_rows import compiled, gradient, parameters, plain_run, program, walk, wrapped
 
 from hope_jax import optim
 
 
-@table
+@wrapped
 def test_gradients_that_are_not_finite_never_reach_the_state_under_apply_if_finite(row):
     tx, params = optax.apply_if_finite(row.make(1e-2), 100), parameters()
     state, update = tx.init(params), jax.jit(tx.update)
@@ -26,7 +26,7 @@ def test_gradients_that_are_not_finite_never_reach_the_state_under_apply_if_fini
         chex.assert_trees_all_equal(after.inner_state, state.inner_state)
 
 
-@table
+@wrapped
 def test_partition_gives_it_its_own_part_of_the_tree_and_no_more(row):
     params = parameters()
     labels = {"embedding": "rest", "ffn": "mine"}
@@ -36,7 +36,7 @@ def test_partition_gives_it_its_own_part_of_the_tree_and_no_more(row):
     chex.assert_trees_all_close(divided["embedding"], moved, rtol=1e-5, atol=1e-6)
 
 
-@table
+@wrapped
 def test_lookahead_moves_the_slow_parameters_halfway_to_where_it_went(row):
     params = parameters()
     tx = optax.with_extra_args_support(optax.lookahead(compiled(row.make), 4, 0.5))
@@ -49,7 +49,7 @@ def test_lookahead_moves_the_slow_parameters_halfway_to_where_it_went(row):
     chex.assert_trees_all_close(both.slow, half, rtol=1e-5, atol=1e-6)
 
 
-@table
+@wrapped
 def test_many_at_once_by_vmap_are_each_on_its_own_and_a_scan_is_a_loop(row):
     tx = optax.with_extra_args_support(row.make(1e-2))
     first, second = parameters(), jax.tree.map(lambda p: -2 * p, parameters())
@@ -74,7 +74,7 @@ def stacked(*trees):
     return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
 
 
-@table
+@wrapped
 def test_places_without_a_parameter_stay_empty(row):
     params, tx = parameters(), row.make(1e-2)
     holes = {**params, "nothing": None, "empty": {}}
@@ -89,7 +89,7 @@ def angles(count, seed):
     return np.exp(1j * np.random.default_rng(count + seed).uniform(0, 6, count))
 
 
-@table
+@wrapped
 def test_complex_gradients_turned_row_by_row_and_column_by_column_turn_the_path(row, x64):
     if not row.complex:
         pytest.skip("defined for real parameters only")
@@ -118,7 +118,10 @@ class TwoLayers(nn.Module):
         return optim.delta_dense(2, strength=0.01, name="out")(hidden)
 
 
-@pytest.mark.parametrize("make", [optim.m3, optim.delta_momentum, optim.dmgd], ids=lambda make: make.__name__)
+MAKES = [optim.delta_momentum, *(pytest.param(make, marks=pytest.mark.slow) for make in (optim.m3, optim.dmgd))]
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda make: make.__name__)
 def test_a_flax_train_state_takes_them_as_it_takes_adamw(make):
     x = jax.random.normal(jax.random.key(0), (64, 8))
     y, model = jnp.sin(x[:, :2]), TwoLayers()

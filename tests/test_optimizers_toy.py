@@ -81,6 +81,7 @@ def test_everybody_has_as_many_settings_and_the_fixed_one_is_among_them():
 TINY = "optimizers_toy --optimizers momentum delta_gram dmgd_mlp m3 --decays 0.9 --steps 120 --seeds 1 --task-steps 3"
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_line_per_optimizer_and_problem_a_table_and_a_picture(tmp_path, capsys):
     results = tmp_path / "r"
     assert main([*TINY.split(), "--results", str(results), "--cache", str(tmp_path)]) == 0

@@ -21,7 +21,13 @@ SUBSETS = [frozenset(f for i, f in enumerate(FEATURES) if bits >> i & 1) for bit
 CASES = [(s, 33, 13, ("before", "after")[i % 2]) for i, s in enumerate(SUBSETS)]
 CASES += [(ALL, *c) for c in ((1, 16, "after"), (7, 1, "before"), (33, 16, "before"))]
 cases = pytest.mark.parametrize(
-    ("features", "time", "block", "read"), CASES, ids=["+".join(sorted(s)) + f" {t}/{b} {r}" for s, t, b, r in CASES]
+    ("features", "time", "block", "read"),
+    [
+        pytest.param(
+            s, t, b, r, id="+".join(sorted(s)) + f" {t}/{b} {r}", marks=pytest.mark.slow if len(s) == 2 else ()
+        )
+        for s, t, b, r in CASES
+    ],
 )
 
 

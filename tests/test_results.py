@@ -127,6 +127,7 @@ def test_what_is_only_read_must_be_there_and_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_reader_of_the_output_that_has_seen_enough_is_no_mistake(tmp_path):
     shutil.copy(Path(__file__).parent.parent / "experiments" / "results" / "knowledge.jsonl", tmp_path)
     command = shlex.join([sys.executable, "-m", "experiments", "knowledge", "--table", "--results", str(tmp_path)])

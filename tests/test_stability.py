@@ -20,6 +20,7 @@ def fresh_call(module, u):
     return module(u, module.init_state(u.shape[0], u.shape[1]))
 
 
+@pytest.mark.slow
 def test_at_initialisation_4096_tokens_of_three_streams_stay_bounded():
     width, length = 64, 4096
     module, rng = SelfModifyingConfig(heads=1).build(width, jnp.float32), np.random.default_rng(0)

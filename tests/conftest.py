@@ -3,6 +3,7 @@
 ``x64`` gives a test float64, ``key`` a fixed random key. Shapes in signatures are checked (see ``setup.cfg``).
 """
 
+import gc
 import os
 
 from compiling import FLAGS
@@ -16,11 +17,12 @@ import tokenizers
 from corpora import LETTERS, TEXT
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import config as type_checker
+from made_once import once
 from tqdm import tqdm
-from trained_run import document, learned, short_pieces, trained  # noqa: F401, fixtures
+from trained_run import document, learned, short_pieces, trained, trained_once  # noqa: F401, fixtures
 
 # Files that take longest, longest first: two workers then end together. The rest follow in the order of their names.
-LONGEST = ("test_models", "test_self_modifying", "test_train", "test_generate", "test_rules", "test_optimizers")
+LONGEST = ("test_self_modifying", "test_models", "test_writes", "test_context", "test_learn", "test_train")
 
 
 def pytest_configure(config):
@@ -28,6 +30,7 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     tqdm.monitor_interval = 0  # its thread wakes by the clock, and a warning in it fails whatever test is running
+    gc.set_threshold(100_000, 20, 100)  # tracing makes many objects and little garbage
     config.option.loadscopereorder = False  # pytest-xdist hands out files as they are listed, see below
 
 
@@ -85,7 +88,12 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory):
-    """A trained byte-level tokenizer with a special token and, as such files have, a truncation."""
+    """The file of a trained byte-level tokenizer with a special token and, as such files have, a truncation."""
+    return once(tmp_path_factory, "bpe", train_bpe) / "tokenizer.json"
+
+
+def train_bpe(folder):
+    """Train the tokenizer of ``bpe`` and save it in the folder."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -97,9 +105,7 @@ def bpe(tmp_path_factory):
     )
     tokenizer.train_from_iterator([TEXT * 20 + "the quick brown fox jumps over the lazy dog\n" * 20], trainer)
     tokenizer.enable_truncation(8)
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture

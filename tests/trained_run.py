@@ -5,11 +5,13 @@ The model is put together by hand and has no name: a run folder is all that the 
 
 import contextlib
 import dataclasses
+import functools
 import io
 import shutil
 from pathlib import Path
 
 import pytest
+from made_once import once
 
 from hope_jax import MODELS
 from hope_jax import train as training
@@ -41,31 +43,37 @@ def short_pieces():
         yield
 
 
-@pytest.fixture(scope="module")
-def trained(short_pieces, bpe, tmp_path_factory):
-    """A run folder of four steps, with a tokenizer of its own and a level in context; to be looked at only."""
-    place = tmp_path_factory.mktemp("trained")
+def train(place, bpe):
+    """Fill ``place`` with a text and the run folder ``run`` of a model that read some of it."""
     path = place / "text.txt"
     path.write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(20)))
     data = DataConfig(path=(str(path),), tokenizer=str(bpe))
     tokenizer = make_tokenizer(data)
     text = open_text(data, tokenizer, length=32, cache_dir=place / "cache")
     model = dataclasses.replace(with_in_context(SMALL, (16,), writes=Writes(2.0)), vocab_size=tokenizer.vocab_size)
-    of_text, of_tokenizer = text.fingerprint, tokenizer.fingerprint
-    config = training.TextRun(model, training.OptimizerConfig(), 2, 32, 0, of_text, of_tokenizer)
+    config = training.TextRun(model, training.OptimizerConfig(), 2, 32, 0, text.fingerprint, tokenizer.fingerprint)
     heldout = text.heldout_batches(batch=2, limit=1)
     with training.open_run(place / "run") as folder:
         keep_tokenizer(folder, data)
+        setup = training.text_setup(config, 4, tokenizer.byte_lengths)
         for total in (2, 4):  # the second one goes on from the first
-            setup, batches = (
-                training.text_setup(config, total, tokenizer.byte_lengths),
-                text.train_batches(batch=2, seed=0),
-            )
+            batches = text.train_batches(batch=2, seed=0)
             training.fit(setup, batches, heldout, training.Steps(total), run=training.Run(folder, config))
-    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_once(bpe, tmp_path_factory):
+    """The run folder of ``trained``."""
+    return once(tmp_path_factory, "trained", functools.partial(train, bpe=bpe)) / "run"
 
 
 @pytest.fixture(scope="module")
+def trained(short_pieces, trained_once):
+    """A run folder of four steps, with a tokenizer of its own and a level in context; to be looked at only."""
+    return trained_once
+
+
+@pytest.fixture(scope="session")
 def document(tmp_path_factory):
     """A text that says the same thing again and again."""
     path = tmp_path_factory.mktemp("document") / "arvo.txt"

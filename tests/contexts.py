@@ -1,11 +1,14 @@
 """A small model whose levels are written in context, and streams for it."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from drawn import drawn
 
 from hope_jax import context
 from hope_jax.levels import Level
@@ -21,6 +24,9 @@ WIDTH, VOCAB = 8, 11
 
 
 HOPE = SelfModifyingConfig(2, conv=2, c_memory=4, c_projections=4)
+# Compiles fast.
+LIGHT = replace(HOPE, inner_projection=(), momentum="none", dgd_scope="none", rate_max=1.5)
+MIXERS = [pytest.param(HOPE, marks=pytest.mark.slow, id="hope"), pytest.param(LIGHT, id="light")]
 
 
 def config(periods=(4, 8), in_context=2, dtype=jnp.float64, mixer=None, layers=1, **cms):
@@ -33,19 +39,12 @@ def config(periods=(4, 8), in_context=2, dtype=jnp.float64, mixer=None, layers=1
 
 
 def made(*args: Any, seed: int = 0, **kwargs: Any):
-    """A model, parameters away from their start, and 37 tokens of two sequences."""
+    """A model, random parameters, and 37 tokens of two sequences."""
     model = LanguageModel(config(*args, **kwargs))
     draw = np.random.default_rng(seed)
     tokens = jnp.asarray(draw.integers(0, VOCAB, (2, 37)))
-    params = started(model, jax.random.key(seed), tokens[:, :1])
-    params = jax.tree.map(lambda p: p + 0.05 * draw.normal(size=p.shape).astype(p.dtype), params)
-    return model, params, tokens
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def started(model, key, tokens):
-    """Parameters: one program, where a call that is not compiled needs one for every operation in it."""
-    return model.init(key, tokens)["params"]
+    part: Any = model.config.feed_forward
+    return model, drawn(model.init, tokens[:, :1], seed=seed, rate=part.writes.rate), tokens
 
 
 @functools.partial(jax.jit, static_argnums=0)

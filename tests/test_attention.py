@@ -1,9 +1,12 @@
 """Attention against numpy, causality by gradients, any cut against the whole, and what happens when a cache is full."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from hope_jax.errors import UserError
 from hope_jax.nn.mixers.attention import AttentionConfig, room_left
@@ -23,9 +26,15 @@ rows = pytest.mark.parametrize("config", ROWS.values(), ids=ROWS)
 
 def make(config, key, dtype=jnp.float64, capacity=T, time=T):
     """A compiled layer with random parameters, an input and a fresh state."""
-    layer = config.build(D, dtype)
-    x, state = jax.random.normal(key, (B, time, D), dtype), layer.init_state(B, capacity)
-    return jax.jit(layer.apply), jax.jit(layer.init)(key, x[:, :1], state), x, state
+    run, params = layer(config, dtype)
+    return run, params, jax.random.normal(key, (B, time, D), dtype), config.build(D, dtype).init_state(B, capacity)
+
+
+@functools.cache
+def layer(config, dtype):
+    """A compiled layer and its parameters."""
+    module, x = config.build(D, dtype), jnp.zeros((B, 1, D), dtype)
+    return jax.jit(module.apply), {"params": drawn(module.init, x, module.init_state(B, 1))}
 
 
 def numpy_attention(config, params, x):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import HOPE, close, made, read, started, stream
+from contexts import MIXERS, close, made, read, stream
+from drawn import drawn
 
 from hope_jax import context
 from hope_jax.context.schedule import schedule_of
@@ -20,7 +21,7 @@ from hope_jax.nn.language_model import LanguageModel
 CUTS = [(21,), (5, 3, 1, 5, 7), (1, 7, 13)]
 
 
-@pytest.mark.parametrize("wiring", ["sequential", "nested", "independent"])
+@pytest.mark.parametrize("wiring", ["sequential", "nested", pytest.param("independent", marks=pytest.mark.slow)])
 def test_any_cut_of_a_stream_equals_the_whole(wiring, x64):
     model, params, tokens = made(wiring=wiring)
     whole, *others = CUTS if wiring == "sequential" else [(18,), (6, 4, 4, 4)]
@@ -45,8 +46,9 @@ def test_rate_0_is_the_static_model_to_the_bit():
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_hope_learns_as_any_other_model(x64):
-    model, params, tokens = made(mixer=HOPE, layers=1)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_hope_learns_as_any_other_model(mixer, x64):
+    model, params, tokens = made(mixer=mixer, layers=1)
     expected, end = stream(model, params, tokens[:, :9], (5, 4))
     found, state = stream(model, params, tokens[:, :9], (1, 4, 4))
     np.testing.assert_allclose(found, expected, rtol=1e-9)
@@ -82,11 +84,12 @@ def test_sequences_of_a_batch_are_on_their_own(x64):
     close(second, one.blocks.feed_forward, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_model_whose_levels_are_slower_than_the_context_learns_too():
     tiny = replace(MODELS["hope_attention-tiny"], layers=1)
     model = LanguageModel(tiny)
     tokens = jax.random.randint(jax.random.key(0), (1, 20), 0, 256)
-    params = started(model, jax.random.key(1), tokens[:, :1])
+    params = drawn(model.init, tokens[:, :1], spread=0.07, rate=1.0)
     loss, state = context.learn(model, params, model.init_state(params, batch=1), tokens)
     assert schedule_of(model, trained=False).distinct == (2048, 8192) and 4 < loss < 12
     stored = context.finish(model, params, state)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import VOCAB, close, config, made, read, started, stream
+from contexts import VOCAB, close, config, made, read, stream
+from drawn import drawn
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
@@ -148,7 +149,7 @@ def test_mistakes_are_plain_and_leave_the_state_as_it_was():
         context.learn(model, params | {"embedding": params["embedding"] * jnp.nan}, state, tokens[:, :8])
     jax.tree.map(np.testing.assert_array_equal, state, before)
     other = LanguageModel(replace(model.config, width=16, mixer=replace(model.config.mixer, heads=4)))
-    there = started(other, jax.random.key(0), tokens[:, :1])
+    there = drawn(other.init, tokens[:, :1])
     with pytest.raises(UserError, match="of another model"):
         context.learn(other, there, state, tokens)
     plain = LanguageModel(MODELS["transformer_pp-tiny"])

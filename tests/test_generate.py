@@ -1,5 +1,6 @@
 """Generation: greedy text is the argmax of the full pass, sessions go on, samples have the right distribution."""
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from flax import linen as nn
 
 from hope_jax import generate
@@ -27,19 +29,22 @@ MIXERS = {
     "memory": MemoryMixerConfig(RULES["deltanet"], 2),
     "hope": SelfModifyingConfig(2, c_memory=8, c_projections=4),
 }
+NAMES = ["attention", "window", "memory", pytest.param("hope", marks=pytest.mark.slow)]
+mixers = pytest.mark.parametrize("name", NAMES)
 
 
-def tiny(mixer, key, capacity=ROOM):
+@functools.cache
+def tiny(mixer, capacity=ROOM):
     """A small model, its parameters, a fresh state of two sequences and prompts that are read as 64 + 1 + 1 tokens."""
     model = LanguageModel(ModelConfig(mixer, SwiGLUConfig(24), width=16, layers=2, vocab_size=VOCAB))
-    prompt = jax.random.randint(key, (2, PROMPT), 0, VOCAB)
-    params = jax.jit(model.init)(key, prompt[:, :1])["params"]
+    prompt = jax.random.randint(jax.random.key(0), (2, PROMPT), 0, VOCAB)
+    params = drawn(model.init, prompt[:, :1])
     return model, params, model.init_state(params, 2, capacity), prompt
 
 
-@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
-def test_greedy_text_is_the_argmax_of_one_full_pass_over_it(key, mixer):
-    model, params, state, prompt = tiny(mixer, key)
+@mixers
+def test_greedy_text_is_the_argmax_of_one_full_pass_over_it(key, name):
+    model, params, state, prompt = tiny(MIXERS[name])
     tokens, _ = generate.sample(model, params, state, prompt, steps=40, temperature=0, key=key)
     logits, _ = jax.jit(model.apply)({"params": params}, jnp.concatenate([prompt, tokens], axis=1))
     best = logits[:, PROMPT - 1 : -1].max(-1)
@@ -48,9 +53,9 @@ def test_greedy_text_is_the_argmax_of_one_full_pass_over_it(key, mixer):
     assert len(np.unique(np.asarray(tokens))) > 1, "a constant text proves nothing"
 
 
-@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
-def test_two_calls_write_what_one_longer_call_writes_and_leave_the_same_state(key, mixer):
-    model, params, state, prompt = tiny(mixer, key)
+@mixers
+def test_two_calls_write_what_one_longer_call_writes_and_leave_the_same_state(key, name):
+    model, params, state, prompt = tiny(MIXERS[name])
     settings = {"temperature": 0, "key": key}
     whole, end = generate.sample(model, params, state, prompt, steps=50, **settings)
     first, middle = generate.sample(model, params, state, prompt, steps=17, **settings)
@@ -60,7 +65,7 @@ def test_two_calls_write_what_one_longer_call_writes_and_leave_the_same_state(ke
 
 
 def test_the_state_has_read_everything_but_the_last_token(key):
-    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    model, params, state, prompt = tiny(MIXERS["attention"])
     tokens, end = generate.sample(model, params, state, prompt, steps=6, key=key)
     read = jnp.concatenate([prompt, tokens[:, :-1]], axis=1)
     _, expected = jax.jit(model.apply)({"params": params}, read, state)
@@ -68,7 +73,7 @@ def test_the_state_has_read_everything_but_the_last_token(key):
 
 
 def test_a_longer_sample_starts_like_a_shorter_one_and_other_keys_differ(key):
-    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    model, params, state, prompt = tiny(MIXERS["attention"])
     long, _ = generate.sample(model, params, state, prompt, steps=45, temperature=1.5, key=key)
     short, _ = generate.sample(model, params, state, prompt, steps=9, temperature=1.5, key=key)
     other, _ = generate.sample(model, params, state, prompt, steps=9, temperature=1.5, key=jax.random.key(1))
@@ -77,7 +82,7 @@ def test_a_longer_sample_starts_like_a_shorter_one_and_other_keys_differ(key):
 
 
 def test_a_stream_stopped_early_leaves_a_state_to_go_on_from(key):
-    model, params, state, prompt = tiny(MIXERS["memory"], key)
+    model, params, state, prompt = tiny(MIXERS["memory"])
     whole, _ = generate.sample(model, params, state, prompt, steps=60, temperature=0, key=key)
     pieces = generate.stream(model, params, state, prompt, steps=60, temperature=0, key=key)
     first, _ = next(pieces)
@@ -201,7 +206,7 @@ def test_other_lengths_and_settings_of_a_second_call_compile_nothing_new():
     ids=str,
 )
 def test_mistakes_are_told_before_anything_runs(key, untyped, changes, words):
-    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    model, params, state, prompt = tiny(MIXERS["attention"])
     arguments = {"params": params, "state": state, "prompt": prompt, "steps": 5, "key": key, **changes}
     with pytest.raises(UserError, match=words):
         generate.stream(model, **arguments)
@@ -213,22 +218,22 @@ def test_however_cold_the_likeliest_token_is_written(temperature):
 
 
 def test_the_last_free_slot_can_be_used_and_room_counts_what_was_read(key):
-    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    model, params, state, prompt = tiny(MIXERS["attention"])
     tokens, state = generate.sample(model, params, state, prompt, steps=ROOM - PROMPT + 1, key=key)
     with pytest.raises(UserError, match="room for 0 more"):
         generate.sample(model, params, state, tokens[:, -1:], steps=1, key=key)
 
 
-@pytest.mark.parametrize("name", ["window", "memory", "hope"])
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_windows_and_memories_write_without_limit(key, name):
-    model, params, state, prompt = tiny(MIXERS[name], key, capacity=4)
+    model, params, state, prompt = tiny(MIXERS[name], capacity=4)
     tokens, end = generate.sample(model, params, state, prompt, steps=50, key=key)
     assert tokens.shape == (2, 50)
     chex.assert_trees_all_equal_shapes_and_dtypes(end, jax.tree.map(jnp.asarray, state))
 
 
 def test_a_model_that_gives_nan_is_an_error_not_a_text(key):
-    model, params, state, prompt = tiny(MIXERS["attention"], key)
+    model, params, state, prompt = tiny(MIXERS["attention"])
     broken = jax.tree.map(lambda p: p * jnp.nan, params)
     with pytest.raises(UserError, match="not finite"):
         generate.sample(model, broken, state, prompt, steps=5, key=key)

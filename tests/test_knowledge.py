@@ -1,12 +1,14 @@
 """The experiment of made-up facts: what is asked cannot be known, both ways to read do what they say, the table."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from experiments import facts, incorporation, knowledge
 from experiments.__main__ import main
@@ -23,7 +25,7 @@ CONFIG = knowledge.KnowledgeConfig(levels=(2,), periods=(16, 32), width=8, layer
 def read():
     """A small model with two levels, its parameters, and two documents of three facts."""
     model = LanguageModel(CONFIG.model(2))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = drawn(model.init, jnp.zeros((1, 1), jnp.int32), rate=1.0)
     return model, params, facts.draw_facts(0, 0, 2, 3, heldout=True)
 
 
@@ -64,10 +66,16 @@ def test_what_is_stored_is_what_a_stream_left_in_the_levels(read):
     _, state = context.surprise(model, params, context.start(model, params, 2), told)
     state = context.finish(model, params, state)
     merged = [context.merge(model, params, jax.tree.map(lambda x, i=i: one(x, i), state))[0] for i in range(2)]
-    expected = [model.apply({"params": merged[i]}, question[i : i + 1])[0][0] for i in range(2)]
+    expected = [predicted(model, merged[i], question[i : i + 1])[0] for i in range(2)]
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-3, atol=1e-5)
     plain = incorporation.untouched(model, params, 2)(question)
     assert np.any(np.abs(found - plain) > 1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predicted(model, params, tokens):
+    """Logits of fresh sequences."""
+    return model.apply({"params": params}, tokens)[0]
 
 
 def one(leaf, i):
@@ -81,15 +89,16 @@ def test_fine_tuning_takes_a_step_for_each_chunk_with_the_context_before_it(read
     question = jnp.asarray(drawn.asked[:, 0, : facts.ASKED])
     found = incorporation.tuned(model, params, told, 16, Method("sgd", 0.5, 1))(question)
     tokens, tuned, state = jnp.asarray(told[:1]), params, model.init_state(params, 1)
+
+    @functools.partial(jax.grad, has_aux=True)
+    def slope(params, inputs, labels, state):
+        logits, after = model.apply({"params": params}, inputs, state)
+        return cross_entropy(logits, labels).sum() / 16, after
+
     for start, end in ((0, 16), (16, 31)):
-
-        def loss(params, start=start, end=end, state=state):
-            logits, after = model.apply({"params": params}, tokens[:, start:end], state)
-            return cross_entropy(logits, tokens[:, start + 1 : end + 1]).sum() / 16, after
-
-        slopes, state = jax.grad(loss, has_aux=True)(tuned)
+        slopes, state = jax.jit(slope)(tuned, tokens[:, start:end], tokens[:, start + 1 : end + 1], state)
         tuned = jax.tree.map(lambda p, g: p - 0.5 * g, tuned, slopes)
-    np.testing.assert_allclose(found[:1], model.apply({"params": tuned}, question[:1])[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found[:1], predicted(model, tuned, question[:1]), rtol=1e-3, atol=1e-4)
 
 
 def test_recall_and_bits_are_those_of_the_predictions():

@@ -1,10 +1,13 @@
 """The mixers as layers against numpy: projections, convolutions, unit norms, gates, memory, head norm, output gate."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from drawn import drawn
 from references import sigmoid
 
 from hope_jax.memory import RULES
@@ -52,8 +55,8 @@ def output(params, u, reads):
     return (merged * silu(u @ params["gate"]["kernel"])) @ params["down"]["kernel"]
 
 
-def drawn(config):
-    """A layer, its parameters moved away from their starts (zeros and ones would hide mistakes), input and output.
+def drawn_layer(config):
+    """A layer, random parameters (their starts, zeros and ones, would hide mistakes), input and output.
 
     Of two sequences together, each as it is alone, the second; heads differ in every parameter.
     """
@@ -63,12 +66,9 @@ def drawn(config):
     def run(m, u):
         return m(u, m.init_state(len(u), T))[0]
 
-    leaves, tree = jax.tree.flatten(module.init(jax.random.key(0), u, method=run)["params"])
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [w + 0.3 * jax.random.normal(k, w.shape, w.dtype) for w, k in zip(leaves, keys, strict=True)]
-    params = jax.tree.unflatten(tree, moved)
+    params = drawn(functools.partial(module.init, method=run), u)
     call = jax.jit(lambda u: module.apply({"params": params}, u, method=run))
-    together, alone = call(u), jnp.concatenate([call(u[:1]), call(u[1:])])
+    together, alone = call(u), jnp.stack([call(u[jnp.array([i, i])])[0] for i in (0, 1)])
     np.testing.assert_allclose(together, alone, rtol=1e-9, atol=1e-12)
     return jax.tree.map(np.asarray, params), np.asarray(u[1]), together[1]
 
@@ -77,7 +77,7 @@ def drawn(config):
 def test_the_self_modifying_layer_is_its_equations(x64, names):
     how = dict(c_memory=4, c_projections=4)
     config = SelfModifyingConfig(heads=HEADS, inner_projection=tuple(names), horizon=32, projection_rate=0.5, **how)
-    params, u, y = drawn(config)
+    params, u, y = drawn_layer(config)
     x = units(u)
     q, k, v = (units(silu(conv(u, params[f"conv_{n}"]["kernel"]))) for n in "qkv")
     if "q" not in names:
@@ -102,7 +102,7 @@ def test_the_self_modifying_layer_is_its_equations(x64, names):
 @pytest.mark.parametrize("name, unit_values", [("titans_linear", True), ("titans_linear", False), ("titans", True)])
 def test_the_mixer_of_a_rule_is_its_equations(x64, name, unit_values):
     config = MemoryMixerConfig(RULES[name], HEADS, horizon=32, rate_max=0.7, unit_values=unit_values)
-    params, u, y = drawn(config)
+    params, u, y = drawn_layer(config)
     streams = [silu(conv(u @ params[f"project_{n}"]["kernel"], params[f"conv_{n}"]["kernel"])) for n in "qkv"]
     q, k = map(units, streams[:2])
     v = units(streams[2]) if unit_values else np.moveaxis(streams[2].reshape(T, HEADS, SIZE), 1, 0)
@@ -120,29 +120,37 @@ def test_the_mixer_of_a_rule_is_its_equations(x64, name, unit_values):
     np.testing.assert_allclose(y, expected, rtol=1e-9)
 
 
-def test_gates_start_where_the_configuration_says(x64):
+@functools.cache
+def started():
+    """A layer of one head and width 400, and its parameters at their start."""
     config = SelfModifyingConfig(heads=1, horizon=100, projection_rate=0.05)
-    module = config.build(16, jnp.float64)
-    u = jnp.zeros((1, 1, 16))
-    params = module.init(jax.random.key(0), u, method=lambda m, u: m(u, m.init_state(1, 1)))["params"]
+
+    def run(m, u):
+        return m(u, m.init_state(1, 1))
+
+    init = jax.jit(functools.partial(config.build(400, jnp.float64).init, method=run))
+    return config, init(jax.random.key(0), jnp.zeros((1, 1, 400)))["params"]
+
+
+def test_gates_start_where_the_configuration_says(x64):
+    config, params = started()
     assert sigmoid(np.asarray(params["retention_bias"])) == pytest.approx(1 - 1 / 100)
     assert np.asarray(params["rate_bias"]) == pytest.approx(config.rate_bias)
     assert np.asarray(params["momentum_bias"]) == pytest.approx(config.momentum_bias)
     for name, size in (("query", 1), ("answer", 4)):
-        assert np.asarray(params["out"][f"scale_{name}"]) == pytest.approx(size * 16**0.5)
+        assert np.asarray(params["out"][f"scale_{name}"]) == pytest.approx(size * 400**0.5)
     rates = [float(jnp.exp(params[f"log_rate_{n}"][0])) for n in ("memory", "projections", "gates")]
     assert rates == pytest.approx([1, 0.05, 0.05])
 
 
 def test_keys_start_as_the_token_before_the_stored_value(x64):
-    config = SelfModifyingConfig(heads=1)
-    params = config.build(400, jnp.float64).init(jax.random.key(0), jnp.zeros((1, 1, 400)), method=lambda m, u: m(
-        u, m.init_state(1, 1)))["params"]  # fmt: skip
+    _, params = started()
     for name, lag in (("q", 0), ("k", 1), ("v", 0)):
         taps = np.mean(np.asarray(params[f"conv_{name}"]["kernel"]), axis=1)
         np.testing.assert_allclose(taps, np.eye(4)[3 - lag], atol=0.08)
 
 
+@pytest.mark.slow
 def test_a_model_of_plain_products_has_derivatives_in_every_mode(x64):
     """Slope and curvature along a direction: forward twice, and the gradient linearized. Small, as compiling costs."""
     linear = Architecture(1, residual=False, scales=(1.0,))
@@ -150,7 +158,7 @@ def test_a_model_of_plain_products_has_derivatives_in_every_mode(x64):
     mixer = SelfModifyingConfig(HEADS, c_memory=2, c_projections=2, impl="chunked", **how)
     model = LanguageModel(ModelConfig(mixer, SwiGLUConfig(hidden=8), WIDTH, 1, vocab_size=16, dtype=jnp.float64))
     tokens = jax.random.randint(jax.random.key(0), (1, 4), 0, 16)
-    params = jax.jit(model.init)(jax.random.key(1), tokens[:, :1])["params"]
+    params = drawn(model.init, tokens[:, :1])
     direction = jnp.asarray([[0.3, -1.2]])
 
     def along(step):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import HOPE, close, config, started
+from contexts import HOPE, close, config
+from drawn import drawn
 
 from hope_jax.memory import RULES
 from hope_jax.nn.language_model import LanguageModel
@@ -27,7 +28,7 @@ def test_padding_is_not_read(mixer, x64):
     """One program reads 3, 6 and 1 tokens, as others do that know how many they are."""
     model = LanguageModel(config(mixer=MIXERS[mixer], in_context=0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 10)))
-    params = started(model, jax.random.key(0), tokens[:, :1])
+    params = drawn(model.init, tokens[:, :1])
 
     @jax.jit
     def padded(tokens, state, count):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from drawn import drawn
 
 from hope_jax.errors import UserError
 from hope_jax.memory import architectures, objectives
@@ -124,8 +125,16 @@ def moved(config, numpy_head, direction, step=1e-25j):
     return streams, starts, scales, [x + step * d for x, d in zip(biases, tuning[1:], strict=True)]
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["any time", "whole periods"])
-@pytest.mark.parametrize("row", ROWS)
+SLOW = (pytest.mark.slow,)
+# Every row in one of both ways, in turn; the other half of the grid is slow.
+CASES = [
+    pytest.param(row, bool(whole), id=f"{row}, {way}", marks=SLOW * (whole != i % 2))
+    for i, row in enumerate(ROWS)
+    for whole, way in enumerate(("any time", "whole periods"))
+]
+
+
+@pytest.mark.parametrize(("row", "whole"), CASES)
 def test_a_head_equals_the_token_by_token_equations(x64, row, whole):
     """The gradient, too, in some rows: along one random direction, by a complex step; any stop-gradient shows."""
     config = config_of(ROWS[row])
@@ -147,8 +156,11 @@ def test_a_head_equals_the_token_by_token_equations(x64, row, whole):
         assert sum(np.sum(np.asarray(g) * d) for g, d in pairs) == pytest.approx(slope, rel=1e-9)
 
 
-@pytest.mark.parametrize("impl", ["sequential", "chunked"])
-@pytest.mark.parametrize("row", GRADIENT_ROWS)
+QUICK = {("all projections, periods 8 8", "sequential"), ("a matrix as main memory", "chunked")}
+FORMS = itertools.product(GRADIENT_ROWS, ("sequential", "chunked"))
+
+
+@pytest.mark.parametrize(("row", "impl"), [pytest.param(*f, marks=SLOW * (f not in QUICK)) for f in FORMS])
 def test_every_form_has_the_same_values_and_gradients(x64, row, impl):
     _, point, weight, _ = start_of(row, True)
     expected, found = compiled(row, True)(point, weight), compiled(row, True, impl)(point, weight)
@@ -180,6 +192,7 @@ def test_with_period_one_reading_before_is_reading_the_anchor(x64):
 # ---------------------------------------------------------------- the layer
 
 LAYER = dict(heads=2, c_memory=8, c_projections=4, horizon=32, projection_rate=0.5)
+OTHER = dict(inner_projection=("v", "q"), retain_to="init", momentum="none")
 
 
 def fresh_call(module, u):
@@ -192,11 +205,11 @@ def layer(dtype="float64", **row):
     """Compiled (params, u, state) -> (y, state), parameters, an input [2,T,8] and the fresh state."""
     module = SelfModifyingConfig(**LAYER | row).build(8, dtype)
     u = jax.random.normal(jax.random.key(1), (2, T, 8), dtype)
-    params = jax.jit(functools.partial(module.init, method=fresh_call))(jax.random.key(0), u[:, :1])
+    params = {"params": drawn(functools.partial(module.init, method=fresh_call), u[:, :1], retention_bias=3.4)}
     return jax.jit(module.apply), params, u, module.apply(params, 2, T, method=type(module).init_state)
 
 
-@pytest.mark.parametrize("row", [{}, dict(inner_projection=("v", "q"), retain_to="init", momentum="none")], ids=str)
+@pytest.mark.parametrize("row", [pytest.param({}, marks=SLOW), OTHER], ids=str)
 def test_any_cut_of_a_sequence_gives_the_same_outputs_and_state(x64, row):
     apply, params, u, state = layer(**row)
     expected, end = apply(params, u, state)  # jit sees the position as unknown; a model's first call does not

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import read, started
+from contexts import read
+from drawn import drawn
 
 from hope_jax import context
 from hope_jax.errors import UserError
@@ -24,7 +25,7 @@ def transformer(layers=3):
     """A small Transformer, its parameters, and 25 tokens of two sequences."""
     config = ModelConfig(AttentionConfig(2), SwiGLUConfig(12), 8, layers, vocab_size=11, context=64)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 25)))
-    return config, started(LanguageModel(config), jax.random.key(0), tokens[:, :1]), tokens
+    return config, drawn(LanguageModel(config).init, tokens[:, :1]), tokens
 
 
 def test_rate_0_is_the_transformer_to_the_bit():

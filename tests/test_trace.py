@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import HOPE, VOCAB, close, config, made, stream
+from contexts import LIGHT, VOCAB, close, config, made, stream
+from drawn import drawn
 from jax.interpreters.partial_eval import dce_jaxpr
 from references import sigmoid
 
@@ -85,19 +86,12 @@ def test_levels_are_the_layers_of_a_period_and_numbers_are_their_means():
 
 # ---------------------------------------------------------------- gates
 
-LIGHT = replace(HOPE, inner_projection=(), momentum="none", dgd_scope="none", rate_max=1.5)  # compiles fast
 
-
-def random_params(init, *args):
-    """Parameters of the shapes that ``init`` has, each drawn at random."""
-    draw, shapes = np.random.default_rng(0), jax.eval_shape(init, jax.random.key(0), *args)["params"]
-    return jax.tree.map(lambda leaf: jnp.asarray(0.4 * draw.normal(size=leaf.shape), leaf.dtype), shapes)
-
-
+@pytest.mark.slow
 def test_the_gates_of_a_stream_are_those_of_its_tokens_at_the_weights_they_are_read_with():
     model = LanguageModel(config((4,), in_context=1, dtype=jnp.float32, mixer=LIGHT, layers=2))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 8)))
-    params = random_params(model.init, tokens[:, :1])
+    params = drawn(model.init, tokens[:, :1])
     params["blocks"]["feed_forward"]["rate"] = jnp.full((2, 1), 100.0)
     _, state = context.surprise(model, params, context.start(model, params, 2), tokens[:, :2])
     trace, after = tracing.watch(model, params, state, tokens[:, 2:])
@@ -127,7 +121,7 @@ def watched(part):
     """A mixer, its parameters, two sequences of 11 tokens."""
     module, u = part.build(8, jnp.float32), jax.random.normal(jax.random.key(0), (2, 11, 8))
     init = functools.partial(module.init, method=lambda m, u: m(u, m.init_state(2, 11))[0])
-    return module, random_params(init, u), u
+    return module, drawn(init, u), u
 
 
 def sown(module, params, u):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn
 
 from hope_jax import MODELS, LanguageModel
 from hope_jax import train as training
@@ -30,7 +31,7 @@ def narrow(name):
 def build(name):
     """A narrow model with its parameters, its compiled loss with gradient, and 4 sequences of 32 tokens."""
     model = narrow(name)
-    params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])(jax.random.key(0))
+    params = drawn(model.init, jnp.zeros((1, 1), jnp.int32), spread=0.18, retention_bias=4.0)
     batch = jax.random.randint(jax.random.key(1), (4, 33), 0, 256)
     grad = jax.jit(jax.value_and_grad(training.next_token_loss(model, BYTES), has_aux=True))
     return SimpleNamespace(config=model.config, model=model, params=params, batch=batch, grad=grad)
@@ -42,7 +43,7 @@ def small():
     return build("hope_attention-tiny")
 
 
-@pytest.fixture(scope="module", params=["small", "titans-tiny", "hope-tiny"])
+@pytest.fixture(scope="module", params=["small", "titans-tiny", pytest.param("hope-tiny", marks=pytest.mark.slow)])
 def each(request, small):
     """The same, and models whose memories are written in context from learned initial states."""
     return small if request.param == "small" else build(request.param)
@@ -123,9 +124,14 @@ def test_bfloat16_flag_keeps_parameters_and_loss_in_float32(small):
     assert float(loss) == pytest.approx(float(exact), rel=0.02)
 
 
-@pytest.mark.parametrize("method", [AdamW(), pytest.param(M3(), marks=pytest.mark.slow)], ids=["adamw", "m3"])
-def test_hope_after_three_steps_a_save_a_restore_and_three_more_is_bit_for_bit_hope_after_six(tmp_path, method):
-    model, draw = narrow("hope-tiny"), np.random.default_rng(0)
+RUNS = [pytest.param("hope_attention-tiny", AdamW(), id="levels")]
+RUNS += [pytest.param("hope-tiny", AdamW(), id="hope", marks=pytest.mark.slow)]
+RUNS += [pytest.param("hope-tiny", M3(), id="hope, m3", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("name", "method"), RUNS)
+def test_three_steps_a_save_a_restore_and_three_more_are_bit_for_bit_six(tmp_path, name, method):
+    model, draw = narrow(name), np.random.default_rng(0)
     config = training.OptimizerConfig(warmup=2, method=method)
     tx = training.optimizer(config, 6, {"static": 1, "level_0": 2, "level_1": 3}, model.axes())
     rate, loss = training.schedule(config, 6), training.next_token_loss(model, BYTES)

@@ -1,5 +1,6 @@
 """The ViT and the race of optimizers on it: images from files, patches, tuning, what is on file is not run again."""
 
+import functools
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tensorflow_datasets as tfds
+from drawn import drawn
 from PIL import Image
 from tensorflow_datasets.core.utils import file_utils
 
@@ -117,10 +119,11 @@ def test_patches_are_squares_in_reading_order():
 def test_patches_that_move_with_their_positions_change_nothing_and_without_them_do():
     model = ViT(classes=3, patch=2, width=8, layers=2, heads=2)
     x = jax.random.normal(jax.random.key(0), (5, 6, 4))
-    params: Any = model.init(jax.random.key(1), x, method=ViT.from_patches)["params"]
+    params: Any = drawn(functools.partial(model.init, method=ViT.from_patches), x)
     params["head"]["kernel"] = jax.random.normal(jax.random.key(2), (8, 3))
     order = jnp.array([3, 0, 5, 1, 4, 2])
 
+    @jax.jit
     def read(params, x) -> jax.Array:
         return jnp.asarray(model.apply({"params": params}, x, method=ViT.from_patches))
 
@@ -131,7 +134,7 @@ def test_patches_that_move_with_their_positions_change_nothing_and_without_them_
 
 def test_embeddings_and_head_of_the_vit_are_no_matrices():
     model = ViT(classes=3, patch=2, width=8, layers=1, heads=2)
-    params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"]
+    params = drawn(model.init, jnp.ones((1, 4, 4, 1)))
     views = matrix_views(params, matrices)
     block = views["block_0"]
     attention = block["MultiHeadDotProductAttention_0"]
@@ -144,13 +147,13 @@ def test_embeddings_and_head_of_the_vit_are_no_matrices():
 
 def test_muon_orthogonalises_what_m3_does_and_with_steps_of_one_size():
     model = ViT(classes=3, patch=2, width=8, layers=1, heads=2)
-    params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"]
+    params = drawn(model.init, jnp.ones((1, 4, 4, 1)))
     draw = np.random.default_rng(0)
     gradients = jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape), p.dtype), params)
     steps = []
     nadamw = optax.adamw(1.0, weight_decay=1e-4, nesterov=True)
     for tx in (*(vit_optimizers.CONTESTANTS[name].make(1.0) for name in ("muon", "adamuon")), nadamw):
-        steps.append(tx.update(gradients, tx.init(params), params)[0])
+        steps.append(jax.jit(tx.update)(gradients, tx.init(params), params)[0])
 
     def compare(view, muon, adamuon, nadamw):
         if view is None:  # optax's Muon has Nesterov's form everywhere
@@ -196,15 +199,16 @@ def test_a_run_is_the_optimizer_step_by_step_on_its_batches(folder):
         setup = config.setup("m3", images)
         found = vit_optimizers.train(config, images, about, setup, training.Run(place, about))
     model, start = ViT(3, 4, 8, 1, 2), jax.random.split(jax.random.key(1))[0]
-    params: Any = model.init(start, images.train.images[:1])["params"]
+    params: Any = jax.jit(model.init)(start, images.train.images[:1])["params"]
     tx = vit_optimizers.CONTESTANTS["m3"].make(lambda count: 3e-2 * peak(count + 1))
     state, batches, losses = tx.init(params), draws(images.train, 1, 8), []
-    slope = jax.jit(jax.grad(image_loss(model), has_aux=True))
+    slope, loss = jax.jit(jax.grad(image_loss(model), has_aux=True)), jax.jit(image_loss(model))
+    update = jax.jit(tx.update)
     for _ in range(4):
         gradients, _ = slope(params, next(batches))
-        updates, state = tx.update(gradients, state, params)
+        updates, state = update(gradients, state, params)
         params = optax.apply_updates(params, updates)
-        losses.append(float(image_loss(model)(params, images.train)[0]))
+        losses.append(float(loss(params, images.train)[0]))
     np.testing.assert_allclose(found["curve"]["train_loss"], losses[1::2], atol=1e-5)
     assert found["train_loss"] == found["curve"]["train_loss"][-1] and found["test_loss"] is None
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import HOPE, VOCAB, WIDTH, close, config, made, stream
+from contexts import MIXERS, VOCAB, WIDTH, close, config, made, stream
 
 from hope_jax import context
 from hope_jax.cli.main import main
@@ -38,9 +38,10 @@ def test_training_reads_as_the_stream_does_and_learns_the_rates(x64):
     assert rates.shape == (1, 2) and np.all(rates > 0)
 
 
-def test_a_hope_can_be_differentiated_through_the_writes_of_its_levels(x64):
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_hope_can_be_differentiated_through_the_writes_of_its_levels(mixer, x64):
     """Traced only: compiling it takes minutes. Values are those of the parts, each tested where it is."""
-    model, params, tokens = made((4,), in_context=1, mixer=HOPE)
+    model, params, tokens = made((4,), in_context=1, mixer=mixer)
     slope = jax.eval_shape(
         lambda: jax.grad(lambda p: reading_loss(model, p, tokens[:, :8], tokens[:, 1:9]).mean())(params)
     )
@@ -72,7 +73,7 @@ def test_full_gradients_are_those_of_finite_differences(x64):
         np.testing.assert_allclose(found[(0,) * found.ndim], expected, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "adam"])
 def test_no_loss_depends_on_a_later_token_through_the_writes(optimizer, x64):
     """By gradients: of the loss of label t with respect to the embedding of each position's token."""
     model, params, tokens = made(optimizer=optimizer, rate=0.1)
@@ -97,13 +98,19 @@ def test_no_loss_depends_on_a_later_token_through_the_writes(optimizer, x64):
     assert np.all(np.abs(slope).max(axis=1) > 0), "every earlier token matters"
 
 
-def test_the_count_of_differentiated_writes_changes_gradients_and_not_values(x64):
+def test_the_count_of_differentiated_writes_changes_no_value(x64):
     model, params, tokens = made()
-    cut = made(bptt=(0, 1))[0]
+    cut = LanguageModel(config(bptt=(0, 1)))
     pair = (tokens[:, :T], tokens[:, 1 : T + 1])
     np.testing.assert_array_equal(read(cut, params, *pair), read(model, params, *pair))
+
+
+@pytest.mark.slow
+def test_the_count_of_differentiated_writes_changes_gradients(x64):
+    _, params, tokens = made()
     full, first, one, many = (
-        gradient(made(bptt=counts)[0], params, tokens[:, : T + 1]) for counts in ((), (0, 0), (1, 1), (100, 100))
+        gradient(LanguageModel(config(bptt=counts)), params, tokens[:, : T + 1])
+        for counts in ((), (0, 0), (1, 1), (100, 100))
     )
     close(many, full, rtol=1e-10, atol=1e-13)
 
@@ -139,9 +146,13 @@ def test_first_order_is_the_gradient_with_the_written_weights_held(x64):
     expected = jax.jit(jax.grad(loss))(params)
     found = gradient(model, params, tokens[:, : T + 1])
     close(found, expected, rtol=1e-7, atol=1e-11)
+    assert not np.any(found["blocks"]["feed_forward"]["rate"])
 
 
-WAYS = [dict(optimizer="adam", rate=1e-2), dict(optimizer="momentum"), dict(optimizer="muon", rate=1e-2), dict(rank=2)]
+WAYS = [dict(optimizer="muon", rate=1e-2), dict(rank=2)]
+WAYS += [
+    pytest.param(way, marks=pytest.mark.slow) for way in (dict(optimizer="adam", rate=1e-2), dict(optimizer="momentum"))
+]
 
 
 @pytest.mark.parametrize("settings", WAYS, ids=str)

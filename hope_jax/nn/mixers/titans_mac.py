@@ -71,7 +71,7 @@ class TitansMACState(NamedTuple):
     """State between two tokens.
 
     Attributes:
-      frozen: the memory at the start of the segment, leaves [B,H,...]; set when the first token of a segment is read.
+      frozen: the memory at the start of the segment, leaves [B,H,...].
       fast: the memory now.
       recall_tail: tail of the convolution of the queries of recall, [B,tail,D].
       tails: of the queries, keys and values of y.
@@ -157,26 +157,24 @@ class TitansMAC(nn.Module):
 
     def _piece(self, state: TitansMACState, u: Stream, count: Count) -> tuple[TitansMACState, Stream]:
         """Tokens of one segment, after ``state.position`` others of the same."""
-        state, position = self._entered(state, count), state.position
+        position = state.position
         queries, recall_tail = self.memory.queries(u, state.recall_tail, count)
         y, keys, values = self._attend(u, self._recalled(state.frozen, queries), state, count)
         found, (tails, fast, _) = self.memory.read(y, MemoryMixerState(state.tails, state.fast, position), count)
         position = (position + (u.shape[1] if count is None else count)) % self.config.segment
-        state = TitansMACState(
-            state.frozen, fast, recall_tail, tails, keys, values, jnp.asarray(position, _START.dtype)
-        )
-        return state, self.out(y, layers.merge_heads(found.reads))
+        state = TitansMACState(state.frozen, fast, recall_tail, tails, keys, values, position)
+        return self._left(state), self.out(y, layers.merge_heads(found.reads))
 
-    def _entered(self, state: TitansMACState, count: Count) -> TitansMACState:
-        """Before the first token of a segment, the memory that it recalls from is frozen and the cache is emptied."""
-        due = state.position == 0 if count is None else (state.position == 0) & (count > 0)
+    def _left(self, state: TitansMACState) -> TitansMACState:
+        """After the last token of a segment, the memory to recall from is frozen and the cache is emptied."""
+        ended = state.position == 0
 
         def set_back(new: Array, old: Array) -> Array:
-            return (new if due else old) if isinstance(due, np.bool_) else jnp.where(due, new, old)
+            return (new if ended else old) if isinstance(ended, np.bool_) else jnp.where(ended, new, old)
 
         frozen = jax.tree.map(set_back, state.fast.running, state.frozen)
         keys, values = (set_back(jnp.zeros_like(x), x) for x in (state.keys, state.values))
-        return state._replace(frozen=frozen, keys=keys, values=values)
+        return state._replace(frozen=frozen, keys=keys, values=values, position=jnp.asarray(state.position, jnp.int32))
 
     def _recalled(self, frozen: Weights, queries: Float[Array, "B H T K"]) -> Stream:
         """What the frozen memory answers each token."""

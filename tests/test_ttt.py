@@ -91,7 +91,7 @@ def test_the_layer_is_its_equations_and_a_token_knows_its_own_past_only(x64):
     weight = jax.random.normal(jax.random.key(3), u[1].shape, u.dtype).at[14:].set(0.0)
 
     def value(params, u):
-        y = module.apply({"params": params}, u, method=run)
+        y: Any = module.apply({"params": params}, u, method=run)
         return jnp.sum(y[1] * weight), y
 
     (_, y), (gradient, of_inputs) = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(params, u)

@@ -1,28 +1,81 @@
-"""The named models: rows of architecture x size. Baselines have Hope's parameter count within 3% at every size.
+"""Every architecture, a function of the size. All have Hope's parameter count within 3% at every size.
 
 ===================  ==============================================================================================
 hope                 self-modifying Titans + continuum memory system (SPEC 2.8; Eq. 94-97)
 hope_attention       softmax attention in place of the self-modifying mixer, same continuum memory system
+hope_tnt             hope with shards and a global memory (TNT)
 transformer_pp       attention with rotary positions + SwiGLU
 transformer_conv     transformer_pp with Hope's short convolutions: what the convolutions alone are worth
-titans, deltanet     the mixer of that rule (``memory.RULES``) + SwiGLU; likewise gated_deltanet, linear_attention
+linear_attention     the mixer of that rule (``memory.RULES``) + SwiGLU; likewise deltanet, titans (the LMM),
+                     titans_linear, dla, yaad, moneta, memora, oja and omega
+deltanet_negative    deltanet with rates up to 2: transitions with negative eigenvalues
+gated_deltanet       in its published form + SwiGLU; likewise comba, retnet, lstm and srwm
+mamba2               two Mamba-2 layers for each Transformer layer, no feed-forward part
+ttt_linear, ttt_mlp  a convolution, then the TTT layer + SwiGLU
+rwkv7                time mix, then channel mix
+titans_mac, _mag     Titans: memory as context, memory as gate + SwiGLU
+titans_mal           memory as layer: the memory, then attention over a window + SwiGLU
+titans_tnt           titans with shards and a global memory (TNT)
+samba                Mamba-2 + SwiGLU, then attention over a window + SwiGLU; the published one has Mamba-1 layers
+gdn_h1               gated_deltanet + SwiGLU, then attention over a window + SwiGLU
 ===================  ==============================================================================================
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 from hope_jax.memory import RULES
+from hope_jax.memory.objectives import Huber
 from hope_jax.models.sizes import Size
-from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.config import ModelConfig, PartConfig
+from hope_jax.nn.feed_forward.channel_mix import ChannelMixConfig
 from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.nn.mixers.convolution import ConvolutionConfig
+from hope_jax.nn.mixers.gated_deltanet import Form, GatedDeltaNetConfig
+from hope_jax.nn.mixers.lstm import LSTMConfig
+from hope_jax.nn.mixers.mamba2 import Mamba2Config
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
+from hope_jax.nn.mixers.omega import OmegaMixerConfig
+from hope_jax.nn.mixers.retnet import RetNetConfig
+from hope_jax.nn.mixers.rwkv7 import RWKV7Config
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
+from hope_jax.nn.mixers.srwm import SRWMConfig
+from hope_jax.nn.mixers.titans_mac import TitansMACConfig
+from hope_jax.nn.mixers.titans_mag import TitansMAGConfig
+from hope_jax.nn.mixers.tnt import TNTConfig
+from hope_jax.nn.mixers.ttt import Memory, TTTConfig
+
+Row = Callable[[Size], ModelConfig]
+
+WINDOW = 2048  # tokens that the hybrids' attention sees
+PERSISTENT = 16  # learned vectors in front of the sequences of Titans' hybrids; the paper has no number
+SEGMENT = 512  # tokens of a segment of memory as context; the paper has no number
+SHARD, DISTANT = 512, 2048  # TNT: tokens of a shard, and between updates of the global memory
+# Plain gradient descent over a period of 16 equal keys diverges above a rate of 2/16 (SPEC 2.6).
+GENTLE = 0.1
+TITANS = MemoryMixerConfig(RULES["titans"], 1, rate_max=GENTLE, horizon=8192, unit_values=True)
+
+
+def _model(size: Size, mixer: PartConfig, feed_forward: PartConfig | None, layers: int = 1) -> ModelConfig:
+    """``layers``: blocks for each layer of the size."""
+    return ModelConfig(mixer, feed_forward, size.width, layers * size.layers, size.vocab_size, size.context)
+
+
+def _pattern(size: Size, *blocks: tuple[PartConfig, PartConfig | None], layers: int = 2) -> ModelConfig:
+    mixers, parts = zip(*blocks, strict=True)
+    return ModelConfig(mixers, parts, size.width, layers * size.layers, size.vocab_size, size.context)
+
+
+def _hope_mixer(size: Size) -> tuple[SelfModifyingConfig, float]:
+    """The mixer, and its parameters in units of width^2, as everywhere here."""
+    mixer = SelfModifyingConfig(size.heads, horizon=4 * size.context)
+    # Four projections and the starts of its memories: of memory, keys and values, and the gates' first layers.
+    return mixer, 4 + 6 / size.heads + 2 * mixer.gate_hidden / size.width
 
 
 def _hope(size: Size) -> ModelConfig:
-    mixer = SelfModifyingConfig(size.heads, horizon=4 * size.context)
-    # Four projections and the starts of its memories: of memory, keys and values, and the gates' first layers.
-    weights = 4 + 6 / size.heads + 2 * mixer.gate_hidden / size.width
+    mixer, weights = _hope_mixer(size)
     return _model(size, mixer, size.cms(weights))
 
 
@@ -30,32 +83,167 @@ def _hope_attention(size: Size) -> ModelConfig:
     return _model(size, AttentionConfig(size.heads), size.cms(4))
 
 
-def _transformer(conv: int) -> Callable[[Size], ModelConfig]:
+def _hope_tnt(size: Size) -> ModelConfig:
+    mixer, weights = _hope_mixer(size)
+    local = dataclasses.replace(mixer, shard=SHARD, project_queries=True)
+    # The global memory has a start and maps of its own, for keys and values.
+    return _model(size, TNTConfig(local, DISTANT), size.cms(weights + 2 + 2 / size.heads))
+
+
+def _transformer(conv: int) -> Row:
     return lambda size: _model(size, AttentionConfig(size.heads, conv=conv), size.swiglu(4))
 
 
-def _memory(rule: str, **gates) -> Callable[[Size], ModelConfig]:
+def _memory_weights(mixer: MemoryMixerConfig) -> float:
+    """Queries, keys, values, the output gate, and W_o, which has two inputs where the memory returns its query too."""
+    one = mixer.rule
+    starts = one.architecture.layers * mixer.hidden if one.architecture.layers > 1 else 1
+    return 5 + one.architecture.keeps_query + one.learned_start * starts / mixer.heads
+
+
+def _memory(rule: str, **gates) -> Row:
     def build(size: Size) -> ModelConfig:
-        one = RULES[rule]
-        # q, k, v, the output gate, and W_o, which has two inputs where the memory returns its query too.
-        weights = 5 + one.architecture.residual + one.learned_start * one.architecture.layers / size.heads
-        return _model(size, MemoryMixerConfig(one, size.heads, **gates), size.swiglu(weights))
+        mixer = MemoryMixerConfig(RULES[rule], size.heads, **gates)
+        return _model(size, mixer, size.swiglu(_memory_weights(mixer)))
 
     return build
 
 
-def _model(size: Size, mixer, feed_forward) -> ModelConfig:
-    return ModelConfig(mixer, feed_forward, size.width, size.layers, size.vocab_size, size.context)
+def _yaad(size: Size) -> ModelConfig:
+    """Errors are bounded where they are as long as a value whose features are 1."""
+    rule = dataclasses.replace(RULES["yaad"], objective=Huber((size.width / size.heads) ** 0.5))
+    mixer = MemoryMixerConfig(rule, size.heads, rate_max=0.05, horizon=8192, hidden=4)
+    return _model(size, mixer, size.swiglu(_memory_weights(mixer)))
 
 
-ARCHITECTURES: dict[str, Callable[[Size], ModelConfig]] = {
+def _omega(size: Size) -> ModelConfig:
+    rule = dataclasses.replace(RULES["titans_linear"], momentum=False)
+    mixer = OmegaMixerConfig(rule, size.heads, rate_max=GENTLE, horizon=8192)
+    return _model(size, mixer, size.swiglu(_memory_weights(mixer)))
+
+
+def _titans(size: Size) -> MemoryMixerConfig:
+    return dataclasses.replace(TITANS, heads=size.heads)
+
+
+def _window(size: Size, persistent: int = 0) -> AttentionConfig:
+    return AttentionConfig(size.heads, window=min(WINDOW, size.context), persistent=persistent)
+
+
+def _titans_mac(size: Size) -> ModelConfig:
+    segment = min(SEGMENT, size.context)
+    mixer = TitansMACConfig(AttentionConfig(size.heads), _titans(size), PERSISTENT, segment)
+    # Six maps to queries, keys and values, one output map, and the start of the memory.
+    return _model(size, mixer, size.swiglu(7 + 2 / size.heads))
+
+
+def _titans_mag(size: Size) -> ModelConfig:
+    mixer = TitansMAGConfig(_window(size), _titans(size), PERSISTENT)
+    return _model(size, mixer, size.swiglu(7 + 2 / size.heads))
+
+
+def _titans_mal(size: Size) -> ModelConfig:
+    memory = dataclasses.replace(_titans(size), persistent=PERSISTENT)
+    weights = _memory_weights(memory) + 4
+    return _pattern(size, (memory, None), (_window(size, PERSISTENT), size.swiglu(weights)))
+
+
+def _titans_tnt(size: Size) -> ModelConfig:
+    rule = dataclasses.replace(RULES["titans"], shard=SHARD, project_queries=True)
+    local = dataclasses.replace(_titans(size), rule=rule)
+    return _model(size, TNTConfig(local, DISTANT), size.swiglu(_memory_weights(local) + 2 / size.heads))
+
+
+def _gated_deltanet(form: Form) -> Row:
+    return lambda size: _model(size, GatedDeltaNetConfig.published(size.width, form), size.swiglu(6))
+
+
+def _retnet(size: Size) -> ModelConfig:
+    return _model(size, RetNetConfig.published(size.width), size.swiglu(8))
+
+
+def _mamba2_mixer(size: Size, depth: int) -> tuple[Mamba2Config, float]:
+    """With the published state of 128 features where two layers then have the size of others' blocks, else 64."""
+    state = 128 if size.width >= 768 else 64
+    mixer = Mamba2Config(math.gcd(64, 2 * size.width), state, depth=depth)
+    return mixer, 6 + (2 * state + 2 * size.width / mixer.head_size) / size.width
+
+
+def _mamba2(size: Size) -> ModelConfig:
+    mixer, _ = _mamba2_mixer(size, 2 * size.layers)
+    return _model(size, mixer, None, layers=2)
+
+
+def _hybrid(size: Size, mixer: PartConfig, weights: float) -> ModelConfig:
+    """That mixer and attention over a window in turn, each with a feed-forward part."""
+    feed_forward = size.swiglu((weights + 4) / 2)
+    return _pattern(size, (mixer, feed_forward), (_window(size), feed_forward), layers=1)
+
+
+def _samba(size: Size) -> ModelConfig:
+    return _hybrid(size, *_mamba2_mixer(size, 2 * size.layers))
+
+
+def _gdn_h1(size: Size) -> ModelConfig:
+    return _hybrid(size, GatedDeltaNetConfig.published(size.width), 6)
+
+
+def _ttt(memory: Memory, rate_max: float, starts: int) -> Row:
+    """``starts``: weights of an inner model, in squares of the head's features."""
+
+    def build(size: Size) -> ModelConfig:
+        mixer = TTTConfig(size.heads, memory, rate_max)
+        return _pattern(size, (ConvolutionConfig(), None), (mixer, size.swiglu(4 + starts / size.heads)))
+
+    return build
+
+
+def _rwkv7(size: Size) -> ModelConfig:
+    mixer = RWKV7Config(math.gcd(64, size.width))
+    ranks = sum(mixer.ranks(size.width).values())
+    hidden = size.hidden(4 + 2 * ranks / size.width, matrices=2)
+    return _pattern(size, (mixer, None), (ChannelMixConfig(hidden), None))
+
+
+def _lstm(size: Size) -> ModelConfig:
+    return _model(size, LSTMConfig(), size.swiglu(8))
+
+
+def _srwm(size: Size) -> ModelConfig:
+    return _model(size, SRWMConfig(size.heads), size.swiglu(1 + 3 / size.heads))
+
+
+ARCHITECTURES: dict[str, Row] = {
     "hope": _hope,
     "hope_attention": _hope_attention,
+    "hope_tnt": _hope_tnt,
     "transformer_pp": _transformer(conv=0),
     "transformer_conv": _transformer(conv=4),
-    # Plain gradient descent over a period of 16 equal keys diverges above a rate of 2/16 (SPEC 2.6).
-    "titans": _memory("titans", rate_max=0.1, horizon=8192, unit_values=True),
+    "titans": _memory("titans", rate_max=GENTLE, horizon=8192, unit_values=True),
+    "titans_linear": _memory("titans_linear", rate_max=GENTLE, horizon=8192, unit_values=True),
+    "titans_mac": _titans_mac,
+    "titans_mag": _titans_mag,
+    "titans_mal": _titans_mal,
+    "titans_tnt": _titans_tnt,
     "deltanet": _memory("deltanet"),
-    "gated_deltanet": _memory("gated_deltanet", horizon=64),
+    "deltanet_negative": _memory("deltanet", rate_max=2.0),
+    "gated_deltanet": _gated_deltanet("gated_deltanet"),
+    "comba": _gated_deltanet("comba"),
     "linear_attention": _memory("linear_attention", rate_bias=None),
+    "retnet": _retnet,
+    "mamba2": _mamba2,
+    "samba": _samba,
+    "gdn_h1": _gdn_h1,
+    "ttt_linear": _ttt("linear", 1.0, starts=1),
+    "ttt_mlp": _ttt("mlp", 0.1, starts=8),
+    "rwkv7": _rwkv7,
+    # Rates of a small recall probe; above them these memories grow or store worse (docs/defaults.md).
+    "dla": _memory("dla", rate_max=0.1, horizon=256, hidden=4),
+    "yaad": _yaad,
+    "moneta": _memory("moneta", rate_max=0.02, horizon=8192, hidden=4),
+    "memora": _memory("memora", rate_max=0.02, horizon=8192, hidden=4),
+    "oja": _memory("oja", horizon=64, unit_values=True),
+    "omega": _omega,
+    "lstm": _lstm,
+    "srwm": _srwm,
 }

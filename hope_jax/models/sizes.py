@@ -25,20 +25,20 @@ class Size:
 
     def cms(self, mixer: float) -> CMSConfig:
         """Levels whose MLPs (2 matrices each) fill the block up to the size of Hope's."""
-        return CMSConfig(self.levels, self._hidden(mixer, 2 * len(self.levels)))
+        return CMSConfig(self.levels, self.hidden(mixer, 2 * len(self.levels)))
 
     def swiglu(self, mixer: float) -> SwiGLUConfig:
         """A SwiGLU layer (3 matrices) that fills the block up to the size of Hope's."""
-        return SwiGLUConfig(self._hidden(mixer, 3))
+        return SwiGLUConfig(self.hidden(mixer, 3))
 
-    def _hidden(self, mixer: float, matrices: int) -> int:
-        """Hidden features of a feed-forward part beside a mixer of ``mixer`` x width^2 parameters.
+    def hidden(self, mixer: float, matrices: int) -> int:
+        """Hidden features of a feed-forward part beside a mixer of ``mixer`` x width^2 parameters, at least 16.
 
         Everybody's block has the size of four projections, one Transformer MLP, 8 width^2 (SPEC 3.1), and four
         memories of two matrices per head, as wide as the head.
         """
         hidden = (4 + 8 + 8 / self.heads - mixer) * self.width / matrices
-        return 16 * round(hidden / 16)
+        return max(16, 16 * round(hidden / 16))
 
 
 _TINY_LEVELS = (Level(2_048), Level(8_192))

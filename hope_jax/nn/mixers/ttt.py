@@ -152,7 +152,9 @@ class TTT(nn.Module):
         return self._output(u, reads), TTTState(tail, inner, position)
 
     @layers.light
-    def _streams(self, u: Stream, tail: Array, position: Int[Array, ""], count: Count) -> tuple[Array, ...]:
+    def _streams(
+        self, u: Stream, tail: Array, position: Int[Array, ""] | np.ndarray, count: Count
+    ) -> tuple[Array, ...]:
         """Queries, keys and values per head [B,H,T,K] in at least float32, and the new tail."""
         c, shape = self.config, (*u.shape[:2], self.config.heads, -1)
         places = (position + jnp.arange(u.shape[1])) % c.mini_batch

@@ -26,7 +26,7 @@ class ModelConfig:
 
     Attributes:
       mixer: what mixes tokens: a configuration of ``nn/mixers``, such as ``SelfModifyingConfig``, or a tuple of them, a
-        pattern: those of the first blocks, in their order, which repeats itself over all blocks. So hybrids are made.
+        pattern: those of the first blocks, in their order, which repeats itself over all blocks (a hybrid).
       feed_forward: ``CMSConfig`` or ``SwiGLUConfig``; of a pattern a tuple, one for each mixer. None: the block has a
         mixer alone.
       width: model features D.

@@ -44,7 +44,7 @@ def fresh_state(
 
 
 def heads_of_at_most(features: int, size: int) -> int:
-    """The fewest heads, but 3 at least, that split ``features`` into equal even parts of at most ``size``.
+    """The fewest heads, from 3 on, that split ``features`` into equal even parts of at most ``size``; 1 if none do.
 
     The published sizes are the largest part, 256 features; no published model has fewer than 3 heads.
     """

@@ -1,7 +1,8 @@
 """A memory rule as a mixer: static projections, short convolutions, heads, gates, and ``memory.scan.scan`` per head.
 
-The layer of the baselines (linear attention, DeltaNet, Gated DeltaNet, Titans) and of Hope rules without
-self-modification. ``self_modifying.py`` is the same layer with memories in place of the projections and gates.
+The layer of the baselines whose memory is a row of ``memory.RULES`` (linear attention, DeltaNet, Titans, deep linear
+attention, Yaad, Moneta, Memora, Oja) and of Hope rules without self-modification. ``self_modifying.py`` is the same
+layer with memories in place of the projections and gates.
 """
 
 import functools

@@ -4,7 +4,7 @@
 
 (arXiv 2501.00663, Eq. 26-28; the norms, of learned scale, and the sigmoid are a choice, as the paper names neither.)
 P are learned vectors in front of every sequence: every token attends to them, whatever the window, and the memory reads
-them first. Of attention and memory nothing but their output maps is left out: W_o takes the place of both.
+them first. Attention and memory are whole but for their output maps: W_o takes the place of both.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@
 
 W is the memory of any memory mixer (of Hope's, all boxes are set back together) and starts anew every ``shard`` tokens:
 where whole shards of a fresh sequence come, they are read side by side like sequences of a batch, and the sequential
-steps fall from T / C to shard / C. V has steps of ``period`` tokens and is read as it was at the start of its own. It
-alone, and the convolutions, carry anything from shard to shard.
+steps fall from T / C to shard / C. V is written once in ``period`` tokens, with all of them; within a period it is
+read as it was at the start. Only V and the tails of the convolutions go from one shard to the next.
 """
 
 from dataclasses import dataclass

@@ -24,7 +24,7 @@ from hope_jax.types import Array, Float
 
 @dataclass(frozen=True)
 class NormLink:
-    """Moneta: W = A / norm_q(A)^(q-2), with norm_q(A) = (sum |A|^q)^(1/q) of all weights of a layer.
+    """Moneta: W = A / norm_q(A)^(q-2), with ``norm_q(A) = (sum |A|^q)^(1/q)`` of all weights of a layer.
 
     q = 2 is W = A. Raises UserError for q below 2.
     """

@@ -29,10 +29,10 @@ def dot(prediction: Float[Array, " V"], value: Float[Array, " V"]) -> Scalar:
 @dataclass(frozen=True)
 class Lp:
     """``sum |e|^p`` of the error e = prediction - value (Moneta; Miras, arXiv 2504.13173): its gradient is
-    p sign(e) |e|^(p-1).
+    ``p sign(e) |e|^(p-1)``.
 
-    |e| is sqrt(e^2 + 1e-6), and sign(e) is e over that: smooth at 0, as the writes are differentiated again. p = 2 is
-    ``l2`` at twice the rate. Raises UserError for p below 1.
+    ``|e|`` is sqrt(e^2 + 1e-6), and sign(e) is e over that: smooth at 0, as the writes are differentiated again. p = 2
+    is ``l2`` at twice the rate. Raises UserError for p below 1.
     """
 
     p: float = 3.0
@@ -49,9 +49,9 @@ class Lp:
 class Huber:
     """``l2`` up to an error of norm ``delta``, a bounded gradient beyond (Yaad; Miras, arXiv 2504.13173).
 
-    ``beyond`` says which: "direction" delta e / ||e||, the gradient of the Huber loss, or "sign" delta sign(e), as the
-    paper prints it: a jump, and no gradient to the values beyond. ``delta`` is a constant, infinity for plain ``l2``.
-    Raises UserError unless it is above 0.
+    ``beyond`` says which: "direction" ``delta e / ||e||``, the gradient of the Huber loss, or "sign" delta sign(e), as
+    the paper prints it: a jump, and no gradient to the values beyond. ``delta`` is a constant, infinity for plain
+    ``l2``. Raises UserError unless it is above 0.
     """
 
     delta: float = 1.0

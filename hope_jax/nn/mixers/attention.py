@@ -72,15 +72,16 @@ def without_empty_slots(state: Any) -> Any:
 class AttentionConfig:
     """Softmax attention.
 
-    heads: at least 1, of an even number of features each (rotary positions pair them).
-    key_heads: heads of keys and values, a divisor of ``heads``: each serves a group of queries' heads (grouped-query
-      attention, arXiv 2305.13245), and caches are smaller by that factor. None: as many as ``heads``.
-    window: tokens a token sees, itself included, at least 1; None: all earlier ones.
-    conv: width of causal convolutions on the inputs of the query, key and value maps, as Hope has them; 0: none.
-    rope_base: the slowest rotary feature turns by about ``1 / rope_base`` per token.
-    rope_scaling: slower rotary features for contexts longer than those of the training; None: none.
-    impl: how the convolutions are computed, see ``memory.kernels``.
-    persistent: learned vectors that go through the key and value maps, without convolution and position; 0: none.
+    Attributes:
+      heads: at least 1, of an even number of features each (rotary positions pair them).
+      key_heads: heads of keys and values, a divisor of ``heads``: each serves a group of queries' heads (grouped-query
+        attention, arXiv 2305.13245), and caches are smaller by that factor. None: as many as ``heads``.
+      window: tokens a token sees, itself included, at least 1; None: all earlier ones.
+      conv: width of causal convolutions on the inputs of the query, key and value maps, as Hope has them; 0: none.
+      rope_base: the slowest rotary feature turns by about ``1 / rope_base`` per token.
+      rope_scaling: slower rotary features for contexts longer than those of the training; None: none.
+      impl: how the convolutions are computed, see ``memory.kernels``.
+      persistent: learned vectors that go through the key and value maps, without convolution and position; 0: none.
     """
 
     heads: int

@@ -33,10 +33,11 @@ START_OUT = nn.initializers.variance_scaling(2**-2, "fan_avg", "uniform")
 class RetNetConfig:
     """Retention.
 
-    heads: at least 1, of an even number of key features each. Head h forgets in about 2^(5+h) tokens, so few heads
-      mean a short memory.
-    expand: the width of the values, as a multiple of the model's.
-    impl: how the memories are evaluated, see ``memory.gated_delta``.
+    Attributes:
+      heads: at least 1, of an even number of key features each. Head h forgets in about 2^(5+h) tokens, so few heads
+        mean a short memory.
+      expand: the width of the values, as a multiple of the model's.
+      impl: how the memories are evaluated, see ``memory.gated_delta``.
     """
 
     heads: int

@@ -40,10 +40,11 @@ from hope_jax.types import Array, Count, Float, Int, Stream
 class TitansMACConfig:
     """Attention over segments, and a memory.
 
-    attention, memory: the two parts, without persistent vectors of their own; attention without window (a segment is
-      its window) and convolutions.
-    persistent: learned vectors that every token sees; 0: none.
-    segment: tokens of a segment, a multiple of the anchor period of the memory's rule.
+    Attributes:
+      attention, memory: the two parts, without persistent vectors of their own; attention without window (a segment is
+        its window) and convolutions.
+      persistent: learned vectors that every token sees; 0: none.
+      segment: tokens of a segment, a multiple of the anchor period of the memory's rule.
     """
 
     attention: AttentionConfig

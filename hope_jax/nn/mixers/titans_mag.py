@@ -27,8 +27,9 @@ from hope_jax.types import Count, Stream
 class TitansMAGConfig:
     """Attention and memory, side by side.
 
-    attention, memory: the two parts, without persistent vectors of their own.
-    persistent: learned vectors in front of every sequence; 0: none.
+    Attributes:
+      attention, memory: the two parts, without persistent vectors of their own.
+      persistent: learned vectors in front of every sequence; 0: none.
     """
 
     attention: AttentionConfig

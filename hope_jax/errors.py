@@ -12,13 +12,16 @@ class UserError(ValueError):
     """What came, what was expected, what to do. The command line prints it as one sentence and exits with 2."""
 
 
+def guess(name: str, names: Iterable[str]) -> str:
+    """A hint such as ``did you mean 'hope-tiny'?`` with at most three names; empty when none is close."""
+    near = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)
+    return "did you mean " + " or ".join(repr(n) for n in near) + "?" if near else ""
+
+
 def closest(name: str, names: Iterable[str]) -> str:
-    """A hint such as ``did you mean 'hope-tiny'?``, or the list of known names when none is close."""
+    """The names that are close, as ``guess`` says it, or the list of known names when none is."""
     known = sorted(names)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
-    return "known names: " + ", ".join(known)
+    return guess(name, known) or "known names: " + ", ".join(known)
 
 
 class MissingExtra(UserError, ImportError):

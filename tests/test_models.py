@@ -208,10 +208,14 @@ def test_a_state_of_no_sequences_is_refused():
         LanguageModel(ARCHITECTURES["transformer_pp"](SMALL)).init_state({}, batch=0)
 
 
-def test_an_unknown_model_names_the_closest_one():
+def test_an_unknown_model_names_the_closest_ones_then_architectures_and_sizes():
     assert model_named("hope-tiny") is MODELS["hope-tiny"]
-    with pytest.raises(UserError, match="transformer_pp-tiny"):
+    with pytest.raises(UserError, match=r"mean .*'transformer_pp-tiny'.*\? Architectures: hope, .*; sizes: tiny, "):
         model_named("transformer-tiny")
+    with pytest.raises(UserError, match="names are ARCHITECTURE-SIZE") as error:
+        model_named("xyz")
+    assert all(name in str(error.value) for name in (*ARCHITECTURES, *SIZES))
+    assert "hope_tnt-" not in str(error.value)
 
 
 @pytest.mark.parametrize("field", ["width", "layers", "vocab_size", "context"])

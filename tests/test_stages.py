@@ -1,5 +1,6 @@
 """Stage two of TNT: the parameters of a run go on in a model with other local periods."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -33,27 +34,53 @@ def test_stage_two_is_the_same_model_with_smaller_local_periods():
     assert titans == replace(ROWS["titans"], local=replace(kept, rule=replace(kept.rule, period=2)))
 
 
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """A folder, and ``pretrain(run, *flags)``: the exit status of a short training of that run in it."""
+    place = tmp_path_factory.mktemp("stages")
+    (place / "text.txt").write_text("twelve squared is 144.\n" * 60)
+    text = ["--data.path", str(place / "text.txt"), "--batch", "1", "--length", "16", "--sample-tokens", "0"]
+    text += ["--devices", "1", "--no-compile-cache", "--eval-batches", "1", "--optimizer.learning-rate", "1e-30"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "titans_tnt-nano", replace(MODEL, mixer=ROWS["titans"], vocab_size=256))
+        yield place, lambda run, *flags: main(["pretrain", "--run", str(place / run), *text, *flags])
+
+
 @pytest.mark.slow
-def test_stage_two_goes_on_with_the_parameters_of_a_run(tmp_path, monkeypatch):
-    small = replace(MODEL, mixer=ROWS["titans"], vocab_size=256)
-    monkeypatch.setitem(MODELS, "titans_tnt-nano", small)
-    (tmp_path / "text.txt").write_text("twelve squared is 144.\n" * 60)
-    text = ["--data.path", str(tmp_path / "text.txt"), "--batch", "1", "--length", "16", "--steps", "1"]
-    text += ["--sample-tokens", "0", "--devices", "1", "--no-compile-cache", "--eval-batches", "1"]
-    assert main(["pretrain", "--run", str(tmp_path / "one"), "--model", "titans_tnt-nano", *text]) == 0
-    two = ["pretrain", "--run", str(tmp_path / "two"), "--stage-two", str(tmp_path / "one"), "--period", "2"]
-    assert main([*two, *text, "--optimizer.learning-rate", "1e-30"]) == 0
-    before, after = load_run(tmp_path / "one"), load_run(tmp_path / "two")
-    assert after.model.config == replace(with_local_period(before.model.config, 2), dtype=jnp.dtype("float32"))
-    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+def test_stage_two_goes_on_with_the_parameters_of_a_run_that_may_be_moved_then(train, capfd):
+    place, pretrain = train
+    one = ["--model", "titans_tnt-nano", "--dtype", "bfloat16", "--optimizer.learning-rate", "0.01"]
+    assert pretrain("one", *one, "--steps", "1") == 0
+    before = load_run(place / "one")
+    two = ["two", "--stage-two", str(place / "one"), "--local-period", "2"]
+    assert pretrain(*two, "--steps", "1") == 0
+    after = load_run(place / "two")
+    assert after.model.config == with_local_period(before.model.config, 2)
+    assert after.model.config.dtype == jnp.bfloat16
+    same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-20)  # but for a tiny step
+    jax.tree.map(same, after.params, before.params)
+
+    (place / "one").rename(place / "gone")
+    assert pretrain(*two, "--steps", "2") == 0
+    assert load_run(place / "two").step == 2
+    for other, words in {
+        ("--stage-two", str(place / "gone")): "stage_one is one/checkpoints/1 there and gone/checkpoints/1 here",
+        ("--stage-two", str(place / "one/checkpoints/3")): "there and one/checkpoints/3 here",
+        ("--local-period", "4"): "model.mixer.local.rule.period is 2 there and 4 here",
+        ("--dtype", "float32"): "model.dtype is bfloat16 there and float32 here",
+    }.items():
+        assert pretrain(*two, "--steps", "2", *other) == 2
+        assert words in capfd.readouterr().err
+    assert pretrain("gone", *two[1:], "--steps", "2") == 2
+    assert "has begun without --stage-two" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--stage-two", "one"], "belong together"),
-        (["--stage-two", "one", "--period", "2", "--model", "titans-tiny"], "leave out --model"),
-        (["--stage-two", "new", "--period", "2"], "another --run than"),
+        (["--stage-two", "one", "--local-period", "2", "--model", "titans-tiny"], "leave out --model"),
+        (["--stage-two", "new", "--local-period", "2"], "another --run than"),
     ],
 )
 def test_flags_of_stage_two_that_do_not_fit_are_refused(flags, words, capfd):

@@ -190,10 +190,10 @@ def test_the_layer_is_its_equations(x64, name):
     local, asked = map(np.stack, zip(*of_head, strict=True))
     rate = 2.0 / PERIOD * sigmoid(u @ params["gate_rate"]["kernel"] + params["gate_rate"]["bias"]).T
     starts = [params[f"start_memory_{i}"].swapaxes(1, 2) for i in (0, 1)]
-    distant = np.stack(
+    of_global = np.stack(
         [references_tnt.frozen(k[h], v[h], q[h], rate[h], [w[h] for w in starts], PERIOD) for h in range(HEADS)]
     )
-    expected = answer_output(params["local"]["out"], u, q + asked, local + distant - q - asked)
+    expected = answer_output(params["local"]["out"], u, q + asked, local + of_global - q - asked)
     np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -257,7 +257,7 @@ WRONG = {
     "shard is 0; give a whole number": lambda: replace(TITANS, shard=0),
     "shard is 10; expected a multiple of the anchor period, 4": lambda: with_shard(LOCAL["hope"], 10),
     "shard of the local memory is None": lambda: TNTConfig(without_shards(LOCAL["titans"])),
-    "period is 0": lambda: replace(ROWS["titans"], period=0),
+    "global_period is 0": lambda: replace(ROWS["titans"], global_period=0),
     "rate_max is -1": lambda: replace(ROWS["titans"], rate_max=-1.0),
     "3 heads do not divide": lambda: replace(ROWS["hope"], local=replace(LOCAL["hope"], heads=3)).build(8, "float32"),
     "persistent vectors would be forgotten": lambda: replace(LOCAL["titans"], persistent=2),

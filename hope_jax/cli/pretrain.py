@@ -2,7 +2,7 @@
 
     python -m hope_jax pretrain --run runs/hope-tiny
     python -m hope_jax pretrain --run runs/mine --model hope-tiny --data.path books/*.txt --steps 2000
-    python -m hope_jax pretrain --run runs/finer --stage-two runs/tnt --period 4 --steps 20
+    python -m hope_jax pretrain --run runs/finer --stage-two runs/tnt --local-period 4 --steps 20
 
 The first command needs no data: its text is the Python standard library of the running interpreter. It measures
 held-out bits per byte before, during and after training, and writes into the run folder ``metrics.jsonl``, TensorBoard
@@ -30,7 +30,7 @@ from hope_jax.cli.checks import at_least, must_divide
 from hope_jax.cli.main import say
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
-from hope_jax.cli.stages import begin, check_stage
+from hope_jax.cli.stages import Stage, begin, check_stage
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
 from hope_jax.errors import UserError, check_seed
 from hope_jax.models import with_in_context
@@ -87,7 +87,9 @@ class PretrainConfig:
     steps: int = 400  # Batches in all. May be raised later; the learning rate then follows the longer schedule.
     batch: int = 4  # Sequences per batch.
     length: int = 512  # Tokens per sequence.
-    dtype: Literal["float32", "bfloat16"] = "float32"  # Of products and activations; parameters and loss stay float32.
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of products and activations; parameters and loss stay float32. None: float32; with --stage-two, that of the run
+    before."""
     accumulate: int = 1  # Slices of a batch computed one after another to save memory; must divide the batch.
     segment: int | None = None
     """Tokens of one piece in rematerialised training; must divide the length. None: the whole sequence at once."""
@@ -104,7 +106,8 @@ class PretrainConfig:
     compile_cache: bool = True  # Keep compiled programs beside the run folder, so that the next start is quick.
     stage_two: Path | None = None
     """Folder of a run of a TNT model whose parameters go on here, with local memories of another period."""
-    period: int | None = None  # With --stage-two: anchor period of the local memories in tokens; must divide a shard.
+    local_period: int | None = None
+    """With --stage-two: anchor period of the local memories in tokens; must divide a shard."""
     cms: InContextConfig = field(default_factory=InContextConfig)
     optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -112,7 +115,7 @@ class PretrainConfig:
     def __post_init__(self):
         self.cms.apply(model_named(self.model))
         others = (self.model, self.cms) != (PretrainConfig.model, InContextConfig())
-        check_stage(self.run, self.stage_two, self.period, others)
+        check_stage(self.run, self.stage_two, self.local_period, others)
         at_least(self, 1, "steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every")
         at_least(self, 2, "keep")
         at_least(self, 0, "sample_tokens")
@@ -139,7 +142,7 @@ class Job(NamedTuple):
     tokenizer: Tokenizer
     text: TextData
     setup: training.Setup
-    learned: Any  # parameters of the run before this one; None: there is none
+    learned: Any  # parameters to begin with, of the run before this one; None: initial or saved ones
 
 
 def pretrain(flags: PretrainConfig) -> training.Result:
@@ -173,23 +176,26 @@ def _prepare(flags: PretrainConfig) -> Job:
     tokenizer = make_tokenizer(flags.data)
     cache = flags.run.absolute().parent / ".cache" / "data"
     text = open_text(flags.data, tokenizer, length=flags.length, cache_dir=cache, progress=True)
-    named, learned = flags.cms.apply(model_named(flags.model)), None
-    if flags.stage_two is not None and flags.period is not None:
-        named, learned = begin(flags.stage_two, flags.period, tokenizer)
+    if flags.stage_two is None or flags.local_period is None:
+        stage = Stage(flags.cms.apply(model_named(flags.model)))
+    else:
+        stage = begin(flags.run, flags.stage_two, flags.local_period, tokenizer)
+    dtype = jnp.dtype(flags.dtype or stage.model.dtype)
     # The text counts by its content, not by the path that it is found under.
     config = training.TextRun(
-        model=dataclasses.replace(named, vocab_size=tokenizer.vocab_size, dtype=jnp.dtype(flags.dtype)),
+        model=dataclasses.replace(stage.model, vocab_size=tokenizer.vocab_size, dtype=dtype),
         optimizer=flags.optimizer,
         batch=flags.batch,
         length=flags.length,
         seed=flags.seed,
         text_fingerprint=text.fingerprint,
         tokenizer_fingerprint=tokenizer.fingerprint,
+        stage_one=stage.origin,
     )
     mesh = training.data_mesh(flags.batch // flags.accumulate, flags.devices)
     cut: dict[str, Any] = {"accumulate": flags.accumulate, "segment": flags.segment, "mesh": mesh}
     setup = training.text_setup(config, flags.steps, tokenizer.byte_lengths, **cut)
-    return Job(flags, config, tokenizer, text, setup, learned)
+    return Job(flags, config, tokenizer, text, setup, stage.params)
 
 
 def _header(job: Job) -> str:
@@ -197,7 +203,7 @@ def _header(job: Job) -> str:
     parameters = training.count_parameters(job.setup.shapes().params)
     read, heldout = (len(part) * flags.length for part in (job.text.train, job.text.heldout))
     rows = {
-        "model": f"{flags.stage_two or flags.model}, {parameters:,} parameters, {flags.dtype}",
+        "model": f"{flags.stage_two or flags.model}, {parameters:,} parameters, {job.config.model.dtype}",
         "text": f"{read:,} tokens to train on, {heldout:,} held out",
         "batch": f"{flags.batch} x {flags.length} = {tokens:,} tokens per step, {flags.steps:,} steps",
         "device": f"{device.device_kind}, {job.setup.devices} of {jax.device_count()}",

@@ -1,31 +1,58 @@
 """``pretrain --stage-two RUN``: what a run has learned goes on in a run of its own, with other periods."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hope_jax import ModelConfig
 from hope_jax.data import Tokenizer
 from hope_jax.errors import UserError
 from hope_jax.models.stages import with_local_period
-from hope_jax.train.run import load_run
+from hope_jax.train.checkpoint import FOLDER, saved_steps
+from hope_jax.train.run import load_config, load_run, named_step
 
 
 def check_stage(run: Path, stage_two: Path | None, period: int | None, others: bool) -> None:
     """Raise UserError where the flags do not belong together; ``others``: flags that would change the parameters."""
     if (stage_two is None) != (period is None):
-        raise UserError("--stage-two and --period belong together: the run to go on from, and its new local period.")
+        raise UserError(
+            "--stage-two and --local-period belong together: the run to go on from, and its new local period."
+        )
     if stage_two is not None and others:
         raise UserError("--stage-two takes the model of that run as it is; leave out --model and --cms.*.")
     if stage_two is not None and stage_two.absolute() == run.absolute():
         raise UserError(f"--stage-two needs a run of its own: give another --run than {run}.")
 
 
-def begin(stage_two: Path, period: int, tokenizer: Tokenizer) -> tuple[ModelConfig, Any]:
-    """The model of the second stage, and the parameters it begins with.
+class Stage(NamedTuple):
+    """The model of a run, as in ``TextRun`` where its parameters come from, and those to begin with, if not initial."""
 
-    Raises UserError where there is no such run, it is no TNT model, or its tokenizer is another one.
+    model: ModelConfig
+    origin: str | None = None
+    params: Any = None
+
+
+def begin(run: Path, stage_two: Path, period: int, tokenizer: Tokenizer) -> Stage:
+    """The second stage of the run ``stage_two`` in the folder ``run``.
+
+    A second stage that has saved steps has its own parameters: the run before it may have been moved. Raises UserError
+    where there is no such run, it is no TNT model, or its tokenizer is another one.
     """
+    if saved_steps(run):
+        return _go_on(run, stage_two, period)
     before = load_run(stage_two)
     if before.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"The run in {stage_two} has another tokenizer; give the same --data.tokenizer.")
-    return with_local_period(before.model.config, period), before.params
+    return Stage(with_local_period(before.model.config, period), _origin(before.run, before.step), before.params)
+
+
+def _go_on(run: Path, stage_two: Path, period: int) -> Stage:
+    """What the flags make of a stage that has begun; whether it is the same one, ``train.run.resume`` sees."""
+    config, (before, step) = load_config(run), named_step(stage_two)
+    if config.stage_one is None:
+        raise UserError(f"The run in {run} has begun without --stage-two; leave it out or give another --run.")
+    began = int(Path(config.stage_one).name)  # the latest step of that run, where none was named
+    return Stage(with_local_period(config.model, period), _origin(before, began if step is None else step))
+
+
+def _origin(run: Path, step: int) -> str:
+    return f"{run.absolute().name}/{FOLDER}/{step}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from hope_jax.errors import UserError, closest
+from hope_jax.errors import UserError, guess
 from hope_jax.levels import Level, check_multiples
 from hope_jax.models.rows import ARCHITECTURES as ARCHITECTURES
 from hope_jax.models.sizes import SIZES as SIZES
@@ -67,7 +67,9 @@ def _silent(mixer: Any) -> Any:
 
 
 def model_named(name: str) -> ModelConfig:
-    """The row of that name; UserError with the closest names otherwise."""
+    """The row of that name; UserError with the closest names, and how names are made, otherwise."""
     if name not in MODELS:
-        raise UserError(f"no model is called {name!r}; {closest(name, MODELS)}")
+        hint = guess(name, MODELS) or "names are ARCHITECTURE-SIZE, such as hope-tiny."
+        known = f"Architectures: {', '.join(ARCHITECTURES)}; sizes: {', '.join(SIZES)}."
+        raise UserError(f"no model is called {name!r}; {hint} {known}")
     return MODELS[name]

@@ -51,7 +51,7 @@ Row = Callable[[Size], ModelConfig]
 WINDOW = 2048  # tokens that the hybrids' attention sees
 PERSISTENT = 16  # learned vectors in front of the sequences of Titans' hybrids; the paper has no number
 SEGMENT = 512  # tokens of a segment of memory as context; the paper has no number
-SHARD, DISTANT = 512, 2048  # TNT: tokens of a shard, and between updates of the global memory
+SHARD, GLOBAL_PERIOD = 512, 2048  # TNT: tokens of a shard, and between updates of the global memory
 # Plain gradient descent over a period of 16 equal keys diverges above a rate of 2/16 (SPEC 2.6).
 GENTLE = 0.1
 TITANS = MemoryMixerConfig(RULES["titans"], 1, rate_max=GENTLE, horizon=8192, unit_values=True)
@@ -87,7 +87,7 @@ def _hope_tnt(size: Size) -> ModelConfig:
     mixer, weights = _hope_mixer(size)
     local = dataclasses.replace(mixer, shard=SHARD, project_queries=True)
     # The global memory has a start and maps of its own, for keys and values.
-    return _model(size, TNTConfig(local, DISTANT), size.cms(weights + 2 + 2 / size.heads))
+    return _model(size, TNTConfig(local, GLOBAL_PERIOD), size.cms(weights + 2 + 2 / size.heads))
 
 
 def _transformer(conv: int) -> Row:
@@ -151,7 +151,7 @@ def _titans_mal(size: Size) -> ModelConfig:
 def _titans_tnt(size: Size) -> ModelConfig:
     rule = dataclasses.replace(RULES["titans"], shard=SHARD, project_queries=True)
     local = dataclasses.replace(_titans(size), rule=rule)
-    return _model(size, TNTConfig(local, DISTANT), size.swiglu(_memory_weights(local) + 2 / size.heads))
+    return _model(size, TNTConfig(local, GLOBAL_PERIOD), size.swiglu(_memory_weights(local) + 2 / size.heads))
 
 
 def _gated_deltanet(form: Form) -> Row:

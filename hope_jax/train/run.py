@@ -34,7 +34,8 @@ class TextRun:
     """All that decides what a language model learns, up to rounding, but for the number of steps.
 
     ``batch`` sequences of ``length`` tokens; ``seed``: of the initial parameters and the order of the text;
-    ``text_fingerprint``: of the text and its held-out part.
+    ``text_fingerprint``: of the text and its held-out part; ``stage_one``: the saved step of another run that
+    the parameters come from, such as ``tnt/checkpoints/400``; None: they are initial ones.
     """
 
     model: ModelConfig
@@ -44,6 +45,7 @@ class TextRun:
     seed: int
     text_fingerprint: str
     tokenizer_fingerprint: str
+    stage_one: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,19 +137,29 @@ def load_run(folder: Path, trusted: Sequence[str] = TRUSTED) -> Trained:
     Raises UserError where there is no such step, it is damaged, its configuration cannot be read by this version or is
     no ``TextRun``, or its tokenizer is missing.
     """
-    run, wanted = folder, None
-    if folder.name.isdecimal() and folder.absolute().parent.name == checkpoint.FOLDER:
-        run, wanted = folder.absolute().parent.parent, int(folder.name)
+    run, wanted = named_step(folder)
     step = checkpoint.find_step(run, wanted)
     if step is None:
         raise UserError(f"There is no trained model in {run}; give the --run folder of a pretrain command.")
-    try:
-        config: TextRun = from_json(read_config(run), TextRun, trusted)
-    except UserError as error:
-        raise UserError(f"The run in {run} cannot be loaded: {error}") from error
+    config = load_config(run, trusted)
     model, tokenizer = LanguageModel(config.model), _tokenizer(run, config)
     params = checkpoint.restore_params(run, step, abstract_params(model))
     return Trained(model, params, tokenizer, run, step)
+
+
+def named_step(folder: Path) -> tuple[Path, int | None]:
+    """The run folder and the step that ``RUN/checkpoints/STEP`` names; of a run folder the step is None."""
+    if folder.name.isdecimal() and folder.absolute().parent.name == checkpoint.FOLDER:
+        return folder.absolute().parent.parent, int(folder.name)
+    return folder, None
+
+
+def load_config(run: Path, trusted: Sequence[str] = TRUSTED) -> TextRun:
+    """What a run with saved steps is; ``trusted`` as in ``load_run``. Raises UserError if it cannot be read."""
+    try:
+        return from_json(read_config(run), TextRun, trusted)
+    except UserError as error:
+        raise UserError(f"The run in {run} cannot be loaded: {error}") from error
 
 
 def _tokenizer(run: Path, config: TextRun) -> Tokenizer:

@@ -4,8 +4,8 @@
 
 W is the memory of any memory mixer (of Hope's, all boxes are set back together) and starts anew every ``shard`` tokens:
 where whole shards of a fresh sequence come, they are read side by side like sequences of a batch, and the sequential
-steps fall from T / C to shard / C. V is written once in ``period`` tokens, with all of them; within a period it is
-read as it was at the start. Only V and the tails of the convolutions go from one shard to the next.
+steps fall from T / C to shard / C. V is written once in ``global_period`` tokens, with all of them; within such a
+period it is read as it was at the start. Only V and the tails of the convolutions go from one shard to the next.
 """
 
 from dataclasses import dataclass
@@ -34,17 +34,18 @@ class TNTConfig:
     Attributes:
       local: the mixer of the local memory. Hope's, or the rule of the other one, says ``shard``, which must be given,
         and ``project_queries``, whether the queries go through P_t.
-      period: tokens between two updates of the global memory, which is like the local one in architecture and loss.
-      rate_max: bound of the sum of the global memory's rates over a period; each token's is between 0 and
-        rate_max / period. Above 2 a period of equal keys would diverge. 0 switches its writes off.
+      global_period: tokens between two updates of the global memory, which is like the local one in architecture and
+        loss.
+      rate_max: bound of the sum of the global memory's rates over such a period; each token's is between 0 and
+        rate_max / global_period. Above 2 a period of equal keys would diverge. 0 switches its writes off.
     """
 
     local: MemoryMixerConfig | SelfModifyingConfig
-    period: int = 2048
+    global_period: int = 2048
     rate_max: float = 2.0
 
     def __post_init__(self) -> None:
-        whole("period", self.period, 1, "tokens")
+        whole("global_period", self.global_period, 1, "tokens")
         if self.rate_max < 0:
             raise UserError(f"rate_max is {self.rate_max}; expected 0 (no writes) or more")
         if self.local_rule.shard is None:
@@ -59,7 +60,7 @@ class TNTConfig:
     def rule(self) -> Rule:
         """The rule of the global memory."""
         local = self.local_rule
-        return Rule(local.architecture, local.objective, period=self.period, read="anchor", link=local.link)
+        return Rule(local.architecture, local.objective, period=self.global_period, read="anchor", link=local.link)
 
     @property
     def adaptive(self) -> tuple[str, ...]:
@@ -75,7 +76,7 @@ class TNTState(NamedTuple):
     """State of the local mixer, weights of the global memory [B,H,...], tokens since its anchor moved."""
 
     local: MemoryMixerState
-    distant: Fast
+    global_memory: Fast
     position: Int[Array, ""] | np.ndarray
 
 
@@ -110,8 +111,8 @@ class TNTMixer(nn.Module):
     def init_state(self, batch: int, capacity: int) -> TNTState:
         """A fresh sequence: both memories at their learned starts. ``capacity`` is for attention and unused here."""
         start = self.config.rule.start(self.initial)
-        distant = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), start)
-        return TNTState(self.local.init_state(batch, capacity), distant, np.zeros((), np.int32))
+        weights = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), start)
+        return TNTState(self.local.init_state(batch, capacity), weights, np.zeros((), np.int32))
 
     def __call__(self, u: Stream, state: TNTState, count: Count = None) -> tuple[Stream, TNTState]:
         rule, impl = self.config.rule, self.config.local.impl
@@ -121,10 +122,11 @@ class TNTMixer(nn.Module):
         def head(fast, *tokens):
             return scan_frozen(rule, fast, tokens, state.position, impl, count)
 
-        distant, reads = layers.over_heads(head, (), (state.distant, k, v, q, self._rates(u)), impl)
+        of_heads = (state.global_memory, k, v, q, self._rates(u))
+        weights, reads = layers.over_heads(head, (), of_heads, impl)
         position = (state.position + (u.shape[1] if count is None else count)) % rule.period
         y = self.local.answer(u, q + found.queries, reads + found.reads)
-        return y, TNTState(local, distant, position)
+        return y, TNTState(local, weights, position)
 
     def _projected(self, name: str, x: Float[Array, "B H T K"]) -> Float[Array, "B H T K"]:
         """A stream of the local mixer as the global memory sees it: through a static map where that mixer's is none."""
@@ -134,4 +136,4 @@ class TNTMixer(nn.Module):
 
     def _rates(self, u: Stream) -> Float[Array, "B H T"]:
         """Inner rates of the global memory."""
-        return self.config.rate_max / self.config.period * jnp.swapaxes(jax.nn.sigmoid(self.rate(u)), 1, 2)
+        return self.config.rate_max / self.config.global_period * jnp.swapaxes(jax.nn.sigmoid(self.rate(u)), 1, 2)

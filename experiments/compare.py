@@ -35,6 +35,7 @@ from hope_jax.errors import UserError
 from hope_jax.models import without_writes
 
 CONTROL = "_without_writes"
+MODELS_VERSION = 2  # of what models compute and start from: runs of different versions are not compared
 COLUMNS = ("row", "parameters", "rate", "bits per byte", "at the start", "tokens/s", "step, MB", "state, KB", "seeds")
 SAME = ("size", "length", "batch", "steps", "eval_batches")
 NEEDED = ("setting", "row", "learning_rate", "seed", "parameters", "start", "chosen_by", "bits_per_byte", "curve")
@@ -83,7 +84,7 @@ class CompareConfig(Trials):
         optimizer = flatten({"optimizer": self.optimizer})
         del optimizer["optimizer.learning_rate"]
         same = {name: getattr(self, name) for name in SAME}
-        return {"text": self.name, "fingerprint": text.fingerprint, **same, **optimizer}
+        return {"text": self.name, "models": MODELS_VERSION, "fingerprint": text.fingerprint, **same, **optimizer}
 
 
 def main(arguments: Sequence[str]) -> int:

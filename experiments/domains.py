@@ -106,7 +106,8 @@ class DomainsConfig:
         size = Size(self.width, self.layers, self.heads, vocab, self.length, (Level(1),))
         config = ARCHITECTURES[self.architecture](size)
         if not isinstance(whole := config.feed_forward, CMSConfig):
-            raise UserError(f"{self.architecture} has no continuum memory system; take hope or hope_attention.")
+            takes = "take hope, hope_attention or hope_tnt"
+            raise UserError(f"{self.architecture} has no continuum memory system; {takes}.")
         levels = tuple(Level(self.batch * self.length * batches) for batches in (1, *self.every[:slow]))
         cut = dataclasses.replace(whole, levels=levels, hidden=max(1, round(whole.hidden / len(levels))))
         return dataclasses.replace(config, feed_forward=cut)

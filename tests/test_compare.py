@@ -157,5 +157,5 @@ def test_mistakes_are_told_in_a_sentence(capfd):
     assert "Line 1 of nowhere/compare.jsonl has no setting" in message
     with pytest.raises(UserError, match="did you mean 'hope-tiny'"):
         compare.CompareConfig(rows=("hop",))
-    with pytest.raises(UserError, match="no inner learning rate"):
+    with pytest.raises(UserError, match="only memories with a setting rate_max"):
         compare.CompareConfig(rows=("transformer_conv_without_writes",))

@@ -219,7 +219,7 @@ def test_the_plot_has_a_curve_per_row_at_its_highest_rate_and_a_line_through_its
         (["--second-rates"], "Give at least one of each: --rows, --seeds, --second-rates"),
         (["--seeds", "-1"], "seed is -1; give a whole number of at least 0"),
         (["--eval-every", "0"], "--eval-every must be at least 1, got 0."),
-        (["--architecture", "transformer_pp"], "transformer_pp has no continuum memory system; take hope or"),
+        (["--architecture", "transformer_pp"], "transformer_pp has no continuum memory system; take hope, hope"),
         (["--architecture", "hop"], "No architecture is called 'hop'; did you mean 'hope'"),
         (["--first.tokenizer", "x.json"], "--first.tokenizer and --second.tokenizer must be the same"),
         (["--first.path", "nowhere.txt", "--second.path", "b.txt"], "nowhere.txt"),

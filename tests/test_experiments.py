@@ -143,7 +143,7 @@ def _turn(start, end) -> float:
 
 
 def test_attention_has_no_control_and_unknown_rows_name_the_closest():
-    with pytest.raises(UserError, match="no inner learning rate"):
+    with pytest.raises(UserError, match="only memories with a setting rate_max"):
         recall.RecallConfig(rows=("transformer_pp",), writes=False)
     with pytest.raises(UserError, match="did you mean 'titans'"):
         recall.RecallConfig(rows=("titan",))

@@ -19,6 +19,7 @@ from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.language_model import LOGIT_GAIN
 from hope_jax.nn.layers import RMSNorm
 from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.nn.mixers.gated_deltanet import GatedDeltaNetConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
 
 B, T, WIDTH, VOCAB, LAYERS = 2, 12, 8, 16, 4
@@ -82,6 +83,8 @@ def test_a_pattern_is_written_and_read_back():
 def test_the_memories_of_a_pattern_stop_writing():
     silent = without_writes(HYBRID)
     assert silent.mixer == (replace(MEMORY, rate_max=0.0), WINDOW)
+    with pytest.raises(UserError, match="only memories with a setting rate_max"):
+        without_writes(replace(HYBRID, mixer=(MEMORY, GatedDeltaNetConfig(2, 4, 4))))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,10 @@ def test_the_memories_of_a_pattern_stop_writing():
         (dict(layers=5), "multiple"),
         (dict(feed_forward=(SWIGLU,)), "2 mixers and 1 feed-forward"),
         (dict(mixer=(), feed_forward=()), "0 mixers"),
+        (dict(feed_forward=SWIGLU), "2 mixers and 1 feed-forward"),
+        (dict(mixer=(MEMORY, SWIGLU)), "mixer is SwiGLUConfig; expected a mixer"),
+        (dict(feed_forward=(MEMORY, SWIGLU)), "feed_forward is MemoryMixerConfig; expected a feed-forward part"),
+        (dict(feed_forward=(None, CMSConfig((Level(16),), 4, in_context=1))), "in_context is above 0"),
         (dict(feed_forward=(CMSConfig((Level(16),), 4), CMSConfig((Level(32),), 4))), "different levels"),
     ],
 )

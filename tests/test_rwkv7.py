@@ -9,7 +9,7 @@ from references import sigmoid
 
 from hope_jax.errors import UserError
 from hope_jax.nn.axes import decays, flat
-from hope_jax.nn.feed_forward.channel_mix import ChannelMixConfig
+from hope_jax.nn.mixers.channel_mix import ChannelMixConfig
 from hope_jax.nn.mixers.rwkv7 import RWKV7Config, published_rank
 
 B, T, D, HEADS = 2, 21, 8, 2

@@ -27,7 +27,9 @@ def test_a_model_without_writes_writes_neither_memory():
 
 
 def test_stage_two_is_the_same_model_with_smaller_local_periods():
-    config = replace(MODEL, mixer=(ROWS["hope"], LOCAL["titans"], ROWS["titans"]), layers=3)
+    config = replace(
+        MODEL, mixer=(ROWS["hope"], LOCAL["titans"], ROWS["titans"]), layers=3, feed_forward=(SwiGLUConfig(8),) * 3
+    )
     hope, kept, titans = with_local_period(config, 2).mixer
     assert kept == LOCAL["titans"]
     assert hope == replace(ROWS["hope"], local=replace(LOCAL["hope"], c_memory=2, c_projections=2))

@@ -1,5 +1,7 @@
 """TTT layers and the convolution in front of them: against numpy, in any cut, and what they must not do."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np

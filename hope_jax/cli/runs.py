@@ -91,7 +91,8 @@ def with_levels(trained: Trained, periods: tuple[int, ...], rate: float | None) 
     if not periods and rate is None:
         return trained
     if not isinstance(part, CMSConfig):
-        raise UserError(f"The model in {trained.run} has no levels to be written; use a hope or hope_attention run.")
+        use = "use a run of hope, hope_attention or hope_tnt"
+        raise UserError(f"The model in {trained.run} has no levels to be written; {use}.")
     if periods:
         if len(periods) != len(part.levels):
             raise UserError(f"--periods are {list(periods)}; give one for each of the {len(part.levels)} levels.")

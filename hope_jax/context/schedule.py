@@ -66,8 +66,9 @@ def schedule_of(model: Any, *, trained: bool) -> Schedule:
     """
     part = model.config.feed_forward
     if not isinstance(part, LevelsConfig):
-        kind = type(part).__name__
-        raise UserError(f"the model's feed-forward part is {kind}, which has no levels; use a hope or stacked model")
+        kinds = ", ".join(type(part).__name__ for _, part in model.config.pattern if part is not None) or "none"
+        came = f"feed-forward parts: {kinds}"
+        raise UserError(f"the model has no levels that can be written in context ({came}); use a hope or stacked model")
     periods = part.periods(model.config.layers)
     return Schedule(periods[: part.trained] if trained else periods, part.nested, part.writes)
 

@@ -3,7 +3,7 @@
 >>> config, params = load_llama("llama-folder", dtype=jnp.bfloat16)
 >>> logits, _ = LanguageModel(config).apply({"params": params}, tokens)
 
-The two architectures compute the same function, with three differences that the weights absorb exactly:
+The two architectures compute the same function, with two differences that the weights absorb exactly:
 
 * **The norms' epsilon.** Ours is EPS, theirs is e. Let our residual stream be y = c x with c^2 = EPS / e. Then
   y / sqrt(mean(y^2) + EPS) = c x / sqrt(c^2 mean(x^2) + c^2 e) = x / sqrt(mean(x^2) + e): every norm gives what theirs
@@ -11,8 +11,6 @@ The two architectures compute the same function, with three differences that the
 * **The embedding.** Our model multiplies its rows by sqrt(D), so they are stored divided by it. A tied head then has
   c / sqrt(D) times their table, and the last norm's scale makes up for it: sqrt(D) / c times theirs. It is divided by
   ``LOGIT_GAIN``, which our logits are multiplied by.
-* **Grouped queries.** A key or value head that serves g query heads is stored g times, one for each. Attention is the
-  same; its cache is g times as large as theirs.
 
 Rotary positions pair feature i with i + K/2 in both, with the scaling (linear or of Llama 3) that a checkpoint has.
 """
@@ -66,7 +64,9 @@ def load_llama(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Mode
     _check_dtype(dtype)
     llama = read_llama(folder / "config.json")
     config = ModelConfig(
-        mixer=AttentionConfig(llama.heads, rope_base=llama.rope_base, rope_scaling=llama.rope_scaling),
+        mixer=AttentionConfig(
+            llama.heads, rope_base=llama.rope_base, rope_scaling=llama.rope_scaling, key_heads=llama.kv_heads
+        ),
         feed_forward=SwiGLUConfig(llama.hidden),
         width=llama.width,
         layers=llama.layers,
@@ -103,18 +103,14 @@ def _parts(llama: Llama) -> list[_Part]:
     def layers(name: str) -> list[str]:
         return [f"model.layers.{i}.{name}.weight" for i in range(llama.layers)]
 
-    def repeated(kernel: np.ndarray) -> np.ndarray:
-        heads = kernel.reshape(llama.kv_heads, llama.head_size, width)
-        return np.repeat(heads, llama.heads // llama.kv_heads, axis=0).reshape(width, width).T
-
     head = [] if llama.tied else [_Part("head", [HEAD], table)]
     last = root / stream if llama.tied else 1.0
     return [
         _Part("embedding", [EMBEDDING], table, np.asarray, stream / root),
         _Part("blocks/norm/scale", layers("input_layernorm"), (width,)),
         _Part("blocks/mixer/query/kernel", layers("self_attn.q_proj"), (width, width)),
-        _Part("blocks/mixer/key/kernel", layers("self_attn.k_proj"), shared, repeated),
-        _Part("blocks/mixer/value/kernel", layers("self_attn.v_proj"), shared, repeated),
+        _Part("blocks/mixer/key/kernel", layers("self_attn.k_proj"), shared),
+        _Part("blocks/mixer/value/kernel", layers("self_attn.v_proj"), shared),
         _Part("blocks/mixer/out/kernel", layers("self_attn.o_proj"), (width, width), factor=stream),
         _Part("blocks/feed_forward/norm/scale", layers("post_attention_layernorm"), (width,)),
         _Part("blocks/feed_forward/gate/kernel", layers("mlp.gate_proj"), (hidden, width)),

@@ -15,11 +15,14 @@ from jax import lax
 
 from hope_jax.errors import UserError
 from hope_jax.memory.chunked import Linear, Tokens, Write
-from hope_jax.memory.decays import FLOOR, Shared, decay_products
+from hope_jax.memory.decays import Shared, decay_products
 from hope_jax.memory.kernels import Impl
 from hope_jax.memory.recurrence import token_step
 from hope_jax.memory.rule import Rule
 from hope_jax.types import Array, Float
+
+# A floor of sums of powers, such that their inverse powers in a gradient stay finite in float32.
+SMALLEST = 1e-20
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class NormLink:
 
     def __call__(self, written: Float[Array, "*N K V"]) -> Float[Array, "*N K V"]:
         total = jnp.sum(jnp.abs(written) ** self.q, axis=(-2, -1), keepdims=True)
-        return written * (total + FLOOR) ** (2 / self.q - 1)
+        return written * (total + SMALLEST) ** (2 / self.q - 1)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from hope_jax.nn.config import PartConfig
 from hope_jax.nn.feed_forward.cms import CMSConfig, Wiring
 from hope_jax.nn.feed_forward.fast import Writes
 from hope_jax.nn.language_model import LanguageModel as LanguageModel
+from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.nn.mixers.convolution import ConvolutionConfig
 
 MODELS: dict[str, ModelConfig] = {
     f"{architecture}-{size}": build(SIZES[size]) for architecture, build in ARCHITECTURES.items() for size in SIZES
@@ -36,7 +38,7 @@ def with_in_context(
     """
     part = config.feed_forward
     if not isinstance(part, CMSConfig) or not periods:
-        raise UserError("levels in context need periods, and a model with such levels: hope or hope_attention")
+        raise UserError("levels in context need periods and a model with levels: hope, hope_attention or hope_tnt")
     slower = [level for level in part.levels if level.period > max(periods)]
     levels = (*map(Level, periods), *slower)
     check_multiples([level.period for level in levels])  # of all: after training every level can be written
@@ -49,20 +51,30 @@ def without_writes(config: ModelConfig) -> ModelConfig:
     """The same model, parameters included, whose memories never write: the inner learning rate is 0.
 
     Retention goes on: Hope's memories then fade from their learned start, at first by 1/horizon per token. Raises
-    UserError where no mixer is a memory with an inner rate.
+    UserError where there is no memory, or one without a setting ``rate_max``.
     """
     mixers: list[Any] = [mixer for mixer, _ in config.pattern]
-    silent = [_silent(mixer) for mixer in mixers]
-    if silent == mixers and not any(hasattr(mixer, "rate_max") for mixer in mixers):
+    memories = [mixer for mixer in mixers if not isinstance(mixer, AttentionConfig | ConvolutionConfig)]
+    if not memories or not all(map(_has_rate, memories)):
         kinds = ", ".join(type(mixer).__name__ for mixer in mixers)
-        raise UserError(f"{kinds} has no inner learning rate; only memories can stop writing.")
+        raise UserError(f"the mixers are {kinds}; only memories with a setting rate_max can be told not to write")
+    silent = [_silent(mixer) for mixer in mixers]
     return replace(config, mixer=tuple(silent) if isinstance(config.mixer, tuple) else silent[0])
+
+
+def _parts_of(mixer: Any) -> dict[str, Any]:
+    """The mixers that a mixer is made of."""
+    values = {field.name: getattr(mixer, field.name) for field in fields(mixer)}
+    return {name: value for name, value in values.items() if isinstance(value, PartConfig)}
+
+
+def _has_rate(mixer: Any) -> bool:
+    return hasattr(mixer, "rate_max") or any(map(_has_rate, _parts_of(mixer).values()))
 
 
 def _silent(mixer: Any) -> Any:
     """A mixer whose inner rate is 0, and those of the mixers it is made of."""
-    values = {field.name: getattr(mixer, field.name) for field in fields(mixer)}
-    changes = {name: _silent(value) for name, value in values.items() if isinstance(value, PartConfig)}
+    changes = {name: _silent(part) for name, part in _parts_of(mixer).items()}
     return replace(mixer, **changes, **({"rate_max": 0.0} if hasattr(mixer, "rate_max") else {}))
 
 

@@ -13,8 +13,7 @@ gated_deltanet       in its published form + SwiGLU; likewise comba, retnet, lst
 mamba2               two Mamba-2 layers for each Transformer layer, no feed-forward part
 ttt_linear, ttt_mlp  a convolution, then the TTT layer + SwiGLU
 rwkv7                time mix, then channel mix
-titans_mac, _mag     Titans: memory as context, memory as gate + SwiGLU
-titans_mal           memory as layer: the memory, then attention over a window + SwiGLU
+titans_mac, _mag     Titans: memory as context, memory as gate + SwiGLU; _mal, as layer: then attention + SwiGLU
 titans_tnt           titans with shards and a global memory (TNT)
 samba                Mamba-2 + SwiGLU, then attention over a window + SwiGLU; the published one has Mamba-1 layers
 gdn_h1               gated_deltanet + SwiGLU, then attention over a window + SwiGLU
@@ -24,13 +23,14 @@ gdn_h1               gated_deltanet + SwiGLU, then attention over a window + Swi
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
-from hope_jax.memory import RULES
+from hope_jax.memory import RULES, Rule
 from hope_jax.memory.objectives import Huber
 from hope_jax.models.sizes import Size
 from hope_jax.nn.config import ModelConfig, PartConfig
-from hope_jax.nn.feed_forward.channel_mix import ChannelMixConfig
 from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.nn.mixers.channel_mix import ChannelMixConfig
 from hope_jax.nn.mixers.convolution import ConvolutionConfig
 from hope_jax.nn.mixers.gated_deltanet import Form, GatedDeltaNetConfig
 from hope_jax.nn.mixers.lstm import LSTMConfig
@@ -48,13 +48,10 @@ from hope_jax.nn.mixers.ttt import Memory, TTTConfig
 
 Row = Callable[[Size], ModelConfig]
 
-WINDOW = 2048  # tokens that the hybrids' attention sees
 PERSISTENT = 16  # learned vectors in front of the sequences of Titans' hybrids; the paper has no number
-SEGMENT = 512  # tokens of a segment of memory as context; the paper has no number
-SHARD, GLOBAL_PERIOD = 512, 2048  # TNT: tokens of a shard, and between updates of the global memory
 # Plain gradient descent over a period of 16 equal keys diverges above a rate of 2/16 (SPEC 2.6).
 GENTLE = 0.1
-TITANS = MemoryMixerConfig(RULES["titans"], 1, rate_max=GENTLE, horizon=8192, unit_values=True)
+TITANS: dict[str, Any] = dict(rate_max=GENTLE, horizon=8192, unit_values=True)
 
 
 def _model(size: Size, mixer: PartConfig, feed_forward: PartConfig | None, layers: int = 1) -> ModelConfig:
@@ -85,9 +82,10 @@ def _hope_attention(size: Size) -> ModelConfig:
 
 def _hope_tnt(size: Size) -> ModelConfig:
     mixer, weights = _hope_mixer(size)
-    local = dataclasses.replace(mixer, shard=SHARD, project_queries=True)
+    # TNT reads after the write, so that a token that asks for its own key finds it.
+    local = dataclasses.replace(mixer, shard=_span(size, 512, 8), project_queries=True, read="after")
     # The global memory has a start and maps of its own, for keys and values.
-    return _model(size, TNTConfig(local, GLOBAL_PERIOD), size.cms(weights + 2 + 2 / size.heads))
+    return _model(size, TNTConfig(local, _span(size, 2048, 4)), size.cms(weights + 2 + 2 / size.heads))
 
 
 def _transformer(conv: int) -> Row:
@@ -101,9 +99,9 @@ def _memory_weights(mixer: MemoryMixerConfig) -> float:
     return 5 + one.architecture.keeps_query + one.learned_start * starts / mixer.heads
 
 
-def _memory(rule: str, **gates) -> Row:
+def _memory(rule: Rule, **gates) -> Row:
     def build(size: Size) -> ModelConfig:
-        mixer = MemoryMixerConfig(RULES[rule], size.heads, **gates)
+        mixer = MemoryMixerConfig(rule, size.heads, **gates)
         return _model(size, mixer, size.swiglu(_memory_weights(mixer)))
 
     return build
@@ -112,27 +110,30 @@ def _memory(rule: str, **gates) -> Row:
 def _yaad(size: Size) -> ModelConfig:
     """Errors are bounded where they are as long as a value whose features are 1."""
     rule = dataclasses.replace(RULES["yaad"], objective=Huber((size.width / size.heads) ** 0.5))
-    mixer = MemoryMixerConfig(rule, size.heads, rate_max=0.05, horizon=8192, hidden=4)
-    return _model(size, mixer, size.swiglu(_memory_weights(mixer)))
+    return _memory(rule, rate_max=0.05, horizon=8192, hidden=4)(size)
 
 
 def _omega(size: Size) -> ModelConfig:
     rule = dataclasses.replace(RULES["titans_linear"], momentum=False)
-    mixer = OmegaMixerConfig(rule, size.heads, rate_max=GENTLE, horizon=8192)
+    mixer = OmegaMixerConfig(rule, size.heads, rate_max=GENTLE / 2, horizon=8192)  # it writes each pair twice
     return _model(size, mixer, size.swiglu(_memory_weights(mixer)))
 
 
 def _titans(size: Size) -> MemoryMixerConfig:
-    return dataclasses.replace(TITANS, heads=size.heads)
+    return MemoryMixerConfig(RULES["titans"], size.heads, **TITANS)
+
+
+def _span(size: Size, most: int, share: int) -> int:
+    """Tokens of a window, segment or shard: a share of the context, so that training sees several; whole periods."""
+    return max(16, min(most, size.context // share) // 16 * 16)
 
 
 def _window(size: Size, persistent: int = 0) -> AttentionConfig:
-    return AttentionConfig(size.heads, window=min(WINDOW, size.context), persistent=persistent)
+    return AttentionConfig(size.heads, window=_span(size, 2048, 2), persistent=persistent)
 
 
 def _titans_mac(size: Size) -> ModelConfig:
-    segment = min(SEGMENT, size.context)
-    mixer = TitansMACConfig(AttentionConfig(size.heads), _titans(size), PERSISTENT, segment)
+    mixer = TitansMACConfig(AttentionConfig(size.heads), _titans(size), PERSISTENT, _span(size, 512, 8))
     # Six maps to queries, keys and values, one output map, and the start of the memory.
     return _model(size, mixer, size.swiglu(7 + 2 / size.heads))
 
@@ -149,9 +150,9 @@ def _titans_mal(size: Size) -> ModelConfig:
 
 
 def _titans_tnt(size: Size) -> ModelConfig:
-    rule = dataclasses.replace(RULES["titans"], shard=SHARD, project_queries=True)
+    rule = dataclasses.replace(RULES["titans"], shard=_span(size, 512, 8), project_queries=True)
     local = dataclasses.replace(_titans(size), rule=rule)
-    return _model(size, TNTConfig(local, GLOBAL_PERIOD), size.swiglu(_memory_weights(local) + 2 / size.heads))
+    return _model(size, TNTConfig(local, _span(size, 2048, 4)), size.swiglu(_memory_weights(local) + 2 / size.heads))
 
 
 def _gated_deltanet(form: Form) -> Row:
@@ -219,17 +220,17 @@ ARCHITECTURES: dict[str, Row] = {
     "hope_tnt": _hope_tnt,
     "transformer_pp": _transformer(conv=0),
     "transformer_conv": _transformer(conv=4),
-    "titans": _memory("titans", rate_max=GENTLE, horizon=8192, unit_values=True),
-    "titans_linear": _memory("titans_linear", rate_max=GENTLE, horizon=8192, unit_values=True),
+    "titans": _memory(RULES["titans"], **TITANS),
+    "titans_linear": _memory(RULES["titans_linear"], **TITANS),
     "titans_mac": _titans_mac,
     "titans_mag": _titans_mag,
     "titans_mal": _titans_mal,
     "titans_tnt": _titans_tnt,
-    "deltanet": _memory("deltanet"),
-    "deltanet_negative": _memory("deltanet", rate_max=2.0),
+    "deltanet": _memory(RULES["deltanet"]),
+    "deltanet_negative": _memory(RULES["deltanet"], rate_max=2.0),
     "gated_deltanet": _gated_deltanet("gated_deltanet"),
     "comba": _gated_deltanet("comba"),
-    "linear_attention": _memory("linear_attention", rate_bias=None),
+    "linear_attention": _memory(RULES["linear_attention"], rate_bias=None),
     "retnet": _retnet,
     "mamba2": _mamba2,
     "samba": _samba,
@@ -238,11 +239,11 @@ ARCHITECTURES: dict[str, Row] = {
     "ttt_mlp": _ttt("mlp", 0.1, starts=8),
     "rwkv7": _rwkv7,
     # Rates of a small recall probe; above them these memories grow or store worse (docs/defaults.md).
-    "dla": _memory("dla", rate_max=0.1, horizon=256, hidden=4),
+    "dla": _memory(RULES["dla"], rate_max=0.1, horizon=256, hidden=4),
     "yaad": _yaad,
-    "moneta": _memory("moneta", rate_max=0.02, horizon=8192, hidden=4),
-    "memora": _memory("memora", rate_max=0.02, horizon=8192, hidden=4),
-    "oja": _memory("oja", horizon=64, unit_values=True),
+    "moneta": _memory(RULES["moneta"], rate_max=0.02, horizon=8192, hidden=4),
+    "memora": _memory(RULES["memora"], rate_max=0.02, horizon=8192, hidden=4),
+    "oja": _memory(RULES["oja"], horizon=64, unit_values=True),
     "omega": _omega,
     "lstm": _lstm,
     "srwm": _srwm,

@@ -49,20 +49,33 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("width", "layers", "vocab_size", "context"):
             whole(name, getattr(self, name))
-        for part in (part for pair in self.pattern for part in pair if part is not None):
-            part.build(self.width, self.dtype)  # the parts check themselves against the width
+        for mixer, part in self.pattern:
+            self._check_kind("mixer", mixer, stateful=True)
+            if part is not None:
+                self._check_kind("feed_forward", part, stateful=False)
         if self.layers % (length := len(self.pattern)):
             raise UserError(f"layers is {self.layers}; a pattern of {length} blocks needs a multiple of {length}")
-        if len({part.levels for _, part in self.pattern if isinstance(part, CMSConfig)}) > 1:
+        systems = [part for _, part in self.pattern if isinstance(part, CMSConfig)]
+        if len({part.levels for part in systems}) > 1:
             raise UserError("the continuum memory systems of a pattern have different levels; give all the same levels")
+        if length > 1 and any(part.in_context for part in systems):
+            raise UserError("in_context is above 0; the levels of a pattern are not written in context, set it to 0")
+
+    def _check_kind(self, name: str, part: PartConfig, stateful: bool) -> None:
+        """Raise UserError for a part in the other one's place; each checks itself against the width, too."""
+        module = part.build(self.width, self.dtype)
+        if hasattr(module, "init_state") != stateful:
+            kind = "a mixer, which has a state" if stateful else "a feed-forward part, which has no state"
+            raise UserError(f"{name} is {type(part).__name__}; expected {kind}")
 
     @property
     def pattern(self) -> tuple[tuple[PartConfig, PartConfig | None], ...]:
         """Mixer and feed-forward part of the blocks that repeat themselves. Raises UserError where they do not pair."""
-        mixers = self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
-        parts = self.feed_forward if isinstance(self.feed_forward, tuple) else (self.feed_forward,) * len(mixers)
+        if not isinstance(self.mixer, tuple) and not isinstance(self.feed_forward, tuple):
+            return ((self.mixer, self.feed_forward),)
+        mixers, parts = (x if isinstance(x, tuple) else (x,) for x in (self.mixer, self.feed_forward))
         if not mixers or len(parts) != len(mixers):
-            expected = "one feed_forward (or None) for each mixer, and at least one"
+            expected = "a tuple of mixers, and a tuple with one feed-forward part (or None) for each"
             came = f"{len(mixers)} mixers and {len(parts)} feed-forward parts"
             raise UserError(f"the pattern has {came}; give {expected}")
         return tuple(zip(mixers, parts, strict=True))

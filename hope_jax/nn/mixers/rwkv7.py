@@ -11,7 +11,7 @@ to the read once more (the bonus). Everything per head, kap of norm 1:
 
 Departures from the published model. The values of the first layer do not reach later ones (its value residual). The
 starts that differ from layer to layer, as layers are made alike here, are those of the middle of the depth. What starts
-as orthogonal is nearly so, as QR is LAPACK, which can hang on CPU. ``feed_forward/channel_mix.py`` is the other half of
+as orthogonal is nearly so, as QR is LAPACK, which can hang on CPU. ``mixers/channel_mix.py`` is the other half of
 a block.
 """
 

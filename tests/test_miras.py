@@ -66,7 +66,7 @@ def close(ours, theirs):
     [(objectives.Lp(p), functools.partial(ref.lp_error, p=p)) for p in (1.5, 3.0)]
     + [(objectives.Huber(d, b), functools.partial(ref.huber_error, delta=d, beyond=b))
        for d, b in ((2.0, "sign"), (2.0, "direction"))],
-    ids=str,
+    ids=["Lp 1.5", "Lp 3", "Huber, sign", "Huber, direction"],
 )  # fmt: skip
 def test_an_error_is_its_formula_on_both_sides_of_its_bound_and_has_a_finite_slope_at_zero(x64, objective, by_hand):
     errors = of_length_one(RNG.normal(size=(4, D))) * np.array([[0.0], [0.5], [1.9], [3.0]])

@@ -238,7 +238,7 @@ ARCHITECTURES: dict[str, Row] = {
     "ttt_linear": _ttt("linear", 1.0, starts=1),
     "ttt_mlp": _ttt("mlp", 0.1, starts=8),
     "rwkv7": _rwkv7,
-    # Rates of a small recall probe; above them these memories grow or store worse (docs/defaults.md).
+    # docs/defaults.md has what these rates come from.
     "dla": _memory(RULES["dla"], rate_max=0.1, horizon=256, hidden=4),
     "yaad": _yaad,
     "moneta": _memory(RULES["moneta"], rate_max=0.02, horizon=8192, hidden=4),

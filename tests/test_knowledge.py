@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,8 @@ def test_recall_and_bits_are_those_of_the_predictions():
 
 def test_the_controls_are_trained_without_writing_or_without_facts():
     first_order = dataclasses.replace(CONFIG, bptt=0)
-    assert first_order.model(2).feed_forward.writes.bptt == (0, 0) != CONFIG.model(2).feed_forward.writes.bptt
+    parts: list[Any] = [config.model(2).feed_forward for config in (first_order, CONFIG)]
+    assert parts[0].writes.bptt == (0, 0) != parts[1].writes.bptt
     assert first_order.setting("x") != CONFIG.setting("x")
     assert dataclasses.replace(CONFIG, text=CONFIG.batch).figure.name == "knowledge-text-8.png"
     assert (first_order.figure.name, CONFIG.figure.name) == ("knowledge-bptt-0.png", "knowledge.png")

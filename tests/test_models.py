@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ def test_a_token_hardly_scores_itself_at_the_start_whatever_the_vocabulary_and_w
     model, tokens = LanguageModel(ModelConfig(AttentionConfig(1), None, width, 1, vocab)), jnp.arange(64)[None]
 
     def without_blocks(key):
-        params = model.init(key, tokens[:, :1])["params"]
+        params: Any = model.init(key, tokens[:, :1])["params"]
         params["blocks"]["mixer"]["out"]["kernel"] *= 0
         return model.apply({"params": params}, tokens)[0]
 

@@ -1,6 +1,7 @@
 """Models of different blocks that repeat themselves over the layers: hybrids, and blocks without feed-forward part."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def test_blocks_follow_each_other_in_the_order_of_the_pattern(x64, hybrid):
     def part(config: PartConfig, params, *inputs):
         return config.build(WIDTH, jnp.float64).apply({"params": params}, *inputs)
 
-    def norm(params, x):
+    def norm(params, x) -> Any:
         return RMSNorm(jnp.float64).apply({"params": params}, x)
 
     for layer in range(LAYERS // 2):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from hope_jax.train.run import TOKENIZER, keep_tokenizer, load_run
 
 def test_a_run_folder_is_all_that_one_needs_of_a_trained_model(trained, bpe):
     found = load_run(trained)
-    part = found.model.config.feed_forward
+    part: Any = found.model.config.feed_forward
     assert found.step == 4 and found.tokenizer.fingerprint == JsonTokenizer(bpe).fingerprint
     assert found.model.config.vocab_size == found.tokenizer.vocab_size > 256
     assert part.in_context == 1 and part.writes.rate == 2 and [level.period for level in part.levels] == [16, 64, 192]
@@ -110,7 +111,7 @@ def test_a_run_that_saved_nothing_has_the_tokenizer_of_the_last_attempt(bpe, tmp
 def test_levels_can_be_written_at_other_periods_and_rates(trained):
     one = load_run(trained)
     other = with_levels(one, (8, 16, 32), 0.5)
-    part = other.model.config.feed_forward
+    part: Any = other.model.config.feed_forward
     assert [level.period for level in part.levels] == [8, 16, 32] and part.writes.rate == 0.5
     assert np.all(other.params["blocks"]["feed_forward"]["rate"] == 0.5)
     same = with_levels(one, (), None)

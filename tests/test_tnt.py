@@ -245,7 +245,7 @@ def test_sequential_steps_are_those_of_one_shard(x64, name):
 
 
 @rows
-def test_names_of_axes_and_the_written_configuration_fit(name):
+def test_names_of_axes_and_the_written_configuration_fit(x64, name):
     module, params, _ = drawn(name)
     names = of_parameters(module.axes(), len)(params["params"])
     assert jax.tree.leaves(names) == [x.ndim for x in jax.tree.leaves(params)]

@@ -73,7 +73,8 @@ class ModelConfig:
         """Mixer and feed-forward part of the blocks that repeat themselves. Raises UserError where they do not pair."""
         if not isinstance(self.mixer, tuple) and not isinstance(self.feed_forward, tuple):
             return ((self.mixer, self.feed_forward),)
-        mixers, parts = (x if isinstance(x, tuple) else (x,) for x in (self.mixer, self.feed_forward))
+        mixers = self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+        parts = self.feed_forward if isinstance(self.feed_forward, tuple) else (self.feed_forward,)
         if not mixers or len(parts) != len(mixers):
             expected = "a tuple of mixers, and a tuple with one feed-forward part (or None) for each"
             came = f"{len(mixers)} mixers and {len(parts)} feed-forward parts"

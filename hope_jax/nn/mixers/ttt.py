@@ -157,7 +157,7 @@ class TTT(nn.Module):
     ) -> tuple[Array, ...]:
         """Queries, keys and values per head [B,H,T,K] in at least float32, and the new tail."""
         c, shape = self.config, (*u.shape[:2], self.config.heads, -1)
-        places = (position + jnp.arange(u.shape[1])) % c.mini_batch
+        places = (jnp.asarray(position) + jnp.arange(u.shape[1])) % c.mini_batch
         both = self.project_qk(u)
         (q, new), (k, _) = self.conv_q(both, tail, count), self.conv_k(both, tail, count)
         wide = [x.reshape(shape).astype(layers.param_dtype(self.dtype)) for x in (q, k, self.project_v(u))]

@@ -45,7 +45,7 @@ def test_speeds_are_tokens_of_a_call_by_its_seconds(tmp_path, monkeypatch):
     [
         (["--periods", "100"], "--periods must divide --length, got 100 for 1024"),
         (["--streams", "0"], "--streams must be at least 1"),
-        (["--model", "transformer_pp-tiny"], "need periods, and a model with such levels"),
+        (["--model", "transformer_pp-tiny"], "need periods and a model with levels"),
         (["--repeats", "0"], "--repeats must be at least 1"),
     ],
 )

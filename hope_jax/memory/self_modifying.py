@@ -87,7 +87,8 @@ class SelfModifying:
             raise UserError("the projections and the gates have one period; give their rules the same")
         one, *others = self.rules
         if one.gradient_at != "anchor" or not one.self_values or one.link is not None:
-            raise UserError("the rules of a self-modifying head need gradient_at='anchor', link=None and self_values=True")
+            needs = "gradient_at='anchor', link=None and self_values=True"
+            raise UserError(f"the rules of a self-modifying head need {needs}")
         if any(dataclasses.replace(r, architecture=one.architecture, period=one.period) != one for r in others):
             raise UserError("the rules of the memory, projections and gates may differ in architecture and period only")
 

@@ -11,6 +11,7 @@ import references_matrix as references
 
 from hope_jax.errors import UserError
 from hope_jax.nn import axes as logical
+from hope_jax.nn import layers
 from hope_jax.nn.mixers import matrix
 from hope_jax.nn.mixers.gated_deltanet import GatedDeltaNetConfig
 from hope_jax.nn.mixers.mamba2 import Mamba2Config
@@ -169,7 +170,7 @@ def test_a_bfloat16_layer_has_float32_parameters_and_memories(name):
 
 
 def test_decays_start_as_published():
-    gate = matrix.DecayGate(4096, matrix.TORCH, slowest=1.0)
+    gate = matrix.DecayGate(4096, layers.TORCH, slowest=1.0)
     params = gate.init(jax.random.key(0), jnp.zeros((1, 1, 4)))["params"]
     rates, steps = np.exp(params["log_decay"]), np.asarray(jax.nn.softplus(params["step_bias"]))
     for values, low, high, middle in ((rates, 1, 16, 8.5), (steps, 0.001, 0.1, 0.01)):

@@ -17,10 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from hope_jax.levels import Active, Due, scan_levels
-from hope_jax.memory import objectives
+from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture, Weights
 from hope_jax.memory.chunked import Linear, Lookup, Tokens, Write
 from hope_jax.memory.decays import Shared
@@ -28,8 +27,6 @@ from hope_jax.memory.kernels import Impl, Products, products_of
 from hope_jax.memory.recurrence import evaluate
 from hope_jax.memory.rule import Gates, Rule, layer_writes
 from hope_jax.types import Array, Count, Float, Int, Scalar
-
-EPS = 1e-6
 
 
 def with_one(x: Float[Array, "*axes F"]) -> Float[Array, "*axes G"]:
@@ -82,8 +79,7 @@ def start(anchor: Weights) -> Inner:
 
 def layer_norm(norm: Norm, x: Float[Array, " K"]) -> Float[Array, " K"]:
     """The inner LayerNorm, of one token."""
-    centred = x - jnp.mean(x)
-    return centred * lax.rsqrt(jnp.mean(centred * centred) + EPS) * norm.scale + norm.bias
+    return architectures.layer_norm(x) * norm.scale + norm.bias
 
 
 def scan(

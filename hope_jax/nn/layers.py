@@ -33,6 +33,8 @@ def param_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 FAN_IN = nn.initializers.lecun_normal()  # variance 1 / in
+# U(-n^-1/2, n^-1/2) for n inputs: PyTorch's start of linear maps, and of convolutions, whose inputs are their taps.
+TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def rows_product(x: Array, kernel: Array, dimensions: Any, **settings: Any) -> Array:
@@ -164,6 +166,11 @@ def unit_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:
 def merge_heads(x: Float[Array, "B H T K"]) -> Stream:
     """[B,H,T,K] -> [B,T,H*K]."""
     return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+def for_batch(state: Any, batch: int) -> Any:
+    """The state of one sequence, leaves [...], for each of ``batch`` sequences, leaves [B,...]."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), state)
 
 
 def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...], impl: Impl) -> Any:

@@ -82,9 +82,9 @@ class Mamba2(nn.Module):
     def setup(self) -> None:
         c, wide = self.config, layers.param_dtype(self.dtype)
         heads, features = c.heads(self.width), c.expand * self.width
-        self.inputs = matrix.ConvolvedMap(self._inputs(), c.conv, matrix.TORCH, True, self.dtype, c.impl)
-        self.decay = matrix.DecayGate(heads, matrix.TORCH, 1.0, c.step_limits, self.dtype)
-        self.gate = layers.dense(features, self.dtype, start=matrix.TORCH)
+        self.inputs = matrix.ConvolvedMap(self._inputs(), c.conv, layers.TORCH, True, self.dtype, c.impl)
+        self.decay = matrix.DecayGate(heads, layers.TORCH, 1.0, c.step_limits, self.dtype)
+        self.gate = layers.dense(features, self.dtype, start=layers.TORCH)
         self.skip = self.param("skip", nn.initializers.ones, (heads,), wide)
         self.scale = self.param("scale", nn.initializers.ones, (features,), wide)
         self.down = layers.dense(self.width, self.dtype, start=self._start_down)
@@ -96,7 +96,7 @@ class Mamba2(nn.Module):
 
     @nn.nowrap
     def _start_down(self, key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "rows columns"]:
-        return matrix.TORCH(key, shape, dtype) * self.config.depth**-0.5
+        return layers.TORCH(key, shape, dtype) * self.config.depth**-0.5
 
     @nn.nowrap
     def axes(self) -> Axes:

@@ -24,9 +24,6 @@ from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 Gate = Float[Array, "B H T"]
 Tail = Float[Array, "B tail features"]
 
-# U(-n^-1/2, n^-1/2) for n inputs: PyTorch's start of linear maps, and of convolutions, whose inputs are their taps.
-TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
 
 class MatrixState(NamedTuple):
     """Tails of the convolutions, and the memory M of every head."""
@@ -70,7 +67,7 @@ class ConvolvedMap(nn.Module):
 
     def setup(self) -> None:
         self.project = layers.dense(self.features, self.dtype, start=self.start)
-        self.conv = layers.ShortConv(self.taps, self.dtype, TORCH, self.impl)
+        self.conv = layers.ShortConv(self.taps, self.dtype, layers.TORCH, self.impl)
         if self.biased:
             self.bias = self.param("bias", self._start_bias, (self.features,), layers.param_dtype(self.dtype))
 

@@ -104,7 +104,7 @@ class Found(NamedTuple):
 
 def fresh_state(convs: Sequence[layers.ShortConv], start: Any, batch: int, width: int) -> MemoryMixerState:
     """The state before the first token, of memories that are at their ``start``, leaves [H,...]."""
-    fast = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), start)
+    fast = layers.for_batch(start, batch)
     return MemoryMixerState(tuple(conv.init_state(batch, width) for conv in convs), fast, np.zeros((), np.int32))
 
 

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError, whole
 from hope_jax.nn.axes import Axes, dense_axes
-from hope_jax.nn.layers import dense, param_dtype
+from hope_jax.nn.layers import TORCH, dense, param_dtype
 from hope_jax.nn.token_scan import scan_tokens
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
@@ -74,8 +74,7 @@ class SRWM(nn.Module):
 
         sizes = {name: RATES if name == "rates" else size for name in STARTS}
         self.initial = [self.param(f"start_{name}", start, sizes[name], *STARTS[name]) for name in STARTS]
-        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # between -+ fan-in^-1/2
-        self.out = dense(self.width, self.dtype, start=uniform)
+        self.out = dense(self.width, self.dtype, start=TORCH)
 
     @nn.nowrap
     def axes(self) -> Axes:

@@ -110,8 +110,7 @@ class TNTMixer(nn.Module):
 
     def init_state(self, batch: int, capacity: int) -> TNTState:
         """A fresh sequence: both memories at their learned starts. ``capacity`` is for attention and unused here."""
-        start = self.config.rule.start(self.initial)
-        weights = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), start)
+        weights = layers.for_batch(self.config.rule.start(self.initial), batch)
         return TNTState(self.local.init_state(batch, capacity), weights, np.zeros((), np.int32))
 
     def __call__(self, u: Stream, state: TNTState, count: Count = None) -> tuple[Stream, TNTState]:

@@ -101,7 +101,7 @@ class TTT(nn.Module):
             layers.ShortConv(c.conv, self.dtype, layers.FAN_IN, c.impl, use_bias=True) for _ in range(2)
         )
         self.rate = layers.dense(c.heads, wide, start=START, bias=0.0)
-        self.norm = nn.LayerNorm(ttt.EPS, wide, wide, use_fast_variance=False)
+        self.norm = nn.LayerNorm(layers.EPS, wide, wide, use_fast_variance=False)
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         self.gain = self.param("gain", zeros, (c.mini_batch,), wide)
         draws = {"inner_scale": ones, "inner_bias": zeros}
@@ -135,7 +135,7 @@ class TTT(nn.Module):
 
     def init_state(self, batch: int, capacity: int) -> TTTState:
         """A fresh sequence: inner models at their start. ``capacity`` is for attention and unused here."""
-        inner = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), ttt.start(self.initial))
+        inner = layers.for_batch(ttt.start(self.initial), batch)
         return TTTState(self.conv_q.init_state(batch, self.width), inner, np.zeros((), np.int32))
 
     def __call__(self, u: Stream, state: TTTState, count: Count = None) -> tuple[Stream, TTTState]:

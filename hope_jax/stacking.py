@@ -24,7 +24,7 @@ def stack_levels(
     """The configuration and parameters of the model whose MLPs are levels.
 
     Args:
-      config, params: a model with SwiGLU layers, such as ``transformer_pp`` or what ``load_llama`` returns.
+      config, params: a model with SwiGLU layers, such as ``transformer_pp`` or a Llama of ``interop.load``.
       periods: of the levels in tokens, fastest first, each a multiple of the one before; Hope-1, -2, -3 of the paper
         have one, two, three. The layers are parted into one group more, the last of which stays as it is.
       writes: how they are written; None: the defaults.

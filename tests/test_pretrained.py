@@ -13,8 +13,8 @@ from references_llama import llama
 
 from hope_jax import optim
 from hope_jax.errors import UserError
-from hope_jax.interop import load_llama
-from hope_jax.interop.llama import INDEX, WEIGHTS
+from hope_jax.interop import load, load_llama
+from hope_jax.interop.tensors import INDEX, WEIGHTS
 from hope_jax.nn.axes import matrices
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
@@ -233,3 +233,17 @@ def test_an_untied_model_scores_with_its_head_alone_and_trains_it_as_an_embeddin
     assert used(slopes["head"].T) == [5] and used(slopes["embedding"]) == [1, 2, 3]
     labels = matrices(LanguageModel(config).axes())(params)
     assert labels["head"] == labels["embedding"] == optim.matrix_labels()(params)["head"] == "adamw"
+
+
+def test_load_recognises_the_architecture(tmp_path):
+    write(tmp_path, CONFIG, draw(CONFIG))
+    config, params = load(tmp_path, jnp.bfloat16)
+    same, expected_params = load_llama(tmp_path, jnp.bfloat16)
+    assert config == same and jax.tree.all(jax.tree.map(np.array_equal, params, expected_params))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", None, ["llama"]])
+def test_an_architecture_that_is_not_known_is_refused_with_those_that_are(tmp_path, kind):
+    write(tmp_path, CONFIG | {"model_type": kind}, draw(CONFIG))
+    with pytest.raises(UserError, match=r"config.json has model_type=.*; those that can be read are llama"):
+        load(tmp_path)

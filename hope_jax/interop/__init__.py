@@ -1,8 +1,9 @@
-"""Weights of other libraries, in and out of the models of this one. Read llama.py next."""
+"""Weights of other libraries, in and out of the models of this one. Read loading.py next, then llama.py."""
 
 from hope_jax.errors import extra
 
 with extra("train"):
     from hope_jax.interop.llama import load_llama
+    from hope_jax.interop.loading import load
 
-__all__ = ["load_llama"]
+__all__ = ["load", "load_llama"]

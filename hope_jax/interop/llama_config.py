@@ -4,14 +4,12 @@ Fields that are not there have the format's own defaults. Rotary positions are p
 may name their base and two their scaling, and places that contradict each other are refused.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hope_jax.errors import UserError
+from hope_jax.interop.fields import check_plain, positive, read_json, whole, yes_or_no
 from hope_jax.nn.rotary import RopeScaling
 
 # What the model must be: field -> the values that say so; the first is the default, None is a JSON null.
@@ -23,20 +21,9 @@ PLAIN = {
 }
 # fmt: off
 READ = {  # fields that decide the model and are read below
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
     "rope_scaling", "rope_parameters", "tie_word_embeddings",
-}
-HARMLESS = {  # fields that change no logits: of training, writing text, classification, and how the files were made
-    "initializer_range", "attention_dropout", "pretraining_tp", "use_cache", "torch_dtype", "dtype",
-    "gradient_checkpointing", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
-    "decoder_start_token_id", "tokenizer_class", "prefix", "do_sample", "early_stopping", "num_beams",
-    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
-    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences",
-    "max_length", "min_length", "max_new_tokens", "id2label", "label2id", "problem_type", "task_specific_params",
-    "finetuning_task", "output_attentions", "output_hidden_states", "output_scores", "return_dict",
-    "return_dict_in_generate", "torchscript", "transformers_version", "model_name", "name_or_path",
-    "attn_implementation",
 }
 # fmt: on
 ROPES = ("rope_scaling", "rope_parameters")  # where older and newer files say what the rotary positions are
@@ -72,60 +59,27 @@ class Llama:
         return self.width // self.heads
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. UserError if the file is missing, no JSON, or holds something else."""
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no file; expected a JSON file of a Llama checkpoint.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); expected a Llama checkpoint.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}; expected an object of named fields.")
-    return value
-
-
 def read_llama(path: Path) -> Llama:
     """The sizes in ``config.json``. UserError, naming the field, for a model that is not a plain Llama."""
-    config = read_json(path)
-    _check_plain(path, config)
-    heads, tied = _whole(config, "num_attention_heads"), config.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise UserError(f"config.json has tie_word_embeddings={tied!r}; expected true or false.")
+    config = read_json(path, "Llama checkpoint")
+    check_plain(path, config, "llama", PLAIN, READ)
+    heads = whole(config, "num_attention_heads")
     rope_base, rope_scaling = _rope(config)
     llama = Llama(
-        width=_whole(config, "hidden_size"),
-        hidden=_whole(config, "intermediate_size"),
-        layers=_whole(config, "num_hidden_layers"),
+        width=whole(config, "hidden_size"),
+        hidden=whole(config, "intermediate_size"),
+        layers=whole(config, "num_hidden_layers"),
         heads=heads,
-        kv_heads=_whole(config, "num_key_value_heads", heads),
-        vocab_size=_whole(config, "vocab_size"),
-        context=_whole(config, "max_position_embeddings", 2048),
-        eps=_positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+        kv_heads=whole(config, "num_key_value_heads", heads),
+        vocab_size=whole(config, "vocab_size"),
+        context=whole(config, "max_position_embeddings", 2048),
+        eps=positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         rope_base=rope_base,
         rope_scaling=rope_scaling,
-        tied=tied,
+        tied=yes_or_no(config, "tie_word_embeddings", False),
     )
     _check_heads(llama, config.get("head_dim"))
     return llama
-
-
-def _check_plain(path: Path, config: dict[str, Any]) -> None:
-    """What nobody here has heard of may change the model. Fields that are empty or off change nothing."""
-    if config.get("model_type") != "llama":
-        raise UserError(f"{path} has model_type={config.get('model_type')!r}; only 'llama' can be read.")
-    for field, values in PLAIN.items():
-        if (found := config.get(field, values[0])) not in values:
-            raise UserError(f"{path} has {field}={found!r}; only {values[0]!r} can be read.")
-    known = READ | HARMLESS | PLAIN.keys()
-    for field, value in config.items():
-        if field not in known and not field.startswith("_") and value not in (None, False, "", [], {}):
-            raise UserError(
-                f"{path} has {field}={value!r}, which this reader does not know; if it does not change what the model "
-                "computes, delete it there."
-            )
 
 
 def _check_heads(llama: Llama, head_dim: Any) -> None:
@@ -141,21 +95,6 @@ def _check_heads(llama: Llama, head_dim: Any) -> None:
         )
 
 
-def _whole(config: dict[str, Any], field: str, default: int | None = None) -> int:
-    value = default if config.get(field) is None else config[field]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"config.json has {field}={value!r}; expected a whole number of at least 1.")
-    return value
-
-
-def _positive(field: str, value: Any) -> float:
-    """The number. UserError unless it is a positive and finite float32: that is what a model computes with."""
-    number, limits = isinstance(value, int | float) and not isinstance(value, bool), np.finfo(np.float32)
-    if not number or not float(limits.tiny) <= value <= float(limits.max):
-        raise UserError(f"config.json has {field}={value!r}; expected a positive number.")
-    return float(value)
-
-
 def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling. UserError for other rotary positions, naming the field, and for contradictions."""
     found = {place: config[place] for place in ROPES if config.get(place)}
@@ -163,7 +102,7 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     bases = {f"{place}.rope_theta": rope["rope_theta"] for place, rope in found.items() if "rope_theta" in rope}
     if config.get("rope_theta") is not None:
         bases["rope_theta"] = config["rope_theta"]
-    base = _agreed({name: _positive(name, value) for name, value in bases.items()}, 10_000.0)
+    base = _agreed({name: positive(name, value) for name, value in bases.items()}, 10_000.0)
     return base, _agreed(scalings, None)
 
 
@@ -188,7 +127,7 @@ def _scaling(place: str, rope: Any) -> RopeScaling | None:
     for name, value in rope.items():
         if name not in known and not (name == "partial_rotary_factor" and value in (None, 1)):
             raise UserError(f"config.json has {place}.{name}={value!r}; rotary positions of that kind cannot be read.")
-    numbers = [_positive(f"{place}.{name}", rope.get(name)) for name in ROPE_FIELDS[kind]]
+    numbers = [positive(f"{place}.{name}", rope.get(name)) for name in ROPE_FIELDS[kind]]
     return None if kind == "default" or numbers[0] == 1 else _built(place, rope, *numbers)
 
 

@@ -1,0 +1,43 @@
+"""``load``: any checkpoint whose architecture is in the table, one row for each."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from hope_jax.errors import UserError
+from hope_jax.interop.fields import read_json
+from hope_jax.interop.llama import describe_llama
+from hope_jax.interop.tensors import Describe, read_model
+from hope_jax.nn.config import ModelConfig
+
+# What config.json has as model_type -> the loader.
+ARCHITECTURES: dict[str, Describe] = {
+    "llama": describe_llama,
+}
+
+
+def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model in a folder and its parameters, as ``LanguageModel(config).init`` would shape them.
+
+    >>> config, params = interop.load("llama-folder", dtype=jnp.bfloat16)
+    >>> logits, _ = LanguageModel(config).apply({"params": params}, tokens)
+
+    Tensors are read one at a time into the stacked arrays (float32, or float64 in a float64 model), so the host needs
+    room for the parameters and little more. What is not the plain architecture is refused, not approximated.
+
+    Args:
+      folder: holds ``config.json``, and ``model.safetensors`` or ``model.safetensors.index.json`` with its shards.
+      dtype: of the model's activations and matrix products; the stored tensors may be of any floating type.
+
+    Raises:
+      UserError: a file is missing or unreadable; the architecture is not known; the configuration contradicts itself,
+        or has a field that is not known or a part that our model lacks; a tensor is missing, left over, of another
+        shape or not of floats; dtype is none of floats.
+    """
+    path = Path(folder) / "config.json"
+    kind = read_json(path).get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise UserError(f"{path} has model_type={kind!r}; those that can be read are {', '.join(ARCHITECTURES)}.")
+    return read_model(folder, ARCHITECTURES[kind], dtype)

@@ -10,6 +10,7 @@ EXPERIMENTS = {
     "domains": "experiments.domains:main",
     "recall": "experiments.recall:main",
     "compare": "experiments.compare:main",
+    "needle": "experiments.needle:main",
     "optimizers_toy": "experiments.optimizers_toy:main",
     "vit_optimizers": "experiments.vit_optimizers:main",
     "context_benchmark": "experiments.context_benchmark:main",

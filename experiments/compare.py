@@ -27,9 +27,8 @@ from hope_jax import LanguageModel, ModelConfig, model_named
 from hope_jax import train as training
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
-from hope_jax.cli.results import Results, Row, aligned, heading, settings, spread
-from hope_jax.cli.trials import Trials
-from hope_jax.config import flatten
+from hope_jax.cli.results import Results, Row, spread
+from hope_jax.cli.trials import Trials, at_chosen_rate, of_models, tables
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.models import without_writes
@@ -39,8 +38,6 @@ MODELS_VERSION = 2  # of what models compute and start from: runs of different v
 COLUMNS = ("row", "parameters", "rate", "bits per byte", "at the start", "tokens/s", "step, MB", "state, KB", "seeds")
 SAME = ("size", "length", "batch", "steps", "eval_batches")
 NEEDED = ("setting", "row", "learning_rate", "seed", "parameters", "start", "chosen_by", "bits_per_byte", "curve")
-Model = tuple[str, int]  # row and number of parameters
-Runs = dict[tuple[Model, float], dict[int, Row]]  # model and learning rate -> seed -> line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +78,8 @@ class CompareConfig(Trials):
 
     def setting(self, text: TextData) -> Row:
         """What must agree before two runs are compared."""
-        optimizer = flatten({"optimizer": self.optimizer})
-        del optimizer["optimizer.learning_rate"]
         same = {name: getattr(self, name) for name in SAME}
-        return {"text": self.name, "models": MODELS_VERSION, "fingerprint": text.fingerprint, **same, **optimizer}
+        return {"text": self.name, "models": MODELS_VERSION, "fingerprint": text.fingerprint, **same, **self.recipe()}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -111,30 +106,19 @@ def compare(config: CompareConfig, results: Results) -> None:
         about = {"setting": setting, "row": row, "parameters": counts[row], "learning_rate": rate, "seed": seed}
         return results.complete(about, lambda run: train(config, about, setups[row], text, run) | cost_of(row))
 
-    first, *others = config.seeds
-    swept = {row: [line(row, rate, first) for rate in config.learning_rates] for row in config.rows}
-    for seed in others:
-        for row in config.rows:
-            line(row, min(swept[row], key=_choice)["learning_rate"], seed)
+    config.tune(config.rows, line)
 
 
 def train(config: CompareConfig, about: Row, setup: training.Setup, text: TextData, run: training.Run) -> Row:
     """Train one model; what its line says. Without numbers at the end it has diverged."""
-    seed, rate, batch = about["seed"], about["learning_rate"], config.batch
-    start = training.at_rate(setup.start(seed), rate / config.optimizer.learning_rate)
-    choosing, reported = halves(text.heldout_batches(batch=batch, limit=2 * config.eval_batches))
-    steps, label = training.Steps(config.steps, config.eval_every), f"{about['row']}, rate {rate:g}, seed {seed}"
-    chosen_by = final = None
-    try:
-        batches = text.train_batches(batch=batch, seed=seed)
-        found = training.fit(setup, batches, reported, steps, start=start, run=run, label=label)
-        measured, final = found.heldout, found.heldout[found.step]["bits_per_byte"]
-        chosen_by = setup.evaluator(choosing)(found.params)["bits_per_byte"]
-    except training.Diverged as error:
-        measured = error.heldout
+    choosing, reported = halves(text.heldout_batches(batch=config.batch, limit=2 * config.eval_batches))
+    batches = text.train_batches(batch=config.batch, seed=about["seed"])
+    params, measured = config.fit_at_rate(setup, about, batches, reported, run)
     curve = [[step * setup.tokens, means["bits_per_byte"]] for step, means in measured.items()]
+    chosen_by = None if params is None else setup.evaluator(choosing)(params)["bits_per_byte"]
     return {
-        **{"chosen_by": chosen_by, "bits_per_byte": final, "start": curve[0][1] if curve else None},
+        **{"chosen_by": chosen_by, "bits_per_byte": None if params is None else curve[-1][1]},
+        **{"start": curve[0][1] if curve else None},
         **{"tokens_per_second": round(training.median_speed(run.folder)), "curve": curve},
     }
 
@@ -156,55 +140,21 @@ def halves(batches: Any) -> tuple[list[Any], list[Any]]:
     return batches[1::2], batches[::2]
 
 
-def _choice(line: Row) -> float:
-    return math.inf if line["chosen_by"] is None else line["chosen_by"]
-
-
-def at_chosen_rate(runs: Runs) -> dict[Model, list[Row]]:
-    """For each model its runs at the rate that its sweep chose; the sweep is of the seed with the most rates."""
-    chosen = {}
-    for model in dict.fromkeys(model for model, _ in runs):
-        lines = [line for (name, _), of_seed in runs.items() if name == model for line in of_seed.values()]
-        seeds = [line["seed"] for line in lines]
-        best = min((line for line in lines if line["seed"] == statistics.mode(seeds)), key=_choice)
-        chosen[model] = list(runs[model, best["learning_rate"]].values())
-    return chosen
-
-
-def grouped(lines: Sequence[Row]) -> list[tuple[Row, Runs]]:
-    """The settings on file with their runs; a run done again replaces the former one."""
-    return settings(lines, lambda line: ((line["row"], line["parameters"]), line["learning_rate"]))
-
-
 def table(lines: Sequence[Row]) -> list[str]:
     """Held-out bits per byte at the end, mean and deviation over seeds, under a heading for each setting."""
-    said = []
-    for setting, runs in grouped(lines):
-        tried = {model[0]: [f"{rate:g}" for name, rate in sorted(runs) if name == model] for model, _ in runs}
-        cells = [_cells(row, chosen) for (row, _), chosen in at_chosen_rate(runs).items()]
-        said += [heading(setting), _budget(tried), *aligned([COLUMNS, *cells])]
-    return said
+    return tables(lines, "other text", _cells)
 
 
-def _budget(tried: dict[str, list[str]]) -> str:
-    """What tuning each row had."""
-    grids = {tuple(rates) for rates in tried.values()}
-    if len(grids) > 1:
-        return "tuning is not equal yet: " + "; ".join(f"{row} at {', '.join(rates)}" for row, rates in tried.items())
-    if len(rates := grids.pop()) == 1:
-        return f"no tuning: the learning rate of every row was {rates[0]}"
-    return f"equal tuning: each row was tried at rates {', '.join(rates)} with one seed, judged on other text"
-
-
-def _cells(row: str, lines: Sequence[Row]) -> list[Any]:
+def _cells(lines: Sequence[Row]) -> Row:
     """The columns of a row, from its runs at the chosen rate."""
     bits, starts = ([math.nan if line[n] is None else line[n] for line in lines] for n in ("bits_per_byte", "start"))
     speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
     speed = f"{statistics.mean(speeds):,.0f}" if speeds else "-"
     step, state = (next((line[n] for line in lines if n in line), None) for n in ("step_bytes", "state_bytes"))
     memory = ["-" if step is None else f"{step / 1e6:,.0f}", "-" if state is None else f"{state / 1e3:,.0f}"]
-    about = [row, f"{lines[0]['parameters']:,}", f"{lines[0]['learning_rate']:g}"]
-    return [*about, spread(bits, ".4f"), f"{statistics.mean(starts):.3f}", speed, *memory, len(lines)]
+    about = [lines[0]["row"], f"{lines[0]['parameters']:,}", f"{lines[0]['learning_rate']:g}"]
+    cells = [*about, spread(bits, ".4f"), f"{statistics.mean(starts):.3f}", speed, *memory, len(lines)]
+    return dict(zip(COLUMNS, cells, strict=True))
 
 
 def draw(config: CompareConfig, lines: Sequence[Row]) -> list[Path]:
@@ -214,7 +164,7 @@ def draw(config: CompareConfig, lines: Sequence[Row]) -> list[Path]:
     if not same:
         return []
     with plot(path := config.results / f"compare-{config.name}-{config.length}.png") as axes:
-        for (row, _), chosen in at_chosen_rate(grouped(same)[-1][1]).items():
+        for (row, _), chosen in at_chosen_rate(of_models(same)[-1][1]).items():
             curves = [dict(line["curve"][1:]) for line in chosen if line["bits_per_byte"] is not None]
             if curves:
                 shared, style = sorted(set.intersection(*map(set, curves))), "--" if row.endswith(CONTROL) else "-"

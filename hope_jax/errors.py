@@ -12,6 +12,10 @@ class UserError(ValueError):
     """What came, what was expected, what to do. The command line prints it as one sentence and exits with 2."""
 
 
+class NotFinite(UserError):
+    """A model computes infinite or NaN logits."""
+
+
 def guess(name: str, names: Iterable[str]) -> str:
     """A hint such as ``did you mean 'hope-tiny'?`` with at most three names; empty when none is close."""
     near = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)

@@ -23,7 +23,7 @@ from flax.errors import FlaxError
 
 from hope_jax import context
 from hope_jax.context.schedule import schedule_of
-from hope_jax.errors import UserError, whole
+from hope_jax.errors import NotFinite, UserError, whole
 from hope_jax.nn.feed_forward.fast import ContextState
 from hope_jax.nn.language_model import check_tokens
 from hope_jax.nn.mixers.attention import room_left, slots_of
@@ -188,7 +188,7 @@ def _checked(tokens: Array, finite: Bool[Array, ""], start: int) -> Int[np.ndarr
     """The tokens on the host, if the model meant anything by them."""
     if not finite:
         why = "its parameters or its state are damaged (a diverged training run, or a state that was carried after NaN)"
-        raise UserError(f"The model's logits are not finite at or soon after written token {start}: {why}.")
+        raise NotFinite(f"The model's logits are not finite at or soon after written token {start}: {why}.")
     return np.asarray(tokens)
 
 

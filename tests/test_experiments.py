@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import recall
@@ -105,6 +107,20 @@ def test_accuracy_counts_only_the_positions_that_ask():
     loss, metrics = answer_loss(Oracle(), IGNORE)({}, (jnp.asarray(inputs), jnp.asarray(targets)))
     assert (float(metrics["accuracy"].value), float(metrics["accuracy"].count)) == (1.0, 8 * 2)
     assert float(loss) < 1e-6
+
+
+def test_the_loss_on_the_prompt_is_of_the_next_inputs_and_the_metrics_are_of_the_answer_alone():
+    rng = np.random.default_rng(0)
+    logits, inputs = rng.normal(size=(2, 5, 7)), rng.integers(7, size=(2, 5))
+    targets = np.full((2, 5), IGNORE)
+    targets[:, 2:4] = rng.integers(7, size=(2, 2))
+    nats = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
+    answer = np.mean([nats[i, t, targets[i, t]] for i in range(2) for t in (2, 3)])
+    prompt = np.mean([nats[i, t, inputs[i, t + 1]] for i in range(2) for t in (0, 1)])
+    model = SimpleNamespace(apply=lambda variables, tokens: (jnp.asarray(logits), None))
+    for weight in (0.0, 0.5):
+        loss, metrics = answer_loss(model, IGNORE, weight)({}, (jnp.asarray(inputs), jnp.asarray(targets)))
+        np.testing.assert_allclose([loss, metrics["loss"].value], [answer + weight * prompt, answer], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from drawn import drawn
 from flax import linen as nn
 
 from hope_jax import generate
-from hope_jax.errors import UserError
+from hope_jax.errors import NotFinite, UserError
 from hope_jax.memory import RULES
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
@@ -235,5 +235,5 @@ def test_windows_and_memories_write_without_limit(key, name):
 def test_a_model_that_gives_nan_is_an_error_not_a_text(key):
     model, params, state, prompt = tiny(MIXERS["attention"])
     broken = jax.tree.map(lambda p: p * jnp.nan, params)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(NotFinite, match="not finite"):
         generate.sample(model, broken, state, prompt, steps=5, key=key)

@@ -12,7 +12,7 @@ import tokenizers
 from hope_jax import evals
 from hope_jax.data import IGNORE, ByteTokenizer, JsonTokenizer, needle, noise_haystack, text_haystack
 from hope_jax.data.tasks.needle import ADJECTIVES, ANSWER, NOISE, NOUNS
-from hope_jax.errors import UserError
+from hope_jax.errors import NotFinite, UserError
 from hope_jax.nn.feed_forward.fast import BlockState
 
 SENTENCES = [
@@ -134,6 +134,24 @@ def test_the_share_of_needles_that_are_found_is_counted_after_reading_in_pieces(
     np.testing.assert_array_equal(right, [True, False, False, True])
     assert evals.needle.found(model, targets, haystack, 700, batches=1, batch=4, seed=5) == 0.5
     assert evals.needle.found(model, targets, haystack, 700, batches=2, batch=4, seed=5) == 0.25
+
+
+def test_shares_at_many_lengths_fill_their_batches_and_a_model_that_breaks_down_finds_nothing(monkeypatch):
+    asked = []
+
+    def found(model, params, haystack, length, *, batches, batch, seed):
+        asked.append((length, batches, batch, seed))
+        if length > 2000:
+            raise NotFinite("broken")
+        return 0.5
+
+    monkeypatch.setattr(evals.needle, "found", found)
+    haystack, lengths = noise_haystack(ByteTokenizer()), [500, 1000, 2000, 3000]
+    shares = evals.needle.found_at("model", {}, haystack, lengths, needles=3, tokens=2000, seed=7)
+    assert shares == [0.5, 0.5, 0.5, 0.0]
+    assert asked == [(500, 1, 3, 7), (1000, 2, 2, 7), (2000, 3, 1, 7), (3000, 3, 1, 7)]
+    with pytest.raises(UserError, match="needles is 0; give a whole number"):
+        evals.needle.found_at("model", {}, haystack, lengths, needles=0, tokens=2000, seed=7)
 
 
 def test_impossible_needles_are_refused(tmp_path):

@@ -7,10 +7,11 @@ from hope_jax.errors import UserError, check_seed, closest
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
-    """Raise UserError for the first of the fields that is smaller."""
+    """Raise UserError for the first of the fields that is smaller; of a tuple, the least number counts."""
     for name in names:
-        if getattr(config, name) < least:
-            raise UserError(f"{flag(name)} must be at least {least}, got {getattr(config, name)}.")
+        value = getattr(config, name)
+        if (found := min(value) if isinstance(value, tuple) else value) < least:
+            raise UserError(f"{flag(name)} must be at least {least}, got {found}.")
 
 
 def given(config: Any, *names: str) -> None:

@@ -5,17 +5,21 @@ A subclass of ``Trials`` adds the flags of its task. Read ``results.py`` next: i
 
 import dataclasses
 import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, check_seeds, given
-from hope_jax.cli.results import Row, spread
+from hope_jax.cli.results import Row, aligned, heading, settings, spread
 from hope_jax.config import flatten
+
+Model = tuple[str, int]  # what it is called, and its parameters
+Runs = dict[tuple[Model, float], dict[int, Row]]  # model and learning rate -> seed -> line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +57,96 @@ class Trials:
 
         ``problem``: setup, batches and held-out batches. ``options``: more arguments of ``train.fit``.
         """
-        since, label = time.monotonic(), f"{about['row']}, rate {about['learning_rate']:g}, seed {about['seed']}"
-        steps, seed = training.Steps(self.steps, self.eval_every), about["seed"]
-        found = training.fit(*problem, steps=steps, seed=seed, label=label, **options)
+        since, steps = time.monotonic(), training.Steps(self.steps, self.eval_every)
+        found = training.fit(*problem, steps=steps, seed=about["seed"], label=label(about), **options)
         curve = [[step, means[metric]] for step, means in found.heldout.items()]
         size, seconds = training.count_parameters(found.params), round(time.monotonic() - since, 1)
         return {"parameters": size, "steps": found.step, "seconds": seconds, metric: curve[-1][1], "curve": curve}
+
+    def recipe(self) -> Row:
+        """The optimizer but for its learning rate, as part of a setting."""
+        optimizer = flatten({"optimizer": self.optimizer})
+        del optimizer["optimizer.learning_rate"]
+        return optimizer
+
+    def fit_at_rate(
+        self, setup: training.Setup, about: Row, batches: Any, heldout: Any, run: training.Run
+    ) -> tuple[Any, Mapping[int, Mapping[str, float]]]:
+        """Train ``setup``, one ``for_any_rate``, at the rate and with the seed of ``about``.
+
+        Returns the parameters, None if the run diverged, and the held-out means by step.
+        """
+        start = training.at_rate(setup.start(about["seed"]), about["learning_rate"] / self.optimizer.learning_rate)
+        steps = training.Steps(self.steps, self.eval_every)
+        try:
+            found = training.fit(setup, batches, heldout, steps, start=start, run=run, label=label(about))
+        except training.Diverged as error:
+            return None, error.heldout
+        return found.params, found.heldout
+
+    def tune(self, names: Sequence[Any], line: Callable[[Any, float, int], Row]) -> None:
+        """The first seed of each name at all rates, then seed by seed all names at the rates that they chose.
+
+        ``line(name, rate, seed)`` does a run, unless it is on file; an early look compares all names.
+        """
+        first, *others = self.seeds
+        swept = {name: [line(name, rate, first) for rate in self.learning_rates] for name in names}
+        for seed in others:
+            for name in names:
+                line(name, min(swept[name], key=_choice)["learning_rate"], seed)
+
+
+def label(about: Row) -> str:
+    """What a run is called while it trains."""
+    return f"{named(about)}, rate {about['learning_rate']:g}, seed {about['seed']}"
+
+
+def _choice(line: Row) -> float:
+    return math.inf if line["chosen_by"] is None else line["chosen_by"]
+
+
+def at_chosen_rate(runs: Runs) -> dict[Model, list[Row]]:
+    """For each model its runs at the rate that its sweep chose, which is the one of the least ``chosen_by``.
+
+    The sweep is of the seed with the most rates.
+    """
+    chosen = {}
+    for model in dict.fromkeys(model for model, _ in runs):
+        lines = [line for (name, _), of_seed in runs.items() if name == model for line in of_seed.values()]
+        seeds = [line["seed"] for line in lines]
+        best = min((line for line in lines if line["seed"] == statistics.mode(seeds)), key=_choice)
+        chosen[model] = list(runs[model, best["learning_rate"]].values())
+    return chosen
+
+
+def of_models(lines: Sequence[Row]) -> list[tuple[Row, Runs]]:
+    """The settings on file with their runs; a run done again replaces the former one."""
+    return settings(lines, lambda line: ((named(line), line["parameters"]), line["learning_rate"]))
+
+
+def tables(lines: Sequence[Row], judged_on: str, cells: Callable[[list[Row]], Row]) -> list[str]:
+    """A table for each setting on file, under a heading and what tuning there was.
+
+    ``judged_on``: what chose the learning rates. ``cells``: the columns by name of a model, from its runs at the chosen
+    rate.
+    """
+    said = []
+    for setting, runs in of_models(lines):
+        rows = [cells(chosen) for chosen in at_chosen_rate(runs).values()]
+        columns = [list(rows[0]), *(list(row.values()) for row in rows)]
+        said += [heading(setting), _tuning(runs, judged_on), *aligned(columns)]
+    return said
+
+
+def _tuning(runs: Runs, judged_on: str) -> str:
+    """What tuning each model had."""
+    tried = {model[0]: [f"{rate:g}" for name, rate in sorted(runs) if name == model] for model, _ in runs}
+    grids = {tuple(rates) for rates in tried.values()}
+    if len(grids) > 1:
+        return "tuning is not equal yet: " + "; ".join(f"{name} at {', '.join(rates)}" for name, rates in tried.items())
+    if len(rates := grids.pop()) == 1:
+        return f"no tuning: the learning rate of every row was {rates[0]}"
+    return f"equal tuning: each row was tried at rates {', '.join(rates)} with one seed, judged on {judged_on}"
 
 
 def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -70,8 +158,9 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def named(row: Row) -> str:
-    """What a run is called in tables and figures."""
-    return row["row"] + ("" if row.get("writes", True) else " without writes")
+    """What a model is called in tables and figures."""
+    trained = f" at {row['trained']}" if "trained" in row else ""
+    return row["row"] + trained + ("" if row.get("writes", True) else " without writes")
 
 
 def at_best_rate(rows: Sequence[Row], score: str) -> dict[str, list[Row]]:

@@ -8,6 +8,9 @@ end of a piece is left of it. The answer is decoded greedily. As in RULER (arXiv
 number stands in what the model writes.
 """
 
+import contextlib
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,7 +19,7 @@ from jaxtyping import Bool, Int32
 
 from hope_jax import generate
 from hope_jax.data import IGNORE, Haystack, Tokenizer, needle
-from hope_jax.errors import UserError, whole
+from hope_jax.errors import NotFinite, UserError, whole
 
 
 def found(model: Any, params: Any, haystack: Haystack, length: int, *, batches: int, batch: int, seed: int) -> float:
@@ -36,6 +39,29 @@ def found(model: Any, params: Any, haystack: Haystack, length: int, *, batches: 
     examples = (needle(seed, index, batch, length, haystack) for index in range(whole("batches", batches)))
     right = [answered(model, params, haystack.tokenizer, *example) for example in examples]
     return float(np.mean(right))
+
+
+def found_at(
+    model: Any, params: Any, haystack: Haystack, lengths: Iterable[int], *, needles: int, tokens: int, seed: int
+) -> list[float]:
+    """``found`` at each of the lengths; 0 where the logits are not finite, as they may be beyond the training length.
+
+    Args:
+        needles: haystacks of each length, or a few more, so that all batches are full.
+        tokens: of a batch; longer haystacks are read one at a time.
+        model, params, haystack, seed: as in ``found``.
+
+    Raises:
+        UserError: as in ``found``, but for logits that are not finite.
+    """
+    shares = []
+    for length in lengths:
+        batch, share = min(whole("needles", needles), max(1, tokens // length)), 0.0
+        with contextlib.suppress(NotFinite):
+            batches = math.ceil(needles / batch)
+            share = found(model, params, haystack, length, batches=batches, batch=batch, seed=seed)
+        shares.append(share)
+    return shares
 
 
 def answered(

@@ -106,20 +106,28 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = 
     return loss
 
 
-def answer_loss(model: Any, ignore: int) -> LossFn:
+def answer_loss(model: Any, ignore: int, prompt: float = 0.0) -> LossFn:
     """Mean cross-entropy in nats and accuracy over the positions that are scored, of a batch (inputs, targets) [B, T].
 
-    ``ignore``: the target of all other positions. The loss of ``data.tasks``.
+    The loss of ``data.tasks``. The metrics are of the scored positions alone.
+
+    Args:
+      model: a language model.
+      ignore: the target of all other positions.
+      prompt: weight of the mean loss on these others, whose targets are then the next inputs.
     """
 
     def loss(params: Any, batch: tuple[Int[Array, "B T"], Int[Array, "B T"]]) -> tuple[Scalar, Metrics]:
         inputs, targets = batch
         logits, _ = model.apply({"params": params}, inputs)
         scored = targets != ignore
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(scored, targets, 0))
+        wanted = jnp.where(scored, targets, jnp.roll(inputs, -1, axis=1))
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
         count = scored.sum().astype(jnp.float32)
         total, right = jnp.sum(nats * scored), jnp.sum(scored & (logits.argmax(-1) == targets)).astype(jnp.float32)
-        return total / count, {"loss": Mean(total, count), "accuracy": Mean(right, count)}
+        others = ~scored.at[:, -1].set(True)  # nothing comes after the last
+        mean = total / count + (prompt * jnp.mean(nats, where=others) if prompt else 0.0)
+        return mean, {"loss": Mean(total, count), "accuracy": Mean(right, count)}
 
     return loss
 

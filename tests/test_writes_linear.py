@@ -10,6 +10,7 @@ import pytest
 from references_writes import by_hand
 
 from hope_jax import context
+from hope_jax.context.stream import read_without_learning
 from hope_jax.context.writes import reading_loss
 from hope_jax.nn.feed_forward.fast import BlockState, Writes
 from hope_jax.optim import INNER
@@ -79,6 +80,25 @@ def test_writes_of_other_optimizers_are_theirs_from_period_to_period(optimizer, 
         np.testing.assert_allclose(found[row], losses, rtol=1e-7)
         for i in range(2):
             np.testing.assert_allclose(state.levels[i].delta["w"][0, row], deltas[i], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_what_is_read_without_learning_belongs_to_no_period(optimizer, x64):
+    rates = np.array([0.1, 0.2])
+    model, params, p, tokens = linear(rates, False, optimizer)
+    tokens[:, 12] = tokens[:, 9]  # so that the third chunk has the same labels without the fourth, which is not learned
+    _, state = context.surprise(model, params, context.start(model, params, 2), jnp.asarray(tokens[:, :10]))
+    _, state = read_without_learning(model, params, state, jnp.asarray(tokens[:, 10:13]))
+    _, state = context.surprise(model, params, state, jnp.asarray(tokens[:, 13:]))
+    for row, learned in enumerate(np.concatenate([tokens[:, :9], tokens[:, 12:]], axis=1)):
+        _, deltas = by_hand(p, learned, rates, False, optimizer=optimizer)
+        for i in range(2):
+            np.testing.assert_allclose(state.levels[i].delta["w"][0, row], deltas[i], rtol=1e-6, atol=1e-9)
+    # Nothing was learned after the writes: moments that are left must not move a level again.
+    _, after = read_without_learning(model, params, state, jnp.asarray(tokens[:, :3]))
+    after = context.finish(model, params, after)
+    for level, before in zip(after.levels, state.levels, strict=True):
+        np.testing.assert_array_equal(level.delta["w"], before.delta["w"])
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["sequential", "nested"])

@@ -47,7 +47,7 @@ def read_piece(
 
     Args:
       tokens: [B, piece_size], of which the first ``count`` are real and the others zeros.
-      learn: whether they are learned; without it no level gathers or is written.
+      learn: whether they are learned; without it no level gathers or is written, and no period goes on.
       end: whether the unfinished chunk ends before these tokens, as after an interruption.
       finish: whether all levels then store what they have gathered, be their period over or not.
 
@@ -102,7 +102,7 @@ def _read_slot(
     (state, logits), (chunk, ends, complete) = carry, slot
     levels, read = gather(model, params, schedule, state.anchor, state.levels, chunk)
     mixer = _select(ends, state.mixer, read.mixer)
-    position = (state.position + schedule.chunk * complete) % schedule.distinct[-1]
+    position = (state.position + schedule.chunk * jnp.asarray(chunk.stored)) % schedule.distinct[-1]
     state = state._replace(
         mixer=mixer,
         anchor=_select(ends | complete, mixer, state.anchor),

@@ -81,7 +81,10 @@ def expect(model: Any, params: Any, state: State, tokens: Any) -> tuple[Float[Ar
 
 
 def read_without_learning(model: Any, params: Any, state: State, tokens: Any) -> tuple[Nats, ContextState]:
-    """``surprise``, by the same program, where nothing is stored: the levels stay as they are."""
+    """``surprise``, by the same program, where nothing is stored: the levels and their periods stay as they are.
+
+    The call that completes a chunk decides whether it is learned: ``learn`` or ``finish`` stores the unfinished one.
+    """
     nats, _, after = _read(model, params, state, tokens, learning=False)
     return nats, after
 

@@ -84,6 +84,13 @@ def test_results_that_cannot_be_written_are_told_in_a_sentence(tmp_path):
         open_results(tmp_path / "taken", "x.jsonl")
 
 
+def test_a_run_that_cannot_be_kept_names_the_flag_of_its_folder(tmp_path):
+    (tmp_path / "taken").write_text("a file, not a folder")
+    results = Results(tmp_path, "x", tmp_path / "taken")
+    with pytest.raises(UserError, match="taken/.* cannot be written .*; choose another --cache"):
+        results.complete({"seed": 0}, lambda run: {})
+
+
 def test_what_several_results_share_is_trained_when_it_is_first_needed_and_kept_until_all_are_on_file(tmp_path):
     results, folders = Results(tmp_path, "x", tmp_path / "cache"), []
 

@@ -153,7 +153,7 @@ def pretrain(flags: PretrainConfig) -> training.Result:
         UserError: anything the caller can mend, most of it before the first step.
     """
     training.split_host(flags.devices)
-    with training.open_run(flags.run) as folder:
+    with training.open_run(flags.run, "--run") as folder:
         if flags.compile_cache:
             training.keep_programs(folder.absolute().parent / ".cache")
         job = _prepare(flags)

@@ -74,7 +74,7 @@ class Results:
 
     @contextlib.contextmanager
     def _run(self, setting: Row) -> Iterator[training.Run]:
-        with training.open_run(self._folder(setting)) as folder:
+        with training.open_run(self._folder(setting), "--cache") as folder:
             yield training.Run(folder, {"setting": _text(setting)})
 
     def _folder(self, setting: Row) -> Path:

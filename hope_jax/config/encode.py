@@ -138,5 +138,5 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -
     if differing:
         raise UserError(
             f"The run folder {folder} belongs to another configuration: {'; '.join(differing)}. Use the same values to "
-            "continue it or another --run to start anew."
+            "continue it or another run folder to start anew."
         )

@@ -70,8 +70,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(folder: Path) -> Iterator[Path]:
+def open_run(folder: Path, chosen: str = "run folder") -> Iterator[Path]:
     """Create or reopen a run folder and hold it for this process.
+
+    ``chosen``: what the caller can choose another of, such as the flag that names the folder.
 
     Raises UserError where it cannot be written, holds something that is not a run, or another process trains in it.
     """
@@ -79,13 +81,13 @@ def open_run(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         inside = {path.name for path in folder.iterdir()}
         if inside and not inside & {LOCK_FILE, checkpoint.FOLDER, METRICS_FILE, CONFIG_FILE}:
-            raise UserError(f"The folder {folder} holds {min(inside)} but no run; choose an empty or new --run folder.")
+            raise UserError(f"The folder {folder} holds {min(inside)} but no run; choose an empty or new {chosen}.")
         # A whole block, so that a full disk is noticed and not only a forbidden one.
         (folder / LOCK_FILE).write_bytes(b"\0" * 4096)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"The run folder {folder} cannot be written ({reason}); choose another --run.") from error
-    with locked(folder / LOCK_FILE, f"Another process is training in {folder}; wait for it or choose another --run."):
+        raise UserError(f"The run folder {folder} cannot be written ({reason}); choose another {chosen}.") from error
+    with locked(folder / LOCK_FILE, f"Another process is training in {folder}; wait or choose another {chosen}."):
         yield folder
 
 
@@ -96,7 +98,7 @@ def read_config(folder: Path) -> Json:
     except FileNotFoundError as error:
         raise UserError(
             f"The run in {folder} was written by an earlier version of hope_jax and has no {CONFIG_FILE}; train it "
-            "anew in another --run folder."
+            "anew in another run folder."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -115,7 +117,8 @@ def resume(run: Run, step: int, like: TrainState) -> tuple[TrainState, Manifest]
         return checkpoint.restore(run.folder, step, like), checkpoint.read_manifest(run.folder, step)
     except DamagedCheckpoint as error:
         good = checkpoint.last_good(run.folder, step, like)
-        advice = "No earlier step is good." if good is None else f"Step {good} is good: add --resume-from {good}."
+        go_back = f"add --resume-from {good} to pretrain, or remove {run.folder / checkpoint.FOLDER / str(step)}"
+        advice = "No earlier step is good." if good is None else f"Step {good} is good: {go_back}."
         raise DamagedCheckpoint(f"{error} {advice}") from error
 
 

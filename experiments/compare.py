@@ -167,7 +167,7 @@ def draw(config: CompareConfig, lines: Sequence[Row]) -> list[Path]:
         for (row, _), chosen in at_chosen_rate(of_models(same)[-1][1]).items():
             curves = [dict(line["curve"][1:]) for line in chosen if line["bits_per_byte"] is not None]
             if curves:
-                shared, style = sorted(set.intersection(*map(set, curves))), "--" if row.endswith(CONTROL) else "-"
-                draw_mean(axes, shared, [[curve[tokens] for tokens in shared] for curve in curves], row, style)
+                shared, control = sorted(set.intersection(*map(set, curves))), row.endswith(CONTROL)
+                draw_mean(axes, shared, [[curve[tokens] for tokens in shared] for curve in curves], row, control)
         axes.set(xlabel="tokens", ylabel="held-out bits per byte", title=f"{config.name}, {config.length} tokens")
     return [path]

@@ -159,7 +159,7 @@ def draw(config: NeedleConfig, lines: Sequence[Row]) -> Path:
     with plot(path, len(trained), size) as axes:
         for ax, (length, of_length) in zip(np.ravel(axes), trained.items(), strict=True):
             for row, of_row in grouped(of_length, lambda line: line["row"]).items():
-                draw_mean(ax, setting["read_lengths"], [line["found"] for line in of_row], row, "o-")
+                draw_mean(ax, setting["read_lengths"], [line["found"] for line in of_row], row, marker="o")
             ax.set_xscale("log", base=2)
             ax.set(
                 xlabel="tokens read", ylabel="needles found", ylim=(-0.02, 1.02), title=f"trained at {length} tokens"

@@ -15,6 +15,7 @@ from typing import Any
 
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, check_seeds, given
+from hope_jax.cli.plots import look
 from hope_jax.cli.results import Row, aligned, heading, settings, spread
 from hope_jax.config import flatten
 
@@ -180,9 +181,9 @@ def percent(rows: Sequence[Row], score: str) -> str:
 
 
 def draw_curves(axes: Any, rows: Sequence[Row], order: Sequence[str]) -> None:
-    """The curve of every run, those of one ``named`` under one label; controls are dashed, colours follow ``order``."""
+    """The curve of every run, those of one ``named`` under one label; controls are dashed, looks follow ``order``."""
     for name, same in grouped(rows, named).items():
-        colour, style = f"C{order.index(same[0]['row']) % 10}", "-" if same[0].get("writes", True) else "--"
+        style = look(order.index(same[0]["row"]), control=not same[0].get("writes", True))
         for i, row in enumerate(same):
             points = zip(*row["curve"], strict=True)
-            axes.plot(*points, style, color=colour, label=None if i else name, linewidth=1)
+            axes.plot(*points, label=None if i else name, linewidth=1, **style)

@@ -22,7 +22,7 @@ from hope_jax.types import Array, Bool, Count, Float, Int
 
 Due = Bool[Array, ""] | bool
 Active = Float[Array, " C"] | None
-Segment = Callable[[Any, Any, Active, tuple[Due, ...]], tuple[Any, Any]]
+RunChunk = Callable[[Any, Any, Active, tuple[Due, ...]], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def check_multiples(periods: Sequence[int]) -> None:
 
 
 def scan_levels(
-    segment: Segment,
+    run_chunk: RunChunk,
     state: Any,
     tokens: Any,
     *,
@@ -65,10 +65,10 @@ def scan_levels(
     periods: tuple[int, ...],
     count: Count = None,
 ) -> tuple[Any, Any]:
-    """Run ``segment`` over T >= 1 tokens, one call per period of the fastest level: ``(state, outputs)``.
+    """Run ``run_chunk`` over T >= 1 tokens, one call per period of the fastest level: ``(state, outputs)``.
 
     Args:
-      segment: ``(state, tokens, active, due) -> (state, outputs)``; tokens and outputs are pytrees with leading
+      run_chunk: ``(state, tokens, active, due) -> (state, outputs)``; tokens and outputs are pytrees with leading
         axis C, ``active`` [C] is 1 for real tokens (None: all are), and ``due[i]`` says that level i updates before
         the first of them (plain True where that is known beforehand). It must leave the state unchanged by inactive
         tokens. Rematerialised in the backward pass.
@@ -80,17 +80,17 @@ def scan_levels(
       count: only the first ``count`` tokens are real, the others are padding and inactive; None: all are real.
     """
     length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
-    if length == 1 and count is None:  # decoding: a segment of one token needs no grid
-        return segment(state, tokens, None, tuple(due(position, p) for p in periods))
+    if length == 1 and count is None:  # decoding: a chunk of one token needs no grid
+        return run_chunk(state, tokens, None, tuple(due(position, p) for p in periods))
     known = isinstance(position, np.ndarray)
     if known and count is None and position % fastest == 0 and length % fastest == 0:
-        return scan_periods(segment, state, tokens, position=int(position), periods=periods, remat=_remat)
+        return scan_periods(run_chunk, state, tokens, position=int(position), periods=periods, remat=_remat)
     real = length if count is None else count
-    return _scan_anywhere(segment, state, tokens, jnp.asarray(position), periods, real)
+    return _scan_anywhere(run_chunk, state, tokens, jnp.asarray(position), periods, real)
 
 
 def scan_periods(
-    segment: Segment,
+    run_chunk: RunChunk,
     state: Any,
     tokens: Any,
     *,
@@ -102,7 +102,7 @@ def scan_periods(
 
     The loops are nested, a slower level's around a faster one's, and each is rematerialised: the backward pass keeps
     the states at the ends of the slow loops and, of one at a time, those inside it. The default ``remat`` computes
-    again even what a segment saves (``save_for_backward``).
+    again even what ``run_chunk`` saves (``save_for_backward``).
     """
     fastest = min(periods)
     chunks = jax.tree.map(lambda x: x.reshape(-1, fastest, *x.shape[1:]), tokens)
@@ -110,7 +110,7 @@ def scan_periods(
 
     def step(state, one):
         start, chunk = one
-        return segment(state, chunk, None, tuple(p == fastest or due(start, p) for p in periods))
+        return run_chunk(state, chunk, None, tuple(p == fastest or due(start, p) for p in periods))
 
     slower = sorted({p // fastest for p in periods if p > fastest}, reverse=True)
     state, outputs = _nested_scan(step, state, (starts, chunks), slower, remat)
@@ -140,7 +140,7 @@ def _nested_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, each: 
 
 
 def _scan_anywhere(
-    segment: Segment, state: Any, tokens: Any, position: Array, periods: tuple[int, ...], real: Array | int
+    run_chunk: RunChunk, state: Any, tokens: Any, position: Array, periods: tuple[int, ...], real: Array | int
 ):
     """Tokens placed on the grid at the offset of the first one; what is around the ``real`` ones is inactive."""
     length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
@@ -155,7 +155,7 @@ def _scan_anywhere(
         start = position - offset + index * fastest
         # A level is refreshed by the call that reads the first token of its period.
         here = (start >= position) & (start < position + real)
-        return segment(state, chunk, on, tuple(here & due(start, p) for p in periods))
+        return run_chunk(state, chunk, on, tuple(here & due(start, p) for p in periods))
 
     state, outputs = lax.scan(step, state, (jnp.arange(rows), grid, active))
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)

@@ -51,7 +51,7 @@ PARTS = [part if part in QUICK else pytest.param(part, marks=pytest.mark.slow) f
 def test_every_part_of_the_benchmark_prints_and_leaves_its_lines(part, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "CHUNKED", ("deltanet",))
     flags = "--models deltanet --width 16 --layers 1 --heads 2 --length 16 --batch 1 --tokens 16 --repeats 1"
-    more = "--lengths 16 64 --segment 8 --positions 2 4 --model deltanet-nano --results r"
+    more = "--lengths 16 64 --remat-every 8 --positions 2 4 --model deltanet-nano --results r"
     assert main(f"benchmark {part} {flags} {more}".split()) == 0
     rows = [json.loads(line) for line in (tmp_path / "r" / "benchmark.jsonl").read_text().splitlines()]
     printed = capsys.readouterr().out.splitlines()
@@ -63,9 +63,9 @@ def test_every_part_of_the_benchmark_prints_and_leaves_its_lines(part, tmp_path,
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        (["train", "--segment", "5", "--length", "32"], "--segment must divide every length, got 5 for 32"),
-        (["length", "--segment", "5", "--length", "25"], "--segment must divide every length, got 5 for 1024"),
-        (["--segment", "0"], "--segment must divide every length, got 0"),
+        (["train", "--remat-every", "5", "--length", "32"], "--remat-every must divide every length, got 5 for 32"),
+        (["length", "--remat-every", "5", "--length", "25"], "--remat-every must divide every length, got 5 for 1024"),
+        (["--remat-every", "0"], "--remat-every must divide every length, got 0"),
         (["--models"], "Give at least one of each: --models"),
         (["--lengths", "64", "64"], "--lengths must be two numbers of tokens, ascending, got (64, 64)"),
         (["trian"], "invalid choice 'trian' for argument 'parts'; expected one of ('train',"),

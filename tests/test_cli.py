@@ -248,7 +248,7 @@ def test_another_text_is_another_run_but_another_path_to_it_is_not(command, fini
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--keep", "1"], "--keep must be at least 2, got 1"),
         (["--accumulate", "3"], "--accumulate must divide --batch, got 3 for 2"),
-        (["--segment", "5"], "--segment must divide --length, got 5 for 32"),
+        (["--remat-every", "5"], "--remat-every must divide --length, got 5 for 32"),
         (["--optimizer.clip", "0"], "clip is 0; expected above 0"),
         (["--length", "1000000"], "1000000"),
         (["--data.path", "/does/not/exist"], "/does/not/exist"),

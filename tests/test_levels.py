@@ -23,8 +23,8 @@ def python_loop(tokens, start=0, state=None):
     return (running, fast, slow), np.array(outputs)
 
 
-def segment(state, tokens, active, due):
-    """The same as a segment; inactive tokens leave the state alone."""
+def run_chunk(state, tokens, active, due):
+    """The same as a function of a chunk; inactive tokens leave the state alone."""
     running, fast, slow = state
     fast, slow = jnp.where(due[0], running, fast), jnp.where(due[1], running, slow)
     active = jnp.ones_like(tokens) if active is None else active.astype(tokens.dtype)
@@ -42,7 +42,9 @@ def start():
     return tuple(map(jnp.asarray, (1.0, 0.0, 0.0)))
 
 
-scan = jax.jit(lambda state, tokens, position: scan_levels(segment, state, tokens, position=position, periods=PERIODS))
+scan = jax.jit(
+    lambda state, tokens, position: scan_levels(run_chunk, state, tokens, position=position, periods=PERIODS)
+)
 
 
 @pytest.mark.parametrize("cut", [(13,), (1, 12), (2, 3, 8), (5, 1, 1, 6), (1,) * 13, (6, 7)], ids=str)
@@ -64,7 +66,7 @@ def test_the_path_for_whole_periods_from_a_known_position_equals_the_general_one
     before, _ = python_loop(np.random.default_rng(2).normal(size=position))
     expected_state, expected = python_loop(tokens, position, before)
     how = dict(position=np.asarray(position, np.int32), periods=PERIODS)
-    aligned = jax.jit(lambda state, tokens: scan_levels(segment, state, tokens, **how))
+    aligned = jax.jit(lambda state, tokens: scan_levels(run_chunk, state, tokens, **how))
     for run in (aligned, lambda *a: scan(*a, position)):
         state, outputs = run(tuple(map(jnp.asarray, before)), jnp.asarray(tokens))
         np.testing.assert_allclose(outputs, expected, rtol=1e-12)
@@ -75,7 +77,7 @@ def test_both_paths_have_the_same_gradients(x64):
     tokens = jnp.asarray(np.random.default_rng(3).normal(size=6))
 
     def loss(tokens, position):
-        state, outputs = scan_levels(segment, start(), tokens, position=position, periods=PERIODS)
+        state, outputs = scan_levels(run_chunk, start(), tokens, position=position, periods=PERIODS)
         return jnp.sum(outputs**2) + state[0]
 
     aligned = jax.jit(jax.grad(lambda x: loss(x, np.zeros((), np.int32))))(tokens)
@@ -104,7 +106,7 @@ def test_periods_that_do_not_divide_each_other_are_refused():
 @pytest.mark.parametrize("periods", [(3,), (3, 6)])
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("save, times", [(save_for_backward, 1), (lambda x: x, 2)], ids=["saved", "not saved"])
-def test_what_a_segment_saves_is_computed_once(save, times, known, periods):
+def test_what_a_chunk_saves_is_computed_once(save, times, known, periods):
     found = _sinh_in_gradient(scan_levels, save, known, periods)
     assert found >= times
     assert (found == 1) == (save is save_for_backward)
@@ -118,7 +120,7 @@ def test_loops_that_train_through_writes_save_nothing():
 
 
 def _sinh_in_gradient(scan, save, known, periods):
-    """How often a segment's sinh stands in the program of the gradient."""
+    """How often a chunk's sinh stands in the program of the gradient."""
 
     def product(state, tokens, active, due):
         return state * jnp.prod(save(jnp.sinh(tokens))), jnp.full(3, state)

@@ -1,4 +1,4 @@
-"""The training step: loss, segments, accumulation, precision, and the optimizer with its levels and its schedule."""
+"""The training step: loss, rematerialisation, accumulation, precision; the optimizer with its levels and schedule."""
 
 import dataclasses
 import functools
@@ -73,8 +73,8 @@ def test_every_parameter_gets_a_gradient_initial_memories_included(each):
     assert not dead
 
 
-def test_segments_with_carried_state_give_the_loss_and_gradient_of_the_whole(each):
-    cut = jax.jit(jax.value_and_grad(training.next_token_loss(each.model, BYTES, segment=8), has_aux=True))
+def test_rematerialised_pieces_with_carried_state_give_the_loss_and_gradient_of_the_whole(each):
+    cut = jax.jit(jax.value_and_grad(training.next_token_loss(each.model, BYTES, remat_every=8), has_aux=True))
     (loss, _), gradient = each.grad(each.params, each.batch)
     (other, _), other_gradient = cut(each.params, each.batch)
     assert float(other) == pytest.approx(float(loss), rel=1e-6)

@@ -175,8 +175,8 @@ def test_the_training_loss_of_such_a_model_is_that_of_reading_with_writes(x64):
     without = next_token_loss(LanguageModel(config(in_context=0)), np.ones(VOCAB))
     static = jax.jit(without)(params, tokens[:, : T + 1])[0]
     assert abs(found - static) > 1e-3
-    with pytest.raises(UserError, match="leave out segment"):
-        next_token_loss(model, np.ones(VOCAB), segment=8)
+    with pytest.raises(UserError, match="leave out remat_every"):
+        next_token_loss(model, np.ones(VOCAB), remat_every=8)
 
 
 def test_levels_in_context_take_the_place_of_faster_ones_and_leave_the_size_alone():
@@ -199,7 +199,7 @@ def test_levels_in_context_take_the_place_of_faster_ones_and_leave_the_size_alon
         (["--cms.in-context", "64", "--length", "500"], "--cms.in-context must divide --length, got 64 for 500"),
         (["--cms.in-context", "64", "512"], "--cms.in-context 512 is never written in sequences of --length 512"),
         (["--cms.rank", "3"], "give their periods: --cms.in-context"),
-        (["--cms.in-context", "64", "--segment", "64"], "leave out it or --cms.in-context"),
+        (["--cms.in-context", "64", "--remat-every", "64"], "leave out one of them"),
         (["--model", "titans-tiny", "--cms.in-context", "64"], "hope, hope_attention or hope_tnt"),
     ],
     ids=str,

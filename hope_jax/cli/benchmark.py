@@ -2,7 +2,7 @@
 
     python -m hope_jax benchmark                      # all parts
     python -m hope_jax benchmark train --size 30m --length 1024 --batch 1
-    python -m hope_jax benchmark length --segment 512
+    python -m hope_jax benchmark length --remat-every 512
 
 Each part is a function of its name here. Every number is the best of ``--repeats`` interleaved repetitions. Minutes on
 a CPU. The aim: chunked 10 times and more ahead of sequential, and a decode time that does not depend on the position.
@@ -50,7 +50,7 @@ class BenchmarkConfig:
     length: int = 512  # train: tokens per sequence.
     batch: int = 4  # train: sequences per batch.
     devices: int = 1  # train: devices that share a batch; on a CPU, cores.
-    segment: int | None = None  # train, length: tokens of a rematerialised piece; divides the lengths. None: all.
+    remat_every: int | None = None  # train, length: see pretrain; divides the lengths. None: all at once.
     tokens: int = 1024  # chunked: tokens of the sequence.
     lengths: tuple[int, int] = (1024, 8192)  # length: the two lengths, ascending.
     positions: tuple[int, int] = (64, 16_384)  # decode: tokens read before; the second a multiple of the first.
@@ -70,8 +70,8 @@ class BenchmarkConfig:
             raise UserError(f"--lengths must be two numbers of tokens, ascending, got {self.lengths}.")
         totals = {"train": (self.length,), "length": self.lengths}
         for total in sum((totals[part] for part in self.chosen if part in totals), ()):
-            if self.segment is not None and (self.segment < 1 or total % self.segment):
-                raise UserError(f"--segment must divide every length, got {self.segment} for {total}.")
+            if self.remat_every is not None and (self.remat_every < 1 or total % self.remat_every):
+                raise UserError(f"--remat-every must divide every length, got {self.remat_every} for {total}.")
         model_named(self.model)
         for name in self.models:
             self.architecture(name)
@@ -102,9 +102,9 @@ def main(arguments: Sequence[str]) -> int:
 class Trainer:
     """A compiled training step with its state; calling it does one step."""
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, segment: int | None, devices: int = 1):
+    def __init__(self, config: ModelConfig, batch: int, length: int, remat_every: int | None, devices: int = 1):
         model, mesh = LanguageModel(config), training.data_mesh(batch, devices)
-        loss = training.next_token_loss(model, np.ones(config.vocab_size), segment)
+        loss = training.next_token_loss(model, np.ones(config.vocab_size), remat_every)
         setup = training.model_setup(model, loss, training.OptimizerConfig(), 1000, batch * length, mesh=mesh)
         tokens = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, config.vocab_size)
         self.state, self.tokens, step = setup.spread(setup.start(0)), setup.place(tokens), cast(Any, setup.step)
@@ -139,7 +139,7 @@ def train(config: BenchmarkConfig) -> Iterator[Row]:
 
     The arithmetic that they reach is compared with that of a large matrix product.
     """
-    of = (config.batch, config.length, config.segment, config.devices)
+    of = (config.batch, config.length, config.remat_every, config.devices)
     trainers = {name: Trainer(config.architecture(name), *of) for name in config.models}
     square = jax.random.normal(jax.random.key(0), (1024, 1024))
     calls: dict[str, Callable[[], Any]] = {"peak": functools.partial(jax.jit(jnp.matmul), square, square)}
@@ -193,15 +193,16 @@ def _against_sequential(config: BenchmarkConfig, forms: Mapping[str, Callable[[]
 
 def length(config: BenchmarkConfig) -> Iterator[Row]:
     """The training step of one model with one sequence, short and long."""
-    trainers = [Trainer(model_named(config.model), 1, tokens, config.segment) for tokens in config.lengths]
+    trainers = [Trainer(model_named(config.model), 1, tokens, config.remat_every) for tokens in config.lengths]
     seconds = best_seconds({str(i): trainer for i, trainer in enumerate(trainers)}, config.repeats)
     rows = [trainer.row(seconds[str(i)]) for i, trainer in enumerate(trainers)]
     for row in rows:
-        yield {"model": config.model, "segment": config.segment, **row}
+        yield {"model": config.model, "remat_every": config.remat_every, **row}
     short, long = rows
     growth = math.log(long["temp_bytes"] / short["temp_bytes"]) / math.log(long["length"] / short["length"])
     speed = round(long["tokens_per_second"] / short["tokens_per_second"], 3)
-    yield {"model": config.model, "segment": config.segment, "speed_ratio": speed, "memory_exponent": round(growth, 3)}
+    ratios = {"speed_ratio": speed, "memory_exponent": round(growth, 3)}
+    yield {"model": config.model, "remat_every": config.remat_every, **ratios}
 
 
 def decode(config: BenchmarkConfig) -> Iterator[Row]:

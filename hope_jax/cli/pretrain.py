@@ -63,7 +63,7 @@ class InContextConfig:
         writes = Writes(self.rate, INNER[self.inner], self.bptt, self.rank)
         return with_in_context(model, self.in_context, self.wiring, writes)
 
-    def check(self, length: int, segment: int | None) -> None:
+    def check(self, length: int, remat_every: int | None) -> None:
         """Raise UserError where these levels and the sequences do not fit."""
         if not self.in_context:
             if self != InContextConfig():
@@ -74,8 +74,8 @@ class InContextConfig:
             raise UserError(f"--cms.in-context must divide --length, got {fastest} for {length}.")
         if slowest >= length:
             raise UserError(f"--cms.in-context {slowest} is never written in sequences of --length {length}.")
-        if segment is not None:
-            raise UserError("--segment is for models that learn nothing in context; leave out it or --cms.in-context.")
+        if remat_every is not None:
+            raise UserError("--remat-every does not go together with --cms.in-context; leave out one of them.")
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ class PretrainConfig:
     """Of products and activations; parameters and loss stay float32. None: float32; with --stage-two, that of the run
     before."""
     accumulate: int = 1  # Slices of a batch computed one after another to save memory; must divide the batch.
-    segment: int | None = None
-    """Tokens of one piece in rematerialised training; must divide the length. None: the whole sequence at once."""
+    remat_every: int | None = None
+    """Tokens between the states that are kept for the backward pass, which computes the rest again; must divide the
+    length. None: the whole sequence at once."""
     seed: int = 0  # Of the initial parameters, the order of the text and the sample.
     eval_every: int = 100  # Batches between measurements on held-out text; also measured before and after training.
     eval_batches: int = 16  # Batches of held-out text per measurement, always the same ones.
@@ -121,11 +122,11 @@ class PretrainConfig:
         at_least(self, 0, "sample_tokens")
         check_seed(self.seed)
         must_divide("accumulate", self.accumulate, "batch", self.batch)
-        if self.segment is not None:
-            must_divide("segment", self.segment, "length", self.length)
+        if self.remat_every is not None:
+            must_divide("remat_every", self.remat_every, "length", self.length)
         if self.devices is not None:
             must_divide("devices", self.devices, "batch / --accumulate", self.batch // self.accumulate)
-        self.cms.check(self.length, self.segment)
+        self.cms.check(self.length, self.remat_every)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -193,7 +194,7 @@ def _prepare(flags: PretrainConfig) -> Job:
         stage_one=stage.origin,
     )
     mesh = training.data_mesh(flags.batch // flags.accumulate, flags.devices)
-    cut: dict[str, Any] = {"accumulate": flags.accumulate, "segment": flags.segment, "mesh": mesh}
+    cut: dict[str, Any] = {"accumulate": flags.accumulate, "remat_every": flags.remat_every, "mesh": mesh}
     setup = training.text_setup(config, flags.steps, tokenizer.byte_lengths, **cut)
     return Job(flags, config, tokenizer, text, setup, stage.params)
 

@@ -176,7 +176,7 @@ def reading_loss(model: Any, params: Any, inputs: Tokens, labels: Tokens) -> Nat
         raise UserError(f"sequences have {inputs.shape[1]} tokens; expected a multiple of the period {schedule.chunk}")
     rates = rates_of(model, params, schedule)
 
-    def segment(carry: Any, tokens: Any, active: Any, due: Any) -> tuple[Any, Any]:
+    def run_chunk(carry: Any, tokens: Any, active: Any, due: Any) -> tuple[Any, Any]:
         del active, due  # of the chunk's start; writes are due at its end
         inputs, labels, at = tokens
         mixer, levels = carry
@@ -188,4 +188,4 @@ def reading_loss(model: Any, params: Any, inputs: Tokens, labels: Tokens) -> Nat
     fresh = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1])
     carry = fresh.mixer, fresh_levels(model, schedule, inputs.shape[0])
     tokens = inputs.T, labels.T, jnp.arange(inputs.shape[1])
-    return scan_periods(segment, carry, tokens, position=0, periods=schedule.distinct)[1].T
+    return scan_periods(run_chunk, carry, tokens, position=0, periods=schedule.distinct)[1].T

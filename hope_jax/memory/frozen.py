@@ -39,7 +39,7 @@ def scan_frozen(
     grid = max(math.gcd(rule.period, _GRID), math.gcd(rule.period, len(tokens[0])) if known else 1)
     products = products_of(impl)
 
-    def segment(fast: Fast, tokens: tuple[Array, ...], active: Active, due: tuple[Due, ...]):
+    def run_chunk(fast: Fast, tokens: tuple[Array, ...], active: Active, due: tuple[Due, ...]):
         (keys, values, queries, rate), fast = tokens, refreshed(rule, fast, due[1])
         first, later = fast.anchor[0], fast.anchor[1:]
         gates = idle(Gates(rate, jnp.ones_like(rate), None), active)
@@ -48,4 +48,4 @@ def scan_frozen(
         running = tuple(w + more for w, more in zip(fast.running, added, strict=True))
         return fast._replace(running=running), rule.architecture.apply(fast.anchor, queries, products)
 
-    return scan_levels(segment, fast, tokens, position=position, periods=(grid, rule.period), count=count)
+    return scan_levels(run_chunk, fast, tokens, position=position, periods=(grid, rule.period), count=count)

@@ -64,12 +64,12 @@ def read(
         return _write(rule, initial, impl, fast, tokens, active)
     period = rule.period if anchored else math.gcd(rule.cycle, 32)
 
-    def segment(fast: Fast, tokens, active: Active, due: tuple[Due, ...]):
+    def run_chunk(fast: Fast, tokens, active: Active, due: tuple[Due, ...]):
         for begins in due[1:]:
             fast = restarted(rule, initial, fast, begins)
         return _write(rule, initial, impl, refreshed(rule, fast, due[0]) if anchored else fast, tokens, active)
 
-    return scan_levels(segment, fast, tokens, position=position, periods=(period, *inside), count=count)
+    return scan_levels(run_chunk, fast, tokens, position=position, periods=(period, *inside), count=count)
 
 
 def entered(

@@ -130,8 +130,8 @@ def scan(
     rule = spec.rules.memory
     starts = pack(spec.stacks(initial), initial) if rule.retain_to == "init" or rule.shard is not None else ()
     fast, inside = entered(rule, starts, fast, position, len(streams.x))
-    segment = functools.partial(_segment, _Head(spec, spec.stacks(initial), starts, tuning, impl))
-    return scan_levels(segment, fast, streams, position=position, periods=(*spec.periods, *inside), count=count)
+    run_chunk = functools.partial(_run_chunk, _Head(spec, spec.stacks(initial), starts, tuning, impl))
+    return scan_levels(run_chunk, fast, streams, position=position, periods=(*spec.periods, *inside), count=count)
 
 
 class _Head(NamedTuple):
@@ -144,7 +144,7 @@ class _Head(NamedTuple):
     impl: Impl
 
 
-def _segment(head: _Head, fast: Fast, streams: Streams, active: Active, due: tuple[Due, ...]) -> tuple[Fast, Reading]:
+def _run_chunk(head: _Head, fast: Fast, streams: Streams, active: Active, due: tuple[Due, ...]) -> tuple[Fast, Reading]:
     """Tokens inside one period: generate keys, values and gates at the anchors, then write every layer of every box."""
     rule, products = head.spec.rules.memory, products_of(head.impl)
     memory, others, *shards = due

@@ -106,10 +106,10 @@ def scan(
     inputs = Inputs(with_one(keys), values - keys, with_one(queries), rate, gains[places], last)
     rule = replace(rule, objective=functools.partial(_loss, norm))
 
-    def segment(inner: Inner, inputs: Inputs, active: Active, due: tuple[Due, ...]):
+    def run_chunk(inner: Inner, inputs: Inputs, active: Active, due: tuple[Due, ...]):
         return _write(rule, impl, inner, inputs, active, due[0] is True)
 
-    inner, outputs = scan_levels(segment, inner, inputs, position=position, periods=(rule.period,), count=count)
+    inner, outputs = scan_levels(run_chunk, inner, inputs, position=position, periods=(rule.period,), count=count)
     return inner, queries + jax.vmap(functools.partial(layer_norm, norm))(outputs)
 
 

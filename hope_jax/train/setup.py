@@ -158,8 +158,10 @@ def model_setup(
     return Setup(functools.partial(init_params, model), loss, tx, rate, tokens, accumulate, mesh)
 
 
-def text_setup(run: TextRun, steps: int, byte_lengths: np.ndarray, *, segment: int | None = None, **more: Any) -> Setup:
-    """``model_setup`` of a language model on text; ``byte_lengths``, ``segment``: as in ``next_token_loss``."""
+def text_setup(
+    run: TextRun, steps: int, byte_lengths: np.ndarray, *, remat_every: int | None = None, **more: Any
+) -> Setup:
+    """``model_setup`` of a language model on text; ``byte_lengths``, ``remat_every``: as in ``next_token_loss``."""
     model = LanguageModel(run.model)
-    loss = next_token_loss(model, byte_lengths, segment)
+    loss = next_token_loss(model, byte_lengths, remat_every)
     return model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)

@@ -69,18 +69,19 @@ StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 MEASURED_BY_STEP = ("gradient_norm", "parameter_norm", "learning_rate")  # beside what the loss measures
 
 
-def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = None) -> LossFn:
+def next_token_loss(model: Any, byte_lengths: np.ndarray, remat_every: int | None = None) -> LossFn:
     """Mean cross-entropy in nats per token, in float32: ``loss(params, batch) -> (loss, metrics)``.
 
     ``byte_lengths[vocab]`` are the bytes of each token, which make ``bits_per_byte`` comparable between tokenizers.
-    ``segment`` runs the model over pieces of that many tokens (it must divide T), carrying the state and keeping only
-    the states between pieces for the backward pass: the same numbers with memory for T / segment states.
+    ``remat_every`` runs the model over pieces of that many tokens (it must divide T), carrying the state and keeping
+    only the states between pieces for the backward pass, which computes the rest again (rematerialisation): the same
+    numbers with memory for T / remat_every states.
 
     A model with levels that learn in context is read with their writes (``writes.py``), in pieces of its own: together
-    with a ``segment`` that is a UserError.
+    with ``remat_every`` that is a UserError.
     """
-    if segment is not None and learns_in_context(model):
-        raise UserError("a model whose levels learn in context is read chunk by chunk already; leave out segment")
+    if remat_every is not None and learns_in_context(model):
+        raise UserError("a model whose levels learn in context is read chunk by chunk already; leave out remat_every")
     sizes = np.asarray(byte_lengths, np.float32)
 
     def loss(params: Any, batch: Int[Array, "B window"]) -> tuple[Scalar, Metrics]:
@@ -94,11 +95,11 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, segment: int | None = 
 
         if learns_in_context(model):
             nats = reading_loss(model, params, inputs, targets).sum()
-        elif segment is None:  # no state: a fresh sequence, whose chunks the compiler knows to be whole
+        elif remat_every is None:  # no state: a fresh sequence, whose chunks the compiler knows to be whole
             nats = piece(None, (inputs, targets))[1]
         else:
             state = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1])
-            nats = _over_segments(piece, state, (inputs, targets), segment)
+            nats = _rematerialised(piece, state, (inputs, targets), remat_every)
         tokens = jnp.float32(targets.size)
         size = jnp.asarray(sizes)[targets].sum()
         return nats / tokens, {"loss": Mean(nats, tokens), "bits_per_byte": Mean(nats / jnp.log(2.0), size)}
@@ -132,9 +133,9 @@ def answer_loss(model: Any, ignore: int, prompt: float = 0.0) -> LossFn:
     return loss
 
 
-def _over_segments(piece: Callable, state: Any, tokens: tuple[Array, Array], segment: int) -> Scalar:
-    """The sum of ``piece`` over the whole sequence, in rematerialised cuts of ``segment`` tokens."""
-    cuts = jax.tree.map(lambda z: jnp.moveaxis(z.reshape(z.shape[0], -1, segment), 1, 0), tokens)
+def _rematerialised(piece: Callable, state: Any, tokens: tuple[Array, Array], every: int) -> Scalar:
+    """The sum of ``piece`` over the whole sequence, in rematerialised cuts of so many tokens."""
+    cuts = jax.tree.map(lambda z: jnp.moveaxis(z.reshape(z.shape[0], -1, every), 1, 0), tokens)
     return jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), state, cuts)[1].sum()
 
 

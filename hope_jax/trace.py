@@ -108,7 +108,6 @@ def _gates(model: Any, params: Any, state: ContextState) -> tuple[Float[Array, "
     start = BlockState(state.anchor, state.blocks.feed_forward)
     _, sown = model.apply({"params": params}, state.tokens, start, state.unfinished, mutable=["intermediates"])
     mixer = sown["intermediates"]["blocks"]["mixer"] if sown else {}
-    mixer = mixer.get("local", mixer)  # with TNT, the gates of the local memories
     return tuple(mixer[name][0] for name in ("rate", "retention") if mixer)
 
 

@@ -38,7 +38,7 @@ def conv(x, kernel):
 
 def stream(p, u):
     """A projection, a convolution, the bias if there is one, SiLU."""
-    return silu(conv(u @ p["project"]["kernel"], p["conv"]["kernel"]) + p.get("bias", 0))
+    return silu(conv(u @ p["project"]["kernel"], p["conv"]["kernel"]) + p["conv"].get("bias", 0))
 
 
 def steps(p, u, limits=(0, np.inf)):

@@ -197,7 +197,10 @@ def test_the_published_sizes_build_at_every_width(width):
         (lambda: GatedDeltaNetConfig(2, 4, 4, values_per_key=0), "values_per_key is 0"),
         (lambda: GatedDeltaNetConfig(2, 4, 4, form="gdn"), r"form is 'gdn'.*gated_deltanet.*comba"),
         (lambda: RetNetConfig(2, expand=0), "expand is 0"),
-        (lambda: RetNetConfig(heads=3).build(16, jnp.float32), "heads=3 .*multiple of 6"),
+        (
+            lambda: RetNetConfig(heads=3).build(16, jnp.float32),
+            "3 heads do not divide width 16 into .*even .*multiple of 6",
+        ),
         (lambda: Mamba2Config().build(48, jnp.float32), "head_size is 64.* = 96"),
         (lambda: Mamba2Config(groups=4).build(192, jnp.float32), "groups is 4.*6 heads"),
         (lambda: Mamba2Config(step_limits=(1.0, 0.5)), r"step_limits is .*low < high"),

@@ -212,6 +212,7 @@ def test_every_width_can_be_built(name, width, heads):
     replace(CONFIGS[name], **parts).build(width, jnp.float32)
 
 
+BEFORE = replace(MEMORY.rule, read="before")
 WRONG = {
     "persistent is -1; give a whole number of at least 0": dict(persistent=-1),
     "segment is 0; give a whole number": dict(segment=0),
@@ -219,9 +220,10 @@ WRONG = {
     "attention.window is 5; set it to None": dict(attention=AttentionConfig(HEADS, window=5)),
     "attention.conv is 4; set it to 0": dict(attention=AttentionConfig(HEADS, conv=4)),
     "attention.persistent is 2; set it to 0": dict(attention=AttentionConfig(HEADS, persistent=2)),
+    "read of the memory's rule is 'before'; set it to 'after'": dict(memory=replace(MEMORY, rule=BEFORE)),
     "memory.persistent is 2; set it to 0": dict(memory=replace(MEMORY, persistent=2)),
     "3 heads do not divide width 8": dict(memory=replace(MEMORY, heads=3)),
-    "heads=3 cannot split width=8": dict(attention=AttentionConfig(3)),
+    "3 heads do not divide width 8 into heads of an even number": dict(attention=AttentionConfig(3)),
 }
 
 

@@ -244,6 +244,13 @@ def test_sequential_steps_are_those_of_one_shard(x64, name):
     assert counted(ROWS[name], params) == SHARD // 4 + 72 // PERIOD
 
 
+def test_the_gates_of_local_memories_are_sown_where_those_of_every_mixer_are(x64):
+    module, params, u = drawn("hope")
+    call = functools.partial(module.apply, method=fresh, mutable=["intermediates"])
+    sown = jax.eval_shape(call, params, u)[1]["intermediates"]
+    assert {name: one.shape for name, (one,) in sown.items()} == dict.fromkeys(("rate", "retention"), (B, HEADS, T))
+
+
 @rows
 def test_names_of_axes_and_the_written_configuration_fit(x64, name):
     module, params, _ = drawn(name)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax.typing import Initializer
 from jax.typing import DTypeLike
 
+from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
 from hope_jax.memory.kernels import Impl, cpu, products_of
 from hope_jax.memory.products import by_rows
@@ -99,15 +100,15 @@ class ShortConv(nn.Module):
     """Causal depthwise convolution over time, ``y_t = sum_i kernel_i * x_(t - width + 1 + i)``, kernel ``[width, D]``.
 
     The state is the tail, the last ``width - 1`` inputs. Written as ``width`` shifted products: on a CPU more than 20
-    times faster than a grouped convolution. ``impl`` is that of the memories. With ``use_bias`` a learned
-    vector [D], at first 0, is added.
+    times faster than a grouped convolution. ``impl`` is that of the memories. ``bias`` is the start of
+    a learned vector [D] that is added; None: there is none.
     """
 
     width: int = 4
     dtype: DTypeLike = jnp.float32
     start: Initializer = taps_at(0)
     impl: Impl = "auto"
-    use_bias: bool = False
+    bias: Initializer | None = None
 
     @nn.nowrap
     def init_state(self, batch: int, channels: int) -> Float[Array, "B tail D"]:
@@ -122,8 +123,8 @@ class ShortConv(nn.Module):
         kernel = self.param("kernel", self.start, (self.width, channels), param_dtype(self.dtype)).astype(self.dtype)
         seen = jnp.concatenate([tail, x.astype(self.dtype)], axis=1)
         y, tail = products_of(self.impl).shifted_sum(seen, kernel), last_of(seen, time, count, axis=1)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (channels,), param_dtype(self.dtype))
+        if self.bias is not None:
+            bias = self.param("bias", self.bias, (channels,), param_dtype(self.dtype))
             y = by_rows(lambda rows: rows + bias.astype(y.dtype)[None], y)
         return y, tail
 
@@ -147,10 +148,20 @@ def short_convs(width: int, dtype: DTypeLike, impl: Impl) -> list[ShortConv]:
 def persistent_vectors(module: Any, count: int) -> Float[Array, "P D"] | None:
     """Parameter ``persistent`` of a mixer, vectors in front of every sequence; None if ``count`` is 0.
 
-    Titans (arXiv 2501.00663) gives no start: that of the usual token embedding.
+    They stand beside what the norm of the block has made of the tokens, and are not normed themselves: they are learned
+    as inputs of the mixer, their size included. Titans (arXiv 2501.00663) gives no start: that of a token embedding.
     """
     shape, start = (count, module.width), nn.initializers.normal(0.02)
     return module.param("persistent", start, shape, param_dtype(module.dtype)) if count else None
+
+
+def check_heads(heads: int, width: int, even: bool = False) -> None:
+    """Raise UserError unless ``heads`` divide the width; ``even``: into even numbers of features, for rotations."""
+    multiple = (1 + even) * heads
+    if width % multiple:
+        of = " into heads of an even number of features" if even else ""
+        choose = f"choose a divisor, or a width that is a multiple of {multiple}"
+        raise UserError(f"{heads} heads do not divide width {width}{of}; {choose}")
 
 
 def split_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:

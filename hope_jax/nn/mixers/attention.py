@@ -23,7 +23,7 @@ from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.memory.kernels import Impl
 from hope_jax.nn.attend import Cache, FullCache, Prefix, WindowCache, attend, push
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes
-from hope_jax.nn.layers import ShortConv, dense, merge_heads, persistent_vectors, split_heads
+from hope_jax.nn.layers import ShortConv, check_heads, dense, merge_heads, persistent_vectors, split_heads
 from hope_jax.nn.rotary import RopeScaling, apply_rope
 from hope_jax.types import Array, Count, Float, Int, Stream
 
@@ -109,9 +109,7 @@ class AttentionConfig:
 
     def build(self, width: int, dtype: DTypeLike) -> "Attention":
         """The mixer for a model of ``width`` features. Raises UserError if the heads do not divide it evenly."""
-        if width % (2 * self.heads):
-            choose = f"choose a width that is a multiple of {2 * self.heads} (heads of an even number of features)"
-            raise UserError(f"Attention with heads={self.heads} cannot split width={width}; {choose}.")
+        check_heads(self.heads, width, even=True)
         return Attention(self, width, dtype)
 
 

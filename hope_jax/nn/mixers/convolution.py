@@ -43,7 +43,7 @@ class Convolution(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        self.conv = ShortConv(self.config.conv, self.dtype, FAN_IN, self.config.impl, use_bias=True)
+        self.conv = ShortConv(self.config.conv, self.dtype, FAN_IN, self.config.impl, nn.initializers.zeros)
 
     @nn.nowrap
     def axes(self) -> Axes:

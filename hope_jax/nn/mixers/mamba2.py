@@ -10,6 +10,7 @@ feed-forward parts: two of these layers stand for one attention layer and its ML
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -82,7 +83,7 @@ class Mamba2(nn.Module):
     def setup(self) -> None:
         c, wide = self.config, layers.param_dtype(self.dtype)
         heads, features = c.heads(self.width), c.expand * self.width
-        self.inputs = matrix.ConvolvedMap(self._inputs(), c.conv, layers.TORCH, True, self.dtype, c.impl)
+        self.inputs = matrix.ConvolvedMap(self._inputs(), c.conv, layers.TORCH, self._start_bias, self.dtype, c.impl)
         self.decay = matrix.DecayGate(heads, layers.TORCH, 1.0, c.step_limits, self.dtype)
         self.gate = layers.dense(features, self.dtype, start=layers.TORCH)
         self.skip = self.param("skip", nn.initializers.ones, (heads,), wide)
@@ -99,9 +100,14 @@ class Mamba2(nn.Module):
         return layers.TORCH(key, shape, dtype) * self.config.depth**-0.5
 
     @nn.nowrap
+    def _start_bias(self, key: PRNGKeyArray, shape: tuple[int], dtype: DTypeLike) -> Float[Array, " D"]:
+        bound = self.config.conv**-0.5  # as PyTorch's, by the number of taps
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    @nn.nowrap
     def axes(self) -> Axes:
         return {
-            "inputs": matrix.convolved_axes(biased=True),
+            "inputs": matrix.convolved_axes(bias=True),
             "decay": matrix.DECAY_AXES,
             "gate": dense_axes("embed", "all_heads"),
             "skip": ("heads",),

@@ -49,36 +49,28 @@ def heads_of_at_most(features: int, size: int) -> int:
     return next(fitting, 1)
 
 
-def convolved_axes(biased: bool = False) -> Axes:
+def convolved_axes(bias: bool = False) -> Axes:
     """Names of the parameters of a ``ConvolvedMap``."""
-    bias = {"bias": ("all_heads",)} if biased else {}
-    return {"project": dense_axes("embed", "all_heads"), "conv": conv_axes("all_heads"), **bias}
+    return {"project": dense_axes("embed", "all_heads"), "conv": conv_axes("all_heads", bias)}
 
 
 class ConvolvedMap(nn.Module):
-    """``silu(conv(W u) + bias)`` of a stream u, ``features`` wide; the state is the convolution's tail."""
+    """``silu(conv(W u))`` of a stream u, ``features`` wide; the state is the convolution's tail, ``bias`` its bias."""
 
     features: int
     taps: int
     start: Initializer
-    biased: bool = False
+    bias: Initializer | None = None
     dtype: DTypeLike = jnp.float32
     impl: Impl = "auto"
 
     def setup(self) -> None:
         self.project = layers.dense(self.features, self.dtype, start=self.start)
-        self.conv = layers.ShortConv(self.taps, self.dtype, layers.TORCH, self.impl)
-        if self.biased:
-            self.bias = self.param("bias", self._start_bias, (self.features,), layers.param_dtype(self.dtype))
-
-    @nn.nowrap
-    def _start_bias(self, key: PRNGKeyArray, shape: tuple[int], dtype: DTypeLike) -> Float[Array, " D"]:
-        bound = self.taps**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        self.conv = layers.ShortConv(self.taps, self.dtype, layers.TORCH, self.impl, self.bias)
 
     def __call__(self, u: Stream, tail: Tail, count: Count = None) -> tuple[Float[Array, "B T features"], Tail]:
         x, tail = self.conv(self.project(u), tail, count)
-        return nn.silu(x + self.bias.astype(x.dtype)[None, None] if self.biased else x), tail
+        return nn.silu(x), tail
 
 
 def _start_step(key: PRNGKeyArray, shape: tuple[int], dtype: DTypeLike) -> Float[Array, " H"]:

@@ -74,13 +74,8 @@ class MemoryMixerConfig:
             raise UserError("a rule with transposed=True diverges unless values have norm 1; set unit_values=True")
 
     def build(self, width: int, dtype: DTypeLike) -> "MemoryMixer":
-        self.check_width(width)
+        layers.check_heads(self.heads, width)
         return MemoryMixer(self, width, dtype)
-
-    def check_width(self, width: int) -> None:
-        """Raise UserError unless the heads divide the width."""
-        if width % self.heads:
-            raise UserError(f"{self.heads} heads do not divide width {width}; choose a divisor")
 
 
 class MemoryMixerState(NamedTuple):
@@ -94,12 +89,21 @@ class MemoryMixerState(NamedTuple):
 class Found(NamedTuple):
     """What the memories of a mixer found, all [B,H,T,K]: the queries they were asked, and the reads.
 
-    ``streams`` are queries, keys and values as static maps made them.
+    ``streams`` are queries, keys and values as static maps made them. ``gates`` [B,H,T] are those that memories made,
+    to be looked at; None: no memory made them.
     """
 
     queries: Float[Array, "B H T K"]
     reads: Float[Array, "B H T V"]
     streams: tuple[Array, Array, Array]
+    gates: Gates | None = None
+
+
+def sow_gates(module: nn.Module, found: Found) -> None:
+    """Put ``rate`` and ``retention`` of every token into the collection "intermediates", where memories made them."""
+    if found.gates is not None:
+        module.sow("intermediates", "rate", found.gates.rate)
+        module.sow("intermediates", "retention", found.gates.retention)
 
 
 def fresh_state(convs: Sequence[layers.ShortConv], start: Any, batch: int, width: int) -> MemoryMixerState:

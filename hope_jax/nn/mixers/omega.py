@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.memory import omega
 from hope_jax.memory.rule import Gates
+from hope_jax.nn import layers
 from hope_jax.nn.mixers.memory import MemoryMixer, MemoryMixerConfig
 from hope_jax.types import Array, Stream
 
@@ -37,7 +38,7 @@ class OmegaMixerConfig(MemoryMixerConfig):
         return omega.Omega(self.rule, self.window)
 
     def build(self, width: int, dtype: DTypeLike) -> "OmegaMixer":
-        self.check_width(width)
+        layers.check_heads(self.heads, width)
         return OmegaMixer(self, width, dtype)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError, check_choices, whole
+from hope_jax.errors import check_choices, whole
 from hope_jax.memory.kernels import Impl
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, dense_axes
@@ -56,9 +56,7 @@ class RetNetConfig:
 
     def build(self, width: int, dtype: DTypeLike) -> "RetNet":
         """The mixer for a model of ``width`` features. Raises UserError if the heads do not divide it evenly."""
-        if width % (2 * self.heads):
-            choose = f"choose a width that is a multiple of {2 * self.heads} (heads of an even number of features)"
-            raise UserError(f"RetNet with heads={self.heads} cannot split width={width}; {choose}.")
+        layers.check_heads(self.heads, width, even=True)
         return RetNet(self, width, dtype)
 
 

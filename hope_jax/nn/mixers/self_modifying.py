@@ -32,7 +32,7 @@ from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import SelfModifying, Streams, Tuning, scan
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
-from hope_jax.nn.mixers.memory import Found, MemoryMixerState, fresh_state, learned_start
+from hope_jax.nn.mixers.memory import Found, MemoryMixerState, fresh_state, learned_start, sow_gates
 from hope_jax.nn.shards import over_shards
 from hope_jax.types import Array, Count, Float, Stream
 
@@ -119,8 +119,7 @@ class SelfModifyingConfig:
         return SelfModifying(groups, self.inner_projection, self.rate_max, self.retention)
 
     def build(self, width: int, dtype: DTypeLike) -> "SelfModifyingMixer":
-        if width % self.heads:
-            raise UserError(f"{self.heads} heads do not divide width {width}; choose a divisor")
+        layers.check_heads(self.heads, width)
         return SelfModifyingMixer(self, width, dtype)
 
 
@@ -185,6 +184,7 @@ class SelfModifyingMixer(nn.Module):
 
     def __call__(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Stream, MemoryMixerState]:
         found, state = self.read(u, state, count)
+        sow_gates(self, found)
         return self.answer(u, found.queries, found.reads), state
 
     def read(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Found, MemoryMixerState]:
@@ -197,11 +197,9 @@ class SelfModifyingMixer(nn.Module):
 
         own = (state.fast, streams)
         fast, reading = over_shards(head, shared, own, state.position, self.config.shard, impl, count)
-        self.sow("intermediates", "rate", reading.gates.rate)
-        self.sow("intermediates", "retention", reading.gates.retention)
         queries = streams.q if reading.queries is None else reading.queries
         position = (state.position + (u.shape[1] if count is None else count)) % spec.cycle
-        found = Found(queries, reading.reads, (streams.q, streams.k, streams.v))
+        found = Found(queries, reading.reads, (streams.q, streams.k, streams.v), reading.gates)
         return found, MemoryMixerState(tails, fast, position)
 
     def answer(self, u: Stream, q: Float[Array, "B H T K"], reads: Float[Array, "B H T K"]) -> Stream:

@@ -22,9 +22,9 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError, whole
+from hope_jax.errors import whole
 from hope_jax.nn.axes import Axes, dense_axes
-from hope_jax.nn.layers import TORCH, dense, param_dtype
+from hope_jax.nn.layers import TORCH, check_heads, dense, param_dtype
 from hope_jax.nn.token_scan import scan_tokens
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
@@ -47,8 +47,7 @@ class SRWMConfig:
 
     def build(self, width: int, dtype: DTypeLike) -> "SRWM":
         """The mixer for a model of ``width`` features. Raises UserError if the heads do not divide it."""
-        if width % self.heads:
-            raise UserError(f"{self.heads} heads do not divide width {width}; choose a divisor")
+        check_heads(self.heads, width)
         return SRWM(self, width, dtype)
 
 

@@ -32,7 +32,7 @@ from hope_jax.nn.attend import FullCache, attend, push
 from hope_jax.nn.axes import Axes, norm_axes
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState
-from hope_jax.nn.mixers.titans_mag import GatedOutput, built, check_parts, parts_axes
+from hope_jax.nn.mixers.titans_mag import AttentionAndMemory, built, check_parts
 from hope_jax.types import Array, Count, Float, Int, Stream
 
 
@@ -42,7 +42,7 @@ class TitansMACConfig:
 
     Attributes:
       attention, memory: the two parts, without persistent vectors of their own; attention without window (a segment is
-        its window) and convolutions.
+        its window) and convolutions; a memory that is read after the write, as o_j is of what token j left (Eq. 25).
       persistent: learned vectors that every token sees; 0: none.
       segment: tokens of a segment, a multiple of the anchor period of the memory's rule.
     """
@@ -58,6 +58,9 @@ class TitansMACConfig:
         period = self.memory.rule.period
         if self.memory.rule.gradient_at == "anchor" and self.segment % period:
             raise UserError(f"segment is {self.segment}; give a multiple of the period of the memory's rule, {period}")
+        if self.memory.rule.read != "after":
+            came = f"the read of the memory's rule is {self.memory.rule.read!r}"
+            raise UserError(f"{came}; set it to 'after', a token reads what it has written")
         if self.attention.window is not None:
             raise UserError(f"attention.window is {self.attention.window}; set it to None, a segment is the window")
         if self.attention.conv:
@@ -92,24 +95,18 @@ class TitansMACState(NamedTuple):
 _START = np.zeros((), np.int32)
 
 
-class TitansMAC(nn.Module):
+class TitansMAC(AttentionAndMemory):
     """``(u[B,T,D], state) -> (y[B,T,D], state)``; see the module docstring."""
 
     config: TitansMACConfig
-    width: int
-    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        c = self.config
-        self.attention = c.attention.build(self.width, self.dtype)
-        self.memory = c.memory.build(self.width, self.dtype)
-        self.persistent = layers.persistent_vectors(self, c.persistent)
+        super().setup()
         self.norm_recalled = layers.RMSNorm(self.dtype)
-        self.out = GatedOutput(self.width, self.dtype)
 
     @nn.nowrap
     def axes(self) -> Axes:
-        return parts_axes(self) | {"norm_recalled": norm_axes()}
+        return super().axes() | {"norm_recalled": norm_axes()}
 
     def init_state(self, batch: int, capacity: int) -> TitansMACState:
         """A fresh sequence: the memory at its start. ``capacity`` is unused: the cache holds one segment."""

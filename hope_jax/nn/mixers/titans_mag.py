@@ -61,17 +61,6 @@ def built(module: Any) -> Any:
     return module
 
 
-def parts_axes(module: Any) -> Axes:
-    """Axis names of the parameters of attention, memory, persistent vectors and the output."""
-    axes: Axes = {"out": GatedOutput(module.width, module.dtype, parent=None).axes()}
-    if module.config.persistent:
-        axes["persistent"] = ("persistent", "embed")
-    for name in ("attention", "memory"):
-        part = getattr(module.config, name).build(module.width, module.dtype).axes()
-        axes[name] = {key: names for key, names in part.items() if key != "out"}
-    return axes
-
-
 class GatedOutput(nn.Module):
     """``W_o(norm(y) * sigmoid(norm(m)))`` of what attention and memory found, each with its heads side by side."""
 
@@ -92,17 +81,10 @@ class GatedOutput(nn.Module):
         return self.down(self.norm_attention(y) * jax.nn.sigmoid(self.norm_memory(m)))
 
 
-class TitansMAGState(NamedTuple):
-    """The states of the two parts."""
+class AttentionAndMemory(nn.Module):
+    """The parts of MAG and MAC: attention and memory without their output maps, persistent vectors, one output map."""
 
-    attention: AttentionState
-    memory: MemoryMixerState
-
-
-class TitansMAG(nn.Module):
-    """``(u[B,T,D], state) -> (y[B,T,D], state)``; see the module docstring."""
-
-    config: TitansMAGConfig
+    config: Any
     width: int
     dtype: DTypeLike = jnp.float32
 
@@ -115,7 +97,26 @@ class TitansMAG(nn.Module):
 
     @nn.nowrap
     def axes(self) -> Axes:
-        return parts_axes(self)
+        axes: Axes = {"out": GatedOutput(self.width, self.dtype, parent=None).axes()}
+        if self.config.persistent:
+            axes["persistent"] = ("persistent", "embed")
+        for name in ("attention", "memory"):
+            part = getattr(self.config, name).build(self.width, self.dtype).axes()
+            axes[name] = {key: names for key, names in part.items() if key != "out"}
+        return axes
+
+
+class TitansMAGState(NamedTuple):
+    """The states of the two parts."""
+
+    attention: AttentionState
+    memory: MemoryMixerState
+
+
+class TitansMAG(AttentionAndMemory):
+    """``(u[B,T,D], state) -> (y[B,T,D], state)``; see the module docstring."""
+
+    config: TitansMAGConfig
 
     def init_state(self, batch: int, capacity: int) -> TitansMAGState:
         """A fresh sequence: the memory has read the persistent vectors. ``capacity`` is that of full attention."""

@@ -22,7 +22,7 @@ from hope_jax.memory.frozen import scan_frozen
 from hope_jax.memory.rule import Fast, Rule
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, dense_axes, memory_axes
-from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState, learned_start
+from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState, learned_start, sow_gates
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 from hope_jax.types import Array, Count, Float, Int, Stream
 
@@ -81,7 +81,10 @@ class TNTState(NamedTuple):
 
 
 class TNTMixer(nn.Module):
-    """``(u[B,T,D], state) -> (y[B,T,D], state)``; see the module docstring."""
+    """``(u[B,T,D], state) -> (y[B,T,D], state)``; see the module docstring.
+
+    Sows the gates of the local memories as ``SelfModifyingMixer`` does.
+    """
 
     config: TNTConfig
     width: int
@@ -116,6 +119,7 @@ class TNTMixer(nn.Module):
     def __call__(self, u: Stream, state: TNTState, count: Count = None) -> tuple[Stream, TNTState]:
         rule, impl = self.config.rule, self.config.local.impl
         found, local = self.local.read(u, state.local, count)
+        sow_gates(self, found)
         q, k, v = map(self._projected, "qkv", found.streams)
 
         def head(fast, *tokens):

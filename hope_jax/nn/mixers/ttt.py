@@ -66,9 +66,7 @@ class TTTConfig:
             raise UserError(f"rope_base is {self.rope_base}; it must exceed 1 (10000 is usual)")
 
     def build(self, width: int, dtype: DTypeLike) -> "TTT":
-        if width % (2 * self.heads):
-            need = f"choose a width that is a multiple of {2 * self.heads} (heads of an even number of features)"
-            raise UserError(f"TTT with heads={self.heads} cannot split width={width}; {need}")
+        layers.check_heads(self.heads, width, even=True)
         return TTT(self, width, dtype)
 
     @property
@@ -98,7 +96,7 @@ class TTT(nn.Module):
             layers.dense(self.width, self.dtype, start=START) for _ in range(4)
         )
         self.conv_q, self.conv_k = (
-            layers.ShortConv(c.conv, self.dtype, layers.FAN_IN, c.impl, use_bias=True) for _ in range(2)
+            layers.ShortConv(c.conv, self.dtype, layers.FAN_IN, c.impl, nn.initializers.zeros) for _ in range(2)
         )
         self.rate = layers.dense(c.heads, wide, start=START, bias=0.0)
         self.norm = nn.LayerNorm(layers.EPS, wide, wide, use_fast_variance=False)

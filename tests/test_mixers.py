@@ -1,6 +1,7 @@
 """The mixers as layers against numpy: projections, convolutions, unit norms, gates, memory, head norm, output gate."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,15 @@ import pytest
 import references
 from drawn import drawn
 from references import sigmoid
+from references_miras import omega
 
 from hope_jax.memory import RULES
-from hope_jax.memory.architectures import Architecture
+from hope_jax.memory.architectures import Architecture, residual_mlp
+from hope_jax.memory.rule import Rule
 from hope_jax.models import LanguageModel, ModelConfig
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
+from hope_jax.nn.mixers.omega import OmegaMixerConfig
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 WIDTH, HEADS, T = 8, 2, 11
@@ -118,6 +122,44 @@ def test_the_mixer_of_a_rule_is_its_equations(x64, name, unit_values):
     )
     expected = answer_output(params["out"], u, q, read - q) if name == "titans" else output(params["out"], u, read)
     np.testing.assert_allclose(y, expected, rtol=1e-9)
+
+
+OMEGA = OmegaMixerConfig(
+    Rule(residual_mlp, read="after", period=4),
+    HEADS,
+    horizon=32,
+    rate_max=0.7,
+    rate_bias=-1.5,
+    unit_values=True,
+    window=3,
+)
+
+
+def test_the_omega_mixer_is_its_equations_and_every_pair_of_the_window_has_a_gate_of_its_own(x64):
+    params, u, y = drawn_layer(OMEGA)
+    streams = [silu(conv(u @ params[f"project_{n}"]["kernel"], params[f"conv_{n}"]["kernel"])) for n in "qkv"]
+    q, k, v = map(units, streams)
+
+    def gate(n):
+        return sigmoid(u @ params[f"gate_{n}"]["kernel"] + params[f"gate_{n}"]["bias"]).T
+
+    strength, retention = 0.7 * np.stack([gate(f"rate{lag}") for lag in ("", "_1", "_2")], axis=-1), gate("retention")
+    starts = [params[f"start_memory_{i}"].swapaxes(1, 2) for i in (0, 1)]
+    read = np.stack(
+        [omega(k[h], v[h], q[h], strength[h], retention[h], [w[h] for w in starts], 4)[0] for h in range(HEADS)]
+    )
+    np.testing.assert_allclose(y, answer_output(params["out"], u, q, read - q), rtol=1e-9)
+
+
+def test_strengths_of_a_window_start_alike_and_are_the_bound_without_a_gate(x64):
+    u = jnp.zeros((1, 2, WIDTH))
+    init = functools.partial(OMEGA.build(WIDTH, jnp.float64).init_with_output, method="_gates_of")
+    gates, _ = jax.jit(init)(jax.random.key(0), u)
+    np.testing.assert_allclose(gates.rate, np.full((1, HEADS, 2, 3), 0.7 * sigmoid(-1.5)), rtol=1e-12)
+    fixed = replace(OMEGA, rate_bias=None, horizon=None).build(WIDTH, jnp.float64)
+    init = functools.partial(fixed.init_with_output, method="_gates_of")
+    gates, _ = jax.jit(init)(jax.random.key(0), u)
+    np.testing.assert_array_equal(gates.rate, np.full((1, HEADS, 2, 3), 0.7))
 
 
 @functools.cache

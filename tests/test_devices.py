@@ -1,6 +1,5 @@
 """Devices that share a batch: the numbers of one device, and nothing but gradients moves between them."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -16,9 +15,9 @@ import pytest
 from hope_jax import MODELS as NAMED
 from hope_jax import train as training
 from hope_jax.cli.main import main
-from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.models import ARCHITECTURES, LanguageModel, Size, with_in_context
+from hope_jax.models import ARCHITECTURES, Size, with_in_context
+from hope_jax.train.sharding import model_on
 
 SIZE = Size(width=16, layers=1, heads=2, vocab_size=32, context=32, levels=(Level(64),))
 MODELS = {
@@ -38,42 +37,20 @@ MODELS = {
     ],
 )
 def test_a_step_on_two_devices_is_the_step_on_one_and_only_sums_move_between_them(name, accumulate):
-    model, tx = LanguageModel(MODELS[name]), optax.sgd(1.0)
-    loss = training.next_token_loss(model, np.ones(32))
-    init, rate = functools.partial(training.init_params, model), optax.constant_schedule(1.0)
-    setup = training.Setup(init, loss, tx, rate, accumulate=accumulate)
-    step, start = cast(Any, setup.step), jax.device_get(setup.start(0))
     batch = np.random.default_rng(0).integers(0, 32, (4, 33)).astype(np.int32)
-    ends, quick = [], {"xla_backend_optimization_level": 0}  # to compile
+    rate, ends, quick = optax.constant_schedule(1.0), [], {"xla_backend_optimization_level": 0}  # to compile
     for devices in (1, 2):
-        shared = dataclasses.replace(setup, mesh=training.data_mesh(4, devices))
-        state, tokens = shared.spread(start), shared.place(batch)
-        compiled = step.lower(state, tokens).compile(quick)
+        mesh = training.MeshConfig(devices).make(4)
+        model = model_on(mesh, MODELS[name])
+        loss, init = training.next_token_loss(model, np.ones(32)), functools.partial(training.init_params, model)
+        setup = training.Setup(init, loss, optax.sgd(1.0), rate, accumulate=accumulate, mesh=mesh, axes=model.axes())
+        state, tokens = setup.start(0), setup.place(batch)
+        compiled = cast(Any, setup.step).lower(state, tokens).compile(quick)
         ends.append(jax.device_get(compiled(state, tokens)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *ends)
     program = str(compiled.as_text())
     assert "all-reduce(" in program
     assert not any(f"{name}(" in program for name in ("all-gather", "all-to-all", "collective-permute"))
-
-
-def test_as_many_devices_share_a_batch_as_divide_it(monkeypatch):
-    monkeypatch.setattr("hope_jax.train.devices.cores", lambda: 4)
-    assert [training.data_mesh(batch).size for batch in (1, 2, 3, 4, 6, 7, 8)] == [1, 2, 3, 4, 3, 1, 4]
-    assert training.data_mesh(8, 8).size == 8  # simulated ones, asked for
-    setup = training.Setup(
-        lambda key: {}, lambda *_: (0, {}), optax.sgd(1.0), lambda _: 1.0, mesh=training.data_mesh(4, 2)
-    )
-    odd = setup.place(np.zeros((3, 5)))
-    assert odd.sharding.is_fully_replicated
-
-
-@pytest.mark.parametrize(
-    ("batch", "count", "said"),
-    [(8, 9, "9 devices are asked for; there are 8"), (8, 0, "0 devices"), (3, 2, "2 devices cannot share 3 sequences")],
-)
-def test_wrong_numbers_are_refused(batch, count, said):
-    with pytest.raises(UserError, match=said):
-        training.data_mesh(batch, count)
 
 
 def test_each_core_is_a_device_if_asked_before_anything_is_computed_and_no_flag_says_otherwise():
@@ -105,12 +82,12 @@ def test_a_run_goes_on_on_other_devices_and_says_so(tmp_path, monkeypatch, capsy
     ]
     flags += ["--data.path", str(tmp_path / "text.txt"), "--eval-batches", "1", "--no-compile-cache"]
     for steps, devices in (("2", "1"), ("4", "2")):
-        assert main([*flags, "--run", str(tmp_path / "moved"), "--steps", steps, "--devices", devices]) == 0
+        assert main([*flags, "--run", str(tmp_path / "moved"), "--steps", steps, "--mesh.data", devices]) == 0
         said = capsys.readouterr().out
         assert f"{devices} of {jax.device_count()}" in said
     assert "It was saved on 1 devices and goes on on 2: sums are rounded differently there." in said
     for steps in ("2", "4"):
-        assert main([*flags, "--run", str(tmp_path / "stayed"), "--steps", steps, "--devices", "1"]) == 0
+        assert main([*flags, "--run", str(tmp_path / "stayed"), "--steps", steps, "--mesh.data", "1"]) == 0
     assert "was saved on" not in capsys.readouterr().out
     moved, stayed = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("moved", "stayed"))
     assert len(moved) == len(stayed)

@@ -197,7 +197,7 @@ def test_runs_of_one_setup_share_its_programs(straight):
 
 
 def test_devices_share_a_batch_of_several_arrays(straight):
-    setup = training.Setup(SETUP.init, loss, SETUP.tx, SETUP.rate, 8, accumulate=2, mesh=training.data_mesh(4, 2))
+    setup = training.Setup(SETUP.init, loss, SETUP.tx, SETUP.rate, 8, accumulate=2, mesh=training.MeshConfig(2).make(4))
     found = fit(setup=setup)
     for step, means in found.heldout.items():
         assert means == pytest.approx(straight.heldout[step], rel=1e-4, abs=1e-5)

@@ -1,53 +1,219 @@
-"""A model on a mesh of eight devices, "data" by "model": the same numbers as on one."""
+"""Training on meshes of eight devices: the numbers of one device, parameters and optimizer states in parts."""
 
 import functools
+import re
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from drawn import drawn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
+from jax.tree_util import keystr, tree_leaves_with_path
 
+from hope_jax import train as training
+from hope_jax.cli.pretrain import PretrainConfig
+from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.models import ARCHITECTURES, LanguageModel, Size
+from hope_jax.models import ARCHITECTURES, LanguageModel, Size, with_in_context
+from hope_jax.nn.axes import AXES, matrices
+from hope_jax.nn.mixers.gated_deltanet import GatedDeltaNetConfig
+from hope_jax.optim import M3, AdamW, Muon, scale_by_m3
+from hope_jax.optim.m3_rules import MomentumScale
+from hope_jax.optim.newton_schulz import NewtonSchulz
+from hope_jax.train.sharding import RULES, MeshConfig, model_on, partition, placed, specs_of_parameters
 
-HEADS, VOCAB, B, T = 2, 48, 8, 8
-SIZE = Size(width=32, layers=1, heads=HEADS, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
-PERIODS = {"hope": {"c_memory": 4, "c_projections": 4}, "titans": {}}
+VOCAB, B, T = 48, 8, 16
+SIZE = Size(width=32, layers=2, heads=2, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
+MODELS = {name: ARCHITECTURES[name](SIZE) for name in ("transformer_pp", "hope", "titans", "gated_deltanet")}
+MODELS["gated_deltanet"] = replace(MODELS["gated_deltanet"], mixer=GatedDeltaNetConfig(2, 8, 16))  # not one head
+MODELS["levels in context"] = with_in_context(ARCHITECTURES["hope_attention"](SIZE), (4, 8))
+MESHES = {"all": MeshConfig(2, 2, 2), "fsdp": MeshConfig(1, 8), "tensor": MeshConfig(4, 1, 2)}
+FAST = ("transformer_pp", "all")
+ROWS = [
+    pytest.param(name, mesh, marks=[] if (name, mesh) == FAST else pytest.mark.slow)
+    for name in MODELS
+    for mesh in MESHES
+]
 
 
-@functools.cache
-def on_one_device(name):
-    """A small model's loss with gradient and logits, what it is applied to, and what comes out."""
-    config = replace(ARCHITECTURES[name](SIZE), dtype=jnp.float64)
-    model = LanguageModel(replace(config, mixer=replace(config.mixer, **PERIODS[name])))
-    tokens = jax.random.randint(jax.random.key(1), (B, T), 0, VOCAB)
-    params = drawn(model.init, tokens[:, :1], spread=0.18)
-
-    def loss(params, tokens):
-        logits = model.apply({"params": params}, tokens)[0]
-        return jnp.mean(logits**2), logits
-
+def step_of(name, mesh):
+    """State and metrics after one step of gradient descent with momentum, and the text of the program."""
+    config = replace(MODELS[name], dtype=jnp.float64)
+    batch = np.random.default_rng(0).integers(0, VOCAB, (B, T + 1)).astype(np.int32)
+    params = drawn(LanguageModel(config).init, batch[:, :1], spread=0.18, retention_bias=4.0)
+    mesh = None if mesh is None else MESHES[mesh].make(B)
+    model = model_on(mesh, config)
+    loss, init = training.next_token_loss(model, np.ones(VOCAB)), functools.partial(training.init_params, model)
+    setup = training.Setup(init, loss, optax.sgd(1.0, 0.9), lambda step: 1.0, mesh=mesh, axes=model.axes())
+    state, batch = setup.start(0, params), setup.place(batch)
     quick = {"xla_backend_optimization_level": 0}  # to compile
-    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick)
-    return gradient, params, tokens, gradient(params, tokens)
+    program = cast(Any, setup.step).lower(state, batch).compile(quick)
+    return *program(state, batch), str(program.as_text())
 
 
-@pytest.mark.parametrize("heads_over", [pytest.param(None, marks=pytest.mark.slow), "model"])
-@pytest.mark.parametrize("name", [pytest.param("hope", marks=pytest.mark.slow), "titans"])
-def test_a_sharded_model_equals_the_unsharded_one(x64, name, heads_over):
-    """Sequences over "data", and parameters by heads over "model" as well; the first alone needs no gathering."""
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-    gradient, params, tokens, expected = on_one_device(name)
-    placed = functools.partial(NamedSharding, mesh)
-    by_heads, by_data, whole = (placed(PartitionSpec(*axes)) for axes in ((None, heads_over), ("data",), ()))
-    params = jax.tree.map(lambda x: jax.device_put(x, by_heads if x.shape[1:2] == (HEADS,) else whole), params)
-    tokens = jax.device_put(tokens, by_data)
-    compiled = gradient.lower(params, tokens).compile()
-    found = compiled(params, tokens)
-    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-9, atol=1e-12)
-    assert found[0][1].sharding.is_equivalent_to(by_data, 3)
-    assert heads_over or "all-gather" not in str(compiled.as_text())
+on_one_device = functools.cache(functools.partial(step_of, mesh=None))
+
+
+@pytest.mark.parametrize(("name", "mesh"), ROWS)
+def test_a_step_on_a_mesh_is_the_step_on_one_device(x64, name, mesh):
+    expected = jax.device_get(on_one_device(name)[:2])
+    state, metrics, _ = step_of(name, mesh)
+    found = jax.device_get((state, metrics))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, expected)
+    for (path, leaf), moment in zip(tree_leaves_with_path(state.params), jax.tree.leaves(state.opt_state), strict=True):
+        assert leaf.sharding.is_equivalent_to(moment.sharding, leaf.ndim), keystr(path)
+    hidden = state.params["blocks"]["feed_forward"]
+    kernel = next(leaf for leaf in jax.tree.leaves(hidden) if leaf.ndim == 3)
+    parts = MESHES[mesh].fsdp * MESHES[mesh].tensor
+    assert kernel.addressable_shards[0].data.size * parts == kernel.size
+
+
+@pytest.mark.slow
+def test_no_head_of_attention_is_gathered(x64):
+    assert "all-gather" not in step_of("transformer_pp", "tensor")[2]
+
+
+@pytest.mark.parametrize(("method", "copies"), [(AdamW(), 2), (Muon(), 1), (M3(), 4)], ids=["adamw", "muon", "m3"])
+def test_what_the_optimizer_keeps_of_a_parameter_lies_where_the_parameter_does(method, copies):
+    mesh, model = MESHES["all"].make(B), LanguageModel(MODELS["transformer_pp"])
+    config = training.OptimizerConfig(method=method)
+    tx = training.optimizer(config, 10, model.config.update_every(B * T), model.axes())
+    params = training.abstract_params(model)
+    trees = params, jax.eval_shape(tx.init, params)
+    where = placed(mesh, specs_of_parameters(mesh, model.axes(), params), trees)
+    of_params, of_state = (
+        Counter(place.spec for leaf, place in zip(*map(jax.tree.leaves, pair), strict=True) if leaf.ndim == 3)
+        for pair in zip(trees, where, strict=True)
+    )
+    assert of_params == {PartitionSpec(None, "fsdp", "tensor"): 5, PartitionSpec(None, "tensor", "fsdp"): 2}
+    assert of_state == {spec: copies * count for spec, count in of_params.items()}
+
+
+COLLECTIVE = re.compile(r"(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?\(")
+
+
+def orthogonal_step(mesh, steps, by_matrix=True):
+    """Eight maps [16, 24] after a step of M3, and the number of collectives in the program."""
+
+    def loss(params, batch):
+        value = jnp.mean(jnp.einsum("bi,lio->blo", batch, params["kernel"]) ** 3)
+        return value, {"loss": training.Mean(value, jnp.float32(1))}
+
+    axes, draw = {"kernel": ("layers", "embed", "hidden")}, np.random.default_rng(0)
+    scales, labels = (MomentumScale(1, 0.9), MomentumScale(2, 0.9)), matrices(axes)
+    tx = optax.chain(scale_by_m3(scales, newton_schulz=NewtonSchulz(steps), matrices=labels), optax.scale(-0.1))
+    how = {"mesh": mesh and mesh.make(8), "axes": axes, "by_matrix": by_matrix}
+    setup = training.Setup(lambda key: {"kernel": jnp.zeros((8, 16, 24))}, loss, tx, lambda step: 0.1, **how)
+    state = setup.start(0, {"kernel": draw.normal(size=(8, 16, 24))})
+    batch = setup.place(draw.normal(size=(8, 16)))
+    program = cast(Any, setup.step).lower(state, batch).compile()
+    for _ in range(3):
+        state, _ = program(state, batch)
+    return jax.device_get(state), len(COLLECTIVE.findall(program.as_text()))
+
+
+def test_matrices_are_orthogonalised_each_in_one_place(x64):
+    expected, _ = orthogonal_step(None, 5)
+    found, few = orthogonal_step(MESHES["all"], 5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, expected)
+    assert few == orthogonal_step(MESHES["all"], 1)[1]  # none inside the iteration
+    assert few < orthogonal_step(MESHES["all"], 5, by_matrix=False)[1]
+
+
+def line(mesh):
+    """A setup of one map [16, 8] and its bias."""
+
+    def init(key):
+        return {"kernel": jax.random.normal(key, (16, 8)), "bias": jnp.zeros(8)}
+
+    def loss(params, batch):
+        value = jnp.mean((batch @ params["kernel"] + params["bias"][None]) ** 2)
+        return value, {"loss": training.Mean(value, jnp.float32(1))}
+
+    axes = {"kernel": ("embed", "hidden"), "bias": ("hidden",)}
+    return training.Setup(init, loss, optax.adam(0.1), lambda step: 0.1, mesh=mesh and mesh.make(8), axes=axes)
+
+
+def test_parameters_are_drawn_in_parts_saved_and_restored_on_another_mesh(tmp_path):
+    one, first, second = line(None), line(MeshConfig(2, 2, 2)), line(MeshConfig(1, 4, 2))
+    start = first.start(3)
+    assert start.params["kernel"].addressable_shards[0].data.shape == (8, 4)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(start), jax.device_get(one.start(3)))
+    batch = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    state, _ = first.step(start, first.place(batch))
+    training.save(tmp_path, state, {}, {}, keep=2)
+    for setup in (first, second, one):
+        found = training.restore(tmp_path, 1, setup.shapes())
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(state))
+        assert jax.tree.map(lambda leaf: leaf.sharding, found) == setup.placement
+    moved, _ = second.step(training.restore(tmp_path, 1, second.shapes()), second.place(batch))
+    assert moved.params["kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert cast(Any, second.step)._cache_size() == 1
+    stayed, _ = first.step(state, first.place(batch))
+    np.testing.assert_allclose(*(jax.device_get(x.params["kernel"]) for x in (moved, stayed)), rtol=1e-5)
+
+
+def test_every_axis_name_has_a_rule_and_a_mesh_axis_parts_one_axis_of_a_parameter():
+    assert RULES.keys() == AXES.keys()
+    assert partition(("layers", "embed", "all_heads")) == PartitionSpec(None, "fsdp", "tensor")
+    assert partition(("all_heads", "all_heads")) == PartitionSpec("tensor", None)
+    with pytest.raises(UserError, match="no rule for the axis 'hiden'; did you mean 'hidden'"):
+        partition(("hiden",))
+
+
+def test_as_many_devices_share_a_batch_as_are_left_and_divide_it(monkeypatch):
+    monkeypatch.setattr("hope_jax.train.sharding.cores", lambda: 4)
+    assert [MeshConfig().make(batch).size for batch in (1, 2, 3, 4, 6, 7, 8)] == [1, 2, 3, 4, 3, 1, 4]
+    assert MeshConfig(8).make(8).size == 8  # simulated ones, asked for
+    assert dict(MeshConfig(fsdp=2).make(8).shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert [MeshConfig(*given).of_host for given in ((), (3,), (None, 2), (None, 8), (2, 2, 2))] == [None, 3, 4, 8, 8]
+    odd = line(MeshConfig(2)).place(np.zeros((3, 5)))
+    assert odd.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(data=0), "mesh.data is 0; give a whole number of at least 1"),
+        (
+            dict(data=16),
+            "mesh.data 16, mesh.fsdp 1, mesh.tensor 1: 16 devices are asked for, which do not divide the 8",
+        ),
+        (dict(fsdp=3), "mesh.fsdp is 3, which cannot share 16 sequences"),
+        (dict(data=3), "mesh.data x mesh.fsdp is 3, which cannot share 16 sequences"),
+        (dict(fsdp=16), "mesh.fsdp is 16; give a divisor of the model's width, 24"),
+        (dict(tensor=4), "mesh.tensor is 4; give a divisor of the model's heads, 2"),
+    ],
+)
+def test_what_does_not_divide_is_named(given, said):
+    with pytest.raises(UserError, match=said):
+        mesh = MeshConfig(**given)
+        mesh.check_batch(16)
+        mesh.check_model(ARCHITECTURES["transformer_pp"](replace(SIZE, width=24)))
+        mesh.make(16)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (dict(batch=8, accumulate=2, mesh=MeshConfig(8)), "mesh.data x mesh.fsdp is 8, which cannot share 4 sequences"),
+        (dict(mesh=MeshConfig(tensor=7)), "mesh.tensor is 7; give a divisor of the model's heads"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_flags_is_refused_before_anything_is_read(flags, said):
+    with pytest.raises(UserError, match=said):
+        PretrainConfig(Path("run"), **flags)
+
+
+def test_a_parameter_that_cannot_be_parted_is_named():
+    setup = replace(line(MeshConfig(1, 1, 8)), init=lambda key: {"kernel": jnp.zeros((16, 12)), "bias": jnp.zeros(12)})
+    with pytest.raises(
+        UserError, match=r"mesh.tensor is 8; give a divisor of 12 on axis 'hidden' .* parameter \['bias'\]"
+    ):
+        setup.shapes()

@@ -42,7 +42,7 @@ def train(tmp_path_factory):
     place = tmp_path_factory.mktemp("stages")
     (place / "text.txt").write_text("twelve squared is 144.\n" * 60)
     text = ["--data.path", str(place / "text.txt"), "--batch", "1", "--length", "16", "--sample-tokens", "0"]
-    text += ["--devices", "1", "--no-compile-cache", "--eval-batches", "1", "--optimizer.learning-rate", "1e-30"]
+    text += ["--mesh.data", "1", "--no-compile-cache", "--eval-batches", "1", "--optimizer.learning-rate", "1e-30"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "titans_tnt-nano", replace(MODEL, mixer=ROWS["titans"], vocab_size=256))
         yield place, lambda run, *flags: main(["pretrain", "--run", str(place / run), *text, *flags])

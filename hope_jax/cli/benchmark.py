@@ -103,7 +103,7 @@ class Trainer:
     """A compiled training step with its state; calling it does one step."""
 
     def __init__(self, config: ModelConfig, batch: int, length: int, remat_every: int | None, devices: int = 1):
-        model, mesh = LanguageModel(config), training.data_mesh(batch, devices)
+        model, mesh = LanguageModel(config), training.MeshConfig(devices).make(batch)
         loss = training.next_token_loss(model, np.ones(config.vocab_size), remat_every)
         setup = training.model_setup(model, loss, training.OptimizerConfig(), 1000, batch * length, mesh=mesh)
         tokens = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, config.vocab_size)

@@ -94,6 +94,8 @@ class PretrainConfig:
     remat_every: int | None = None
     """Tokens between the states that are kept for the backward pass, which computes the rest again; must divide the
     length. None: the whole sequence at once."""
+    remat: training.Remat = "auto"
+    """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
     seed: int = 0  # Of the initial parameters, the order of the text and the sample.
     eval_every: int = 100  # Batches between measurements on held-out text; also measured before and after training.
     eval_batches: int = 16  # Batches of held-out text per measurement, always the same ones.
@@ -102,21 +104,20 @@ class PretrainConfig:
     resume_from: int | None = None
     """Go back to this saved step; later ones are moved to set_aside/. None: go on from the latest."""
     sample_tokens: int = 256  # Tokens to write after training, continuing held-out text.
-    devices: int | None = None
-    """Devices that share each batch; on a CPU, cores. None: all that there are, as far as they divide the batch."""
+    mesh: training.MeshConfig = training.MeshConfig()
     compile_cache: bool = True  # Keep compiled programs beside the run folder, so that the next start is quick.
-    stage_two: Path | None = None
-    """Folder of a run of a TNT model whose parameters go on here, with local memories of another period."""
-    local_period: int | None = None
-    """With --stage-two: anchor period of the local memories in tokens; must divide a shard."""
+    stage_two: Path | None = None  # Folder of a run of a TNT model, to go on with local memories of another period.
+    local_period: int | None = None  # With --stage-two: their anchor period in tokens; must divide a shard.
     cms: InContextConfig = field(default_factory=InContextConfig)
     optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
-        self.cms.apply(model_named(self.model))
+        model = self.cms.apply(model_named(self.model))
         others = (self.model, self.cms) != (PretrainConfig.model, InContextConfig())
         check_stage(self.run, self.stage_two, self.local_period, others)
+        if self.stage_two is None:
+            self.mesh.check_model(model)
         at_least(self, 1, "steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every")
         at_least(self, 2, "keep")
         at_least(self, 0, "sample_tokens")
@@ -124,8 +125,7 @@ class PretrainConfig:
         must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.remat_every is not None:
             must_divide("remat_every", self.remat_every, "length", self.length)
-        if self.devices is not None:
-            must_divide("devices", self.devices, "batch / --accumulate", self.batch // self.accumulate)
+        self.mesh.check_batch(self.batch // self.accumulate)
         self.cms.check(self.length, self.remat_every)
 
 
@@ -153,7 +153,7 @@ def pretrain(flags: PretrainConfig) -> training.Result:
         Stopped: somebody asked to stop; all is saved.
         UserError: anything the caller can mend, most of it before the first step.
     """
-    training.split_host(flags.devices)
+    training.split_host(flags.mesh.of_host)
     with training.open_run(flags.run, "--run") as folder:
         if flags.compile_cache:
             training.keep_programs(folder.absolute().parent / ".cache")
@@ -193,9 +193,9 @@ def _prepare(flags: PretrainConfig) -> Job:
         tokenizer_fingerprint=tokenizer.fingerprint,
         stage_one=stage.origin,
     )
-    mesh = training.data_mesh(flags.batch // flags.accumulate, flags.devices)
-    cut: dict[str, Any] = {"accumulate": flags.accumulate, "remat_every": flags.remat_every, "mesh": mesh}
-    setup = training.text_setup(config, flags.steps, tokenizer.byte_lengths, **cut)
+    mesh = flags.mesh.make(flags.batch // flags.accumulate)
+    how: dict[str, Any] = {n: getattr(flags, n) for n in ("remat", "remat_every", "accumulate")}
+    setup = training.text_setup(config, flags.steps, tokenizer.byte_lengths, mesh=mesh, **how)
     return Job(flags, config, tokenizer, text, setup, stage.params)
 
 

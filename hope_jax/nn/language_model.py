@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from hope_jax.errors import UserError
 from hope_jax.memory.products import by_rows
@@ -33,6 +34,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     place: int = 0
+    sequences: NamedSharding | None = None
 
     def setup(self) -> None:
         c, parts = self.config, self._parts()
@@ -56,6 +58,7 @@ class Block(nn.Module):
         return BlockState(self.mixer.init_state(batch, capacity), ())
 
     def __call__(self, x: Stream, state: BlockState | None, count: Count = None) -> tuple[Stream, BlockState]:
+        x = shared(x, self.sequences)
         if state is None:
             state = self.init_state(*x.shape[:2])
         y, mixer = self.mixer(self.norm(x), state.mixer, count)
@@ -69,9 +72,10 @@ class Pattern(nn.Module):
     """Different blocks, one after another; the mixers' states are a tuple, in their order."""
 
     config: ModelConfig
+    sequences: NamedSharding | None = None
 
     def setup(self) -> None:
-        self.parts = [Block(self.config, place) for place in range(len(self.config.pattern))]
+        self.parts = [Block(self.config, place, self.sequences) for place in range(len(self.config.pattern))]
 
     @nn.nowrap
     def axes(self) -> Axes:
@@ -90,6 +94,16 @@ class Pattern(nn.Module):
         return x, BlockState(tuple(mixers), ())
 
 
+def shared(x: Stream, sequences: NamedSharding | None) -> Stream:
+    """``x`` with its sequences on the devices that share them; left to choose, JAX may spread the features instead.
+
+    A batch that those devices cannot share evenly is left to it.
+    """
+    if sequences is None or len(x) % math.prod(sequences.mesh.shape[axis] for axis in sequences.spec[0]):
+        return x
+    return jax.lax.with_sharding_constraint(x, sequences)
+
+
 def body_of(config: ModelConfig) -> type[Block] | type[Pattern]:
     """What repeats itself over the layers of a model."""
     return Block if len(config.pattern) == 1 else Pattern
@@ -102,16 +116,22 @@ class LanguageModel(nn.Module):
     >>> params = model.init(key, tokens[:, :1])["params"]
     >>> state = model.init_state(params, batch=tokens.shape[0])
     >>> logits, state = model.apply({"params": params}, tokens, state)
+
+    ``remat``: the backward pass of training keeps the input of each block (of a pattern: of the first of its blocks)
+    and computes the rest a second time, block by block. The parameters and, up to rounding, all numbers are the same.
+    ``sequences``: the devices that share a batch, between two blocks; None: as JAX decides.
     """
 
     config: ModelConfig
+    remat: bool = False
+    sequences: NamedSharding | None = None
 
     def setup(self) -> None:
         c = self.config
-        start = nn.initializers.normal(c.width**-0.5)
+        start, body = nn.initializers.normal(c.width**-0.5), body_of(c)
         self.embedding = self.param("embedding", start, (c.vocab_size, c.width), param_dtype(c.dtype))
         self.blocks = nn.scan(
-            body_of(c),
+            nn.remat(body, prevent_cse=False) if self.remat else body,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType], one for each argument
@@ -119,7 +139,7 @@ class LanguageModel(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
             # The check traces the block a second time. What a seed draws at the start depends on it, nothing else does.
             check_constancy_invariants=self.is_initializing(),
-        )(c)
+        )(c, sequences=self.sequences)
         self.norm = RMSNorm(c.dtype, _last_scale(c.vocab_size, c.width))
         if not c.tied:
             self.head = self.param("head", start, (c.width, c.vocab_size), param_dtype(c.dtype))

@@ -10,7 +10,7 @@ else: learning rate, schedule, clip and levels belong to the training (``train/o
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import optax
@@ -37,6 +37,8 @@ class Optimizer(abc.ABC):
 
     weight_decay: float = field(default=0.1, kw_only=True)
     """Decoupled weight decay, multiplied by the learning rate; 0 or more."""
+    by_matrix: ClassVar[bool] = False
+    """Whether a step of a matrix depends on all of it, and not number by number."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -93,6 +95,7 @@ class AdamW(Optimizer):
 class Muon(Optimizer):
     """optax's Muon for matrices, with steps of the size of Adam's; AdamW for the rest."""
 
+    by_matrix = True
     momentum: float = 0.95
     """Decay of the momentum of matrices, from 0 up to but not including 1."""
     nesterov: bool = True
@@ -125,6 +128,7 @@ def _steps_like_adams(labels: Labels) -> optax.GradientTransformation:
 class M3(Optimizer):
     """Multi-scale momentum Muon (Eq. 75): fast and slow orthogonalised momenta for matrices, AdamW for the rest."""
 
+    by_matrix = True
     b1: float = 0.9
     """Decay of the fast momentum and of AdamW's first moment, from 0 up to but not including 1."""
     b2: float = 0.95
@@ -150,6 +154,7 @@ class M3(Optimizer):
 class DeltaMomentum(Optimizer):
     """Momentum that forgets along the gradients it meets (Eq. 48-49). It wants the learning rates of SGD."""
 
+    by_matrix = True
     decay: float = 0.9
     """Decay of the momentum, 0 to 1."""
     erase: float = 1.0
@@ -165,6 +170,7 @@ class DeltaMomentum(Optimizer):
 class DMGD(Optimizer):
     """Deep momentum gradient descent (Eq. 50-52): the momentum is a network. It wants the learning rates of SGD."""
 
+    by_matrix = True
     memory: Literal["mlp", "linear"] = "mlp"
     """What the momentum is: a residual MLP per matrix, or one matrix (plain momentum)."""
     hidden: int = 32

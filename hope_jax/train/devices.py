@@ -1,8 +1,7 @@
-"""Data parallelism: devices read a share of each batch and hold the same state. Read ``step.py`` next.
+"""The devices of this machine. Read ``sharding.py`` next: how they share the work.
 
-The training step does not mention devices: JAX follows the placement of its arguments and adds up the gradients. On a
-CPU the whole machine is one device, unless ``split_host`` makes one of each core. A model of many small products keeps
-only one core of a device busy; with a share of the batch for each core, all of them work.
+On a CPU the whole machine is one device, unless ``split_host`` makes one of each core. A model of many small products
+keeps only one core of a device busy; with a share of the batch for each core, all of them work.
 """
 
 import contextlib
@@ -11,12 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
-
-from hope_jax.errors import UserError
-
-DATA = "data"  # axis of the mesh that batches lie along
 
 
 def split_host(count: int | None = None) -> None:
@@ -33,23 +26,6 @@ def split_host(count: int | None = None) -> None:
 def cores() -> int:
     """How many cores of this machine this process may use (``taskset`` counts)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def data_mesh(batch: int, count: int | None = None) -> Mesh:
-    """``count`` devices to share batches of so many sequences; None: as many as can, on a CPU no more than cores.
-
-    Raises:
-      UserError: there are not so many devices, or they do not divide the batch.
-    """
-    found = jax.devices()
-    if count is None:
-        most = min(len(found), cores()) if found[0].platform == "cpu" else len(found)
-        count = max(n for n in range(1, most + 1) if batch % n == 0)
-    if not 1 <= count <= len(found):
-        raise UserError(f"{count} devices are asked for; there are {len(found)}: {found[0].device_kind}")
-    if batch % count:
-        raise UserError(f"{count} devices cannot share {batch} sequences; give a divisor of that, or None")
-    return Mesh(np.array(found[:count]), (DATA,))
 
 
 def abstract(make: Callable[[], Any]) -> Any:

@@ -6,6 +6,7 @@ compiled once per ``Setup``, whatever the number of runs. Read ``fit.py`` next: 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hope_jax.errors import check_seed
 from hope_jax.models import LanguageModel
-from hope_jax.train.devices import DATA, abstract
+from hope_jax.nn.axes import Axes
 from hope_jax.train.optimizer import OptimizerConfig, Schedule, optimizer, schedule
+from hope_jax.train.remat import Remat, keeps_block_inputs
 from hope_jax.train.run import TextRun
+from hope_jax.train.sharding import (
+    SHARE_BATCH,
+    Specs,
+    between,
+    model_on,
+    placed,
+    specs_of_matrices,
+    specs_of_parameters,
+)
 from hope_jax.train.step import LossFn, StepFn, TrainState, init_params, mean_over, next_token_loss, train_step
 from hope_jax.types import PRNGKeyArray
 
@@ -47,7 +58,9 @@ class Setup:
       rate: learning rate of batch 0, 1, ...: what is recorded.
       tokens: targets of one batch: what speed and progress are counted in.
       accumulate: slices of a batch that are computed one after another; must divide the batch.
-      mesh: devices that share each batch; None: the first device.
+      mesh: devices that share the work, see ``sharding.py``; None: the first device.
+      axes: the names of the axes of the parameters, which say where on the mesh these lie; None: on every device.
+      by_matrix: the optimizer needs whole matrices, which are moved to one place each for it.
     """
 
     init: Callable[[PRNGKeyArray], Any]
@@ -57,16 +70,21 @@ class Setup:
     tokens: int = 1
     accumulate: int = 1
     mesh: Mesh | None = None
+    axes: Axes | None = None
+    by_matrix: bool = False
 
     @property
     def devices(self) -> int:
-        """How many devices share each batch."""
+        """How many devices share the work."""
         return 1 if self.mesh is None else self.mesh.size
 
     @functools.cached_property
     def step(self) -> StepFn:
         """The compiled training step on placed batches."""
-        return train_step(self.loss, self.tx, self.rate, self.accumulate)
+        tx = self.tx
+        if self.mesh is not None and self.by_matrix:
+            tx = between(tx, placed(self.mesh, self._specs[1], self._shapes.params), self.placement.params)
+        return train_step(self.loss, tx, self.rate, self.accumulate, self._out)
 
     def temporary_bytes(self, batch: Any) -> int:
         """What the compiled step needs besides its arguments and results; ``batch`` may be its shapes alone.
@@ -80,33 +98,69 @@ class Setup:
     def _measure(self) -> Callable[[Any, Any], Any]:
         return jax.jit(lambda params, batch: self.loss(params, batch)[1])
 
+    def _fresh(self, key: PRNGKeyArray, params: Any = None) -> TrainState:
+        params = self.init(key) if params is None else jax.tree.map(jnp.copy, params)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.tx.init(params))
+
     @functools.cached_property
     def _start(self) -> Callable[[PRNGKeyArray, Any], TrainState]:
-        def start(key: PRNGKeyArray, params: Any) -> TrainState:
-            params = self.init(key) if params is None else jax.tree.map(jnp.copy, params)
-            return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.tx.init(params))
+        return jax.jit(self._fresh, out_shardings=self._out)
 
-        return jax.jit(start)
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self._fresh, jax.random.key(0))
+
+    @functools.cached_property
+    def placement(self) -> TrainState:
+        """Where a state lies: a sharding for each of its leaves."""
+        if self.mesh is None:
+            one = SingleDeviceSharding(jax.devices()[0])
+            return jax.tree.map(lambda _: one, self._shapes)
+        place = functools.partial(placed, self.mesh)
+        params, rest = place(self._specs[0], self._shapes.params), place(self._specs[1], self._shapes.opt_state)
+        return TrainState(step=place({}, self._shapes.step), params=params, opt_state=rest)
+
+    @functools.cached_property
+    def _specs(self) -> tuple[Specs, Specs]:
+        """Where parameters lie, and where the optimizer works on them."""
+        if self.mesh is None or self.axes is None:
+            return {}, {}
+        given = self.mesh, self.axes, self._shapes.params
+        specs = specs_of_parameters(*given)
+        return specs, specs | specs_of_matrices(*given) if self.by_matrix else specs
+
+    @property
+    def _out(self) -> TrainState | None:
+        """Where programs put a state; None: where JAX does, on one device."""
+        return None if self.mesh is None else self.placement
 
     def start(self, seed: int, params: Any = None) -> TrainState:
-        """The state before the first batch; it begins with a copy of ``params``, None: with what ``init`` draws."""
+        """The state before the first batch, each part made where it lies.
+
+        It begins with a copy of ``params``, None: with what ``init`` draws.
+        """
+        if params is not None and self.mesh is not None:
+            params = jax.device_put(params, self.placement.params)
         return self._start(jax.random.key(check_seed(seed)), params)
 
     def shapes(self) -> TrainState:
         """Shapes, dtypes and placement of ``start`` without computing it: what a checkpoint is restored into."""
-        return abstract(lambda: self.start(0))
+
+        def placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        return jax.tree.map(placed, self._shapes, self.placement)
 
     def place(self, batch: Any) -> Any:
         """A batch (arrays [B, ...]) with an equal part on every device; the whole on each, where B cannot be shared."""
         if self.mesh is None:
             return batch
-        size = len(jax.tree.leaves(batch)[0])
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(None if size % self.mesh.size else DATA)))
+        size, shared = len(jax.tree.leaves(batch)[0]), math.prod(self.mesh.shape[axis] for axis in SHARE_BATCH)
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(None if size % shared else SHARE_BATCH)))
 
     def spread(self, state: TrainState) -> TrainState:
-        """A state on every device; placed alike whether it is fresh or restored, so that one program does."""
-        place = jax.devices()[0] if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-        return jax.device_put(state, place)
+        """A state on its devices; placed alike whether it is fresh or restored, so that one program does."""
+        return jax.device_put(state, jax.devices()[0] if self.mesh is None else self.placement)
 
     def evaluator(self, batches: Heldout) -> Callable[[Any], dict[str, float]]:
         """``parameters -> means by name`` over these held-out ``batches``, which are read once.
@@ -155,13 +209,24 @@ def model_setup(
     """
     every = model.config.update_every(tokens) if every is None else every
     tx, rate = optimizer(config, steps, every, model.axes()), schedule(config, steps)
-    return Setup(functools.partial(init_params, model), loss, tx, rate, tokens, accumulate, mesh)
+    init, whole = functools.partial(init_params, model), config.method.by_matrix
+    return Setup(init, loss, tx, rate, tokens, accumulate, mesh, model.axes(), whole)
 
 
 def text_setup(
-    run: TextRun, steps: int, byte_lengths: np.ndarray, *, remat_every: int | None = None, **more: Any
+    run: TextRun,
+    steps: int,
+    byte_lengths: np.ndarray,
+    *,
+    remat: Remat = "auto",
+    remat_every: int | None = None,
+    mesh: Mesh | None = None,
+    **more: Any,
 ) -> Setup:
-    """``model_setup`` of a language model on text; ``byte_lengths``, ``remat_every``: as in ``next_token_loss``."""
-    model = LanguageModel(run.model)
+    """``model_setup`` of a language model on text.
+
+    ``byte_lengths``, ``remat_every``: as in ``next_token_loss``; ``remat``: see ``remat.py``.
+    """
+    model = model_on(mesh, run.model, keeps_block_inputs(remat, remat_every))
     loss = next_token_loss(model, byte_lengths, remat_every)
-    return model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)
+    return model_setup(model, loss, run.optimizer, steps, run.batch * run.length, mesh=mesh, **more)

@@ -16,7 +16,7 @@ import optax
 from flax import struct
 
 from hope_jax.context.schedule import learns_in_context
-from hope_jax.context.writes import reading_loss
+from hope_jax.context.writes import cross_entropy, reading_loss
 from hope_jax.errors import UserError
 from hope_jax.train.devices import abstract
 from hope_jax.train.optimizer import Schedule
@@ -70,7 +70,7 @@ MEASURED_BY_STEP = ("gradient_norm", "parameter_norm", "learning_rate")  # besid
 
 
 def next_token_loss(model: Any, byte_lengths: np.ndarray, remat_every: int | None = None) -> LossFn:
-    """Mean cross-entropy in nats per token, in float32: ``loss(params, batch) -> (loss, metrics)``.
+    """Mean cross-entropy in nats per token, in at least float32: ``loss(params, batch) -> (loss, metrics)``.
 
     ``byte_lengths[vocab]`` are the bytes of each token, which make ``bits_per_byte`` comparable between tokenizers.
     ``remat_every`` runs the model over pieces of that many tokens (it must divide T), carrying the state and keeping
@@ -90,8 +90,7 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, remat_every: int | Non
         def piece(state: Any, cut: tuple[Array, Array]) -> tuple[Any, Scalar]:
             tokens, wanted = cut
             logits, state = model.apply({"params": params}, tokens, state)
-            wide = logits.astype(jnp.float32)
-            return state, optax.softmax_cross_entropy_with_integer_labels(wide, wanted).sum()
+            return state, cross_entropy(logits, wanted).sum()
 
         if learns_in_context(model):
             nats = reading_loss(model, params, inputs, targets).sum()
@@ -159,8 +158,12 @@ def mean_gradient(loss: LossFn, params: Any, batch: Any, accumulate: int) -> tup
     return jax.tree.map(lambda leaf: leaf / accumulate, total), metrics
 
 
-def train_step(loss: LossFn, tx: optax.GradientTransformation, rate: Schedule, accumulate: int = 1) -> StepFn:
+def train_step(
+    loss: LossFn, tx: optax.GradientTransformation, rate: Schedule, accumulate: int = 1, placement: Any = None
+) -> StepFn:
     """One optimizer update, compiled; the incoming state is donated and must not be used again.
+
+    ``placement``: where the outgoing state lies, shardings shaped like it; None: where JAX puts it.
 
     Metrics beside those of the loss: ``gradient_norm`` before clipping, ``parameter_norm`` after the update (together
     with the loss they are finite exactly as long as the run is sound) and ``learning_rate`` of this update.
@@ -175,7 +178,7 @@ def train_step(loss: LossFn, tx: optax.GradientTransformation, rate: Schedule, a
         metrics |= {name: Mean(value, jnp.float32(1)) for name, value in pairs}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if placement is None else (placement, None))
 
 
 def mean_over(measure: Callable[[Any, Any], Metrics], batches: Iterable[Any], params: Any) -> dict[str, float]:

@@ -1,0 +1,213 @@
+"""A mesh of devices, and where on it parameters, optimizer states and batches lie. Read ``setup.py`` next.
+
+A mesh has three axes. Devices along ``data`` and ``fsdp`` share each batch, those along ``tensor`` share each sequence.
+Where a parameter lies follows from the names of its axes (``nn/axes.py``) by one list, ``RULES``; what the optimizer
+keeps of a parameter lies where the parameter does. The training step does not mention devices: JAX follows the
+placement of its arguments and moves between devices what has to be moved.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
+
+from hope_jax.errors import UserError, closest, whole
+from hope_jax.models import LanguageModel, ModelConfig
+from hope_jax.nn.axes import AXES, Axes, Names, matrices, of_parameters
+from hope_jax.optim.matrices import MATRIX, MuonDimensionNumbers
+from hope_jax.train.devices import cores
+
+MESH = ("data", "fsdp", "tensor")
+SHARE_BATCH = ("data", "fsdp")  # axes of the mesh that batches lie along
+RULES: Mapping[str, str | None] = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "all_heads": "tensor",
+    "hidden": "tensor",
+    "cell_gates": "tensor",
+    # Every device has all of these: they are small, or counted by loops, or rows that are looked up.
+    **dict.fromkeys(("layers", "memories", "levels", "vocab", "taps", "persistent", "places")),
+    **dict.fromkeys(("head_dim", "memory_hidden", "gate", "rank")),
+}
+"""Axis name of a parameter -> axis of the mesh that it is parted along; None: it is not parted."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices there are along each axis of the mesh."""
+
+    data: int | None = None
+    """Devices that share each batch and hold all parameters each; on a CPU, cores. None: as many as are left and divide
+    the batch."""
+    fsdp: int = 1
+    """Devices that share each batch, and the parameters with the optimizer's state: each keeps a part of the model's
+    features. Must divide the width and, times data, the batch."""
+    tensor: int = 1
+    """Devices that share each sequence: each has a part of the heads and of the hidden features. Must divide them."""
+
+    def __post_init__(self) -> None:
+        for name, count in self.given.items():
+            whole(f"mesh.{name}", count, 1, "devices")
+
+    @property
+    def given(self) -> dict[str, int]:
+        """The axes whose devices are counted."""
+        return {name: count for name in MESH if (count := getattr(self, name)) is not None}
+
+    @property
+    def of_host(self) -> int | None:
+        """How many devices a CPU is split into for it; None: one for each core (``split_host``)."""
+        count = math.prod(self.given.values())
+        return None if count == 1 and self.data is None else count * (1 if self.data else max(1, cores() // count))
+
+    def check_batch(self, batch: int) -> None:
+        """Raise UserError unless the devices can share batches of so many sequences."""
+        count = (self.data or 1) * self.fsdp
+        if batch % count:
+            which = "mesh.fsdp" if self.data is None else "mesh.data x mesh.fsdp"
+            raise UserError(f"{which} is {count}, which cannot share {batch} sequences; give a divisor of that")
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise UserError unless the devices divide the model's width and heads."""
+        if model.width % self.fsdp:
+            raise UserError(f"mesh.fsdp is {self.fsdp}; give a divisor of the model's width, {model.width}")
+        for part in _configs((model.mixer,)):
+            for name in ("heads", "key_heads"):
+                if (heads := getattr(part, name, None)) and heads % self.tensor:
+                    raise UserError(f"mesh.tensor is {self.tensor}; give a divisor of the model's {name}, {heads}")
+
+    def make(self, batch: int) -> Mesh:
+        """The mesh, for batches of so many sequences.
+
+        Raises:
+          UserError: the product of the axes does not divide the devices that there are, or they cannot share a batch.
+        """
+        self.check_batch(batch)
+        found, count = jax.devices(), math.prod(self.given.values())
+        if len(found) % count:
+            asked = ", ".join(f"mesh.{name} {size}" for name, size in self.given.items())
+            raise UserError(
+                f"{asked}: {count} devices are asked for, which do not divide the {len(found)} that there are"
+            )
+        data = self.data or self._left(batch // self.fsdp, found)
+        shape = (data, self.fsdp, self.tensor)
+        devices = found[: math.prod(shape)]
+        return jax.make_mesh(shape, MESH, axis_types=(AxisType.Auto,) * len(MESH), devices=devices)
+
+    def _left(self, batch: int, found: Sequence[Any]) -> int:
+        """The most devices along data that can share a batch; on a CPU no more in all than cores."""
+        most = min(len(found), cores()) if found[0].platform == "cpu" else len(found)
+        return max(n for n in range(1, max(1, most // (self.fsdp * self.tensor)) + 1) if batch % n == 0)
+
+
+def _configs(tree: Any) -> Iterator[Any]:
+    """All configurations inside tuples and inside one another."""
+    if dataclasses.is_dataclass(tree):
+        yield tree
+        tree = tuple(vars(tree).values())
+    for part in tree if isinstance(tree, tuple) else ():
+        yield from _configs(part)
+
+
+def model_on(mesh: Mesh | None, config: ModelConfig, remat: bool = False) -> LanguageModel:
+    """A model as it is computed on a mesh: the same parameters and, up to rounding, the same numbers.
+
+    Raises UserError where the devices do not divide its width or heads.
+    """
+    if mesh is None or mesh.size == 1:
+        return LanguageModel(config, remat)
+    MeshConfig(**mesh.shape).check_model(config)
+    return LanguageModel(config, remat, NamedSharding(mesh, PartitionSpec(SHARE_BATCH)))
+
+
+def partition(names: Names) -> PartitionSpec:
+    """Where a parameter with these axes lies. An axis of the mesh parts one of them, the first that it can.
+
+    Raises UserError for a name without a rule.
+    """
+    parts: list[str | None] = []
+    for name in names:
+        if name not in RULES:
+            raise UserError(f"there is no rule for the axis {name!r}; {closest(name, RULES)}")
+        parts.append(None if RULES[name] in parts else RULES[name])
+    return PartitionSpec(*parts)
+
+
+Specs = dict[str, tuple[tuple[int, ...], PartitionSpec]]
+"""Path of a parameter -> its shape, and where it lies."""
+
+
+def specs_of_parameters(mesh: Mesh, axes: Axes, params: Any) -> Specs:
+    """Where parameters with these axes lie. Raises UserError where devices do not divide what they are to share."""
+    names_at = of_parameters(axes, tuple)(params)
+    named = tree_leaves_with_path(names_at, is_leaf=lambda node: isinstance(node, tuple))
+    found = {}
+    for (path, names), leaf in zip(named, jax.tree.leaves(params), strict=True):
+        found[keystr(path)] = leaf.shape, (spec := partition(names))
+        for name, size, axis in zip(names, leaf.shape, spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                what = f"{size} on axis {name!r} ({AXES[name]}) of parameter {keystr(path)}"
+                raise UserError(f"mesh.{axis} is {mesh.shape[axis]}; give a divisor of {what}")
+    return found
+
+
+def specs_of_matrices(mesh: Mesh, axes: Axes, params: Any) -> Specs:
+    """Where an optimizer works on matrices: each is whole in one place, and equal ones are spread over the devices.
+
+    Where the devices do not divide them, several devices hold the same matrices.
+    """
+    labels = matrices(axes)(params)
+    labelled = tree_leaves_with_path(labels, is_leaf=lambda node: isinstance(node, MuonDimensionNumbers))
+    found = {}
+    for (path, label), leaf in zip(labelled, jax.tree.leaves(params), strict=True):
+        if isinstance(label, MuonDimensionNumbers):  # its first axes count matrices
+            found[keystr(path)] = leaf.shape, _spread(mesh, leaf.shape[:-2])
+        elif label == MATRIX:
+            found[keystr(path)] = leaf.shape, PartitionSpec()
+    return found
+
+
+def _spread(mesh: Mesh, sizes: Sequence[int]) -> PartitionSpec:
+    """As many axes of the mesh as divide the axes of an array with these sizes."""
+    left, parts = dict(mesh.shape), []
+    for size in sizes:
+        parts.append([])
+        for axis in list(left):
+            if size % left[axis] == 0:
+                parts[-1].append(axis)
+                size //= left.pop(axis)
+    return PartitionSpec(*(tuple(part) or None for part in parts))
+
+
+def placed(mesh: Mesh, specs: Specs, tree: Any) -> Any:
+    """A sharding for every leaf of a tree that holds parameters, or arrays that belong to them, such as momenta.
+
+    A leaf belongs to the parameter whose path its own path ends with. Where there is none, or it has another shape,
+    every device holds all of it.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        where = keystr(path)
+        owner = max((name for name in specs if where.endswith(name)), key=len, default="")
+        shape, spec = specs.get(owner, ((), PartitionSpec()))
+        return NamedSharding(mesh, spec if shape == leaf.shape else PartitionSpec())
+
+    return tree_map_with_path(place, tree)
+
+
+def between(tx: optax.GradientTransformation, there: Any, back: Any) -> optax.GradientTransformation:
+    """``tx`` on gradients and parameters that are moved to the shardings ``there``; its updates are moved ``back``."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        moved = jax.lax.with_sharding_constraint(updates, there)
+        params = None if params is None else jax.lax.with_sharding_constraint(params, there)
+        updates, state = tx.update(moved, state, params)
+        return jax.lax.with_sharding_constraint(updates, back), state
+
+    return optax.GradientTransformation(tx.init, update)

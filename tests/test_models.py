@@ -21,8 +21,8 @@ COUNTS = {f"{name}-{size}": n for name, row in PARAMETERS.items() for size, n in
 
 B, T, VOCAB = 2, 20, 48
 SMALL = Size(width=32, layers=2, heads=2, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
-# A row of every kind of mixer; the others are those with another rule or feed-forward part.
-QUICK = ("hope", "transformer_conv", "titans", "gated_deltanet")
+# The blocks around a mixer are the same for all; what each of the other mixers does is tested where its layer is.
+QUICK = ("hope", "transformer_conv")
 ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
 architectures = pytest.mark.parametrize("name", ROWS)
 
@@ -67,11 +67,15 @@ def test_baselines_are_within_three_percent_of_hope(size):
 
 @functools.cache
 def started(name):
-    """Tokens that differ from one another inside a row; of a bfloat16 model: logits of them, and its parameters."""
+    """Tokens that differ from one another inside a row; of a bfloat16 model: logits of them, and its parameters.
+
+    Parameters are made for one token, which is a smaller program.
+    """
     tokens = np.stack([np.random.default_rng(i).permutation(VOCAB - 1)[:T] + 1 for i in range(B)]).astype(np.int32)
     model = LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.bfloat16))
     with jax.enable_x64(False):
-        (logits, _), variables = jax.jit(model.init_with_output)(jax.random.key(0), tokens)
+        variables = jax.jit(model.init)(jax.random.key(0), tokens[:, :1])
+        logits, _ = jax.jit(model.apply)(variables, tokens)
     return tokens, logits, variables["params"]
 
 
@@ -79,7 +83,7 @@ def started(name):
 def small(name):
     """The float64 model, parameters and tokens."""
     tokens, _, params = started(name)
-    in_float64 = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
+    in_float64 = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     return LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.float64)), in_float64, jnp.asarray(tokens)
 
 
@@ -97,14 +101,16 @@ def pulled(name):
 
 
 @architectures
-def test_any_cut_gives_the_same_logits_and_final_state_and_no_state_is_a_fresh_one(x64, name):
+def test_any_cut_with_any_padding_gives_the_same_logits_and_final_state_and_no_state_is_a_fresh_one(x64, name):
     model, params, tokens = small(name)
     fresh, _, end = pulled(name)(params, tokens, jnp.zeros((B, T, VOCAB)))
-    step = jax.jit(lambda params, tokens, state: model.apply({"params": params}, tokens, state))
-    state, logits = model.init_state(params, batch=B, capacity=T), []
-    for start, stop in ((0, 9), (9, 10), (10, 19), (19, 20)):
-        out, state = step(params, tokens[:, start:stop], state)
-        logits.append(out)
+    step = jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))
+    state, at, logits = model.init_state(params, batch=B, capacity=T), 0, []
+    for count in (9, None, 6, 3, None):  # nine tokens, of which the first ones are read, or one token
+        piece = np.roll(tokens, -at, axis=1)[:, : 9 if count else 1]
+        out, state = step(params, piece, state, *([np.int32(count)] if count else []))
+        logits.append(out[:, :count])
+        at += count or 1
     assert fresh.dtype == jnp.float64
     np.testing.assert_allclose(np.concatenate(logits, axis=1), fresh, rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(*map(jax.tree.leaves, (state, end)), strict=True):
@@ -134,7 +140,8 @@ def test_the_loss_falls_over_twenty_steps(x64, name):
         logits, *_ = pulled(name)(params, tokens, np.zeros((B, T, VOCAB)))
         losses.append(-np.mean(np.sum(targets * np.array(jax.nn.log_softmax(logits)), axis=-1)))
         _, gradients, _ = pulled(name)(params, tokens, (np.array(jax.nn.softmax(logits)) - targets) / (B * T))
-        norm = math.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(gradients)))
+        gradients = jax.tree.map(np.asarray, gradients)
+        norm = math.sqrt(sum(np.sum(g * g) for g in jax.tree.leaves(gradients)))
         scale = 0.3 / max(norm, 0.3)
         params = jax.tree.map(lambda p, g, s=scale: p - s * g, params, gradients)
     assert losses[-1] < 0.8 * losses[0], losses
@@ -151,8 +158,9 @@ def test_a_bfloat16_model_gives_finite_float32_logits_and_has_float32_parameters
 
 def bits_over_uniform(logits):
     """The loss of a target drawn at random, less that of the uniform distribution, in bits per token."""
-    nats = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
-    return float(jnp.mean(nats)) / math.log(2) - math.log2(logits.shape[-1])
+    logits = np.asarray(logits, np.float64)
+    nats = np.logaddexp.reduce(logits, axis=-1) - np.mean(logits, axis=-1)
+    return np.mean(nats) / math.log(2) - math.log2(logits.shape[-1])
 
 
 @architectures

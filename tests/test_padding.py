@@ -23,7 +23,11 @@ MIXERS = {
 }
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+# For the others ``test_models.py`` has a fast test.
+QUICK = ("window", "linear memory", "memory with anchors")
+
+
+@pytest.mark.parametrize("mixer", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MIXERS])
 def test_padding_is_not_read(mixer, x64):
     """One program reads 3, 6 and 1 tokens, as others do that know how many they are."""
     model = LanguageModel(config(mixer=MIXERS[mixer], in_context=0))

@@ -40,7 +40,6 @@ def hybrid():
 
 def test_blocks_follow_each_other_in_the_order_of_the_pattern(x64, hybrid):
     _, params, tokens, run = hybrid
-    x = params["embedding"][tokens] * WIDTH**0.5
 
     def part(config: PartConfig, params, *inputs):
         return config.build(WIDTH, jnp.float64).apply({"params": params}, *inputs)
@@ -48,15 +47,19 @@ def test_blocks_follow_each_other_in_the_order_of_the_pattern(x64, hybrid):
     def norm(params, x) -> Any:
         return RMSNorm(jnp.float64).apply({"params": params}, x)
 
-    for layer in range(LAYERS // 2):
-        for place, (mixer, feed_forward) in enumerate(HYBRID.pattern):
-            own = jax.tree.map(lambda p, i=layer: p[i], params["blocks"][f"parts_{place}"])
-            module = mixer.build(WIDTH, jnp.float64)
-            start = module.apply({"params": own["mixer"]}, B, T, method="init_state")
-            x = x + part(mixer, own["mixer"], norm(own["norm"], x), start)[0]
-            x = x if feed_forward is None else part(feed_forward, own["feed_forward"], x, ())
-    expected = LOGIT_GAIN * norm(params["norm"], x) @ params["embedding"].T
-    np.testing.assert_allclose(run(params, tokens)[0], expected, rtol=1e-9, atol=1e-12)
+    @jax.jit
+    def by_hand(params):
+        x = params["embedding"][tokens] * WIDTH**0.5
+        for layer in range(LAYERS // 2):
+            for place, (mixer, feed_forward) in enumerate(HYBRID.pattern):
+                own = jax.tree.map(lambda p, i=layer: p[i], params["blocks"][f"parts_{place}"])
+                module = mixer.build(WIDTH, jnp.float64)
+                start = module.apply({"params": own["mixer"]}, B, T, method="init_state")
+                x = x + part(mixer, own["mixer"], norm(own["norm"], x), start)[0]
+                x = x if feed_forward is None else part(feed_forward, own["feed_forward"], x, ())
+        return LOGIT_GAIN * norm(params["norm"], x) @ params["embedding"].T
+
+    np.testing.assert_allclose(run(params, tokens)[0], by_hand(params), rtol=1e-9, atol=1e-12)
 
 
 def test_any_cut_gives_the_same_logits_and_state(x64, hybrid):

@@ -217,8 +217,8 @@ def test_nan_stops_with_the_step_named_and_the_last_good_step_intact(command, fi
         message = mistake(capfd, command(run))
     assert "step 5: the loss became nan" in message
     assert training.saved_steps(run) == [2, 4]
-    assert main(command(run)) == 0
-    assert_same_run(run, finished, 6)
+    saved, expected = (training.read_manifest(folder, 4) for folder in (run, finished))
+    assert saved.arrays == expected.arrays and saved.data == expected.data
 
 
 def test_a_learning_rate_that_blows_up_ends_with_a_sentence_not_with_a_saved_nan(command, tmp_path, capfd):

@@ -188,19 +188,20 @@ def test_a_race_tunes_alike_reports_its_seeds_and_does_not_repeat_itself(folder,
     assert [(row["phase"], row["seed"]) for row in more[len(rows) :]] == [("final", 7)]
 
 
-def test_a_run_is_the_optimizer_step_by_step_on_its_batches(folder):
+@pytest.mark.parametrize("name", ["adamw", pytest.param("m3", marks=pytest.mark.slow)])
+def test_a_run_is_the_optimizer_step_by_step_on_its_batches(folder, name):
     """The training by hand, with the learning rate in the optimizer instead of a factor in its state."""
     config = vit_optimizers.VitOptimizersConfig(
         patch=4, width=8, layers=1, heads=2, steps=4, evaluate_every=2, warmup=1, batch=8
     )
     images, peak = mnist(folder), optax.warmup_cosine_decay_schedule(0.0, 1.0, 1, 4, 0.01)
-    about = {"phase": "sweep", "optimizer": "m3", "learning_rate": 3e-2, "seed": 1}
+    about = {"phase": "sweep", "optimizer": name, "learning_rate": 3e-2, "seed": 1}
     with training.open_run(folder / "run") as place:
-        setup = config.setup("m3", images)
+        setup = config.setup(name, images)
         found = vit_optimizers.train(config, images, about, setup, training.Run(place, about))
     model, start = ViT(3, 4, 8, 1, 2), jax.random.split(jax.random.key(1))[0]
     params: Any = jax.jit(model.init)(start, images.train.images[:1])["params"]
-    tx = vit_optimizers.CONTESTANTS["m3"].make(lambda count: 3e-2 * peak(count + 1))
+    tx = vit_optimizers.CONTESTANTS[name].make(lambda count: 3e-2 * peak(count + 1))
     state, batches, losses = tx.init(params), draws(images.train, 1, 8), []
     slope, loss = jax.jit(jax.grad(image_loss(model), has_aux=True)), jax.jit(image_loss(model))
     update = jax.jit(tx.update)

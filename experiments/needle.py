@@ -5,9 +5,10 @@
     python -m experiments needle --rows hope titans        # one process of several
     python -m experiments needle --table                   # means and deviations of all on file
 
-The models have equal parameters and read bytes. Training begins with ``--shortest`` tokens and doubles them up to the
-length that a model is trained for; each length has as many batches, each batch as many tokens. The loss is that of the
-answer and, with ``--prompt-weight``, of the prompt. Rows are tuned as in ``compare``, on needles that are not reported.
+The models have equal parameters. A token is a word of the task, or of the text, or a byte. Training begins with
+``--shortest`` tokens and doubles them up to the length that a model is trained for; each length has as many batches,
+each batch as many tokens. The loss is that of the answer and, with ``--prompt-weight``, of the prompt. Rows are tuned
+as in ``compare``, on needles that are not reported. The defaults are 64 runs of 2.5M tokens.
 """
 
 import functools
@@ -28,13 +29,12 @@ from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
 from hope_jax.cli.results import Results, Row, spread
 from hope_jax.cli.trials import Trials, at_chosen_rate, grouped, label, named, of_models, tables
-from hope_jax.data import IGNORE, ByteTokenizer, Haystack, needle, noise_haystack, text_haystack
+from hope_jax.data import IGNORE, Haystack, needle, needle_words, noise_haystack, text_haystack
 from hope_jax.errors import UserError
 
 ROWS = ("hope", "hope_attention", "titans", "ttt_linear", "ttt_mlp", "mamba2", "gated_deltanet", "transformer_pp")
 CHOOSING_SEED, REPORTED_SEED = 1_000_003, 1_000_033
-LEAST = 512  # tokens: what stands around a haystack has about 400
-SAME = ("size", "batch", "shortest", "steps", "prompt_weight", "eval_batches", "needles", "read_lengths")
+SAME = ("size", "words", "batch", "shortest", "steps", "prompt_weight", "eval_batches", "needles", "read_lengths")
 NEEDED = ("setting", "row", "trained", "learning_rate", "seed", "parameters", "chosen_by", "found", "curve")
 
 
@@ -49,33 +49,44 @@ class NeedleConfig(Trials):
     read_lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)  # Tokens of the haystacks that are reported.
     needles: int = 48  # Haystacks that are read at each length, or a few more to fill the last batch.
     path: tuple[str, ...] = ()  # Text files, folders or globs as the haystack. Empty: noise.
+    words: int = 768  # Most words that are tokens; all other text is bytes. 0: all text is.
     size: str = "tiny"  # Size of all models.
-    shortest: int = LEAST  # Tokens of the haystacks that training begins with.
-    batch: int = 16  # Sequences of the shortest haystacks in a batch; of longer ones fewer, with as many tokens.
+    shortest: int = 128  # Tokens of the haystacks that training begins with.
+    batch: int = 32  # Sequences of the shortest haystacks in a batch; of longer ones fewer, with as many tokens.
     steps: int = 600  # Batches to train on.
     eval_batches: int = 4  # Batches of the needles that choose the learning rate.
     prompt_weight: float = 1.0  # Weight of the mean loss on the prompt beside that on the answer; 0: the answer alone.
     table: bool = False  # Train nothing: print and draw what is on file.
-    optimizer: training.OptimizerConfig = field(default_factory=lambda: training.OptimizerConfig(warmup=50))
+    optimizer: training.OptimizerConfig = field(
+        default_factory=lambda: training.OptimizerConfig(warmup=50, final_fraction=0.3)
+    )
+    """The longest haystacks come last, so the learning rate stays high."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given(self, "train_lengths", "read_lengths")
-        at_least(self, 1, "needles")
-        at_least(self, 0, "prompt_weight")
-        at_least(self, LEAST, "shortest", "train_lengths", "read_lengths")
+        at_least(self, 1, "needles", "shortest")
+        at_least(self, 0, "prompt_weight", "words")
         if (most := max(self.train_lengths)) > self.batch * self.shortest:
             raise UserError(f"--batch {self.batch} of --shortest {self.shortest} is less than {most} tokens; raise it.")
         for row in self.rows:
             self.model(row)
 
-    def model(self, row: str) -> ModelConfig:
-        """The model of that row, which reads bytes. Raises UserError if there is none."""
-        return replace(model_named(f"{row}-{self.size}"), vocab_size=ByteTokenizer().vocab_size)
+    def model(self, row: str, vocab: int = 256) -> ModelConfig:
+        """The model of that row. Raises UserError if there is none."""
+        return replace(model_named(f"{row}-{self.size}"), vocab_size=vocab)
 
-    def setup(self, row: str) -> training.Setup:
+    def haystack(self) -> Haystack:
+        """Where needles are hidden, with its tokenizer. Raises UserError for lengths or paths that do not do."""
+        tokenizer = needle_words(self.words, self.path)
+        found = text_haystack(tokenizer, self.path) if self.path else noise_haystack(tokenizer)
+        for length in (self.shortest, *self.train_lengths, *self.read_lengths):
+            needle(0, 0, 1, length, found)
+        return found
+
+    def setup(self, row: str, vocab: int) -> training.Setup:
         """How that row is trained; its programs serve all lengths, rates and seeds."""
-        model, tokens = LanguageModel(self.model(row)), self.batch * self.shortest
+        model, tokens = LanguageModel(self.model(row, vocab)), self.batch * self.shortest
         loss = training.answer_loss(model, IGNORE, self.prompt_weight)
         return training.model_setup(model, loss, self.optimizer, self.steps, tokens).for_any_rate()
 
@@ -105,10 +116,10 @@ def main(arguments: Sequence[str]) -> int:
 def needles(config: NeedleConfig, results: Results) -> None:
     """The sweep of every row at every training length, then seed by seed all of them at their rates."""
     training.keep_programs(config.cache)
-    haystack = text_haystack(ByteTokenizer(), config.path) if config.path else noise_haystack(ByteTokenizer())
+    haystack = config.haystack()
     kind = f"text-{hashlib.sha256(haystack.ids.tobytes()).hexdigest()[:10]}" if config.path else "noise"
     same = {"haystack": kind, "models": MODELS_VERSION, **{name: getattr(config, name) for name in SAME}}
-    setups = {row: config.setup(row) for row in config.rows}
+    setups = {row: config.setup(row, haystack.tokenizer.vocab_size) for row in config.rows}
     counts = {row: training.count_parameters(setup.shapes().params) for row, setup in setups.items()}
 
     def line(cell: tuple[str, int], rate: float, seed: int) -> Row:
@@ -129,7 +140,7 @@ def train(config: NeedleConfig, about: Row, setup: training.Setup, haystack: Hay
     curve = [[step, means["loss"], means["accuracy"]] for step, means in measured.items()]
     if params is None:
         return {"chosen_by": None, "found": None, "curve": curve}
-    model = LanguageModel(config.model(about["row"]))
+    model = LanguageModel(config.model(about["row"], haystack.tokenizer.vocab_size))
     lengths = training.progress(config.read_lengths, desc=f"reading, {label(about)}", unit="length")
     how = {"needles": config.needles, "tokens": setup.tokens, "seed": REPORTED_SEED}
     found = evals.needle.found_at(model, params, haystack, lengths, **how)

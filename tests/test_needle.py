@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from hope_jax import evals
-from hope_jax.data import IGNORE, ByteTokenizer, JsonTokenizer, needle, noise_haystack, text_haystack
+from hope_jax.data import IGNORE, ByteTokenizer, JsonTokenizer, needle, needle_words, noise_haystack, text_haystack
 from hope_jax.data.tasks.needle import ADJECTIVES, ANSWER, NOISE, NOUNS
 from hope_jax.errors import NotFinite, UserError
 from hope_jax.nn.feed_forward.fast import BlockState
@@ -41,7 +41,7 @@ def prose(tmp_path):
 @pytest.fixture
 def haystacks(bpe, llama_like, prose):
     """Haystacks of every kind with every kind of tokenizer."""
-    kinds = ByteTokenizer(), JsonTokenizer(bpe), llama_like
+    kinds = ByteTokenizer(), JsonTokenizer(bpe), llama_like, needle_words(150, prose)
     return [made for tokenizer in kinds for made in (noise_haystack(tokenizer), text_haystack(tokenizer, prose))]
 
 
@@ -65,6 +65,20 @@ def test_a_prompt_is_the_sentences_of_the_task_and_the_answer_is_the_number_in_t
             assert at[0] == 700 - ANSWER and np.all(np.diff(at) == 1)
             np.testing.assert_array_equal(row[at[1:]], target[at[:-1]])  # what is written is read next
             assert not row[at[-1] + 2 :].any()
+
+
+def test_the_words_of_the_task_are_tokens_so_that_prompts_are_short(prose):
+    tokenizer = needle_words(1000, prose)
+    haystack = noise_haystack(tokenizer)
+    (row, *_), _ = needle(0, 0, 4, 128, haystack)
+    texts = [tokenizer.decode(row[i : i + 1]) for i in range(len(row))]
+    letters = [text for text in texts if re.search("[A-Za-z]", text)]
+    assert all(len(text.strip()) > 1 for text in letters if text not in (" A", "A", " I", "a"))
+    assert tokenizer.decode(tokenizer.encode(" Sentence tells")[1:]) == " tells"
+    own = needle_words(1000).vocab_size
+    assert own < tokenizer.vocab_size < 1000
+    alone, first = needle_words(1000), needle_words(own - 256, prose)
+    assert first.fingerprint == alone.fingerprint, "words of the task come first"
 
 
 def test_noise_is_the_same_line_again_and_again_but_for_the_beginning_of_the_first(haystacks):

@@ -12,13 +12,13 @@ from experiments import needle
 from experiments.__main__ import main
 from hope_jax import train as training
 from hope_jax.cli import plots
-from hope_jax.data import IGNORE, ByteTokenizer, noise_haystack
+from hope_jax.data import IGNORE
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, MODELS, Size
 from hope_jax.train import OptimizerConfig
 
-TASK = {"rows": ("deltanet",), "size": "nano", "batch": 4, "steps": 6, "eval_batches": 1, "read_lengths": (512, 600)}
-TASK |= {"train_lengths": (512, 600), "needles": 5, "eval_every": 6, "optimizer": OptimizerConfig(warmup=2)}
+TASK = {"rows": ("deltanet",), "size": "nano", "batch": 4, "steps": 6, "eval_batches": 1, "read_lengths": (128, 160)}
+TASK |= {"train_lengths": (128, 160), "needles": 5, "eval_every": 6, "optimizer": OptimizerConfig(warmup=2)}
 
 
 @pytest.fixture(autouse=True)
@@ -30,22 +30,22 @@ def small(monkeypatch, tmp_path):
 
 @pytest.fixture
 def haystack():
-    """Noise in bytes."""
-    return noise_haystack(ByteTokenizer())
+    """Noise."""
+    return needle.NeedleConfig(**TASK).haystack()
 
 
 @pytest.mark.slow
 def test_every_row_is_trained_for_each_length_and_read_at_all_and_no_run_is_done_again(tmp_path, capsys, monkeypatch):
-    flags = "--rows deltanet --size nano --batch 2 --steps 4 --eval-every 2 --eval-batches 1 --train-lengths 512 700"
-    flags += " --read-lengths 512 700 --needles 2 --learning-rates 1e-4 5e-3 --seeds 0 1 --optimizer.warmup 1"
+    flags = "--rows deltanet --size nano --batch 2 --steps 4 --eval-every 2 --eval-batches 1 --train-lengths 128 200"
+    flags += " --read-lengths 128 200 --needles 2 --learning-rates 1e-4 5e-3 --seeds 0 1 --optimizer.warmup 1"
     command = ["needle", *flags.split(), "--results", "r", "--cache", "c"]
     assert main(command) == 0
     printed, rows = capsys.readouterr().out, lines(tmp_path / "r" / "needle.jsonl")
     sweep, others = rows[:4], rows[4:]
     assert [(row["trained"], row["learning_rate"], row["seed"]) for row in sweep] == [
-        (length, rate, 0) for length in (512, 700) for rate in (1e-4, 5e-3)
+        (length, rate, 0) for length in (128, 200) for rate in (1e-4, 5e-3)
     ]
-    best = [min((row for row in sweep if row["trained"] == n), key=lambda row: row["chosen_by"]) for n in (512, 700)]
+    best = [min((row for row in sweep if row["trained"] == n), key=lambda row: row["chosen_by"]) for n in (128, 200)]
     expected = [(row["trained"], row["learning_rate"], 1) for row in best]
     assert [(row["trained"], row["learning_rate"], row["seed"]) for row in others] == expected
     assert all([step for step, *_ in row["curve"]] == [0, 2, 4] and len(row["found"]) == 2 for row in rows)
@@ -58,12 +58,12 @@ def test_every_row_is_trained_for_each_length_and_read_at_all_and_no_run_is_done
 
 
 def test_haystacks_grow_from_the_shortest_to_the_training_length_with_equal_tokens(haystack):
-    config = needle.NeedleConfig(**TASK | {"batch": 8, "train_lengths": (512, 2048)})
-    shapes = [config.examples(haystack, 2048, 0, index)[0].shape for index in range(6)]
-    assert shapes == [(8, 512)] * 2 + [(4, 1024)] * 2 + [(2, 2048)] * 2
-    assert [config.examples(haystack, 512, 0, index)[0].shape for index in (0, 5)] == [(8, 512)] * 2
-    assert [config.examples(haystack, 600, 0, index)[0].shape for index in (2, 3)] == [(8, 512), (6, 600)]
-    first, again, other = (config.examples(haystack, 512, seed, 0)[0] for seed in (0, 0, 1))
+    config = needle.NeedleConfig(**TASK | {"batch": 8, "steps": 8, "train_lengths": (128, 1024)})
+    shapes = [config.examples(haystack, 1024, 0, index)[0].shape for index in range(8)]
+    assert shapes == [(8, 128)] * 2 + [(4, 256)] * 2 + [(2, 512)] * 2 + [(1, 1024)] * 2
+    assert [config.examples(haystack, 128, 0, index)[0].shape for index in (0, 7)] == [(8, 128)] * 2
+    assert [config.examples(haystack, 150, 0, index)[0].shape for index in (3, 4)] == [(8, 128), (6, 150)]
+    first, again, other = (config.examples(haystack, 128, seed, 0)[0] for seed in (0, 0, 1))
     assert (first == again).all() and (first != other).any()
 
 
@@ -81,15 +81,25 @@ def test_needles_that_choose_the_rate_are_not_those_reported(haystack, monkeypat
     monkeypatch.setattr(training, "fit", fit)
     monkeypatch.setattr(needle.evals.needle, "found", found)
     config = needle.NeedleConfig(**TASK)
-    about = {"row": "deltanet", "trained": 600, "learning_rate": 1e-3, "seed": 0}
-    row = needle.train(config, about, config.setup("deltanet"), haystack, training.Run(Path("run"), {}))
-    assert row == {"chosen_by": 2.0, "found": [0.512, 0.6], "curve": [[6, 2.0, 0.5]]}
-    assert used["choosing"][0].shape == (3, 600) and used["training"][0].shape == (4, 512)
-    assert [(used[length]["batches"], used[length]["batch"]) for length in (512, 600)] == [(2, 4), (2, 3)]
-    reported = needle.needle(used[512]["seed"], 0, 4, 512, haystack)
+    about = {"row": "deltanet", "trained": 160, "learning_rate": 1e-3, "seed": 0}
+    row = needle.train(
+        config, about, config.setup("deltanet", haystack.tokenizer.vocab_size), haystack, training.Run(Path("run"), {})
+    )
+    assert row == {"chosen_by": 2.0, "found": [0.128, 0.16], "curve": [[6, 2.0, 0.5]]}
+    assert used["choosing"][0].shape == (3, 160) and used["training"][0].shape == (4, 128)
+    assert [(used[length]["batches"], used[length]["batch"]) for length in (128, 160)] == [(2, 4), (2, 3)]
+    reported = needle.needle(used[128]["seed"], 0, 4, 128, haystack)
     batches = used["training"], used["choosing"], reported
     numbers = [bytes(row[row != IGNORE].tolist()) for _, targets in batches for row in targets]
     assert len(set(numbers)) == len(numbers) == 4 + 3 + 4
+
+
+def test_a_haystack_of_text_has_its_words_as_tokens_and_a_name_of_its_own(tmp_path):
+    (tmp_path / "a.txt").write_text("Elephants remember. " * 50)
+    made = needle.NeedleConfig(**TASK | {"path": ("a.txt",)}).haystack()
+    assert made.tokenizer.decode(made.tokenizer.encode(" Elephants")[:1]) == " Elephants"
+    small = needle.NeedleConfig(**TASK | {"path": ("a.txt",), "words": 172}).haystack()
+    assert small.tokenizer.vocab_size == 256 + 172 < made.tokenizer.vocab_size
 
 
 def result(found=(1.0, 0.5), seed=0, rate=1e-3, chosen_by=1.0, *, row="hope", trained=1024, **setting):
@@ -133,11 +143,13 @@ def test_the_plot_has_an_axes_for_each_training_length_and_leaves_out_what_diver
     [
         (["--rows", "hop"], "no model is called 'hop-tiny'; did you mean 'hope-tiny'"),
         (["--size", "huge"], "no model is called 'hope-huge'"),
-        (["--read-lengths", "1024", "300"], "--read-lengths must be at least 512, got 300."),
-        (["--train-lengths", "500"], "--train-lengths must be at least 512, got 500."),
-        (["--shortest", "16"], "--shortest must be at least 512, got 16."),
+        (["--read-lengths", "1024", "85"], "length is 85; question and answer alone need"),
+        (["--train-lengths", "80"], "length is 80; question and answer alone need"),
+        (["--words", "0"], "length is 128; question and answer alone need 3"),
+        (["--shortest", "0"], "--shortest must be at least 1, got 0."),
+        (["--words", "-1"], "--words must be at least 0, got -1."),
         (["--read-lengths"], "Give at least one of each: --train-lengths, --read-lengths"),
-        (["--batch", "2"], "--batch 2 of --shortest 512 is less than 2048 tokens; raise it."),
+        (["--batch", "2"], "--batch 2 of --shortest 128 is less than 2048 tokens; raise it."),
         (["--needles", "0"], "--needles must be at least 1, got 0."),
         (["--prompt-weight", "-1"], "--prompt-weight must be at least 0, got -1.0."),
         (["--path", "nowhere.txt"], "corpus path 'nowhere.txt' does not exist"),

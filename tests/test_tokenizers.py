@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from corpora import TEXT
 
-from hope_jax.data import ByteTokenizer, DataConfig, JsonTokenizer, make_tokenizer
+from hope_jax.data import ByteTokenizer, DataConfig, JsonTokenizer, WordTokenizer, make_tokenizer
 from hope_jax.data.text import tokenizers as our_tokenizers
 from hope_jax.errors import UserError
 
@@ -19,6 +19,24 @@ def test_bytes_round_trip_and_ids_are_the_utf8_bytes():
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.encode(TEXT.encode()).tolist() == tokenizer.encode(TEXT).tolist()
     assert tokenizer.decode([0xC3, ord("a")]) == "\ufffda"
+
+
+def test_words_are_tokens_with_their_blank_and_everything_else_is_bytes():
+    words = our_tokenizers.frequent_words(["the cat, the dog", "x the cow 12"])
+    assert words[:2] == [" the", "the"] and set(words[2:]) == {" cat", " dog", " cow"}
+    tokenizer = WordTokenizer(words[:2])
+    assert tokenizer.vocab_size == 258 and tokenizer.byte_lengths.sum() == 256 + len(" the") + len("the")
+    ids = tokenizer.encode("the cat, the 12")
+    assert ids.tolist() == [257, *b" cat,", 256, *b" 12"] and ids.dtype == np.int32
+    for text in (TEXT, "", "the", "  the thé then a the"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.byte_lengths[tokenizer.encode(text)].sum() == len(text.encode())
+    bytes_alone, other = WordTokenizer([]), WordTokenizer([" cat", " the"])
+    assert bytes_alone.encode(TEXT).tolist() == list(TEXT.encode())
+    assert len({one.fingerprint for one in (tokenizer, bytes_alone, other)}) == 3
+    for wrong in ("a", "1", " the cat", "été"):
+        with pytest.raises(UserError, match=f"'{wrong}' is no word: give two or more letters of ASCII"):
+            WordTokenizer(["the", wrong])
 
 
 def test_byte_lengths_of_a_byte_level_json_sum_to_the_utf8_length(bpe):
@@ -50,7 +68,7 @@ def test_long_texts_get_the_same_ids_as_in_one_piece(bpe, monkeypatch):
 
 def test_many_texts_at_once_get_the_ids_of_each(bpe):
     texts = [b"", TEXT.encode(), b"the fox", b""]
-    for tokenizer in (ByteTokenizer(), JsonTokenizer(bpe)):
+    for tokenizer in (ByteTokenizer(), WordTokenizer([" fox", "the"]), JsonTokenizer(bpe)):
         assert [ids.tolist() for ids in tokenizer.encode_many(texts)] == [tokenizer.encode(t).tolist() for t in texts]
 
 

@@ -13,12 +13,13 @@ from hope_jax.errors import extra
 
 with extra("train"):
     from hope_jax.data.batches import HeldoutBatches, TrainBatches
-    from hope_jax.data.tasks.needle import Haystack, needle, noise_haystack, text_haystack
+    from hope_jax.data.tasks.needle import Haystack, needle, needle_words, noise_haystack, text_haystack
     from hope_jax.data.tasks.recall import IGNORE, mqar
     from hope_jax.data.text.text_data import DataConfig, TextData, make_tokenizer, open_text
-    from hope_jax.data.text.tokenizers import ByteTokenizer, Continuation, JsonTokenizer, Tokenizer
+    from hope_jax.data.text.tokenizers import ByteTokenizer, Continuation, JsonTokenizer, Tokenizer, WordTokenizer
 
 __all__ = [
     "IGNORE", "ByteTokenizer", "Continuation", "DataConfig", "Haystack", "HeldoutBatches", "JsonTokenizer", "TextData",
-    "Tokenizer", "TrainBatches", "make_tokenizer", "mqar", "needle", "noise_haystack", "open_text", "text_haystack",
+    "Tokenizer", "TrainBatches", "WordTokenizer", "make_tokenizer", "mqar", "needle", "needle_words", "noise_haystack",
+    "open_text", "text_haystack",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ from jaxtyping import Int, Int32
 
 from hope_jax.data.tasks.recall import IGNORE
 from hope_jax.data.text.files import from_files
-from hope_jax.data.text.tokenizers import Tokenizer, adds_blank
+from hope_jax.data.text.tokenizers import Tokenizer, WordTokenizer, adds_blank, frequent_words
 from hope_jax.errors import UserError, whole
 
 ANSWER = 8
@@ -115,12 +115,31 @@ def text_haystack(tokenizer: Tokenizer, paths: Sequence[str]) -> Haystack:
 
     Raises UserError for paths without text.
     """
+    return _haystack(tokenizer, " ", _sentences(paths))
+
+
+def _sentences(paths: Sequence[str]) -> list[str]:
     corpus = from_files(paths)
     documents = (" ".join(corpus.read(i).decode().split()) for i in range(len(corpus.names)))
     sentences = [sentence for text in documents for sentence in re.split(r"(?<=[.!?]) ", text) if sentence]
     if not sentences:
         raise UserError(f"no words in {' '.join(paths)}: give files with text")
-    return _haystack(tokenizer, " ", sentences)
+    return sentences
+
+
+def needle_words(most: int, paths: Sequence[str] = ()) -> WordTokenizer:
+    """A tokenizer for the task: its own words come before those of the text files, of which there are none in noise.
+
+    A prompt then needs about 100 tokens besides its haystack; in bytes it needs 370.
+
+    Args:
+        most: words, at least 0.
+        paths: of ``text_haystack``; none for ``noise_haystack``.
+    """
+    keys = [f"{adjective}-{noun}" for adjective, noun in zip(ADJECTIVES, NOUNS, strict=True)]
+    own = [OPENING, NOISE, *(text.format(key=key, value="") for text in (NEEDLE, QUESTION) for key in keys)]
+    words = [*frequent_words(own), *frequent_words(f" {sentence}" for sentence in (_sentences(paths) if paths else ()))]
+    return WordTokenizer(list(dict.fromkeys(words))[: whole("most", most, 0, "words")])
 
 
 def _haystack(tokenizer: Tokenizer, blank: str, sentences: Sequence[str]) -> Haystack:

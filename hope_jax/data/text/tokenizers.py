@@ -1,12 +1,13 @@
-"""Text to token ids and back: plain bytes, or a JSON file of the `tokenizers` library.
+"""Text to token ids and back: plain bytes, words and bytes, or a JSON file of the `tokenizers` library.
 
-Both know how many bytes of text each token stands for, so that losses compare in bits per byte. Read windows.py next.
+All know how many bytes of text each token stands for, so that losses compare in bits per byte. Read windows.py next.
 """
 
 import abc
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ PIECE_CHARACTERS = 1 << 16
 LINE_ENDS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n(?=\S)"))
 PIECES = 1
 """Part of the fingerprint: raise it when texts are cut into other pieces."""
+WORDS = re.compile(rb"( ?[A-Za-z]+)")
 UNFINISHED = "\ufffd"
 """The decoding of a character of which some bytes are not there yet."""
 
@@ -79,6 +81,43 @@ class ByteTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
+
+
+def frequent_words(texts: Iterable[str]) -> list[str]:
+    """The words of two or more characters that a ``WordTokenizer`` could have, the most frequent ones first."""
+    count = Counter(word for text in texts for word in WORDS.findall(text.encode()) if len(word) > 1)
+    return [word.decode() for word, _ in count.most_common()]
+
+
+class WordTokenizer(Tokenizer):
+    """A token is one of these words, with the blank before it if it has one, or a byte of anything else, as of digits.
+
+    ``words``: letters of ASCII, at least two characters with the blank; ids 0 .. 255 are the bytes, then come these.
+    Raises UserError for words that no text is cut into.
+    """
+
+    def __init__(self, words: Iterable[str]):
+        known = list(dict.fromkeys(word.encode() for word in words))
+        if wrong := [word for word in known if len(word) < 2 or not WORDS.fullmatch(word)]:
+            raise UserError(
+                f"{wrong[0].decode()!r} is no word: give two or more letters of ASCII, or blank and letters"
+            )
+        self._tokens = [*(bytes([byte]) for byte in range(256)), *known]
+        self._ids = {token: index for index, token in enumerate(self._tokens)}
+        self.vocab_size, self.byte_lengths = len(self._tokens), np.array([len(token) for token in self._tokens])
+        self.fingerprint = hashlib.sha256(b"words" + b"\n".join(known)).hexdigest()
+
+    def encode_many(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, " ..."]]:
+        """The words and bytes of each text."""
+        return [
+            np.array([index for piece in WORDS.split(text) for index in self._of(piece)], np.int32) for text in texts
+        ]
+
+    def _of(self, piece: bytes) -> Iterable[int]:
+        return [self._ids[piece]] if piece in self._ids else piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join(self._tokens[index] for index in ids).decode("utf-8", errors="replace")
 
 
 class JsonTokenizer(Tokenizer):

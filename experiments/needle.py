@@ -6,9 +6,10 @@
     python -m experiments needle --table                   # means and deviations of all on file
 
 The models have equal parameters. A token is a word of the task, or of the text, or a byte. Training begins with
-``--shortest`` tokens and doubles them up to the length that a model is trained for; each length has as many batches,
-each batch as many tokens. The loss is that of the answer and, with ``--prompt-weight``, of the prompt. Rows are tuned
-as in ``compare``, on needles that are not reported. The defaults are 64 runs of 2.5M tokens.
+``--shortest`` tokens and doubles them in equal stages up to the length that a model is trained for. More than half of
+the batches of a stage have its length, the others any length so far, so that none is forgotten; all have as many
+tokens. The loss is that of the answer and, with ``--prompt-weight``, of the prompt. Rows are tuned as in ``compare``,
+on needles that are not reported. The defaults are 64 runs of 2.5M tokens.
 """
 
 import functools
@@ -98,7 +99,8 @@ class NeedleConfig(Trials):
         """Batch number ``index`` of training for ``trained`` tokens: inputs and targets [B, T]."""
         doubled = (self.shortest * 2**i for i in itertools.count())
         lengths = [*itertools.takewhile(lambda length: length < trained, doubled), trained]
-        length = lengths[index * len(lengths) // self.steps]
+        stage, rng = index * len(lengths) // self.steps, np.random.default_rng([seed, index, 1])
+        length = lengths[stage if rng.random() < 0.5 else rng.integers(stage + 1)]
         return needle(seed, index, self.sequences(length), length, haystack)
 
 

@@ -1,6 +1,7 @@
 """Needles over lengths: how haystacks grow in training, which needles choose and which are reported, table and plot."""
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,15 @@ def test_every_row_is_trained_for_each_length_and_read_at_all_and_no_run_is_done
     assert capsys.readouterr().out == 2 * printed
 
 
-def test_haystacks_grow_from_the_shortest_to_the_training_length_with_equal_tokens(haystack):
-    config = needle.NeedleConfig(**TASK | {"batch": 8, "steps": 8, "train_lengths": (128, 1024)})
-    shapes = [config.examples(haystack, 1024, 0, index)[0].shape for index in range(8)]
-    assert shapes == [(8, 128)] * 2 + [(4, 256)] * 2 + [(2, 512)] * 2 + [(1, 1024)] * 2
-    assert [config.examples(haystack, 128, 0, index)[0].shape for index in (0, 7)] == [(8, 128)] * 2
-    assert [config.examples(haystack, 150, 0, index)[0].shape for index in (3, 4)] == [(8, 128), (6, 150)]
+def test_haystacks_grow_to_the_training_length_with_equal_tokens_and_shorter_ones_come_back(haystack):
+    config = needle.NeedleConfig(**TASK | {"batch": 8, "steps": 160, "train_lengths": (128, 1024)})
+    shapes = [config.examples(haystack, 1024, 0, index)[0].shape for index in range(160)]
+    equal = [(8, 128), (4, 256), (2, 512), (1, 1024)]
+    for stage in range(4):
+        count = Counter(shapes[40 * stage : 40 * stage + 40])
+        assert set(count) == set(equal[: stage + 1]) and count[equal[stage]] > 20
+    assert [config.examples(haystack, 128, 0, index)[0].shape for index in (0, 159)] == [(8, 128)] * 2
+    assert {config.examples(haystack, 150, 0, index)[0].shape for index in range(80, 160)} == {(8, 128), (6, 150)}
     first, again, other = (config.examples(haystack, 128, seed, 0)[0] for seed in (0, 0, 1))
     assert (first == again).all() and (first != other).any()
 

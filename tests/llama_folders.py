@@ -56,8 +56,11 @@ def shapes(config):
     return found if config["tie_word_embeddings"] else found | {"lm_head.weight": table}
 
 
-def draw(config, kind="F32", seed=0):
-    """Random tensors. The embedding is so small that the first norms' eps counts as much as the mean square."""
+def draw(config, kind="F32", seed=0, shapes=shapes):
+    """Random tensors of ``shapes(config)``.
+
+    The embedding is so small that the first norms' eps counts as much as the mean square.
+    """
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in shapes(config).items():

@@ -12,8 +12,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from hope_jax.interop.llama_config import Llama, read_llama
-from hope_jax.interop.stream import ends, stream_factor
-from hope_jax.interop.tensors import Checkpoint, Part, Tensors, read_model
+from hope_jax.interop.stream import ends, stream_factor, swiglu
+from hope_jax.interop.tensors import Checkpoint, Part, Tensors, by_layer, read_model
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.swiglu import SwiGLUConfig
 from hope_jax.nn.mixers.attention import AttentionConfig
@@ -48,23 +48,17 @@ def describe_llama(path: Path, dtype: DTypeLike) -> Checkpoint:
 
 def _parts(llama: Llama, config: ModelConfig) -> list[Part]:
     """Every parameter and where it comes from."""
-    width, hidden, stream = llama.width, llama.hidden, stream_factor(llama.eps)
+    width, layer = llama.width, functools.partial(by_layer, llama.layers, "model.layers")
     shared = (llama.kv_heads * llama.head_size, width)
-
-    def layers(name: str) -> list[str]:
-        return [f"model.layers.{i}.{name}.weight" for i in range(llama.layers)]
-
+    factor = stream_factor(llama.eps)
     return [
         *ends(config, llama.eps, "model.embed_tokens.weight", "model.norm.weight"),
-        Part("blocks/norm/scale", layers("input_layernorm"), (width,)),
-        Part("blocks/mixer/query/kernel", layers("self_attn.q_proj"), (width, width)),
-        Part("blocks/mixer/key/kernel", layers("self_attn.k_proj"), shared),
-        Part("blocks/mixer/value/kernel", layers("self_attn.v_proj"), shared),
-        Part("blocks/mixer/out/kernel", layers("self_attn.o_proj"), (width, width), factor=stream),
-        Part("blocks/feed_forward/norm/scale", layers("post_attention_layernorm"), (width,)),
-        Part("blocks/feed_forward/gate/kernel", layers("mlp.gate_proj"), (hidden, width)),
-        Part("blocks/feed_forward/up/kernel", layers("mlp.up_proj"), (hidden, width)),
-        Part("blocks/feed_forward/down/kernel", layers("mlp.down_proj"), (width, hidden), factor=stream),
+        Part("blocks/norm/scale", layer("input_layernorm.weight"), (width,)),
+        Part("blocks/mixer/query/kernel", layer("self_attn.q_proj.weight"), (width, width)),
+        Part("blocks/mixer/key/kernel", layer("self_attn.k_proj.weight"), shared),
+        Part("blocks/mixer/value/kernel", layer("self_attn.v_proj.weight"), shared),
+        Part("blocks/mixer/out/kernel", layer("self_attn.o_proj.weight"), (width, width), factor=factor),
+        *swiglu(layer, "post_attention_layernorm.weight", width, llama.hidden, llama.eps),
     ]
 
 

@@ -8,13 +8,18 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.interop.fields import read_json
+from hope_jax.interop.gated_deltanet import describe_gated_deltanet
 from hope_jax.interop.llama import describe_llama
+from hope_jax.interop.mamba2 import describe_mamba2
+from hope_jax.interop.qwen3_next import KIND
 from hope_jax.interop.tensors import Describe, read_model
 from hope_jax.nn.config import ModelConfig
 
 # What config.json has as model_type -> the loader.
 ARCHITECTURES: dict[str, Describe] = {
     "llama": describe_llama,
+    "mamba2": describe_mamba2,
+    "gated_deltanet": describe_gated_deltanet,
 }
 
 
@@ -38,6 +43,9 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfi
     """
     path = Path(folder) / "config.json"
     kind = read_json(path).get("model_type")
+    if kind == KIND:
+        why = "no model here has its experts and gated attention"
+        raise UserError(f"{path} has model_type={kind!r}: {why}; load_qwen3_next_layer reads one of its layers.")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(f"{path} has model_type={kind!r}; those that can be read are {', '.join(ARCHITECTURES)}.")
     return read_model(folder, ARCHITECTURES[kind], dtype)

@@ -11,6 +11,7 @@ Models of other libraries with RMSNorms before their parts compute the same func
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -34,4 +35,15 @@ def ends(config: ModelConfig, eps: float, embedding: str, norm: str) -> list[Par
         Part("embedding", [embedding], table, np.asarray, factor / root),
         Part("norm/scale", [norm], (config.width,), factor=last / LOGIT_GAIN),
         *head,
+    ]
+
+
+def swiglu(layer: Callable[[str], list[str]], norm: str, width: int, hidden: int, eps: float) -> list[Part]:
+    """A gated feed-forward part. ``layer(name)``: the names of a tensor by layer; ``norm``: that of the norm before."""
+    place, up = "blocks/feed_forward", (hidden, width)
+    return [
+        Part(f"{place}/norm/scale", layer(norm), (width,)),
+        Part(f"{place}/gate/kernel", layer("mlp.gate_proj.weight"), up),
+        Part(f"{place}/up/kernel", layer("mlp.up_proj.weight"), up),
+        Part(f"{place}/down/kernel", layer("mlp.down_proj.weight"), (width, hidden), factor=stream_factor(eps)),
     ]

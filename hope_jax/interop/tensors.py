@@ -40,15 +40,34 @@ class Part(NamedTuple):
     factor: float = 1.0
 
 
+def by_layer(layers: int, place: str, name: str) -> list[str]:
+    """``<place>.<i>.<name>`` of every layer i."""
+    return [f"{place}.{i}.{name}" for i in range(layers)]
+
+
+def rows(start: int, stop: int, matrix: np.ndarray) -> np.ndarray:
+    """[out, in] -> [in, stop - start]: of one of several maps that are stored as one matrix."""
+    return matrix[start:stop].T
+
+
+def taps(kernel: np.ndarray) -> np.ndarray:
+    """[channels, 1, taps] of a depthwise convolution -> [taps, channels]; the last tap is that of the present token."""
+    return kernel[:, 0].T
+
+
 class Tensors:
     """The tensors of a folder by name; only what is read leaves the disk."""
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack, aliases: Mapping[str, str]):
-        """Open the files until ``stack`` closes. ``aliases``: other names of tensors -> the names used here."""
+    def __init__(self, folder: Path, stack: contextlib.ExitStack, aliases: Mapping[str, str], prefix: str = ""):
+        """Open the files until ``stack`` closes.
+
+        ``aliases``: other names of tensors -> the names used here. ``prefix``: of the names that are wanted; files
+        without such tensors may be missing.
+        """
         self._files: dict[str, tuple[Any, str]] = {}
-        for shard in _shards(folder):
+        for shard in _shards(folder, prefix):
             opened = _open(folder / shard, stack)
-            for stored in list(opened.keys()):
+            for stored in (name for name in list(opened.keys()) if name.startswith(prefix)):
                 name = aliases.get(stored, stored)
                 if name in self._files:
                     raise UserError(f"{folder} has {name} in two files or by two names, one of them in {shard}.")
@@ -95,8 +114,8 @@ class Tensors:
         return leaf if part.path.startswith("blocks/") else leaf[0]
 
 
-def _shards(folder: Path) -> list[str]:
-    """Names of the files with tensors."""
+def _shards(folder: Path, prefix: str) -> list[str]:
+    """Names of the files with tensors whose names begin so."""
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
     if not (folder / INDEX).exists():
@@ -104,7 +123,7 @@ def _shards(folder: Path) -> list[str]:
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise UserError(f"{folder / INDEX} has no weight_map from tensors to files; download it again.")
-    return sorted(set(places.values()))
+    return sorted({shard for name, shard in places.items() if name.startswith(prefix)})
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> Any:

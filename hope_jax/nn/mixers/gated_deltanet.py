@@ -42,6 +42,7 @@ class GatedDeltaNetConfig:
       values_per_key: value heads, each with a memory and gates of its own, that share one key head.
       conv: taps of the causal convolution after each projection.
       form: "gated_deltanet" or "comba".
+      norm_eps: added to the mean square in the norm of the output; None: as published.
       impl: how the memories are evaluated, see ``memory.gated_delta``.
     """
 
@@ -51,12 +52,19 @@ class GatedDeltaNetConfig:
     values_per_key: int = 1
     conv: int = 4
     form: Form = "gated_deltanet"
+    norm_eps: float | None = None
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         check_choices(self)
         for name in ("heads", "key_size", "value_size", "values_per_key", "conv"):
             whole(name, getattr(self, name))
+        matrix.check_eps(self.eps)
+
+    @property
+    def eps(self) -> float:
+        """Epsilon of the norm of the output."""
+        return OUTPUTS[self.form][1] if self.norm_eps is None else self.norm_eps
 
     @property
     def value_heads(self) -> int:
@@ -91,8 +99,8 @@ class GatedDeltaNet(nn.Module):
         if c.form == "comba":
             numbers = (self.param(name, nn.initializers.ones, (c.heads,), wide) for name in COMBA)
             self.erase_share, self.correction = numbers
-        activation, eps = OUTPUTS[c.form]
-        self.out = matrix.GatedHeads(self.width, values, c.value_size, activation, (START, START), eps, self.dtype)
+        activation, _ = OUTPUTS[c.form]
+        self.out = matrix.GatedHeads(self.width, values, c.value_size, activation, (START, START), c.eps, self.dtype)
 
     @nn.nowrap
     def axes(self) -> Axes:

@@ -22,8 +22,6 @@ from hope_jax.nn.axes import Axes, dense_axes
 from hope_jax.nn.mixers import matrix
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
-EPS = 1e-5
-
 
 @dataclass(frozen=True)
 class Mamba2Config:
@@ -36,6 +34,7 @@ class Mamba2Config:
       expand: the width of the values, as a multiple of the model's.
       conv: taps of the causal convolution.
       step_limits: steps are clipped to this range.
+      norm_eps: added to the mean square in the norm of the output.
       depth: residual branches of the whole model; the output map starts divided by its root.
       impl: how the memories are evaluated, see ``memory.gated_delta``.
     """
@@ -46,6 +45,7 @@ class Mamba2Config:
     expand: int = 2
     conv: int = 4
     step_limits: tuple[float, float] = (0.0, math.inf)
+    norm_eps: float = 1e-5
     depth: int = 1
     impl: Impl = "auto"
 
@@ -53,6 +53,7 @@ class Mamba2Config:
         check_choices(self)
         for name in ("head_size", "state", "groups", "expand", "conv", "depth"):
             whole(name, getattr(self, name))
+        matrix.check_eps(self.norm_eps)
         low, high = self.step_limits
         if not 0 <= low < high:
             raise UserError(f"step_limits is {self.step_limits}; expected 0 <= low < high, such as (0.0, math.inf)")
@@ -143,5 +144,7 @@ class Mamba2(nn.Module):
     def _output(self, u: Stream, x: Float[Array, "B H T V"], reads: Float[Array, "B H T V"]) -> Stream:
         y = layers.merge_heads(reads + self.skip[None, :, None, None] * x)
         gated = y * nn.silu(self.gate(u)).astype(y.dtype)
-        normed = layers.normal(gated.reshape(*y.shape[:2], self.config.groups, -1), EPS).reshape(y.shape)
+        normed = layers.normal(gated.reshape(*y.shape[:2], self.config.groups, -1), self.config.norm_eps).reshape(
+            y.shape
+        )
         return self.down(layers.scaled(normed, self.scale).astype(self.dtype))

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.typing import Initializer
 from jax.typing import DTypeLike
 
+from hope_jax.errors import UserError
 from hope_jax.memory import gated_delta
 from hope_jax.memory.kernels import Impl
 from hope_jax.nn import layers
@@ -30,6 +31,12 @@ class MatrixState(NamedTuple):
 
     tails: tuple[Tail, ...]
     memory: Float[Array, "B H V K"]
+
+
+def check_eps(eps: float) -> None:
+    """Raise UserError unless ``norm_eps``, the epsilon of a norm, is positive and finite."""
+    if not 0 < eps < math.inf:
+        raise UserError(f"norm_eps is {eps}; expected a positive number, such as 1e-5")
 
 
 def fresh_state(

@@ -29,7 +29,8 @@ from hope_jax.storage import programs
 STORING = ("test_programs", "test_learn", "test_context")
 MEMORY_MAPS = Path("/proc/self/maps")
 # Files that take longest, longest first: two workers then end together. The rest follow in the order of their names.
-LONGEST = ("test_self_modifying", "test_models", "test_writes", "test_context", "test_learn", "test_train")
+LONGEST = ("test_self_modifying", "test_models", "test_learn", "test_writes", "test_tnt", "test_context", "test_cli")
+LONGEST += ("test_train", "test_titans", "test_miras", "test_ttt", "test_runs", "test_writes_linear")
 
 
 def pytest_configure(config):

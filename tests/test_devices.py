@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hope_jax import train as training
 from hope_jax.cli.main import main
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, Size, with_in_context
-from hope_jax.train.sharding import model_on
+from hope_jax.train.sharding import MESH, model_on
 
 SIZE = Size(width=16, layers=1, heads=2, vocab_size=32, context=32, levels=(Level(64),))
 MODELS = {
@@ -81,11 +82,12 @@ def test_a_run_goes_on_on_other_devices_and_says_so(tmp_path, monkeypatch, capsy
         "2",
     ]
     flags += ["--data.path", str(tmp_path / "text.txt"), "--eval-batches", "1", "--no-compile-cache"]
-    for steps, devices in (("2", "1"), ("4", "2")):
-        assert main([*flags, "--run", str(tmp_path / "moved"), "--steps", steps, "--mesh.data", devices]) == 0
+    for steps, axes in (("2", (1, 1, 1)), ("4", (1, 2, 2))):
+        mesh = [word for name, n in zip(MESH, axes, strict=True) for word in (f"--mesh.{name}", str(n))]
+        assert main([*flags, "--run", str(tmp_path / "moved"), "--steps", steps, *mesh]) == 0
         said = capsys.readouterr().out
-        assert f"{devices} of {jax.device_count()}" in said
-    assert "It was saved on 1 devices and goes on on 2: sums are rounded differently there." in said
+        assert f"{math.prod(axes)} of {jax.device_count()}" in said
+    assert "It was saved on 1 devices and goes on on 4: sums are rounded differently there." in said
     for steps in ("2", "4"):
         assert main([*flags, "--run", str(tmp_path / "stayed"), "--steps", steps, "--mesh.data", "1"]) == 0
     assert "was saved on" not in capsys.readouterr().out

@@ -3,14 +3,14 @@
 import re
 
 MIXER, MEMORY = "blocks/mixer", "layers heads"
-CONVOLVED, LOW_RANK = ("query", "key", "value", "inputs"), ("decay", "rate", "gate")
+CONVOLVED, LOW_RANK = ("query", "key", "value", "inputs"), ("decay", "rate", "share", "gate")
 MIXED = ("", "_decay", "_gate", "_key", "_rate", "_receptance", "_value")
 GATES = ("gate_rate", "gate_rate_1", "gate_retention", "gate_momentum", "rate", "decay/map")
 LISTED = {
     "embedding": ("vocab embed", "decays"),
     "head": ("embed vocab", "decays"),
-    "norm/scale": ("embed", ""),
-    "blocks/norm/scale": ("layers embed", ""),
+    **{f"{norm}/{name}": ("embed", "") for norm in ("norm", "embedding_norm") for name in ("scale", "bias")},
+    **{f"blocks/norm/{name}": ("layers embed", "") for name in ("scale", "bias")},
     **{f"{MIXER}/{name}/kernel": ("layers ? ?", "matrix decays") for name in ("query", "key", "value")},
     **{f"{MIXER}/{name}/kernel": ("layers embed all_heads", "matrix decays") for name in ("receptance", "gate")},
     **{f"{MIXER}/project_{n}/kernel": ("layers ? all_heads", "matrix decays") for n in ("q", "k", "v", "qk")},
@@ -68,7 +68,7 @@ LISTED = {
     **{f"{MIXER}/mix{name}": ("layers embed", "") for name in MIXED},
     **{f"{MIXER}/{name}/down/kernel": ("layers embed rank", "matrix") for name in LOW_RANK},
     **{f"{MIXER}/{name}/up/kernel": ("layers rank all_heads", "matrix") for name in LOW_RANK},
-    **{f"{MIXER}/{name}/offset": ("layers all_heads", "") for name in ("decay", "rate")},
+    **{f"{MIXER}/{name}/offset": ("layers all_heads", "") for name in ("decay", "rate", "share")},
     **{f"{MIXER}/{name}": ("layers all_heads", "") for name in ("erase_scale", "key_scale")},
     f"{MIXER}/bonus": (f"{MEMORY} head_dim", ""),
     # LSTM and SRWM

@@ -1,6 +1,7 @@
 """RWKV-7 (arXiv 2503.14456) in plain numpy, token by token, and the recurrence below it; nothing of ours is imported.
 
-The recurrence is also right for complex inputs, so that ``references.derivative`` can differentiate it.
+The recurrence is also right for complex inputs, so that ``references.derivative`` can differentiate it. The epsilons of
+the norms are those of the authors' code; checkpoints may have others.
 """
 
 import numpy as np
@@ -31,13 +32,20 @@ def low_rank(p, x, inner):
     return inner(x @ p["down"]["kernel"]) @ p["up"]["kernel"] + p.get("offset", 0)
 
 
-def time_mix(p, u, heads):
-    """Output [T,D] and final memories [H,V,K] of the time mix for normed inputs [T,D]; ``p`` are its parameters."""
+def time_mix(p, u, heads, first=None, eps=64e-5):
+    """Output [T,D], final memories [H,V,K] and first values [T,D] of the time mix for normed inputs [T,D].
+
+    ``p`` are its parameters; ``first`` the values of the first layer, None in that layer, whose values are the first.
+    """
     x = {n: u + (shifted(u) - u) * p[f"mix_{n}"] for n in ("receptance", "decay", "key", "value", "rate", "gate")}
     r, k, v = (x[n] @ p[n]["kernel"] for n in ("receptance", "key", "value"))
     w = np.exp(-np.exp(-0.5) * sigmoid(low_rank(p["decay"], x["decay"], np.tanh)))
     a = sigmoid(low_rank(p["rate"], x["rate"], lambda z: z))
     g = low_rank(p["gate"], x["gate"], sigmoid)
+    if first is None:
+        first = v
+    else:
+        v = v + (first - v) * sigmoid(low_rank(p["share"], x["value"], lambda z: z))
     kap, k = k * p["erase_scale"], k * (1 + (a - 1) * p["key_scale"])
     r, k, v, w, a, kap = (z.reshape(len(u), heads, -1) for z in (r, k, v, w, a, kap))
     kap = kap / np.maximum(np.linalg.norm(kap, axis=2, keepdims=True), 1e-12)
@@ -48,16 +56,36 @@ def time_mix(p, u, heads):
             m = m @ (np.diag(w[t, h]) - np.outer(kap[t, h], a[t, h] * kap[t, h])) + np.outer(v[t, h], k[t, h])
             y[t, h] = m @ r[t, h]
         ends.append(m)
-    y = (y - y.mean(axis=2, keepdims=True)) / np.sqrt(y.var(axis=2, keepdims=True) + 64e-5)
+    y = (y - y.mean(axis=2, keepdims=True)) / np.sqrt(y.var(axis=2, keepdims=True) + eps)
     y = y.reshape(u.shape) * p["norm"]["scale"] + p["norm"]["bias"]
     y = y + (np.sum(r * k * p["bonus"], axis=2, keepdims=True) * v).reshape(u.shape)
-    return (y * g) @ p["out"]["kernel"], np.stack(ends)
+    return (y * g) @ p["out"]["kernel"], np.stack(ends), first
 
 
 def channel_mix(p, u):
     """Output [T,D] of the channel mix for normed inputs [T,D]."""
     hidden = (u + (shifted(u) - u) * p["mix"]) @ p["key"]["kernel"]
     return np.maximum(hidden, 0) ** 2 @ p["value"]["kernel"]
+
+
+def layer_norm(p, x, eps):
+    """Rows less their mean, by their standard deviation."""
+    centred = x - x.mean(axis=1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + eps) * p["scale"] + p["bias"]
+
+
+def model(p, tokens, heads, eps=1e-5, head_eps=64e-5):
+    """Logits [T,vocab] of the whole model for the ids of one sequence.
+
+    ``p``: embedding [vocab,D], head [D,vocab], the norms ``first_norm`` (of the embedding) and ``last_norm``, and
+    ``layers``, each with time_norm, time, channel_norm and channel.
+    """
+    x, first = layer_norm(p["first_norm"], p["embedding"][tokens], eps), None
+    for layer in p["layers"]:
+        y, _, first = time_mix(layer["time"], layer_norm(layer["time_norm"], x, eps), heads, first, head_eps)
+        x = x + y
+        x = x + channel_mix(layer["channel"], layer_norm(layer["channel_norm"], x, eps))
+    return layer_norm(p["last_norm"], x, eps) @ p["head"]
 
 
 def gated_linear_attention(keys, values, queries, retention):

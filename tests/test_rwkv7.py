@@ -9,12 +9,13 @@ from references import sigmoid
 
 from hope_jax.errors import UserError
 from hope_jax.nn.axes import decays, flat
+from hope_jax.nn.config import PassesOn
 from hope_jax.nn.mixers.channel_mix import ChannelMixConfig
-from hope_jax.nn.mixers.rwkv7 import RWKV7Config, published_rank
+from hope_jax.nn.mixers.rwkv7 import RWKV7Config
 
 B, T, D, HEADS = 2, 21, 8, 2
 MIXERS = {
-    "time mix": RWKV7Config(head_dim=D // HEADS, decay_rank=2, rate_rank=3, gate_rank=2),
+    "time mix": RWKV7Config(head_dim=D // HEADS, decay_rank=2, rate_rank=3, share_rank=2, gate_rank=2),
     "channel mix": ChannelMixConfig(hidden=12),
 }
 
@@ -23,9 +24,15 @@ def drawn(config):
     """The layer, parameters all over the place (zeros would hide mistakes), and inputs."""
     module, rng = config.build(D, jnp.float64), np.random.default_rng(0)
     u = jnp.zeros((1, 1, D), jnp.float64)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), u, module.init_state(1, 1))["params"]
+    given = u, module.init_state(1, 1), None, *passed(config, u)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *given)["params"]
     params = jax.tree.map(lambda x: jnp.asarray(0.6 * rng.normal(size=x.shape)), shapes)
     return module, params, rng.normal(size=(B, T, D))
+
+
+def passed(config, u):
+    """What a layer that is the first is given beside its input and its state."""
+    return [config.nothing_passed(u)] if isinstance(config, PassesOn) else []
 
 
 def expected(name, params, u):
@@ -33,14 +40,14 @@ def expected(name, params, u):
     params = jax.tree.map(np.asarray, params)
     if name == "channel mix":
         return np.stack([reference.channel_mix(params, x) for x in u]), None
-    return (np.stack(parts) for parts in zip(*(reference.time_mix(params, x, HEADS) for x in u), strict=True))
+    return (np.stack(parts) for parts in list(zip(*(reference.time_mix(params, x, HEADS) for x in u), strict=True))[:2])
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_the_layer_is_its_equations_in_any_cut_and_padding_leaves_no_trace(x64, name):
     module, params, u = drawn(MIXERS[name])
     outputs, memory = expected(name, params, u)
-    call = jax.jit(lambda u, state, count: module.apply({"params": params}, u, state, count))
+    call = jax.jit(lambda u, *given: module.apply({"params": params}, u, *given, *passed(MIXERS[name], u))[:2])
     state, at = module.init_state(B, T), 0
     for count in (7, 1, 0, 8, 5):
         padded = np.full((B, 8, D), 7.0)
@@ -60,7 +67,8 @@ def test_an_output_depends_on_its_own_past_alone_by_gradients(x64, name):
 
     @jax.jit
     def pulled(u, weights):
-        y, pull = jax.vjp(lambda u: module.apply({"params": params}, u, module.init_state(B, 8))[0], u)
+        fresh = module.init_state(B, 8), None, *passed(MIXERS[name], u)
+        y, pull = jax.vjp(lambda u: module.apply({"params": params}, u, *fresh)[0], u)
         return y, pull(weights)[0]
 
     outputs, gradient = pulled(u, jnp.zeros((B, 8, D)).at[0, t].set(jnp.arange(1.0, D + 1)))
@@ -77,7 +85,8 @@ def test_without_rate_it_is_gated_linear_attention(x64):
     params, u = jax.tree.map(np.asarray, params), u[:, :7]
     params["rate"]["offset"] = np.full(D, -1e9)
     params["bonus"], params["out"]["kernel"] = np.zeros((HEADS, D // HEADS)), np.eye(D)
-    y, _ = jax.jit(layer.apply)({"params": params}, jnp.asarray(u), layer.init_state(B, 7))
+    given = jnp.asarray(u), layer.init_state(B, 7), None, MIXERS["time mix"].nothing_passed(jnp.asarray(u))
+    y, *_ = jax.jit(layer.apply)({"params": params}, *given)
     x = {n: u[1] + (reference.shifted(u[1]) - u[1]) * params[f"mix_{n}"] for n in ("receptance", "key", "value")}
     q, k, v = (x[n] @ params[n]["kernel"] for n in x)
     decayed = u[1] + (reference.shifted(u[1]) - u[1]) * params["mix_decay"]
@@ -94,7 +103,8 @@ def started(config):
     """The layer in bfloat16, its parameters at their start, and what two tokens make of them."""
     module = config.build(D, jnp.bfloat16)
     u, fresh = jnp.ones((1, 2, D), jnp.bfloat16), module.init_state(1, 2)
-    (outputs, state), variables = jax.jit(module.init_with_output)(jax.random.key(0), u, fresh)
+    given = u, fresh, None, *passed(config, u)
+    (outputs, state, *_), variables = jax.jit(module.init_with_output)(jax.random.key(0), *given)
     assert [(x.shape, x.dtype) for x in state] == [(x.shape, x.dtype) for x in fresh]
     assert outputs.dtype == jnp.bfloat16 and not np.any(np.asarray(outputs, np.float32))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
@@ -115,6 +125,7 @@ def test_the_time_mix_starts_as_published_and_only_its_maps_decay():
     expected = 6 * ramp ** (1 + 0.5**0.3) - 5.5 + 2.5 * wave
     np.testing.assert_allclose(params["decay"]["offset"], expected, rtol=1e-5)
     np.testing.assert_allclose(params["rate"]["offset"], 0.3 * wave + 0.4 * ramp - 0.39, rtol=1e-5)
+    np.testing.assert_allclose(params["share"]["offset"], 0.93 - 0.4 * ramp, rtol=1e-5)
     np.testing.assert_allclose(params["mix_decay"], 1 - (np.arange(D) / D) ** 0.45, rtol=1e-5)
     strengths = np.linalg.svd(params["receptance"]["kernel"], compute_uv=False)
     assert np.all((strengths > 0.3) & (strengths < 1.3))
@@ -128,9 +139,8 @@ def test_the_channel_mix_starts_as_published_and_only_its_maps_decay():
 
 def test_ranks_are_those_of_the_older_releases():
     ranks = {width: tuple(RWKV7Config().ranks(width).values()) for width in (192, 768, 1024, 2048)}
-    assert ranks == {192: (32, 32, 32), 768: (64, 64, 128), 1024: (64, 64, 160), 2048: (96, 96, 256)}
+    assert ranks == {192: (32,) * 4, 768: (64, 64, 32, 128), 1024: (64, 64, 32, 160), 2048: (96, 96, 64, 256)}
     assert RWKV7Config(gate_rank=128).ranks(1024)["gate"] == 128
-    assert published_rank(1.3, 2048) == 64
 
 
 WRONG = {

@@ -12,7 +12,7 @@ deltanet_negative    deltanet with rates up to 2: transitions with negative eige
 gated_deltanet       in its published form + SwiGLU; likewise comba, retnet, lstm and srwm
 mamba2               two Mamba-2 layers for each Transformer layer, no feed-forward part
 ttt_linear, ttt_mlp  a convolution, then the TTT layer + SwiGLU
-rwkv7                time mix, then channel mix
+rwkv7                time mix, then channel mix; LayerNorm, a head of its own
 titans_mac, _mag     Titans: memory as context, memory as gate + SwiGLU; _mal, as layer: then attention + SwiGLU
 titans_tnt           titans with shards and a global memory (TNT)
 samba                Mamba-2 + SwiGLU, then attention over a window + SwiGLU; the published one has Mamba-1 layers
@@ -171,8 +171,7 @@ def _mamba2_mixer(size: Size, depth: int) -> tuple[Mamba2Config, float]:
 
 
 def _mamba2(size: Size) -> ModelConfig:
-    mixer, _ = _mamba2_mixer(size, 2 * size.layers)
-    return _model(size, mixer, None, layers=2)
+    return _model(size, _mamba2_mixer(size, 2 * size.layers)[0], None, layers=2)
 
 
 def _hybrid(size: Size, mixer: PartConfig, weights: float) -> ModelConfig:
@@ -201,9 +200,10 @@ def _ttt(memory: Memory, rate_max: float, starts: int) -> Row:
 
 def _rwkv7(size: Size) -> ModelConfig:
     mixer = RWKV7Config(math.gcd(64, size.width))
-    ranks = sum(mixer.ranks(size.width).values())
-    hidden = size.hidden(4 + 2 * ranks / size.width, matrices=2)
-    return _pattern(size, (mixer, None), (ChannelMixConfig(hidden), None))
+    ranks, head = sum(mixer.ranks(size.width).values()), size.vocab_size / size.layers
+    hidden = size.hidden(4 + (2 * ranks + head) / size.width, matrices=2)
+    model = _pattern(size, (mixer, None), (ChannelMixConfig(hidden), None))
+    return dataclasses.replace(model, tied=False, norm="layer", embedding_norm=True)
 
 
 def _lstm(size: Size) -> ModelConfig:

@@ -56,9 +56,9 @@ def dense_axes(rows: str, columns: str, bias: bool = False) -> Axes:
     return {"kernel": (rows, columns)} | ({"bias": (columns,)} if bias else {})
 
 
-def norm_axes() -> Axes:
-    """Names of the parameters of a ``layers.RMSNorm`` over the model's features."""
-    return {"scale": ("embed",)}
+def norm_axes(bias: bool = False) -> Axes:
+    """Names of the parameters of a norm over the model's features: ``layers.RMSNorm``, ``layers.LayerNorm``."""
+    return {"scale": ("embed",)} | ({"bias": ("embed",)} if bias else {})
 
 
 def conv_axes(channels: str, bias: bool = False) -> Axes:

@@ -1,14 +1,15 @@
 """The configuration of a language model: its parts and a few sizes. ``models.MODELS`` holds the named ones."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from hope_jax.errors import UserError, whole
+from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.nn.feed_forward.cms import CMSConfig
+from hope_jax.types import Stream
 
 
 @runtime_checkable
@@ -17,6 +18,19 @@ class PartConfig(Protocol):
 
     def build(self, width: int, dtype: DTypeLike) -> nn.Module:
         """The module for a model of ``width`` features."""
+        ...
+
+
+@runtime_checkable
+class PassesOn(Protocol):
+    """A mixer that hands something to the mixers of its kind in later layers, within one pass through the depth.
+
+    Its module is called with what it was handed and returns what it hands on:
+    ``(u[B,T,D], state, count, passed) -> (y[B,T,D], state, passed)``. It belongs to these tokens and is no state.
+    """
+
+    def nothing_passed(self, x: Stream) -> Any:
+        """What the first layer is given, for the residual stream ``x``; later layers are given the same shapes."""
         ...
 
 
@@ -35,6 +49,9 @@ class ModelConfig:
       context: tokens an attention cache holds unless asked otherwise.
       dtype: of activations and matrix products; parameters, norms and memories are at least float32.
       tied: logits are scored against the embedding; False gives the head a matrix of its own.
+      norm: before every mixer and after the last block: "rms" is ``layers.RMSNorm``, "layer" is ``layers.LayerNorm``.
+        Feed-forward parts have norms of their own.
+      embedding_norm: whether the embedding is normed, too, before the first block.
     """
 
     mixer: PartConfig | tuple[PartConfig, ...]
@@ -45,8 +62,11 @@ class ModelConfig:
     context: int = 2048
     dtype: DTypeLike = jnp.float32
     tied: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    embedding_norm: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("width", "layers", "vocab_size", "context"):
             whole(name, getattr(self, name))
         for mixer, part in self.pattern:

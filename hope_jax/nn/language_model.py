@@ -1,11 +1,11 @@
 """Tokens in, logits out: embedding, a scan over equal blocks, a norm and the output projection (tied or not).
 
-A block is ``x = x + mixer(RMSNorm(x))`` followed by the feed-forward part (which holds its own norms and residuals),
-if there is one. In a hybrid what is scanned over is a pattern of different blocks.
+A block is ``x = x + mixer(norm(x))`` followed by the feed-forward part (which holds its own norms and residuals), if
+there is one. In a hybrid what is scanned over is a pattern of different blocks.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,32 @@ from jax.sharding import NamedSharding
 from hope_jax.errors import UserError
 from hope_jax.memory.products import by_rows
 from hope_jax.nn.axes import Axes, norm_axes, stacked
-from hope_jax.nn.config import ModelConfig, PartConfig
+from hope_jax.nn.config import ModelConfig, PartConfig, PassesOn
 from hope_jax.nn.feed_forward.fast import BlockState, ContextState
-from hope_jax.nn.layers import RMSNorm, param_dtype
+from hope_jax.nn.layers import LayerNorm, RMSNorm, param_dtype
 from hope_jax.types import Array, Count, Logits, Stream, Tokens
 
 State = BlockState | ContextState
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}  # ``ModelConfig.norm``
 
 # Logits are multiplied by this and the last norm's scale starts that much smaller: a step of the optimizer, which is as
 # large for every parameter, then moves it ten times as fast, from its small start (``_last_scale``).
 LOGIT_GAIN = 10.0
+
+
+class Depth(NamedTuple):
+    """What goes from block to block: the residual stream, and what mixers hand on (``PassesOn``; () if none does)."""
+
+    x: Stream
+    passed: Any = ()
+
+
+def entry(config: ModelConfig, x: Stream) -> Depth:
+    """What the first block is given."""
+    for mixer, _ in config.pattern:
+        if isinstance(mixer, PassesOn):
+            return Depth(x, mixer.nothing_passed(x))
+    return Depth(x)
 
 
 class Block(nn.Module):
@@ -38,7 +54,7 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         c, parts = self.config, self._parts()
-        self.norm = RMSNorm(c.dtype)
+        self.norm = NORMS[c.norm](c.dtype)
         self.mixer = parts["mixer"].build(c.width, c.dtype)
         if "feed_forward" in parts:
             self.feed_forward = parts["feed_forward"].build(c.width, c.dtype)
@@ -51,21 +67,25 @@ class Block(nn.Module):
     @nn.nowrap
     def axes(self) -> Axes:
         c = self.config
-        return {"norm": norm_axes()} | {n: part.build(c.width, c.dtype).axes() for n, part in self._parts().items()}
+        parts = {n: part.build(c.width, c.dtype).axes() for n, part in self._parts().items()}
+        return {"norm": norm_axes(c.norm == "layer"), **parts}
 
     def init_state(self, batch: int, capacity: int) -> BlockState:
         """State before the first token, of the static model: learning in context adds Delta (``context/writes.py``)."""
         return BlockState(self.mixer.init_state(batch, capacity), ())
 
-    def __call__(self, x: Stream, state: BlockState | None, count: Count = None) -> tuple[Stream, BlockState]:
-        x = shared(x, self.sequences)
+    def __call__(self, depth: Depth, state: BlockState | None, count: Count = None) -> tuple[Depth, BlockState]:
+        x, passed = shared(depth.x, self.sequences), depth.passed
         if state is None:
             state = self.init_state(*x.shape[:2])
-        y, mixer = self.mixer(self.norm(x), state.mixer, count)
+        if isinstance(self._parts()["mixer"], PassesOn):
+            y, mixer, passed = self.mixer(self.norm(x), state.mixer, count, passed)
+        else:
+            y, mixer = self.mixer(self.norm(x), state.mixer, count)
         x = x + y
         if "feed_forward" in self._parts():
             x = self.feed_forward(x, state.feed_forward)
-        return x, state._replace(mixer=mixer)
+        return Depth(x, passed), state._replace(mixer=mixer)
 
 
 class Pattern(nn.Module):
@@ -86,12 +106,12 @@ class Pattern(nn.Module):
         """State before the first token."""
         return BlockState(tuple(part.init_state(batch, capacity).mixer for part in self.parts), ())
 
-    def __call__(self, x: Stream, state: BlockState | None, count: Count = None) -> tuple[Stream, BlockState]:
+    def __call__(self, depth: Depth, state: BlockState | None, count: Count = None) -> tuple[Depth, BlockState]:
         mixers = []
         for place, part in enumerate(self.parts):
-            x, after = part(x, None if state is None else BlockState(state.mixer[place], ()), count)
+            depth, after = part(depth, None if state is None else BlockState(state.mixer[place], ()), count)
             mixers.append(after.mixer)
-        return x, BlockState(tuple(mixers), ())
+        return depth, BlockState(tuple(mixers), ())
 
 
 def shared(x: Stream, sequences: NamedSharding | None) -> Stream:
@@ -140,16 +160,20 @@ class LanguageModel(nn.Module):
             # The check traces the block a second time. What a seed draws at the start depends on it, nothing else does.
             check_constancy_invariants=self.is_initializing(),
         )(c, sequences=self.sequences)
-        self.norm = RMSNorm(c.dtype, _last_scale(c.vocab_size, c.width))
+        self.norm = NORMS[c.norm](c.dtype, _last_scale(c.vocab_size, c.width))
+        if c.embedding_norm:
+            self.embedding_norm = NORMS[c.norm](c.dtype)
         if not c.tied:
             self.head = self.param("head", start, (c.width, c.vocab_size), param_dtype(c.dtype))
 
     @nn.nowrap
     def axes(self) -> Axes:
         """The logical axis names of every parameter, see ``nn/axes.py``."""
-        blocks = stacked("layers", body_of(self.config)(self.config, parent=None).axes())
-        head = {} if self.config.tied else {"head": ("embed", "vocab")}
-        return {"embedding": ("vocab", "embed"), "blocks": blocks, "norm": norm_axes(), **head}
+        c, norm = self.config, norm_axes(self.config.norm == "layer")
+        blocks = stacked("layers", body_of(c)(c, parent=None).axes())
+        first = {"embedding_norm": norm} if c.embedding_norm else {}
+        head = {} if c.tied else {"head": ("embed", "vocab")}
+        return {"embedding": ("vocab", "embed"), **first, "blocks": blocks, "norm": norm, **head}
 
     def init_state(self, params: Any, batch: int, capacity: int | None = None) -> BlockState:
         """State of ``batch`` fresh sequences, memories at their meta-learned start.
@@ -180,7 +204,7 @@ class LanguageModel(nn.Module):
         """
         x = self._embed(tokens)
         learns = isinstance(state, ContextState)
-        x, blocks = self.blocks(x, state.blocks if learns else state, count)
+        (x, _), blocks = self.blocks(entry(self.config, x), state.blocks if learns else state, count)
         state = state.read_on(blocks.mixer) if learns else blocks
         table, product = (self.embedding, "rd,vd->rv") if self.config.tied else (self.head, "rd,dv->rv")
         table, wide = table.astype(self.config.dtype), param_dtype(self.config.dtype)
@@ -192,7 +216,8 @@ class LanguageModel(nn.Module):
         known = (tokens >= 0) & (tokens < self.config.vocab_size)
         rows = jnp.take(self.embedding, tokens, axis=0, mode="clip")
         x = jnp.where(known[..., None], rows, jnp.nan) * self.config.width**0.5
-        return x.astype(self.config.dtype)
+        x = x.astype(self.config.dtype)
+        return self.embedding_norm(x) if self.config.embedding_norm else x
 
 
 def _last_scale(vocab_size: int, width: int) -> float:

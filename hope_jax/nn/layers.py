@@ -22,6 +22,7 @@ from hope_jax.nn.axes import Axes, dense_axes
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
 EPS = 1e-6
+LAYER_EPS = 1e-5  # of LayerNorm
 
 # For layers that are cheap but for their matrix products: the backward pass keeps the results of the products and
 # computes the rest again. Less memory, and on CPU less time too, as fresh memory costs more than the arithmetic.
@@ -83,6 +84,21 @@ class RMSNorm(nn.Module):
         start = nn.initializers.constant(self.start)
         scale = self.param("scale", start, (x.shape[-1],), param_dtype(self.dtype))
         return scaled(normal(x), scale).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """``(x - mean) / sqrt(variance + 1e-5) * scale + bias`` over the last axis; settings as in ``RMSNorm``."""
+
+    dtype: DTypeLike = jnp.float32
+    start: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        size, wide = (x.shape[-1],), param_dtype(self.dtype)
+        scale = self.param("scale", nn.initializers.constant(self.start), size, wide)
+        bias = self.param("bias", nn.initializers.zeros, size, wide)
+        centred = by_rows(lambda rows: rows - jnp.mean(rows, axis=-1, keepdims=True), x.astype(wide))
+        return by_rows(lambda rows: rows + bias[None], scaled(normal(centred, LAYER_EPS), scale)).astype(self.dtype)
 
 
 def taps_at(lag: int) -> Initializer:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from hope_jax.errors import whole
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, dense_axes
-from hope_jax.nn.mixers.rwkv7 import DEPTH, mixed, mixture, orthogonal, with_last
+from hope_jax.nn.mixers.rwkv7_parts import DEPTH, mixed, mixture, orthogonal, with_last
 from hope_jax.types import Array, Count, Float, Stream
 
 

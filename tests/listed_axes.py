@@ -61,7 +61,7 @@ LISTED = {
     # Gated DeltaNet, Comba, Mamba-2
     **{f"{MIXER}/{n}/project/kernel": ("layers embed all_heads", "matrix decays") for n in CONVOLVED},
     **{f"{MIXER}/{n}/conv/kernel": ("layers taps all_heads", "") for n in CONVOLVED},
-    **{f"{MIXER}/{name}": ("layers all_heads", "") for name in ("inputs/bias", "scale")},
+    **{f"{MIXER}/{name}": ("layers all_heads", "") for name in ("inputs/conv/bias", "scale")},
     **{f"{MIXER}/{name}": (MEMORY, "") for name in ("decay/log_decay", "decay/step_bias", "skip")},
     **{f"{MIXER}/{name}": (MEMORY, "") for name in ("erase_share", "correction")},
     # RWKV-7

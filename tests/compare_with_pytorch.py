@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rwkv7_hf  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
@@ -75,12 +76,22 @@ def qwen3_next_layer(folder: Path) -> tuple[Any, Any]:
     return ours, model.model.layers[1].linear_attn(torch.tensor(u))
 
 
+def rwkv7(folder: Path) -> tuple[Any, Any]:
+    """The model of rwkv7-hf, which is plain PyTorch."""
+    ranks = dict(decay_low_rank_dim=3, gate_low_rank_dim=5, a_low_rank_dim=4, v_low_rank_dim=2)
+    fields = dict(num_heads=4, head_dim=8, intermediate_size=48, **ranks)
+    model = shaken(rwkv7_hf.RWKV7ForCausalLM(rwkv7_hf.RWKV7Config(**SIZES | fields)))
+    model.save_pretrained(folder)
+    return our_logits(folder), model(torch.tensor(TOKENS)).logits
+
+
 MAMBA2 = dict(num_heads=4, head_dim=16, state_size=12, expand=2, conv_kernel=4, chunk_size=16)
 CASES: dict[str, Case] = {
     "llama": of_transformers("Llama", intermediate_size=48, num_attention_heads=4, num_key_value_heads=2),
     "mamba2": of_transformers("Mamba2", n_groups=1, tie_word_embeddings=True, **MAMBA2),
     "mamba2, 2 groups, clipped steps": of_transformers("Mamba2", n_groups=2, time_step_limit=(0.5, 1.0), **MAMBA2),
     "qwen3_next layer": qwen3_next_layer,
+    "rwkv7": rwkv7,
 }
 
 

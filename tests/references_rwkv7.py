@@ -5,6 +5,7 @@ the norms are those of the authors' code; checkpoints may have others.
 """
 
 import numpy as np
+from references_checkpoints import below
 
 
 def sigmoid(z):
@@ -95,3 +96,37 @@ def gated_linear_attention(keys, values, queries, retention):
         left = [np.prod(retention[s + 1 : t + 1], axis=0) for s in range(t + 1)]
         rows.append(sum(values[s] * np.sum(keys[s] * left[s] * q) for s in range(t + 1)))
     return np.stack(rows)
+
+
+def stored(tensors):
+    """The parameters of ``model`` from tensors as checkpoints of Hugging Face name them; matrices are [out, in]."""
+    tensors = below(tensors, "")
+
+    def norm(place):
+        return {"scale": tensors[f"{place}.weight"], "bias": tensors[f"{place}.bias"]}
+
+    def layer(place):
+        attn, ffn = below(tensors, f"{place}.attn."), below(tensors, f"{place}.ffn.")
+        mixed = {"receptance": "r", "decay": "w", "key": "k", "value": "v", "rate": "a", "gate": "g"}
+        time = {f"mix_{name}": attn[f"x_{letter}"].ravel() for name, letter in mixed.items()}
+        for name, letter in {"receptance": "r", "key": "k", "value": "v", "out": "o"}.items():
+            time[name] = {"kernel": attn[f"{letter}_proj.weight"].T}
+        for name, letter in {"decay": "w", "rate": "a", "share": "v", "gate": "g"}.items():
+            lora = f"{letter}_lora.lora."
+            if f"{lora}0.weight" in attn:  # the first layer has no share
+                down, up = ({"kernel": attn[f"{lora}{n}.weight"].T} for n in (0, 2))
+                time[name] = {"down": down, "up": up, "offset": attn.get(f"{lora}2.bias", 0)}
+        time |= {"erase_scale": attn["k_k"], "key_scale": attn["k_a"], "bonus": attn["r_k"]}
+        time["norm"] = norm(f"{place}.attn.g_norm")
+        maps = {name: {"kernel": ffn[f"{name}.weight"].T} for name in ("key", "value")}
+        norms = {"time_norm": norm(f"{place}.attn_norm"), "channel_norm": norm(f"{place}.ffn_norm")}
+        return norms | {"time": time, "channel": {"mix": ffn["x_k"].ravel(), **maps}}
+
+    count = sum(name.endswith("ffn.x_k") for name in tensors)
+    return {
+        "embedding": tensors["model.embeddings.weight"],
+        "first_norm": norm("model.layers.0.pre_norm"),
+        "layers": [layer(f"model.layers.{i}") for i in range(count)],
+        "last_norm": norm("model.norm"),
+        "head": tensors["lm_head.weight"].T,
+    }

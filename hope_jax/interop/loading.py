@@ -12,6 +12,7 @@ from hope_jax.interop.gated_deltanet import describe_gated_deltanet
 from hope_jax.interop.llama import describe_llama
 from hope_jax.interop.mamba2 import describe_mamba2
 from hope_jax.interop.qwen3_next import KIND
+from hope_jax.interop.rwkv7 import describe_rwkv7, is_of_the_authors
 from hope_jax.interop.tensors import Describe, read_model
 from hope_jax.nn.config import ModelConfig
 
@@ -20,6 +21,7 @@ ARCHITECTURES: dict[str, Describe] = {
     "llama": describe_llama,
     "mamba2": describe_mamba2,
     "gated_deltanet": describe_gated_deltanet,
+    "rwkv7": describe_rwkv7,
 }
 
 
@@ -33,7 +35,8 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfi
     room for the parameters and little more. What is not the plain architecture is refused, not approximated.
 
     Args:
-      folder: holds ``config.json``, and ``model.safetensors`` or ``model.safetensors.index.json`` with its shards.
+      folder: holds ``config.json``, and ``model.safetensors`` or ``model.safetensors.index.json`` with its shards. The
+        files of the authors of RWKV-7 need no ``config.json``.
       dtype: of the model's activations and matrix products; the stored tensors may be of any floating type.
 
     Raises:
@@ -42,7 +45,7 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfi
         shape or not of floats; dtype is none of floats.
     """
     path = Path(folder) / "config.json"
-    kind = read_json(path).get("model_type")
+    kind = "rwkv7" if is_of_the_authors(path.parent) else read_json(path).get("model_type")
     if kind == KIND:
         why = "no model here has its experts and gated attention"
         raise UserError(f"{path} has model_type={kind!r}: {why}; load_qwen3_next_layer reads one of its layers.")

@@ -21,9 +21,9 @@ from hope_jax.nn.language_model import LOGIT_GAIN
 from hope_jax.nn.layers import EPS
 
 
-def stream_factor(eps: float) -> float:
+def stream_factor(eps: float, ours: float = EPS) -> float:
     """c, by which everything that is added to the residual stream is multiplied; ``eps`` is theirs."""
-    return math.sqrt(EPS / eps)
+    return math.sqrt(ours / eps)
 
 
 def ends(config: ModelConfig, eps: float, embedding: str, norm: str) -> list[Part]:

@@ -83,6 +83,13 @@ class Tensors:
         file, stored = self._files[name]
         return file.get_tensor(stored)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape, as it is stored. Raises UserError where there is no such tensor."""
+        if name not in self._files:
+            raise UserError(f"The tensor {name} is missing.")
+        file, stored = self._files[name]
+        return tuple(file.get_slice(stored).get_shape())
+
     def check(self, parts: Iterable[Part]) -> None:
         """UserError unless all tensors of the parts are there, of the right shape and of floats; reads the headers."""
         shapes = {name: part.shape for part in parts for name in part.names}

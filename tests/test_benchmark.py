@@ -3,8 +3,6 @@
 import json
 import math
 
-import jax
-import jax.numpy as jnp
 import pytest
 from test_cli import mistake
 
@@ -20,14 +18,6 @@ def nano(monkeypatch, tmp_path):
     """A model that compiles in no time, and a folder where results may be left."""
     monkeypatch.setitem(MODELS, "deltanet-nano", ARCHITECTURES["deltanet"](Size(16, 1, 2, 256, 32, (Level(32),))))
     monkeypatch.chdir(tmp_path)
-
-
-def test_operations_counts_loops_and_one_branch():
-    def program(a):
-        looped = jax.lax.scan(lambda x, _: (x @ a, None), a, None, length=3)[0]
-        return jax.lax.cond(looped[0, 0] > 0, lambda x: x @ a, lambda x: x @ a @ a, looped)
-
-    assert benchmark.operations(jax.make_jaxpr(program)(jnp.ones((4, 4))).jaxpr) == (3 + 2) * 2 * 4**3
 
 
 def test_an_unknown_model_is_answered_with_the_closest_name():

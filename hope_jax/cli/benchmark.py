@@ -25,13 +25,14 @@ import tyro
 from hope_jax import LanguageModel, ModelConfig, generate, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, given, known, must_divide
-from hope_jax.cli.measuring import best_seconds, operations, report
+from hope_jax.cli.measuring import best_seconds, report
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, open_results
 from hope_jax.errors import UserError
 from hope_jax.memory import gated_delta, products
 from hope_jax.memory.kernels import Impl, cpu
 from hope_jax.models import ARCHITECTURES, SIZES, Size
+from hope_jax.train.flops import forward_flops
 
 Part = Literal["train", "chunked", "length", "decode", "products"]
 CHUNKED = ("hope", "deltanet")  # architectures whose training step is measured in both forms
@@ -109,7 +110,7 @@ class Trainer:
         tokens = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, config.vocab_size)
         self.state, self.tokens, step = setup.spread(setup.start(0)), setup.place(tokens), cast(Any, setup.step)
         self.parameters = training.count_parameters(self.state.params)
-        self.operations = operations(jax.make_jaxpr(step)(self.state, self.tokens).jaxpr)
+        self.flops = forward_flops(step, self.state, self.tokens)
         lowered, since = step.lower(self.state, self.tokens), time.perf_counter()
         self._step = lowered.compile()
         self.compile_seconds = time.perf_counter() - since
@@ -131,7 +132,7 @@ class Trainer:
         about = {"parameters": self.parameters, "length": window - 1, "batch": batch, "devices": shared}
         cost = {"compile_seconds": round(self.compile_seconds, 1), "temp_bytes": self.temp_bytes}
         speed = {"tokens_per_second": round(batch * (window - 1) / seconds), "step_ms": round(1e3 * seconds, 2)}
-        return {**about, **speed, **cost, "gflops": round(self.operations / seconds / 1e9, 2)}
+        return {**about, **speed, **cost, "gflops": round(self.flops / seconds / 1e9, 2)}
 
 
 def train(config: BenchmarkConfig) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""What benchmarks measure with: the best of interleaved repetitions, operations of a program, what the machine is."""
+"""What benchmarks measure with: the best of interleaved repetitions, what the machine is."""
 
 import json
 import math
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.extend.core import jaxprs_in_params
 
 from hope_jax import train as training
 from hope_jax.cli.results import Row, append
@@ -40,18 +39,3 @@ def best_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[s
             jax.block_until_ready(call())
             best[name] = min(best[name], time.perf_counter() - since)
     return best
-
-
-def operations(jaxpr: Any) -> int:
-    """Multiplications and additions of all matrix products of a program, loops unrolled, recomputation included."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        parts = [operations(inner) for inner in jaxprs_in_params(equation.params)]
-        if equation.primitive.name == "cond":  # platforms and branches: only one of them runs
-            parts = [max(parts)]
-        total += sum(parts) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
-    return total

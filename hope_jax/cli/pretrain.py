@@ -3,6 +3,7 @@
     python -m hope_jax pretrain --run runs/hope-tiny
     python -m hope_jax pretrain --run runs/mine --model hope-tiny --data.path books/*.txt --steps 2000
     python -m hope_jax pretrain --run runs/finer --stage-two runs/tnt --local-period 4 --steps 20
+    python -m hope_jax pretrain --run runs/30m --model hope-30m --dry-run
 
 The first command needs no data: its text is the Python standard library of the running interpreter. It measures
 held-out bits per byte before, during and after training, and writes into the run folder ``metrics.jsonl``, TensorBoard
@@ -24,58 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hope_jax import LanguageModel, ModelConfig, generate, model_named
+from hope_jax import LanguageModel, generate, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, must_divide
+from hope_jax.cli.dry_run import costs
+from hope_jax.cli.in_context import InContextConfig
 from hope_jax.cli.main import say
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
 from hope_jax.cli.stages import Stage, begin, check_stage
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
-from hope_jax.errors import UserError, check_seed
-from hope_jax.models import with_in_context
-from hope_jax.nn.feed_forward.cms import Wiring
-from hope_jax.nn.feed_forward.fast import Writes
-from hope_jax.optim import INNER
+from hope_jax.errors import check_seed
+from hope_jax.train.profile import profiled_steps
 from hope_jax.train.run import keep_tokenizer
-
-
-@dataclass(frozen=True)
-class InContextConfig:
-    """Levels of the continuum memory system that are written while the text is read."""
-
-    in_context: tuple[int, ...] = ()
-    """Their periods in tokens, fastest first, such as 64 256; each a multiple of the one before, shorter than --length.
-    The model's slower levels stay outer ones. None: all levels are outer ones."""
-    wiring: Wiring = "sequential"
-    """How levels are connected; nested sets a level back when the next slower one is written."""
-    rate: float = Writes.rate  # Inner learning rate that every level starts from; it is learned.
-    inner: Literal["sgd", "momentum", "adam", "muon"] = "sgd"  # Optimizer of the writes.
-    bptt: tuple[int | None, ...] = ()
-    """For each of these levels, how training differentiates its writes: None through all, 0 through none, n: every n-th
-    write starts from a constant."""
-    rank: int | None = None  # Rank of what is written; None: any.
-
-    def apply(self, model: ModelConfig) -> ModelConfig:
-        """The model with these levels."""
-        if not self.in_context:
-            return model
-        writes = Writes(self.rate, INNER[self.inner], self.bptt, self.rank)
-        return with_in_context(model, self.in_context, self.wiring, writes)
-
-    def check(self, length: int, remat_every: int | None) -> None:
-        """Raise UserError where these levels and the sequences do not fit."""
-        if not self.in_context:
-            if self != InContextConfig():
-                raise UserError("The flags --cms.* are about levels in context; give their periods: --cms.in-context.")
-            return
-        fastest, slowest = self.in_context[0], self.in_context[-1]
-        if length % fastest:
-            raise UserError(f"--cms.in-context must divide --length, got {fastest} for {length}.")
-        if slowest >= length:
-            raise UserError(f"--cms.in-context {slowest} is never written in sequences of --length {length}.")
-        if remat_every is not None:
-            raise UserError("--remat-every does not go together with --cms.in-context; leave out one of them.")
 
 
 @dataclass(frozen=True)
@@ -105,6 +67,9 @@ class PretrainConfig:
     """Go back to this saved step; later ones are moved to set_aside/. None: go on from the latest."""
     sample_tokens: int = 256  # Tokens to write after training, continuing held-out text.
     mesh: training.MeshConfig = training.MeshConfig()
+    profile: str | None = None
+    """START:STOP: record with JAX's profiler what devices and host do from step START to step STOP, into profile/."""
+    dry_run: bool = False  # Print what would run, its FLOPs and bytes, and train nothing; the step is compiled.
     compile_cache: bool = True  # Keep compiled programs beside the run folder, so that the next start is quick.
     stage_two: Path | None = None  # Folder of a run of a TNT model, to go on with local memories of another period.
     local_period: int | None = None  # With --stage-two: their anchor period in tokens; must divide a shard.
@@ -127,11 +92,21 @@ class PretrainConfig:
             must_divide("remat_every", self.remat_every, "length", self.length)
         self.mesh.check_batch(self.batch // self.accumulate)
         self.cms.check(self.length, self.remat_every)
+        _ = self.profiled
+
+    @property
+    def profiled(self) -> range | None:
+        """The steps to record. Raises UserError where they cannot be read."""
+        return None if self.profile is None else profiled_steps(self.profile, self.steps)
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command line: train until done or asked to stop; returns the exit status."""
-    pretrain(parse(PretrainConfig, arguments, "python -m hope_jax pretrain"))
+    flags = parse(PretrainConfig, arguments, "python -m hope_jax pretrain")
+    if flags.dry_run:
+        dry_run(flags)
+    else:
+        pretrain(flags)
     return 0
 
 
@@ -153,13 +128,10 @@ def pretrain(flags: PretrainConfig) -> training.Result:
         Stopped: somebody asked to stop; all is saved.
         UserError: anything the caller can mend, most of it before the first step.
     """
-    training.split_host(flags.mesh.of_host)
     with training.open_run(flags.run, "--run") as folder:
-        if flags.compile_cache:
-            training.keep_programs(folder.absolute().parent / ".cache")
         job = _prepare(flags)
         keep_tokenizer(folder, flags.data)
-        print(_header(job))
+        print(_table(_header(job)))
         result = training.fit(
             job.setup,
             job.text.train_batches(batch=flags.batch, seed=flags.seed),
@@ -167,13 +139,24 @@ def pretrain(flags: PretrainConfig) -> training.Result:
             training.Steps(flags.steps, flags.eval_every, flags.save_every),
             seed=flags.seed,
             start=None if job.learned is None else job.setup.start(flags.seed, job.learned),
-            run=training.Run(folder, job.config, flags.keep, flags.resume_from),
+            run=training.Run(folder, job.config, flags.keep, flags.resume_from, flags.profiled),
         )
         _report(job, result)
     return result
 
 
+def dry_run(flags: PretrainConfig) -> None:
+    """Print what ``pretrain`` would run and what it needs; the text is prepared and the step compiled."""
+    job = _prepare(flags)
+    print(_table(_header(job)), flush=True)
+    print(_table(costs(job.setup, flags.batch, flags.length, flags.steps)))
+    print("Nothing was trained: leave out --dry-run to train.")
+
+
 def _prepare(flags: PretrainConfig) -> Job:
+    training.split_host(flags.mesh.of_host)
+    if flags.compile_cache:
+        training.keep_programs(flags.run.absolute().parent / ".cache")
     tokenizer = make_tokenizer(flags.data)
     cache = flags.run.absolute().parent / ".cache" / "data"
     text = open_text(flags.data, tokenizer, length=flags.length, cache_dir=cache, progress=True)
@@ -199,17 +182,20 @@ def _prepare(flags: PretrainConfig) -> Job:
     return Job(flags, config, tokenizer, text, setup, stage.params)
 
 
-def _header(job: Job) -> str:
+def _header(job: Job) -> dict[str, str]:
     device, flags, tokens = jax.devices()[0], job.flags, job.setup.tokens
     parameters = training.count_parameters(job.setup.shapes().params)
     read, heldout = (len(part) * flags.length for part in (job.text.train, job.text.heldout))
-    rows = {
+    return {
         "model": f"{flags.stage_two or flags.model}, {parameters:,} parameters, {job.config.model.dtype}",
         "text": f"{read:,} tokens to train on, {heldout:,} held out",
         "batch": f"{flags.batch} x {flags.length} = {tokens:,} tokens per step, {flags.steps:,} steps",
         "device": f"{device.device_kind}, {job.setup.devices} of {jax.device_count()}",
         "run": str(flags.run),
     }
+
+
+def _table(rows: dict[str, str]) -> str:
     return "\n".join(f"{name:<8}{value}" for name, value in rows.items())
 
 

@@ -24,10 +24,11 @@ from hope_jax.train.batches import Batches
 from hope_jax.train.checkpoint import Manifest, check_room, find_step, save, set_aside
 from hope_jax.train.loop import Steps, never, run_steps
 from hope_jax.train.monitor import Monitor
+from hope_jax.train.profile import PROFILE, Profiled
 from hope_jax.train.record import Means, Record
 from hope_jax.train.run import CONFIG_FILE, Run, resume
 from hope_jax.train.setup import Heldout, Setup
-from hope_jax.train.step import TrainState
+from hope_jax.train.step import Metrics, StepFn, TrainState
 
 
 class Result(NamedTuple):
@@ -88,14 +89,14 @@ def fit(
         stop, done = Interrupt(), int(state.step)
         record = stack.enter_context(Record(run and run.folder, done))
         closed = functools.partial(stop.request, signal.SIGPIPE) if run else None
-        monitor = stack.enter_context(Monitor(record, done, steps.total, setup.tokens, label, closed))
+        monitor = stack.enter_context(Monitor(record, done, steps.total, setup.tokens, label, closed, setup.full_speed))
         if run:  # without a folder there is nothing to save: Ctrl-C is an exception as ever
             stack.enter_context(stop)
         state = run_steps(
             steps,
             state,
             batches,
-            step_fn=lambda state, batch: setup.step(state, setup.place(batch)),
+            step_fn=_step(setup, run, done, stack),
             evaluate=setup.evaluator(heldout),
             save=functools.partial(_save, setup, batches, steps, run),
             monitor=monitor,
@@ -133,6 +134,17 @@ def _state(
     for place in set_aside(run.folder, step):
         tqdm.write(f"Moved what does not lead to step {step} to {place}.")
     return setup.spread(state)
+
+
+def _step(setup: Setup, run: Run | None, done: int, stack: contextlib.ExitStack) -> StepFn:
+    """The step on batches of the host, recorded where the run asks for it."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        return setup.step(state, setup.place(batch))
+
+    if run is None or run.profile is None:
+        return step
+    return stack.enter_context(Profiled(step, run.folder / PROFILE, run.profile, done))
 
 
 def _continuation(setup: Setup, run: Run, steps: Steps, manifest: Manifest) -> str:

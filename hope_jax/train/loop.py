@@ -80,10 +80,10 @@ def run_steps(
 
     done, unseen = int(state.step), None
     ending = measure(done, state)
-    monitor.restart_clock(done)
+    monitor.clock.restart(done)
     leaving = stop()
     while done < steps.total and not (leaving or ending):
-        state, metrics = step_fn(state, next(batches))
+        state, metrics = step_fn(state, monitor.clock.read(batches))
         if unseen is not None:
             monitor.train(done, unseen)
         done, unseen, leaving = done + 1, metrics, stop()
@@ -94,5 +94,5 @@ def run_steps(
                 ending = measure(done, state)
             if leaving or ending or steps.saves(done):
                 save(state)
-            monitor.restart_clock(done)
+            monitor.clock.restart(done)
     return state

@@ -6,7 +6,6 @@ Read ``record.py`` next: it writes down what this one saw.
 import contextlib
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 from tqdm import tqdm
 
 from hope_jax.errors import UserError
+from hope_jax.train.clock import Clock, no_peak
 from hope_jax.train.record import Means, Record
 from hope_jax.train.step import MEASURED_BY_STEP, Metrics
 
@@ -37,8 +37,8 @@ def progress(*arguments: Any, **options: Any) -> Any:
 class Monitor(contextlib.AbstractContextManager["Monitor"]):
     """Progress of a run of ``steps`` updates that stands at ``done``; a context manager.
 
-    ``tokens``: targets of one batch. ``label``: what the progress line is called. ``when_closed`` is called once when
-    nobody reads that line any more, because its terminal or pipe is gone.
+    ``tokens``, ``full_speed``: as in ``Clock``. ``label``: what the progress line is called. ``when_closed`` is called
+    once when nobody reads that line any more, because its terminal or pipe is gone.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         tokens: int,
         label: str | None = None,
         when_closed: Callable[[], object] | None = None,
+        full_speed: Callable[[Any], float | None] = no_peak,
     ):
-        self.record, self._tokens, self._compiled = record, tokens, False
+        self.record, self.clock, self._tokens = record, Clock(done, tokens, full_speed), tokens
         self._closed, self._when_closed = False, when_closed
         # With a delay nothing is written yet: that a terminal is gone is noticed in ``_show``.
         self._bar = progress(desc=label, initial=done, total=steps, unit="step", delay=1e-9)
         self._show(self._bar.set_postfix_str, "compiling")
-        self.restart_clock(done)
 
     def __exit__(self, *error: object) -> None:
         self._show(self._bar.close)
@@ -75,25 +75,18 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         """Wait for the metrics of update number ``done``, check and show them. Raises Diverged: one is not finite."""
         means = {name: float(mean.value) for name, mean in jax.device_get(metrics).items()}
         self._check_finite(done, means)
-        speed = self._speed(done)
-        self.record.add(done, done * self._tokens, "train", means | {"tokens_per_second": speed})
+        speed = self.clock.step(done)
+        self.record.add(done, done * self._tokens, "train", means | speed)
         shown = _shown({name: value for name, value in means.items() if name not in MEASURED_BY_STEP})
-        unit = "tokens" if self._tokens > 1 else "steps"
-        self._show(self._bar.set_postfix_str, f"{shown}, {speed:,.0f} {unit}/s", refresh=False)
+        self._show(self._bar.set_postfix_str, f"{shown}, {self._paced(speed)}", refresh=False)
         self._show(self._bar.update)
 
-    def restart_clock(self, done: int) -> None:
-        """Measure the speed from here on: called after whatever is not training."""
-        self._since, self._clock = done, time.monotonic()
-
-    def _speed(self, done: int) -> float:
-        """Tokens per second since the clock was started; the first update, which waits for the compiler, apart."""
-        seconds = max(time.monotonic() - self._clock, 1e-9)
-        speed = (done - self._since) * self._tokens / seconds
-        if not self._compiled:
-            self._compiled = True
-            self.restart_clock(done)
-        return speed
+    def _paced(self, speed: Means) -> str:
+        """How the measurements of the clock are shown."""
+        unit = "tokens" if self._tokens > 1 else "steps"
+        line = f"{speed['tokens_per_second']:,.0f} {unit}/s, data {speed['data_wait']:.0%}"
+        line += f", step {speed['step_p50']:.3g} s, p95 {speed['step_p95']:.3g} s"
+        return line + (f", MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
 
     def heldout(self, done: int, means: Means) -> None:
         """Check and note what held-out batches gave after ``done`` updates. Raises Diverged: one is not finite."""

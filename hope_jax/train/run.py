@@ -58,12 +58,14 @@ class Run:
         write. A run is continued with an equal one only.
       keep: checkpoints to keep, at least 2, so that a damaged one has a good one before it.
       resume_from: a saved step to go back to; None: the latest.
+      profile: steps that are recorded with JAX's profiler, see ``profile.py``; None: no steps.
     """
 
     folder: Path
     config: Any
     keep: int = 3
     resume_from: int | None = None
+    profile: range | None = None
 
     def __post_init__(self) -> None:
         whole("keep", self.keep, 2, "checkpoints")

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from hope_jax.errors import check_seed
 from hope_jax.models import LanguageModel
 from hope_jax.nn.axes import Axes
+from hope_jax.train.flops import model_flops, peak_flops
 from hope_jax.train.optimizer import OptimizerConfig, Schedule, optimizer, schedule
 from hope_jax.train.remat import Remat, keeps_block_inputs
 from hope_jax.train.run import TextRun
@@ -86,13 +87,35 @@ class Setup:
             tx = between(tx, placed(self.mesh, self._specs[1], self._shapes.params), self.placement.params)
         return train_step(self.loss, tx, self.rate, self.accumulate, self._out)
 
+    def lower(self, batch: Any) -> Any:
+        """The training step of placed batches, not compiled; ``batch`` may be its shapes alone.
+
+        Nothing is computed, so the devices of the mesh need not be there.
+        """
+        step: Any = self.step
+        if self.mesh is not None:
+            where = self._share(batch)
+            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), batch)
+        return step.lower(self.shapes(), batch)
+
     def temporary_bytes(self, batch: Any) -> int:
-        """What the compiled step needs besides its arguments and results; ``batch`` may be its shapes alone.
+        """What the compiled step needs on each device besides its arguments and results; ``batch``: as in ``lower``.
 
         The step is compiled for this, once more if it has been before.
         """
-        step: Any = self.step
-        return step.lower(self.shapes(), batch).compile().memory_analysis().temp_size_in_bytes
+        return self.lower(batch).compile().memory_analysis().temp_size_in_bytes
+
+    def flops(self, batch: Any) -> int:
+        """Model FLOPs of one step, see ``flops.py``; ``batch`` may be its shapes alone."""
+        return model_flops(self.loss, self.shapes().params, batch)
+
+    def full_speed(self, batch: Any) -> float | None:
+        """Tokens per second of batches like this at the peak of the devices; None where their peak is not known."""
+        kind = jax.devices()[0].device_kind if self.mesh is None else self.mesh.devices.flat[0].device_kind
+        if (peak := peak_flops(kind)) is None:
+            return None
+        flops = self.flops(batch)
+        return peak * self.devices * self.tokens / flops if flops else None
 
     @functools.cached_property
     def _measure(self) -> Callable[[Any, Any], Any]:
@@ -153,10 +176,14 @@ class Setup:
 
     def place(self, batch: Any) -> Any:
         """A batch (arrays [B, ...]) with an equal part on every device; the whole on each, where B cannot be shared."""
-        if self.mesh is None:
-            return batch
-        size, shared = len(jax.tree.leaves(batch)[0]), math.prod(self.mesh.shape[axis] for axis in SHARE_BATCH)
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(None if size % shared else SHARE_BATCH)))
+        return batch if self.mesh is None else jax.device_put(batch, self._share(batch))
+
+    def _share(self, batch: Any) -> NamedSharding:
+        """Where a batch lies on the mesh."""
+        assert self.mesh is not None
+        shared = math.prod(self.mesh.shape[axis] for axis in SHARE_BATCH)
+        size = jax.tree.leaves(batch)[0].shape[0]
+        return NamedSharding(self.mesh, PartitionSpec(None if size % shared else SHARE_BATCH))
 
     def spread(self, state: TrainState) -> TrainState:
         """A state on its devices; placed alike whether it is fresh or restored, so that one program does."""

@@ -1,0 +1,69 @@
+"""How fast a run is: tokens per second, the times of its steps, the share of reading, and model FLOPs utilisation."""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from hope_jax.train.batches import Batches
+
+RECENT = 100  # steps that percentiles are about
+TIMED = ("tokens_per_second", "step_p50", "step_p95", "data_wait", "mfu")
+"""What a clock adds to the rows of a record: all that differs between two runs of one configuration."""
+
+
+def no_peak(batch: Any) -> None:
+    """The peak of the devices is not known."""
+
+
+class Clock:
+    """Times the updates of a run that stands at ``done``.
+
+    ``tokens``: targets of one batch. ``full_speed``: tokens per second at the peak of the devices, of such a batch;
+    None where it is not known.
+    """
+
+    def __init__(self, done: int, tokens: int, full_speed: Callable[[Any], float | None] = no_peak):
+        self._tokens, self._full_speed_of = tokens, full_speed
+        self._full_speed: float | None = None
+        self._started = self._compiled = False
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self.restart(done)
+
+    def restart(self, done: int) -> None:
+        """Measure from here on: called after whatever is not training."""
+        self._since, self._reading = done, 0.0
+        self._start = self._last = time.monotonic()
+
+    def read(self, batches: Batches) -> Any:
+        """The next batch. Devices that have finished the steps before wait for it."""
+        since = time.monotonic()
+        batch = next(batches)
+        self._reading += time.monotonic() - since
+        if not self._started:
+            self._started, self._full_speed = True, self._full_speed_of(batch)
+        return batch
+
+    def step(self, done: int) -> dict[str, float]:
+        """Measurements at the end of update number ``done``; the first one, which waits for the compiler, apart.
+
+        ``tokens_per_second`` and ``data_wait``, the share of the time that went into reading batches, are since the
+        last restart; ``step_p50`` and ``step_p95`` are percentiles of the seconds of recent steps. ``mfu``: model
+        FLOPs per second, as a share of the peak of the devices.
+        """
+        now = time.monotonic()
+        seconds = max(now - self._start, 1e-9)
+        self._recent.append(now - self._last)
+        self._last = now
+        speed = (done - self._since) * self._tokens / seconds
+        means = {"tokens_per_second": speed, **self._percentiles(), "data_wait": self._reading / seconds}
+        if not self._compiled:
+            self._compiled = True
+            self._recent.clear()
+            self.restart(done)
+        return means if self._full_speed is None else means | {"mfu": speed / self._full_speed}
+
+    def _percentiles(self) -> dict[str, float]:
+        times = sorted(self._recent)
+        return {"step_p50": statistics.median(times), "step_p95": times[int(0.95 * (len(times) - 1) + 0.5)]}

@@ -30,8 +30,14 @@ def test_a_dry_run_says_what_would_run_and_trains_nothing(command, tmp_path, cap
     assert shown["model"].startswith(f"nano, {count:,} parameters") and shown["tokens"] == f"{6 * 2 * 32:,} in all"
     each = flops_per_token(NANO, 32)
     assert shown["FLOPs"] == f"{each:.3g} per token, {64 * each:.3g} per step, {6 * 64 * each:.3g} in all"
-    assert shown["state"].startswith(f"{12 * count + 4:,} bytes: parameters {4 * count:,}, optimizer")
+    assert shown["state"].startswith(f"{12 * count + 8:,} bytes: parameters {4 * count:,}, optimizer")
     assert int(shown["step"].split()[0].replace(",", "")) > 0
+
+
+@pytest.mark.parametrize("steps", ["3:2", "5:7", "7", "a:b"])
+def test_steps_to_profile_that_cannot_be_are_named(steps, command, capfd):
+    said = mistake(capfd, command("--profile", steps))
+    assert said == f"--profile is {steps!r}; give START:STOP with START < STOP <= --steps, such as 10:12."
 
 
 def test_the_steps_that_are_asked_for_are_profiled(command, tmp_path, capfd):

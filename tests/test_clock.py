@@ -9,7 +9,7 @@ import pytest
 from hope_jax import train as training
 from hope_jax.train import clock as clocks
 from hope_jax.train import profile as profiles
-from hope_jax.train.clock import Clock
+from hope_jax.train.clock import Clock, full_speed
 from hope_jax.train.monitor import Monitor
 from hope_jax.train.profile import Profiled
 from hope_jax.train.record import Record
@@ -87,11 +87,11 @@ def test_the_full_speed_is_the_peak_of_all_devices_over_the_flops_of_a_token(mon
     def init(key):
         return {"w": jnp.ones((4, 1))}
 
-    mesh, batch = training.data_mesh(6, 2), jnp.ones((6, 4))
+    mesh, batch = training.MeshConfig(2).make(6), jnp.ones((6, 4))
     setup = training.Setup(init, product, optax.sgd(1.0), optax.constant_schedule(0.0), tokens=6, mesh=mesh)
-    assert setup.full_speed(batch) is None
-    monkeypatch.setattr("hope_jax.train.setup.peak_flops", {mesh.devices.flat[0].device_kind: 1e6}.get)
-    assert setup.full_speed(batch) == pytest.approx(2 * 1e6 / (3 * 2 * 4))
+    assert full_speed(setup, batch) is None
+    monkeypatch.setattr("hope_jax.train.clock.peak_flops", {mesh.devices.flat[0].device_kind: 1e6}.get)
+    assert full_speed(setup, batch) == pytest.approx(2 * 1e6 / (3 * 2 * 4))
 
 
 def test_a_profile_covers_the_steps_from_start_to_stop_and_is_written_when_the_run_ends_early(monkeypatch, tmp_path):

@@ -59,6 +59,7 @@ def test_blocks_are_rematerialised_where_memory_is_short_and_nothing_else_saves_
     assert not keeps_block_inputs("auto", None)  # on a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert keeps_block_inputs("auto", None) and not keeps_block_inputs("auto", 8)
+    assert keeps_block_inputs("auto", None, "tpu") and not keeps_block_inputs("auto", None, "cpu")
     assert keeps_block_inputs("block", 8) and not keeps_block_inputs("none", None)
     with pytest.raises(UserError, match="remat is 'layer'; expected one of"):
         keeps_block_inputs(cast(Any, "layer"), None)

@@ -9,5 +9,6 @@ COMMANDS = {
     "ask": "hope_jax.cli.ask:main",
     "watch": "hope_jax.cli.watch:main",
     "benchmark": "hope_jax.cli.benchmark:main",
+    "compile": "hope_jax.cli.compile:main",
 }
 """Name -> ``module:function``; the function takes the arguments after the name and returns the exit status."""

@@ -28,6 +28,13 @@ SETTINGS = ("enable_x64", "default_matmul_precision", "default_prng_impl", "thre
 """What a traced program depends on, apart from our own source: packages, and settings of JAX."""
 
 
+def keep_programs(folder: Path) -> None:
+    """Compile once for all runs and processes, unless the environment says where compiled programs are kept."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs add up
+
+
 def run_stored(program: Callable[..., Any], model: Any, arrays: tuple[Any, ...], like: Any) -> Any:
     """``program(model, *arrays)``, by the traced program on disk if there is one.
 

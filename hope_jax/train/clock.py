@@ -6,7 +6,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from hope_jax.train.batches import Batches
+from hope_jax.train.flops import peak_flops
+from hope_jax.train.setup import Setup
 
 RECENT = 100  # steps that percentiles are about
 TIMED = ("tokens_per_second", "step_p50", "step_p95", "data_wait", "mfu")
@@ -15,6 +19,15 @@ TIMED = ("tokens_per_second", "step_p50", "step_p95", "data_wait", "mfu")
 
 def no_peak(batch: Any) -> None:
     """The peak of the devices is not known."""
+
+
+def full_speed(setup: Setup, batch: Any) -> float | None:
+    """Tokens per second of batches like this at the peak of the devices; None where their peak is not known."""
+    device = jax.devices()[0] if setup.mesh is None else setup.mesh.devices.flat[0]
+    if (peak := peak_flops(device.device_kind)) is None:
+        return None
+    flops = setup.flops(batch)
+    return peak * setup.devices * setup.tokens / flops if flops else None
 
 
 class Clock:

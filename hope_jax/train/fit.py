@@ -22,6 +22,7 @@ from hope_jax.signals import Interrupt
 from hope_jax.storage.digests import write_sealed
 from hope_jax.train.batches import Batches
 from hope_jax.train.checkpoint import Manifest, check_room, find_step, save, set_aside
+from hope_jax.train.clock import full_speed
 from hope_jax.train.loop import Steps, never, run_steps
 from hope_jax.train.monitor import Monitor
 from hope_jax.train.profile import PROFILE, Profiled
@@ -89,7 +90,8 @@ def fit(
         stop, done = Interrupt(), int(state.step)
         record = stack.enter_context(Record(run and run.folder, done))
         closed = functools.partial(stop.request, signal.SIGPIPE) if run else None
-        monitor = stack.enter_context(Monitor(record, done, steps.total, setup.tokens, label, closed, setup.full_speed))
+        speed = functools.partial(full_speed, setup)
+        monitor = stack.enter_context(Monitor(record, done, steps.total, setup.tokens, label, closed, speed))
         if run:  # without a folder there is nothing to save: Ctrl-C is an exception as ever
             stack.enter_context(stop)
         state = run_steps(

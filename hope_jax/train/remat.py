@@ -18,7 +18,11 @@ Remat = Literal["auto", "none", "block"]
 """auto: "block" on an accelerator where there is no ``remat_every``, else "none"."""
 
 
-def keeps_block_inputs(remat: Remat, remat_every: int | None) -> bool:
-    """Whether of every block the input alone is kept. Raises UserError for an unknown word."""
+def keeps_block_inputs(remat: Remat, remat_every: int | None, platform: str | None = None) -> bool:
+    """Whether of every block the input alone is kept. Raises UserError for an unknown word.
+
+    ``platform``: of the devices that train, as JAX calls it; None: this machine's.
+    """
     check_word("remat", remat, Remat)
-    return remat == "block" or (remat == "auto" and remat_every is None and jax.default_backend() != "cpu")
+    platform = jax.default_backend() if platform is None else platform
+    return remat == "block" or (remat == "auto" and remat_every is None and platform != "cpu")

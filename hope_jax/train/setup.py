@@ -9,7 +9,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from hope_jax.errors import check_seed
 from hope_jax.models import LanguageModel
 from hope_jax.nn.axes import Axes
-from hope_jax.train.flops import model_flops, peak_flops
+from hope_jax.train.flops import model_flops
 from hope_jax.train.optimizer import OptimizerConfig, Schedule, optimizer, schedule
 from hope_jax.train.remat import Remat, keeps_block_inputs
 from hope_jax.train.run import TextRun
@@ -41,13 +40,6 @@ Heldout = Iterable[Any] | Mapping[str, Iterable[Any]]
 """Held-out batches, or several sets of them by name."""
 
 
-def keep_programs(folder: Path) -> None:
-    """Compile once for all runs and processes, unless the environment says where compiled programs are kept."""
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs add up
-
-
 @dataclass(frozen=True)
 class Setup:
     """A training problem.
@@ -62,6 +54,7 @@ class Setup:
       mesh: devices that share the work, see ``sharding.py``; None: the first device.
       axes: the names of the axes of the parameters, which say where on the mesh these lie; None: on every device.
       by_matrix: the optimizer needs whole matrices, which are moved to one place each for it.
+      counted: the loss that model FLOPs are counted of, where ``loss`` computes parts again; None: ``loss``.
     """
 
     init: Callable[[PRNGKeyArray], Any]
@@ -73,6 +66,7 @@ class Setup:
     mesh: Mesh | None = None
     axes: Axes | None = None
     by_matrix: bool = False
+    counted: LossFn | None = None
 
     @property
     def devices(self) -> int:
@@ -107,15 +101,7 @@ class Setup:
 
     def flops(self, batch: Any) -> int:
         """Model FLOPs of one step, see ``flops.py``; ``batch`` may be its shapes alone."""
-        return model_flops(self.loss, self.shapes().params, batch)
-
-    def full_speed(self, batch: Any) -> float | None:
-        """Tokens per second of batches like this at the peak of the devices; None where their peak is not known."""
-        kind = jax.devices()[0].device_kind if self.mesh is None else self.mesh.devices.flat[0].device_kind
-        if (peak := peak_flops(kind)) is None:
-            return None
-        flops = self.flops(batch)
-        return peak * self.devices * self.tokens / flops if flops else None
+        return model_flops(self.counted or self.loss, self._shapes.params, batch)
 
     @functools.cached_property
     def _measure(self) -> Callable[[Any, Any], Any]:
@@ -254,6 +240,8 @@ def text_setup(
 
     ``byte_lengths``, ``remat_every``: as in ``next_token_loss``; ``remat``: see ``remat.py``.
     """
-    model = model_on(mesh, run.model, keeps_block_inputs(remat, remat_every))
+    platform = None if mesh is None else mesh.devices.flat[0].platform
+    model = model_on(mesh, run.model, keeps_block_inputs(remat, remat_every, platform))
     loss = next_token_loss(model, byte_lengths, remat_every)
-    return model_setup(model, loss, run.optimizer, steps, run.batch * run.length, mesh=mesh, **more)
+    setup = model_setup(model, loss, run.optimizer, steps, run.batch * run.length, mesh=mesh, **more)
+    return setup if remat_every is None else dataclasses.replace(setup, counted=next_token_loss(model, byte_lengths))

@@ -82,27 +82,27 @@ class MeshConfig:
                 if (heads := getattr(part, name, None)) and heads % self.tensor:
                     raise UserError(f"mesh.tensor is {self.tensor}; give a divisor of the model's {name}, {heads}")
 
-    def make(self, batch: int) -> Mesh:
-        """The mesh, for batches of so many sequences.
+    def make(self, batch: int, devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh, for batches of so many sequences; of ``devices``, None: those of this machine, of a CPU its cores.
 
         Raises:
           UserError: the product of the axes does not divide the devices that there are, or they cannot share a batch.
         """
         self.check_batch(batch)
-        found, count = jax.devices(), math.prod(self.given.values())
+        found, count = jax.devices() if devices is None else devices, math.prod(self.given.values())
         if len(found) % count:
             asked = ", ".join(f"mesh.{name} {size}" for name, size in self.given.items())
             raise UserError(
                 f"{asked}: {count} devices are asked for, which do not divide the {len(found)} that there are"
             )
-        data = self.data or self._left(batch // self.fsdp, found)
+        most = cores() if devices is None and found[0].platform == "cpu" else len(found)
+        data = self.data or self._left(batch // self.fsdp, min(most, len(found)))
         shape = (data, self.fsdp, self.tensor)
         devices = found[: math.prod(shape)]
         return jax.make_mesh(shape, MESH, axis_types=(AxisType.Auto,) * len(MESH), devices=devices)
 
-    def _left(self, batch: int, found: Sequence[Any]) -> int:
-        """The most devices along data that can share a batch; on a CPU no more in all than cores."""
-        most = min(len(found), cores()) if found[0].platform == "cpu" else len(found)
+    def _left(self, batch: int, most: int) -> int:
+        """The most devices along data that can share a batch, of so many in all."""
         return max(n for n in range(1, max(1, most // (self.fsdp * self.tensor)) + 1) if batch % n == 0)
 
 

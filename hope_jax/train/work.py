@@ -1,0 +1,119 @@
+"""What a compiled program computes and sends: loops count as often as they run.
+
+XLA's own ``cost_analysis`` counts the body of a loop once, and a training step is mostly loops: over layers, chunks
+and pieces. Here FLOPs of products and convolutions, and collectives, are summed over all computations that the program
+calls. Read ``compile.py`` next.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from hope_jax.train.hlo import Computation, Instruction, numbers, parse, rounds, size, sizes
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+CALLED = ("calls", "to_apply", "body", "condition", "called_computations")
+# Custom calls of TPU programs that compute nothing.
+MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding")
+BRANCHES = ("branch_computations", "true_computation", "false_computation")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a computation does on one device.
+
+    Attributes:
+      flops: of products and convolutions, 2 m n k each.
+      collectives: how often each kind runs.
+      sent: bytes that the device hands to each kind.
+      calls: custom calls by target, such as kernels; their arithmetic is not counted.
+      unknown: loops whose number of rounds is not in the program; they count once.
+    """
+
+    flops: int = 0
+    collectives: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    unknown: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        counters = self.collectives + other.collectives, self.sent + other.sent, self.calls + other.calls
+        return Work(self.flops + other.flops, *counters, self.unknown + other.unknown)
+
+    def times(self, count: int) -> "Work":
+        """The same so many times; a loop of unknown length in it stays one loop."""
+
+        def scaled(counter: Counter[str]) -> Counter[str]:
+            return Counter({name: count * number for name, number in counter.items()})
+
+        counters = scaled(self.collectives), scaled(self.sent), scaled(self.calls)
+        return Work(count * self.flops, *counters, self.unknown)
+
+
+def work(text: str) -> Work:
+    """What one device does when it runs a program, given as optimized HLO text, once."""
+    computations, entry = parse(text)
+
+    @functools.cache
+    def of(name: str) -> Work:
+        here = computations[name]
+        return sum((_of_instruction(each, here, computations, of) for each in here.lines.values()), Work())
+
+    return of(entry)
+
+
+def _of_instruction(
+    each: Instruction, here: Computation, computations: Mapping[str, Computation], of: Callable[[str], Work]
+) -> Work:
+    kind = each.opcode.removesuffix("-start")
+    if kind in COLLECTIVES:  # without the computation that it adds up with
+        return Work(collectives=Counter([kind]), sent=Counter({kind: sum(map(size, here.kinds(each)))}))
+    if kind in ("dot", "convolution"):
+        return Work((_product if kind == "dot" else _convolution)(each, here))
+    if kind == "conditional":
+        return max(map(of, each.named(*BRANCHES)), key=_amount)
+    if kind.endswith(("-done", "-update")):  # of what its start has counted
+        return Work()
+    inside = sum(map(of, each.named(*CALLED)), Work())
+    if kind == "while":
+        count = rounds(each, here, computations)
+        return inside + Work(unknown=1) if count is None else inside.times(count)
+    target = each.attribute("custom_call_target", '"[^"]+"').strip('"')
+    return inside + Work(calls=Counter([target])) if target and target not in MARKS else inside
+
+
+def _amount(work: Work) -> tuple[int, int]:
+    return work.flops, sum(work.sent.values())
+
+
+def _product(each: Instruction, here: Computation) -> int:
+    left, axes = sizes(here.kinds(each)[0]), numbers(each.attribute("lhs_contracting_dims"))
+    return 2 * math.prod(sizes(each.kind)) * math.prod(left[axis] for axis in axes)
+
+
+def _convolution(each: Instruction, here: Computation) -> int:
+    """As XLA counts it: what meets padding, or the space between dilated entries, multiplies nothing.
+
+    TPU programs have their products in this form, and batches of products with dilation.
+    """
+    labels = each.attribute("dim_labels").replace("->", "_").split("_")
+    arrays = [*map(sizes, here.kinds(each)), sizes(each.kind)]
+    read, kernel, written = (dict(zip(names, axes, strict=True)) for names, axes in zip(labels, arrays, strict=True))
+    window = dict(entry.split("=") for entry in each.attribute("window").strip("{}").split())
+    count = 2 * kernel["i"] * written["f"] * written["b"]
+    for axis in filter(str.isdigit, read):
+        along = {name: tuple(numbers(value.split("x")[int(axis)])) for name, value in window.items()}
+        count *= _meetings(read[axis], written[axis], **along)
+    return count
+
+
+@functools.cache
+def _meetings(
+    read: int, written: int, *, size=(1,), stride=(1,), pad=(0, 0), lhs_dilate=(1,), rhs_dilate=(1,), rhs_reversal=(0,)
+) -> int:
+    """Along one axis: pairs of an entry of the result and one of the kernel that meet an entry of what is read."""
+    del rhs_reversal  # as many
+    spots = (at * stride[0] + tap * rhs_dilate[0] - pad[0] for at in range(written) for tap in range(size[0]))
+    return sum(spot % lhs_dilate[0] == 0 and 0 <= spot // lhs_dilate[0] < read for spot in spots)

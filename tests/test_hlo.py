@@ -1,0 +1,146 @@
+"""Compiled programs read off their text: loops, products, convolutions and collectives."""
+
+import pytest
+
+from hope_jax.train.work import Work, work
+
+PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4,8]{1,0})->f32[4,8]{1,0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused_computation.1 (p.0: f32[4,8], p.1: f32[8,8]) -> f32[4,8] {
+  %p.0 = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %p.1 = f32[8,8]{1,0:T(8,128)S(1)} parameter(1)
+  ROOT %dot.1 = f32[4,8]{1,0:T(8,128)} dot(%p.0, %p.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%inner (s.1: (s32[], f32[4,8], f32[8,8])) -> (s32[], f32[4,8], f32[8,8]) {
+  %s.1 = (s32[], f32[4,8]{1,0}, /*index=2*/f32[8,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%s.1), index=0
+  %x.1 = f32[4,8]{1,0} get-tuple-element(%s.1), index=1
+  %w.1 = f32[8,8]{1,0} get-tuple-element(%s.1), index=2
+  %y.1 = f32[4,8]{1,0} fusion(%x.1, %w.1), kind=kOutput, calls=%fused_computation.1
+  %r.1 = f32[4,8]{1,0} all-reduce(%y.1), replica_groups={{0,1}}, to_apply=%add
+  ROOT %t.1 = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) tuple(%i.1, %r.1, %w.1)
+}
+
+%always (s.2: (s32[], f32[4,8], f32[8,8])) -> pred[] {
+  %s.2 = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+%outer (s.3: (s32[], f32[4,8], f32[8,8])) -> (s32[], f32[4,8], f32[8,8]) {
+  %s.3 = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) parameter(0)
+  ROOT %while.1 = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) while(%s.3), condition=%always, body=%inner, KNOWN
+}
+
+%small (p.2: f32[8,8]) -> f32[8,8] {
+  ROOT %p.2 = f32[8,8]{1,0} parameter(0)
+}
+
+%large (p.3: f32[8,8]) -> f32[8,8] {
+  %p.3 = f32[8,8]{1,0} parameter(0)
+  ROOT %dot.2 = f32[8,8]{1,0} dot(f32[8,8]{1,0:T(8,128)} %p.3, f32[8,8]{1,0} %p.3), lhs_contracting_dims={1}
+}
+
+ENTRY %main.9 (x: f32[4,8], w: f32[8,8], n: s32[]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %w = f32[8,8]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %start = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) tuple(%n, %x, %w)
+  %while.2 = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) while(%start), condition=%always, body=%outer, THREE
+  %chosen = f32[8,8]{1,0} conditional(%n, %w, %w), branch_computations={%small, %large}
+  %g.1 = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%half), dimensions={0}
+  %half = bf16[2,8]{1,0} convert(%x)
+  %g.2 = bf16[4,8]{1,0} all-gather-done(%g.1)
+  %k = f32[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  %m = f32[4,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %end = f32[4,8]{1,0} get-tuple-element(%while.2), index=1
+}
+"""
+PROGRAM = PROGRAM.replace("THREE", 'backend_config={"known_trip_count":{"n":"3"},"a":"{}"}')
+ROUND, LARGE = 2 * 4 * 8 * 8, 2 * 8 * 8 * 8
+
+
+def test_nested_loops_count_as_often_as_they_run_and_of_branches_the_larger():
+    found = work(PROGRAM.replace("KNOWN", 'backend_config={"known_trip_count":{"n":"5"}}'))
+    assert found.flops == 3 * 5 * ROUND + LARGE
+    assert found.collectives == {"all-reduce": 15, "all-gather": 1}
+    assert found.sent == {"all-reduce": 15 * 4 * 8 * 4, "all-gather": 2 * 8 * 2}
+    assert found.calls == {"tpu_custom_call": 1} and found.unknown == 0
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_told():
+    found = work(PROGRAM.replace(", KNOWN", ""))
+    assert found.flops == 3 * ROUND + LARGE and found.unknown == 1
+
+
+COUNTED = """%body (s.1: (s32[], f32[8,8], s32[])) -> (s32[], f32[8,8], s32[]) {
+  %s.1 = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}, s32[]{:T(128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=0
+  %x.1 = f32[8,8]{1,0:T(8,128)S(1)} get-tuple-element(%s.1), index=1
+  %n.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=2
+  %two = s32[]{:T(128)} constant(2)
+  %y.1 = f32[8,8]{1,0:T(8,128)} convolution(%x.1, %x.1), dim_labels=bf_io->bf
+  %i.2 = s32[]{:T(128)} add(%i.1, %two), metadata={op_name="jit(f)/while/body/add"}
+  ROOT %t.1 = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}, s32[]{:T(128)}) tuple(%i.2, %y.1, %n.1)
+}
+
+%test (s.2: (s32[], f32[8,8], s32[])) -> pred[] {
+  %s.2 = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}, s32[]{:T(128)}) parameter(0)
+  %i.3 = s32[]{:T(128)} get-tuple-element(%s.2), index=0
+  %seven = s32[]{:T(128)} constant(7)
+  %n.2 = s32[]{:T(128)} get-tuple-element(%s.2), index=2
+  ROOT %less = pred[]{:T(512)} compare(%i.3, LIMIT), direction=LT
+}
+
+ENTRY %main (x: f32[8,8], n: s32[]) -> f32[8,8] {
+  %x = f32[8,8]{1,0:T(8,128)} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %copy.1 = s32[]{:T(128)} copy(%zero)
+  %five = s32[]{:T(128)} constant(5)
+  %start = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}, s32[]{:T(128)}) tuple(%copy.1, %x, GIVEN)
+  %loop = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}, s32[]{:T(128)}) while(%start), condition=%test, body=%body
+  ROOT %end = f32[8,8]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize("limit, given, count", [("%seven", "%n", 4), ("%n.2", "%five", 3), ("%n.2", "%n", None)])
+def test_a_loop_without_a_note_is_counted_by_its_counter(limit, given, count):
+    """From 0 in steps of 2 below a limit that stands in the test, is handed to the loop, or is not known."""
+    found = work(COUNTED.replace("LIMIT", limit).replace("GIVEN", given))
+    assert found == Work((count or 1) * LARGE, unknown=int(count is None))
+
+
+def convolution(attributes, left, right, result):
+    """A program with one convolution."""
+    return f"""ENTRY %main (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[{left}] parameter(0)
+  %b = f32[{right}] parameter(1)
+  ROOT %c = f32[{result}] convolution(%a, %b), {attributes}
+}}
+"""
+
+
+# A product as a TPU has it; 3 of them with dilation, where a third of the taps meet entries; 3 taps with padding.
+CONVOLUTIONS = {
+    "product": ("dim_labels=bf_io->bf", "4,8", "8,16", "4,16", 2 * 4 * 8 * 16),
+    "products": (
+        "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf",
+        *("3,4,8", "3,8,16", "3,4,16", 3 * 2 * 4 * 8 * 16),
+    ),
+    "padded": ("window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", "1,10,1", "3,1,1", "1,10,1", 2 * (3 * 10 - 2)),
+    "cut": ("window={size=3 pad=-2_0 rhs_reversal=1}, dim_labels=b0f_0io->b0f", "1,10,1", "3,1,1", "1,6,1", 2 * 3 * 6),
+    "groups": ("window={size=1}, dim_labels=b0f_0io->b0f, feature_group_count=4", "2,5,8", "1,2,8", "2,5,8", 2 * 160),
+}
+
+
+@pytest.mark.parametrize("attributes, left, right, result, flops", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_a_convolution_counts_what_meets_entries(attributes, left, right, result, flops):
+    assert work(convolution(attributes, left, right, result)) == Work(flops)

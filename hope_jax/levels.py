@@ -23,6 +23,8 @@ from hope_jax.types import Array, Bool, Count, Float, Int
 Due = Bool[Array, ""] | bool
 Active = Float[Array, " C"] | None
 RunChunk = Callable[[Any, Any, Active, tuple[Due, ...]], tuple[Any, Any]]
+Loop = Callable[[Callable[..., tuple[Any, Any]], Any, Any], tuple[Any, Any]]
+"""``(step, state, chunks) -> (state, outputs)``: ``lax.scan``, or what computes the same."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def scan_levels(
     position: Int[Array, ""] | np.ndarray,
     periods: tuple[int, ...],
     count: Count = None,
+    kernel: Loop | None = None,
 ) -> tuple[Any, Any]:
     """Run ``run_chunk`` over T >= 1 tokens, one call per period of the fastest level: ``(state, outputs)``.
 
@@ -78,12 +81,15 @@ def scan_levels(
         is known to the compiler, and whole periods then need no padding; the result is the same.
       periods: of every level, in tokens; all multiples of the smallest one.
       count: only the first ``count`` tokens are real, the others are padding and inactive; None: all are real.
+      kernel: runs whole periods of a single level in the place of ``lax.scan``.
     """
     length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
     if length == 1 and count is None:  # decoding: a chunk of one token needs no grid
         return run_chunk(state, tokens, None, tuple(due(position, p) for p in periods))
     known = isinstance(position, np.ndarray)
     if known and count is None and position % fastest == 0 and length % fastest == 0:
+        if kernel is not None and set(periods) == {fastest}:
+            return _periods_in(kernel, run_chunk, state, tokens, periods)
         return scan_periods(run_chunk, state, tokens, position=int(position), periods=periods, remat=_remat)
     real = length if count is None else count
     return _scan_anywhere(run_chunk, state, tokens, jnp.asarray(position), periods, real)
@@ -114,6 +120,15 @@ def scan_periods(
 
     slower = sorted({p // fastest for p in periods if p > fastest}, reverse=True)
     state, outputs = _nested_scan(step, state, (starts, chunks), slower, remat)
+    return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+
+def _periods_in(
+    kernel: Loop, run_chunk: RunChunk, state: Any, tokens: Any, periods: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Whole periods of one level, from a multiple of it."""
+    chunks = jax.tree.map(lambda x: x.reshape(-1, periods[0], *x.shape[1:]), tokens)
+    state, outputs = kernel(lambda state, chunk: run_chunk(state, chunk, None, (True,) * len(periods)), state, chunks)
     return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
 

@@ -14,6 +14,7 @@ none is above 1, nothing is divided and no logarithm is taken, so every retentio
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from hope_jax.errors import UserError
+from hope_jax.levels import Loop
 from hope_jax.memory.decays import ReadTime
-from hope_jax.memory.kernels import Impl, Products, products_of
+from hope_jax.memory.kernels import Impl, Products, chunk_loop, products_of
 from hope_jax.memory.products import transpose
 from hope_jax.types import Array, Float
 
@@ -91,7 +93,8 @@ def diagonal_delta(
     if impl == "sequential":
         kernel, reads = lax.scan(functools.partial(_token_step, time), kernel, tokens)
     else:
-        kernel, reads = _chunked(products, time, block, kernel, tokens)
+        step = functools.partial(_block_step, products, time)
+        kernel, reads = _chunked(step, chunk_loop(impl), block, kernel, tokens)
     return None if queries is None else reads, transpose(kernel)
 
 
@@ -111,13 +114,16 @@ def _token_step(time: ReadTime, memory: Float[Array, "K V"], token: DiagonalToke
 
 
 def _chunked(
-    products: Products, time: ReadTime, block: int, memory: Float[Array, "K V"], tokens: DiagonalTokens
+    step: Callable[[Array, DiagonalTokens], tuple[Array, Array]],
+    loop: Loop,
+    block: int,
+    memory: Float[Array, "K V"],
+    tokens: DiagonalTokens,
 ) -> tuple[Array, Array]:
     length = len(tokens.keys)
     size = min(_power_of_two(block), _power_of_two(length))
     blocks = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), _padded(tokens, -length % size))
-    step = functools.partial(_block_step, products, time)
-    memory, reads = lax.scan(jax.checkpoint(step), memory, blocks)
+    memory, reads = loop(step, memory, blocks)
     return memory, reads.reshape(-1, reads.shape[-1])[:length]
 
 

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from hope_jax.errors import UserError, check_word, whole
+from hope_jax.levels import Loop
 from hope_jax.memory.chunked import Linear, Lookup, Read, Tokens, Write, chunk, first_box
 from hope_jax.memory.decays import ReadTime, Shared
 from hope_jax.memory.diagonal import Erase, check_diagonal, diagonal_delta
-from hope_jax.memory.kernels import Impl, Products, products_of
+from hope_jax.memory.kernels import Impl, Products, chunk_loop, products_of
 from hope_jax.memory.products import transpose
 from hope_jax.types import Array, Float
 
@@ -66,7 +67,7 @@ def gated_delta(
         removes a (B + M) k k^T (SPEC 2.4 ``retain_to``).
       active: 1 for real tokens, 0 for padding, which leaves memory and momentum untouched.
       read: "before": y_t = M_{t-1} q_t; "after": y_t = M_t q_t.
-      impl: "auto", "chunked" or "sequential", see ``kernels``.
+      impl: "auto", "chunked", "sequential" or "pallas", see ``kernels``.
       block: tokens per block of the chunked form; any positive number.
 
     Returns:
@@ -122,7 +123,7 @@ def evaluate(
     tokens, products = tokens._replace(shared=_idle(tokens.shared)), products_of(impl)
     if impl == "sequential":
         return _sequential(linears, tokens, read, time)
-    return _chunked(products, block, linears, tokens, read, time)
+    return _chunked(products, chunk_loop(impl), block, linears, tokens, read, time)
 
 
 def _idle(shared: Shared) -> Shared:
@@ -175,7 +176,13 @@ def token_step(linear: Linear, write: Write, shared: Shared) -> Linear:
 
 
 def _chunked(
-    products: Products, block: int | None, linears: list[Linear], tokens: Tokens, read: Read, time: ReadTime
+    products: Products,
+    loop: Loop,
+    block: int | None,
+    linears: list[Linear],
+    tokens: Tokens,
+    read: Read,
+    time: ReadTime,
 ) -> tuple[list[Linear], Any]:
     def step(linears: list[Linear], tokens: Tokens):
         return chunk(products, linears, tokens, read, time)
@@ -186,7 +193,7 @@ def _chunked(
     if length % block:
         tokens = _padded(tokens, length, -length % block)
     blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), tokens)
-    linears, reads = lax.scan(jax.checkpoint(step), linears, blocks)
+    linears, reads = loop(step, linears, blocks)
     return linears, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], reads)
 
 

@@ -23,7 +23,7 @@ from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture, Weights
 from hope_jax.memory.chunked import Linear, Lookup, Tokens, Write
 from hope_jax.memory.decays import Shared
-from hope_jax.memory.kernels import Impl, Products, products_of
+from hope_jax.memory.kernels import Impl, Products, kernel_loop, products_of
 from hope_jax.memory.recurrence import evaluate
 from hope_jax.memory.rule import Gates, Rule, layer_writes
 from hope_jax.types import Array, Count, Float, Int, Scalar
@@ -109,7 +109,8 @@ def scan(
     def run_chunk(inner: Inner, inputs: Inputs, active: Active, due: tuple[Due, ...]):
         return _write(rule, impl, inner, inputs, active, due[0] is True)
 
-    inner, outputs = scan_levels(run_chunk, inner, inputs, position=position, periods=(rule.period,), count=count)
+    how = dict(position=position, periods=(rule.period,), count=count, kernel=kernel_loop(impl))
+    inner, outputs = scan_levels(run_chunk, inner, inputs, **how)
     return inner, queries + jax.vmap(functools.partial(layer_norm, norm))(outputs)
 
 

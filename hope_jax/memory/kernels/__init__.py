@@ -4,18 +4,23 @@
                 Derivatives of any order in reverse mode, none in forward mode (``jax.jvp``).
 ``chunked``     plain matrix products, differentiable in every mode.
 ``sequential``  token by token, the definition; what is not a recurrence is computed as in ``chunked``.
+``pallas``      as ``chunked``, but the loop over chunks is one kernel on a TPU, ``kernels/pallas.py``. Reverse mode.
 """
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax import lax
 
 from hope_jax.errors import check_word
+from hope_jax.levels import Loop
 from hope_jax.memory import products
 from hope_jax.memory.kernels import cpu
 from hope_jax.types import Array
 
-Impl = Literal["auto", "chunked", "sequential"]
+Impl = Literal["auto", "chunked", "sequential", "pallas"]
 
 
 class Products(NamedTuple):
@@ -42,3 +47,21 @@ def products_of(impl: Impl) -> Products:
     """The products that ``impl`` asks for. Raises UserError for another word."""
     check_word("impl", impl, Impl)
     return AUTO if impl == "auto" else PLAIN
+
+
+def kernel_loop(impl: Impl) -> Loop | None:
+    """The kernel that runs a step over chunks of tokens; None: there is none, ``lax.scan`` does."""
+    if impl != "pallas":
+        return None
+    from hope_jax.memory.kernels import pallas  # not before somebody asks for it: the import takes long
+
+    return pallas.scan
+
+
+def chunk_loop(impl: Impl) -> Loop:
+    """What runs a step over chunks of tokens."""
+    return kernel_loop(impl) or _scan
+
+
+def _scan(step: Callable[..., tuple[Any, Any]], state: Any, chunks: Any) -> tuple[Any, Any]:
+    return lax.scan(jax.checkpoint(step), state, chunks)

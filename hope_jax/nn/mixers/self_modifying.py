@@ -104,6 +104,9 @@ class SelfModifyingConfig:
             whole(name, getattr(self, name), 2 if name == "horizon" else 1)
         if self.gate.residual:
             raise UserError("a gate memory has one output and cannot be residual; use architectures.mlp")
+        if self.impl == "pallas" and self.c_memory != self.c_projections:
+            periods = f"c_memory={self.c_memory} and c_projections={self.c_projections}"
+            raise UserError(f"impl='pallas' needs one period, but {periods}; make them equal or use impl='auto'")
         self.spec()  # checks the rest
 
     def spec(self) -> SelfModifying:

@@ -1,0 +1,142 @@
+"""The kernel of a loop over chunks: the numbers and derivatives of ``lax.scan``, whatever runs inside it."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drawn import drawn
+from jax import lax
+from test_recurrence import ALL, draw, outputs
+from test_self_modifying import config_of, draw_head
+
+from hope_jax.errors import UserError
+from hope_jax.memory.catalogue import RULES
+from hope_jax.memory.kernels import pallas
+from hope_jax.memory.self_modifying import scan
+from hope_jax.nn.mixers.memory import MemoryMixerConfig
+from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
+
+NEAR = dict(rtol=1e-9, atol=1e-9)
+
+
+def value_and_gradients(function, *given):
+    """Everything that comes out, and the gradients of a sum of sines of it."""
+
+    def total(*given):
+        out = [x for x in jax.tree.leaves(function(*given)) if x is not None]
+        return sum(jnp.sum(jnp.sin(x)) for x in out), out
+
+    (_, out), gradients = jax.value_and_grad(total, range(len(given)), has_aux=True)(*given)
+    return out, gradients
+
+
+def toy(loop, held, state, chunks):
+    """A loop whose step holds a number, a vector and a matrix."""
+    scale, offset, mixing = held
+
+    def step(state, chunk):
+        x, gate = chunk
+        state = jnp.tanh(scale * state @ mixing + offset[None] + x.T @ (gate[:, None] * x))
+        return state, (x @ state, gate * jnp.sum(state))
+
+    return loop(step, state, chunks)
+
+
+def toy_inputs(chunks, *copies):
+    rng = np.random.default_rng(0)
+    held = rng.normal(), rng.normal(size=3), 0.5 * rng.normal(size=(3, 3))
+    tokens = rng.normal(size=(*copies, chunks, 4, 3)), rng.normal(size=(*copies, chunks, 4))
+    return jax.tree.map(jnp.asarray, (held, rng.normal(size=(*copies, 3, 3)), tokens))
+
+
+@pytest.mark.parametrize("chunks", [1, 11, 12])  # states are saved every chunk; every chunk; every six of them
+def test_a_loop_with_shared_arrays_over_heads_of_sequences(x64, chunks):
+    held, state, tokens = toy_inputs(chunks, 2, 3)
+    shared = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x]), held)  # of the heads
+
+    def run(loop):
+        heads = jax.vmap(functools.partial(toy, loop))
+        return value_and_gradients(jax.vmap(heads, in_axes=(None, 0, 0)), shared, state, tokens)
+
+    chex.assert_trees_all_close(jax.jit(run, static_argnums=0)(pallas.scan), run(lax.scan), **NEAR)
+
+
+def test_a_gradient_through_an_inner_gradient_step(x64):
+    def after_a_step(loop, held, state, tokens):
+        def loss(state):
+            return jnp.sum(jnp.sin(toy(loop, held, state, tokens)[1][0]))
+
+        return loss(state - 0.1 * jax.grad(loss)(state))
+
+    def run(loop):
+        return jax.grad(functools.partial(after_a_step, loop), (0, 1, 2))(*toy_inputs(3))
+
+    chex.assert_trees_all_close(jax.jit(run, static_argnums=0)(pallas.scan), run(lax.scan), **NEAR)
+
+
+def test_arrays_without_a_place_are_refused():
+    (_, _, mixing), _, (x, gate) = toy_inputs(2)
+    with pytest.raises(UserError, match=r"state of shape \(3,\); expected two axes"):
+        pallas.scan(lambda state, chunk: (state, chunk), mixing[0], x)
+    with pytest.raises(UserError, match=r"tokens of shape \(1, 4, 3\); expected numbers"):
+        pallas.scan(lambda state, chunk: (state, None), mixing, x[:, None])
+    with pytest.raises(UserError, match="needs one period, but c_memory=16 and c_projections=4"):
+        SelfModifyingConfig(1, c_projections=4, impl="pallas")
+    with pytest.raises(UserError, match=r"tokens of shape \(\); expected numbers"):
+        pallas.scan(lambda state, chunk: (state, chunk.sum()), mixing, gate)
+
+
+@pytest.mark.parametrize(("features", "read"), [(ALL, "before"), (frozenset(), "after")], ids=["all", "none"])
+def test_the_recurrence_is_its_definition(x64, features, read):
+    inputs = jax.tree.map(jnp.asarray, draw(features, 46))  # 12 blocks, the last is short
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(impl):
+        return value_and_gradients(lambda x: outputs(x, impl=impl, read=read, block=4), inputs)
+
+    chex.assert_trees_all_close(run("pallas"), run("sequential"), **NEAR)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        dict(c_memory=4, hidden=1),
+        pytest.param(
+            dict(c_memory=4, momentum="none", retain_to="init", inner_projection=()), marks=pytest.mark.slow, id="init"
+        ),
+    ],
+)
+def test_a_self_modifying_head_is_that_of_the_loop(x64, row):
+    config = config_of(row)
+    _, (initial, tuning, streams) = draw_head(config)
+    streams = jax.tree.map(lambda x: x[:16], streams)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(impl):
+        def head(initial, tuning, streams):
+            fast = config.spec().start(initial)
+            return scan(config.spec(), initial, tuning, fast, streams, np.zeros((), int), impl)
+
+        return value_and_gradients(head, initial, tuning, streams)
+
+    chex.assert_trees_all_close(run("pallas"), run("chunked"), **NEAR)
+
+
+def test_a_mixer_with_an_mlp_memory_is_that_of_the_loop():
+    """In float32, as on an accelerator."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(impl):
+        mixer = MemoryMixerConfig(heads=2, rule=RULES["titans"], impl=impl).build(8, jnp.float32)
+        u = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 8)), jnp.float32)
+
+        def read(mixer, u):
+            return mixer(u, mixer.init_state(*u.shape[:2]))[0]
+
+        params = drawn(functools.partial(mixer.init, method=read), u)
+        return value_and_gradients(lambda params, u: mixer.apply({"params": params}, u, method=read), params, u)
+
+    chex.assert_trees_all_close(run("pallas"), run("chunked"), rtol=1e-5, atol=1e-5)

@@ -139,4 +139,7 @@ def test_a_mixer_with_an_mlp_memory_is_that_of_the_loop():
         params = drawn(functools.partial(mixer.init, method=read), u)
         return value_and_gradients(lambda params, u: mixer.apply({"params": params}, u, method=read), params, u)
 
-    chex.assert_trees_all_close(run("pallas"), run("chunked"), rtol=1e-5, atol=1e-5)
+    def relative(found):
+        return jax.tree.map(lambda x: x / jnp.max(jnp.abs(x)), found)
+
+    chex.assert_trees_all_close(relative(run("pallas")), relative(run("chunked")), rtol=0, atol=1e-5)

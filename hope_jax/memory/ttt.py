@@ -109,8 +109,10 @@ def scan(
     def run_chunk(inner: Inner, inputs: Inputs, active: Active, due: tuple[Due, ...]):
         return _write(rule, impl, inner, inputs, active, due[0] is True)
 
-    how = dict(position=position, periods=(rule.period,), count=count, kernel=kernel_loop(impl))
-    inner, outputs = scan_levels(run_chunk, inner, inputs, **how)
+    periods, kernel = (rule.period,), kernel_loop(impl)
+    inner, outputs = scan_levels(
+        run_chunk, inner, inputs, position=position, periods=periods, count=count, kernel=kernel
+    )
     return inner, queries + jax.vmap(functools.partial(layer_norm, norm))(outputs)
 
 

@@ -125,13 +125,11 @@ def test_a_self_modifying_head_is_that_of_the_loop(x64, row):
     chex.assert_trees_all_close(run("pallas"), run("chunked"), **NEAR)
 
 
-def test_a_mixer_with_an_mlp_memory_is_that_of_the_loop():
-    """In float32, as on an accelerator."""
-
+def test_a_mixer_with_an_mlp_memory_is_that_of_the_loop(x64):
     @functools.partial(jax.jit, static_argnums=0)
     def run(impl):
-        mixer = MemoryMixerConfig(heads=2, rule=RULES["titans"], impl=impl).build(8, jnp.float32)
-        u = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 8)), jnp.float32)
+        mixer = MemoryMixerConfig(heads=2, rule=RULES["titans"], impl=impl).build(8, jnp.float64)
+        u = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 8)))
 
         def read(mixer, u):
             return mixer(u, mixer.init_state(*u.shape[:2]))[0]
@@ -139,7 +137,4 @@ def test_a_mixer_with_an_mlp_memory_is_that_of_the_loop():
         params = drawn(functools.partial(mixer.init, method=read), u)
         return value_and_gradients(lambda params, u: mixer.apply({"params": params}, u, method=read), params, u)
 
-    def relative(found):
-        return jax.tree.map(lambda x: x / jnp.max(jnp.abs(x)), found)
-
-    chex.assert_trees_all_close(relative(run("pallas")), relative(run("chunked")), rtol=0, atol=1e-5)
+    chex.assert_trees_all_close(run("pallas"), run("chunked"), **NEAR)

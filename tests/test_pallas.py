@@ -1,6 +1,11 @@
 """The kernel of a loop over chunks: the numbers and derivatives of ``lax.scan``, whatever runs inside it."""
 
 import functools
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -138,3 +143,14 @@ def test_a_mixer_with_an_mlp_memory_is_that_of_the_loop(x64):
         return value_and_gradients(lambda params, u: mixer.apply({"params": params}, u, method=read), params, u)
 
     chex.assert_trees_all_close(run("pallas"), run("chunked"), **NEAR)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
+def test_a_layer_compiles_for_a_tpu_to_a_kernel_forward_and_a_kernel_backward():
+    script = Path(__file__).with_name("compile_kernels.py")
+    small = ["--batch", "1", "--length", "256", "--width", "128", "--heads", "2"]
+    said = subprocess.run([sys.executable, script, *small], check=True, capture_output=True, text=True).stdout
+    found = [json.loads(line) for line in said.splitlines()]
+    assert len(found) == 3
+    assert all((row["kernels"], row["loops"]) == (2, 0) for row in found), found

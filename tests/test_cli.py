@@ -256,7 +256,7 @@ def test_another_text_is_another_run_but_another_path_to_it_is_not(command, fini
         (["--stepz", "3"], "There is no flag --stepz; did you mean '--steps'"),
         (["--optimizer.learning_rte=3"], "did you mean '--optimizer.learning-rate'"),
         (["--no-compile-cach"], "did you mean '--no-compile-cache'"),
-        (["--steps", "many"], "'many'; expected --steps INT; see python -m hope_jax pretrain --help."),
+        (["--steps", "many"], "'many' is no whole number; expected --steps INT; see python -m hope_jax pretrain"),
         (["--steps"], "Missing value for argument '--steps'"),
         (["--dtype", "float8"], "'float8' for argument '--dtype'; expected one of ("),
         (["--steps", "3", "4"], "Unrecognized options: 4"),

@@ -253,6 +253,13 @@ def test_a_mistake_in_the_middle_keeps_what_was_read(reading, monkeypatch, capfd
     assert "after 48 tokens of this reading" in capfd.readouterr().out
 
 
+def test_ask_writes_nothing_before_its_settings_are_known_to_be_right(trained, capfd):
+    for name, wrong in (("--temperature", "-1"), ("--top-k", "100000"), ("--top-p", "2")):
+        assert main(["ask", "hi", "--checkpoint", str(trained), name, wrong]) == 2
+        out, error = capfd.readouterr()
+        assert not out and len(error.splitlines()) == 1 and f"{name[2:].replace('-', '_')} is {wrong}" in error
+
+
 def test_mistakes_are_one_plain_sentence(learned, document, tmp_path, capfd):
     run, _ = learned
     (tmp_path / "empty.txt").write_text("")
@@ -266,12 +273,16 @@ def test_mistakes_are_one_plain_sentence(learned, document, tmp_path, capfd):
     assert "do not nest" in mistake(capfd, *reading, document, "--periods", 8, 12, 24)
     assert "period is 0" in mistake(capfd, *reading, document, "--periods", 0, 16, 32)
     assert "--rate must be 0 or more, got -1.0" in mistake(capfd, *reading, document, "--rate", -1)
+    assert "'fast' is no number; expected --temperature FLOAT" in mistake(
+        capfd, "ask", "--temperature", "fast", *reading[1:3], "x"
+    )
     watching = ["watch", *reading[1:], document, "--figure"]
     assert "choose another --figure" in mistake(capfd, *watching, tmp_path / "empty.txt" / "figure.png")
     assert "give the name of a .png file" in mistake(capfd, *watching, tmp_path / "figure.svg")
     assert "--passes must be at least 1" in mistake(capfd, *reading, document, "--passes", 0)
     for place in (tmp_path, tmp_path / "empty.txt" / "there"):
         assert "choose another place" in mistake(capfd, *reading, document, "--fresh", "--context", place)
+    assert "An argument is missing: Text to go on from; see" in mistake(capfd, "ask", "--checkpoint", run)
     assert "The prompt is empty" in mistake(capfd, "ask", "--checkpoint", run, "")
     assert "add --clear" in mistake(capfd, "ask", "--checkpoint", run, "--tokens", 64, "x")
     other = mistake(capfd, "ask", "--checkpoint", run, "--periods", 8, 16, 32, "x")

@@ -83,9 +83,12 @@ def test_stage_two_goes_on_with_the_parameters_of_a_run_that_may_be_moved_then(t
         (["--stage-two", "one"], "belong together"),
         (["--stage-two", "one", "--local-period", "2", "--model", "titans-tiny"], "leave out --model"),
         (["--stage-two", "new", "--local-period", "2"], "another --run than"),
+        # Before a text is prepared, which takes its time.
+        (["--stage-two", "gone", "--local-period", "2", "--data.path", "nowhere.txt"], "no trained model in gone"),
     ],
 )
-def test_flags_of_stage_two_that_do_not_fit_are_refused(flags, words, capfd):
+def test_flags_of_stage_two_that_do_not_fit_are_refused(flags, words, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(["pretrain", "--run", "new", *flags]) == 2
     assert words in " ".join(capfd.readouterr().err.split())
 

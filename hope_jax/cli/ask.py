@@ -25,6 +25,7 @@ from hope_jax.cli.runs import Source, Trained, readings
 from hope_jax.data import Continuation
 from hope_jax.errors import UserError, check_seed
 from hope_jax.nn.mixers.attention import room_left
+from hope_jax.sampling import choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(AskConfig, arguments, "python -m hope_jax ask")
     trained = config.trained()
+    choice(trained.model.config.vocab_size, config.temperature, config.top_k, config.top_p)  # or refused
     prompt = jnp.asarray(trained.tokenizer.encode(config.prompt))[None]
     with config.alone(trained) if config.learn else contextlib.nullcontext() as place:
         state = answer(trained, config, prompt, begin(trained, config, prompt))

@@ -20,6 +20,14 @@ from hope_jax.errors import UserError, closest
 
 Config = TypeVar("Config")
 
+PLAIN = {
+    r"invalid literal for int\(\) with base 10: (.*)": r"\1 is no whole number",
+    r"could not convert string to float: (.*)": r"\1 is no number",
+    r"no type matching (\S+) could be instantiated from \['(.*)'\]": r"'\2' is none of \1",
+    r"^Missing from[^:]*: [A-Z]+ (.*?)\.? \(required\)$": r"An argument is missing: \1",
+}
+"""What Python and tyro say, and how it is said plainly."""
+
 
 def parse(config: type[Config], arguments: Sequence[str], prog: str) -> Config:
     """The command line of the program ``prog`` as a ``config``; ``--help`` ends the program here.
@@ -142,5 +150,7 @@ def _sentence(box: str) -> str:
         parts = parts[1:]
     reason, *usage = parts or [["The flags cannot be read"]]
     sentence = re.sub(r"\. (\w)", lambda match: f"; {match[1].lower()}", " ".join(reason).rstrip("."))
+    for said, plain in PLAIN.items():
+        sentence = re.sub(said, plain, sentence)
     spelled = [part[1] for part in usage if part[0] == "Argument helptext:"]
     return "; expected ".join([sentence, *spelled])

@@ -158,12 +158,12 @@ def _prepare(flags: PretrainConfig) -> Job:
     if flags.compile_cache:
         training.keep_programs(flags.run.absolute().parent / ".cache")
     tokenizer = make_tokenizer(flags.data)
-    cache = flags.run.absolute().parent / ".cache" / "data"
-    text = open_text(flags.data, tokenizer, length=flags.length, cache_dir=cache, progress=True)
     if flags.stage_two is None or flags.local_period is None:
         stage = Stage(flags.cms.apply(model_named(flags.model)))
     else:
         stage = begin(flags.run, flags.stage_two, flags.local_period, tokenizer)
+    cache = flags.run.absolute().parent / ".cache" / "data"
+    text = open_text(flags.data, tokenizer, length=flags.length, cache_dir=cache, progress=True)
     dtype = jnp.dtype(flags.dtype or stage.model.dtype)
     # The text counts by its content, not by the path that it is found under.
     config = training.TextRun(

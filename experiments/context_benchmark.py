@@ -21,7 +21,7 @@ import jax
 from hope_jax import LanguageModel, ModelConfig, context, model_named
 from hope_jax import train as training
 from hope_jax.cli.benchmark import Trainer
-from hope_jax.cli.checks import at_least, must_divide
+from hope_jax.cli.checks import at_least, given, must_divide
 from hope_jax.cli.measuring import best_seconds, report
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, open_results
@@ -44,6 +44,7 @@ class ContextBenchmarkConfig:
 
     def __post_init__(self):
         at_least(self, 1, "length", "batch", "devices", "streams", "repeats")
+        given(self, "periods")
         must_divide("devices", self.devices, "batch", self.batch)
         for period in self.periods:
             must_divide("periods", period, "length", self.length)

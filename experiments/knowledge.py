@@ -79,6 +79,7 @@ class KnowledgeConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "width", "layers", "steps", "batch", "text", "length", "readers", "passes")
         given(self, "seeds", "levels", "facts", "periods")
+        at_least(self, 1, "periods")
         check_seeds(self)
         if self.data.tokenizer is not None:
             raise UserError("--data.tokenizer cannot be given here: the facts are bytes, and so is the text.")

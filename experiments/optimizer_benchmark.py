@@ -22,7 +22,7 @@ import optax
 
 from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least, known
+from hope_jax.cli.checks import at_least, given, known
 from hope_jax.cli.measuring import best_seconds, report
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, open_results
@@ -44,6 +44,7 @@ class OptimizerBenchmarkConfig:
     results: Path = Path("experiments/results")  # Folder of optimizer_benchmark.jsonl.
 
     def __post_init__(self):
+        given(self, "optimizers")
         for name in (*self.optimizers, self.against):
             known("optimizer", name, OPTIMIZERS)
         at_least(self, 1, "repeats")

@@ -44,6 +44,7 @@ def test_speeds_are_tokens_of_a_call_by_its_seconds(tmp_path, monkeypatch):
     ("flags", "said"),
     [
         (["--periods", "100"], "--periods must divide --length, got 100 for 1024"),
+        (["--periods"], "Give at least one of each: --periods"),
         (["--streams", "0"], "--streams must be at least 1"),
         (["--model", "transformer_pp-tiny"], "need periods and a model with levels"),
         (["--repeats", "0"], "--repeats must be at least 1"),

@@ -208,6 +208,7 @@ def test_a_run_appends_its_lines_and_the_table_and_figure_are_made_of_them(tmp_p
         ),
         (["--facts", "900"], "--facts 900: expected 1 to 800"),
         (["--periods"], "Give at least one of each"),
+        (["--periods", "0", "--levels", "0"], "--periods must be at least 1, got 0"),
         (["--data.tokenizer", "t.json"], "--data.tokenizer cannot be given here: the facts are bytes"),
     ],
 )

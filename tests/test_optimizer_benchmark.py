@@ -50,6 +50,7 @@ def test_the_two_states_of_m3_are_at_the_start_of_a_block_and_inside_it():
     [
         (["--optimizers", "m4"], "No optimizer is called 'm4'; did you mean 'm3'"),
         (["--model", "hope-31m"], "hope-30m"),
+        (["--optimizers"], "Give at least one of each: --optimizers"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
     ],
     ids=str,

@@ -26,7 +26,7 @@ from hope_jax.context.schedule import schedule_of
 from hope_jax.errors import NotFinite, UserError, whole
 from hope_jax.nn.feed_forward.fast import ContextState
 from hope_jax.nn.language_model import check_tokens
-from hope_jax.nn.mixers.attention import room_left, slots_of
+from hope_jax.nn.room import room_left, slots_of
 from hope_jax.sampling import Choice, check_key, choice, choose
 from hope_jax.storage.digests import first_difference, kinds
 from hope_jax.storage.programs import run_stored
@@ -68,7 +68,7 @@ def sample(
 
     Raises:
       UserError: a prompt no model can read, a setting out of range or of another type, a state of another batch size,
-        more tokens than the attention caches have room for, a model whose logits are not finite, or ``learn`` and a
+        more tokens than the caches have room for, a model whose logits are not finite, or ``learn`` and a
         model without levels.
     """
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key, "learn": learn}
@@ -111,7 +111,7 @@ def stream(
     if room is not None and needed > room:
         asked = f"A prompt of {prompt.shape[1]} tokens and {steps} steps need room for {needed} tokens"
         mend = "make the state with a larger capacity, or ask for less"
-        raise UserError(f"{asked}, and the attention cache has room for {room} more; {mend}.")
+        raise UserError(f"{asked}, and the cache has room for {room} more; {mend}.")
     pieces = _learning_pieces if learn else _pieces
     return pieces(model, params, state, prompt.astype(np.int32), steps, how, key)
 

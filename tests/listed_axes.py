@@ -49,6 +49,7 @@ LISTED = {
     f"{MIXER}/persistent": ("layers persistent embed", ""),
     **{f"{MIXER}/{name}/scale": ("layers embed", "") for name in ("out/norm_attention", "out/norm_memory")},
     f"{MIXER}/norm_recalled/scale": ("layers embed", ""),
+    f"{MIXER}/relevance/kernel": ("layers embed embed", "matrix decays"),
     # TTT: the convolution before it, and the layer
     f"{MIXER}/conv/kernel": ("layers taps embed", ""),
     f"{MIXER}/conv/bias": ("layers embed", ""),

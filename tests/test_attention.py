@@ -9,7 +9,8 @@ import pytest
 from drawn import drawn
 
 from hope_jax.errors import UserError
-from hope_jax.nn.mixers.attention import AttentionConfig, room_left
+from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.nn.room import room_left
 
 B, T, D, HEADS = 2, 11, 12, 3
 ROWS = {

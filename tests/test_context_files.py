@@ -143,7 +143,7 @@ def test_mistakes_are_plain_and_leave_the_state_as_it_was():
         context.learn(model, params, state, tokens[:, :0])
     with pytest.raises(UserError, match="ids run from 0 to 11"):
         context.learn(model, params, state, tokens.at[0, 0].set(VOCAB).at[0, 1].set(0))
-    with pytest.raises(UserError, match="90 tokens do not fit: the attention cache has room for 53 more"):
+    with pytest.raises(UserError, match="90 tokens do not fit: the cache has room for 53 more"):
         context.learn(model, params, state, jnp.tile(tokens[:, :30], 3))
     with pytest.raises(UserError, match="not finite, so nothing was learned"):
         context.learn(model, params | {"embedding": params["embedding"] * jnp.nan}, state, tokens[:, :8])

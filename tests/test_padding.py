@@ -13,12 +13,14 @@ from hope_jax.memory import RULES
 from hope_jax.nn.language_model import LanguageModel
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
+from hope_jax.nn.mixers.memory_caching import MemoryCachingConfig
 
 MIXERS = {
     "attention": AttentionConfig(2),
     "window": AttentionConfig(2, window=3, conv=3),
     "linear memory": MemoryMixerConfig(RULES["gated_deltanet"], 2, horizon=16),
     "memory with anchors": MemoryMixerConfig(RULES["titans"], 2, horizon=16, rate_max=0.5, unit_values=True),
+    "memory with cached segments": MemoryCachingConfig(MemoryMixerConfig(RULES["deltanet"], 2), segment=4),
     "hope": HOPE,
 }
 

@@ -231,7 +231,7 @@ def test_mistakes_are_those_of_learning_and_leave_the_state_as_it_was(untyped, x
         (params, state, tokens[:1], "of another model, batch size or dtype"),
         (params, state, tokens[:, :0], "expected \\[batch, time\\] with at least one token"),
         (params, state, tokens.at[0, 0].set(VOCAB), "the vocabulary has ids 0 to 10"),
-        (params, state, jnp.tile(tokens[:, :30], 3), "90 tokens do not fit: the attention cache has room for 57 more"),
+        (params, state, jnp.tile(tokens[:, :30], 3), "90 tokens do not fit: the cache has room for 57 more"),
         (params | {"embedding": params["embedding"] * jnp.nan}, state, tokens, "not finite, so nothing was learned"),
         (params, {}, tokens, "the state is a dict"),
     ]

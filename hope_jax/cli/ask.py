@@ -24,7 +24,7 @@ from hope_jax.cli.parse import parse
 from hope_jax.cli.runs import Source, Trained, readings
 from hope_jax.data import Continuation
 from hope_jax.errors import UserError, check_seed
-from hope_jax.nn.mixers.attention import room_left
+from hope_jax.nn.room import room_left
 from hope_jax.sampling import choice
 
 

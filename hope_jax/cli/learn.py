@@ -31,7 +31,7 @@ from hope_jax.context.piece import piece_size
 from hope_jax.context.stream import read_without_learning
 from hope_jax.data.text.files import from_files
 from hope_jax.errors import UserError
-from hope_jax.nn.mixers.attention import slots_of
+from hope_jax.nn.room import slots_of
 from hope_jax.storage.digests import digest_arrays
 from hope_jax.types import Array, Int
 

@@ -12,7 +12,7 @@ from hope_jax.context.schedule import schedule_of
 from hope_jax.context.stream import State, batch_of, check_kinds, entered, start
 from hope_jax.errors import UserError
 from hope_jax.nn.feed_forward.fast import ContextState
-from hope_jax.nn.mixers.attention import slots_of, without_empty_slots
+from hope_jax.nn.room import slots_of, without_empty_slots
 from hope_jax.storage.digests import digest_arrays, first_difference, kind, leaves
 from hope_jax.storage.tensor_file import Foreign, NotWhole, read_about, read_tensors, write_tensors
 

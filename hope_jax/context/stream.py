@@ -22,7 +22,7 @@ from hope_jax.context.writes import Nats, fresh_levels
 from hope_jax.errors import UserError
 from hope_jax.nn.feed_forward.fast import BlockState, ContextState, as_matrix
 from hope_jax.nn.language_model import check_tokens
-from hope_jax.nn.mixers.attention import room_left, slots_of
+from hope_jax.nn.room import room_left, slots_of
 from hope_jax.storage.digests import first_difference, kinds
 from hope_jax.storage.programs import run_stored
 from hope_jax.types import Array, Float, Scalar, Tokens
@@ -36,7 +36,7 @@ def start(model: Any, params: Any, batch: int, capacity: int | None = None) -> C
 
     Args:
       model, params: a model whose feed-forward part has levels.
-      batch, capacity: as in ``model.init_state``; a model with full attention can read ``capacity`` tokens in all.
+      batch, capacity: as in ``model.init_state``; a model whose caches grow can read ``capacity`` tokens in all.
 
     Raises:
       UserError: the model has no levels, their periods are not multiples of one another, or ``batch`` is below 1.
@@ -222,10 +222,10 @@ def check_kinds(state: Any, expected: Any) -> None:
 
 
 def check_room(state: ContextState, count: int) -> None:
-    """Raise UserError where an attention cache is too small for so many tokens."""
+    """Raise UserError where a cache is too small for so many tokens."""
     room = room_left(state.mixer)
     if room is not None and count > room:
         raise UserError(
-            f"{count} tokens do not fit: the attention cache has room for {room} more; make the state with "
-            "a larger capacity (context.start), or use a model without full attention"
+            f"{count} tokens do not fit: the cache has room for {room} more; make the state with "
+            "a larger capacity (context.start), or use a model whose state does not grow"
         )

@@ -15,6 +15,7 @@ ttt_linear, ttt_mlp  a convolution, then the TTT layer + SwiGLU
 rwkv7                time mix, then channel mix; LayerNorm, a head of its own
 titans_mac, _mag     Titans: memory as context, memory as gate + SwiGLU; _mal, as layer: then attention + SwiGLU
 titans_tnt           titans with shards and a global memory (TNT)
+memory_caching       titans that also reads what its memory was at the end of every segment
 samba                Mamba-2 + SwiGLU, then attention over a window + SwiGLU; the published one has Mamba-1 layers
 gdn_h1               gated_deltanet + SwiGLU, then attention over a window + SwiGLU
 ===================  ==============================================================================================
@@ -22,11 +23,11 @@ gdn_h1               gated_deltanet + SwiGLU, then attention over a window + Swi
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 from hope_jax.memory import RULES, Rule
 from hope_jax.memory.objectives import Huber
+from hope_jax.models import titans
+from hope_jax.models.parts import GENTLE, Row, memory_weights, model, pattern, span, window
 from hope_jax.models.sizes import Size
 from hope_jax.nn.config import ModelConfig, PartConfig
 from hope_jax.nn.mixers.attention import AttentionConfig
@@ -41,27 +42,8 @@ from hope_jax.nn.mixers.retnet import RetNetConfig
 from hope_jax.nn.mixers.rwkv7 import RWKV7Config
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 from hope_jax.nn.mixers.srwm import SRWMConfig
-from hope_jax.nn.mixers.titans_mac import TitansMACConfig
-from hope_jax.nn.mixers.titans_mag import TitansMAGConfig
 from hope_jax.nn.mixers.tnt import TNTConfig
 from hope_jax.nn.mixers.ttt import Memory, TTTConfig
-
-Row = Callable[[Size], ModelConfig]
-
-PERSISTENT = 16  # learned vectors in front of the sequences of Titans' hybrids; the paper has no number
-# Plain gradient descent over a period of 16 equal keys diverges above a rate of 2/16 (SPEC 2.6).
-GENTLE = 0.1
-TITANS: dict[str, Any] = dict(rate_max=GENTLE, horizon=8192, unit_values=True)
-
-
-def _model(size: Size, mixer: PartConfig, feed_forward: PartConfig | None, layers: int = 1) -> ModelConfig:
-    """``layers``: blocks for each layer of the size."""
-    return ModelConfig(mixer, feed_forward, size.width, layers * size.layers, size.vocab_size, size.context)
-
-
-def _pattern(size: Size, *blocks: tuple[PartConfig, PartConfig | None], layers: int = 2) -> ModelConfig:
-    mixers, parts = zip(*blocks, strict=True)
-    return ModelConfig(mixers, parts, size.width, layers * size.layers, size.vocab_size, size.context)
 
 
 def _hope_mixer(size: Size) -> tuple[SelfModifyingConfig, float]:
@@ -73,36 +55,29 @@ def _hope_mixer(size: Size) -> tuple[SelfModifyingConfig, float]:
 
 def _hope(size: Size) -> ModelConfig:
     mixer, weights = _hope_mixer(size)
-    return _model(size, mixer, size.cms(weights))
+    return model(size, mixer, size.cms(weights))
 
 
 def _hope_attention(size: Size) -> ModelConfig:
-    return _model(size, AttentionConfig(size.heads), size.cms(4))
+    return model(size, AttentionConfig(size.heads), size.cms(4))
 
 
 def _hope_tnt(size: Size) -> ModelConfig:
     mixer, weights = _hope_mixer(size)
     # TNT reads after the write, so that a token that asks for its own key finds it.
-    local = dataclasses.replace(mixer, shard=_span(size, 512, 8), project_queries=True, read="after")
+    local = dataclasses.replace(mixer, shard=span(size, 512, 8), project_queries=True, read="after")
     # The global memory has a start and maps of its own, for keys and values.
-    return _model(size, TNTConfig(local, _span(size, 2048, 4)), size.cms(weights + 2 + 2 / size.heads))
+    return model(size, TNTConfig(local, span(size, 2048, 4)), size.cms(weights + 2 + 2 / size.heads))
 
 
 def _transformer(conv: int) -> Row:
-    return lambda size: _model(size, AttentionConfig(size.heads, conv=conv), size.swiglu(4))
-
-
-def _memory_weights(mixer: MemoryMixerConfig) -> float:
-    """Queries, keys, values, the output gate, and W_o, which has two inputs where the memory returns its query too."""
-    one = mixer.rule
-    starts = one.architecture.layers * mixer.hidden if one.architecture.layers > 1 else 1
-    return 5 + one.architecture.keeps_query + one.learned_start * starts / mixer.heads
+    return lambda size: model(size, AttentionConfig(size.heads, conv=conv), size.swiglu(4))
 
 
 def _memory(rule: Rule, **gates) -> Row:
     def build(size: Size) -> ModelConfig:
         mixer = MemoryMixerConfig(rule, size.heads, **gates)
-        return _model(size, mixer, size.swiglu(_memory_weights(mixer)))
+        return model(size, mixer, size.swiglu(memory_weights(mixer)))
 
     return build
 
@@ -116,51 +91,15 @@ def _yaad(size: Size) -> ModelConfig:
 def _omega(size: Size) -> ModelConfig:
     rule = dataclasses.replace(RULES["titans_linear"], momentum=False)
     mixer = OmegaMixerConfig(rule, size.heads, rate_max=GENTLE / 2, horizon=8192)  # it writes each pair twice
-    return _model(size, mixer, size.swiglu(_memory_weights(mixer)))
-
-
-def _titans(size: Size) -> MemoryMixerConfig:
-    return MemoryMixerConfig(RULES["titans"], size.heads, **TITANS)
-
-
-def _span(size: Size, most: int, share: int) -> int:
-    """Tokens of a window, segment or shard: a share of the context, so that training sees several; whole periods."""
-    return max(16, min(most, size.context // share) // 16 * 16)
-
-
-def _window(size: Size, persistent: int = 0) -> AttentionConfig:
-    return AttentionConfig(size.heads, window=_span(size, 2048, 2), persistent=persistent)
-
-
-def _titans_mac(size: Size) -> ModelConfig:
-    mixer = TitansMACConfig(AttentionConfig(size.heads), _titans(size), PERSISTENT, _span(size, 512, 8))
-    # Six maps to queries, keys and values, one output map, and the start of the memory.
-    return _model(size, mixer, size.swiglu(7 + 2 / size.heads))
-
-
-def _titans_mag(size: Size) -> ModelConfig:
-    mixer = TitansMAGConfig(_window(size), _titans(size), PERSISTENT)
-    return _model(size, mixer, size.swiglu(7 + 2 / size.heads))
-
-
-def _titans_mal(size: Size) -> ModelConfig:
-    memory = dataclasses.replace(_titans(size), persistent=PERSISTENT)
-    weights = _memory_weights(memory) + 4
-    return _pattern(size, (memory, None), (_window(size, PERSISTENT), size.swiglu(weights)))
-
-
-def _titans_tnt(size: Size) -> ModelConfig:
-    rule = dataclasses.replace(RULES["titans"], shard=_span(size, 512, 8), project_queries=True)
-    local = dataclasses.replace(_titans(size), rule=rule)
-    return _model(size, TNTConfig(local, _span(size, 2048, 4)), size.swiglu(_memory_weights(local) + 2 / size.heads))
+    return model(size, mixer, size.swiglu(memory_weights(mixer)))
 
 
 def _gated_deltanet(form: Form) -> Row:
-    return lambda size: _model(size, GatedDeltaNetConfig.published(size.width, form), size.swiglu(6))
+    return lambda size: model(size, GatedDeltaNetConfig.published(size.width, form), size.swiglu(6))
 
 
 def _retnet(size: Size) -> ModelConfig:
-    return _model(size, RetNetConfig.published(size.width), size.swiglu(8))
+    return model(size, RetNetConfig.published(size.width), size.swiglu(8))
 
 
 def _mamba2_mixer(size: Size, depth: int) -> tuple[Mamba2Config, float]:
@@ -171,13 +110,13 @@ def _mamba2_mixer(size: Size, depth: int) -> tuple[Mamba2Config, float]:
 
 
 def _mamba2(size: Size) -> ModelConfig:
-    return _model(size, _mamba2_mixer(size, 2 * size.layers)[0], None, layers=2)
+    return model(size, _mamba2_mixer(size, 2 * size.layers)[0], None, layers=2)
 
 
 def _hybrid(size: Size, mixer: PartConfig, weights: float) -> ModelConfig:
     """That mixer and attention over a window in turn, each with a feed-forward part."""
     feed_forward = size.swiglu((weights + 4) / 2)
-    return _pattern(size, (mixer, feed_forward), (_window(size), feed_forward), layers=1)
+    return pattern(size, (mixer, feed_forward), (window(size), feed_forward), layers=1)
 
 
 def _samba(size: Size) -> ModelConfig:
@@ -193,7 +132,7 @@ def _ttt(memory: Memory, rate_max: float, starts: int) -> Row:
 
     def build(size: Size) -> ModelConfig:
         mixer = TTTConfig(size.heads, memory, rate_max)
-        return _pattern(size, (ConvolutionConfig(), None), (mixer, size.swiglu(4 + starts / size.heads)))
+        return pattern(size, (ConvolutionConfig(), None), (mixer, size.swiglu(4 + starts / size.heads)))
 
     return build
 
@@ -202,16 +141,16 @@ def _rwkv7(size: Size) -> ModelConfig:
     mixer = RWKV7Config(math.gcd(64, size.width))
     ranks, head = sum(mixer.ranks(size.width).values()), size.vocab_size / size.layers
     hidden = size.hidden(4 + (2 * ranks + head) / size.width, matrices=2)
-    model = _pattern(size, (mixer, None), (ChannelMixConfig(hidden), None))
-    return dataclasses.replace(model, tied=False, norm="layer", embedding_norm=True)
+    hybrid = pattern(size, (mixer, None), (ChannelMixConfig(hidden), None))
+    return dataclasses.replace(hybrid, tied=False, norm="layer", embedding_norm=True)
 
 
 def _lstm(size: Size) -> ModelConfig:
-    return _model(size, LSTMConfig(), size.swiglu(8))
+    return model(size, LSTMConfig(), size.swiglu(8))
 
 
 def _srwm(size: Size) -> ModelConfig:
-    return _model(size, SRWMConfig(size.heads), size.swiglu(1 + 3 / size.heads))
+    return model(size, SRWMConfig(size.heads), size.swiglu(1 + 3 / size.heads))
 
 
 ARCHITECTURES: dict[str, Row] = {
@@ -220,12 +159,13 @@ ARCHITECTURES: dict[str, Row] = {
     "hope_tnt": _hope_tnt,
     "transformer_pp": _transformer(conv=0),
     "transformer_conv": _transformer(conv=4),
-    "titans": _memory(RULES["titans"], **TITANS),
-    "titans_linear": _memory(RULES["titans_linear"], **TITANS),
-    "titans_mac": _titans_mac,
-    "titans_mag": _titans_mag,
-    "titans_mal": _titans_mal,
-    "titans_tnt": _titans_tnt,
+    "titans": _memory(RULES["titans"], **titans.TITANS),
+    "titans_linear": _memory(RULES["titans_linear"], **titans.TITANS),
+    "titans_mac": titans.mac,
+    "titans_mag": titans.mag,
+    "titans_mal": titans.mal,
+    "titans_tnt": titans.tnt,
+    "memory_caching": titans.memory_caching,
     "deltanet": _memory(RULES["deltanet"]),
     "deltanet_negative": _memory(RULES["deltanet"], rate_max=2.0),
     "gated_deltanet": _gated_deltanet("gated_deltanet"),

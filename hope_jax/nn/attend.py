@@ -21,6 +21,16 @@ class FullCache(NamedTuple):
     values: Float[Array, "B H slots K"]
     position: Int[Array, ""]
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that there are slots for."""
+        return self.keys.shape[-2]
+
+    def without_empty_slots(self) -> "FullCache":
+        """The cache of the tokens that were read, see ``nn/room.py``."""
+        held = int(jnp.max(self.position))
+        return FullCache(self.keys[..., :held, :], self.values[..., :held, :], self.position)
+
 
 class WindowCache(NamedTuple):
     """Keys and values of the last ``window - 1`` tokens, oldest first; ``position`` tokens have been seen."""

@@ -46,7 +46,7 @@ class ModelConfig:
       width: model features D.
       layers: blocks, a multiple of the length of the pattern.
       vocab_size: token ids; 256 for bytes.
-      context: tokens an attention cache holds unless asked otherwise.
+      context: tokens that caches which grow hold unless asked otherwise.
       dtype: of activations and matrix products; parameters, norms and memories are at least float32.
       tied: logits are scored against the embedding; False gives the head a matrix of its own.
       norm: before every mixer and after the last block: "rms" is ``layers.RMSNorm``, "layer" is ``layers.LayerNorm``.

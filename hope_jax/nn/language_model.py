@@ -178,8 +178,8 @@ class LanguageModel(nn.Module):
     def init_state(self, params: Any, batch: int, capacity: int | None = None) -> BlockState:
         """State of ``batch`` fresh sequences, memories at their meta-learned start.
 
-        ``capacity``: tokens the cache of full attention can hold in all; the model's ``context`` by default. Models
-        without full attention ignore it and read on for ever.
+        ``capacity``: tokens that caches which grow, such as those of full attention, can hold in all; the model's
+        ``context`` by default. Models without such caches ignore it and read on for ever.
         """
         if batch < 1:
             raise UserError(f"batch is {batch}; expected at least one sequence")

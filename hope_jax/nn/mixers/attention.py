@@ -5,15 +5,14 @@ mixer of ``transformer_pp`` and of ``hope_attention`` (SPEC.md 2.8). With ``pers
 vectors, whatever the window (Titans, arXiv 2501.00663, section 3.3).
 
 The cache of full attention has as many slots as the state was made for. A call that would need more returns NaN, as a
-traced program cannot raise: ask ``room_left`` first, as ``generate`` does. A window has no such limit.
+traced program cannot raise: ask ``nn.room.room_left`` first, as ``generate`` does. A window has no such limit.
 Read ``language_model.py`` next.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -33,39 +32,6 @@ class AttentionState(NamedTuple):
 
     cache: Cache
     tails: tuple[Float[Array, "B tail D"], ...]
-
-
-def _is_full(node: Any) -> bool:
-    return isinstance(node, FullCache)
-
-
-def _full_caches(state: Any) -> list[FullCache]:
-    return list(filter(_is_full, jax.tree.leaves(state, is_leaf=_is_full)))
-
-
-def room_left(state: Any) -> int | None:
-    """Tokens that every full cache inside ``state`` (any pytree, layers stacked or not) can still take; None: no limit.
-
-    Reads the positions, so it waits for the device: call it between programs, not inside one.
-    """
-    return min((c.keys.shape[-2] - int(jnp.max(c.position)) for c in _full_caches(state)), default=None)
-
-
-def slots_of(state: Any) -> int | None:
-    """Tokens that the full caches inside ``state`` hold at most; None: there are none."""
-    return min((cache.keys.shape[-2] for cache in _full_caches(state)), default=None)
-
-
-def without_empty_slots(state: Any) -> Any:
-    """``state`` with full caches cut to the tokens they hold: what a file has to keep. Waits for the device."""
-
-    def cut(node: Any) -> Any:
-        if not isinstance(node, FullCache):
-            return node
-        held = int(jnp.max(node.position))
-        return node._replace(keys=node.keys[..., :held, :], values=node.values[..., :held, :])
-
-    return jax.tree.map(cut, state, is_leaf=_is_full)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ stands before the segment, and o_j reads the memory after the whole segment. Her
 reads the memory as token j left it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,8 @@ from hope_jax.nn.axes import Axes, norm_axes
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState
 from hope_jax.nn.mixers.titans_mag import AttentionAndMemory, built, check_parts
-from hope_jax.types import Array, Count, Float, Int, Stream
+from hope_jax.nn.segments import START, Position, by_segment
+from hope_jax.types import Array, Count, Float, Stream
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,7 @@ class TitansMACState(NamedTuple):
     tails: tuple[Array, ...]
     keys: Float[Array, "B H slots K"]
     values: Float[Array, "B H slots K"]
-    position: Int[Array, ""] | np.ndarray
-
-
-_START = np.zeros((), np.int32)
+    position: Position
 
 
 class TitansMAC(AttentionAndMemory):
@@ -114,50 +111,18 @@ class TitansMAC(AttentionAndMemory):
         c = self.config.attention
         shape = (batch, c.key_heads or c.heads, 2 * self.config.segment, self.width // c.heads)
         empty = jnp.zeros(shape, self.dtype)
-        return TitansMACState(fast.running, fast, tails[0], tails, empty, empty, _START)
+        return TitansMACState(fast.running, fast, tails[0], tails, empty, empty, START)
 
     def __call__(self, u: Stream, state: TitansMACState, count: Count = None) -> tuple[Stream, TitansMACState]:
-        time, segment = u.shape[1], self.config.segment
-        at_start = isinstance(state.position, np.ndarray) and state.position == 0  # known before the program runs
-        if time == 1 or (at_start and time <= segment):
-            state, y = self._piece(state, u, count)
-        elif at_start and time % segment == 0 and count is None:
-            state, y = self._loop(TitansMAC._whole, state, u, segment)
-        else:
-            state, y = self._anywhere(state, u, count)
+        state, y = by_segment(self, TitansMAC._piece, state, u, state.position, self.config.segment, count)
         return y, state
 
-    def _loop(self, body: Callable[..., Any], state: TitansMACState, u: Stream, size: int, *each: Array) -> Any:
-        """``body`` of one piece of ``size`` tokens after another."""
-        pieces = jnp.swapaxes(u.reshape(u.shape[0], -1, size, u.shape[2]), 0, 1)
-        fixed: dict[str, Any] = dict(variable_broadcast="params", split_rngs={"params": False})
-        loop = nn.scan(body, **fixed, check_constancy_invariants=self.is_initializing())
-        state, y = loop(self, state, pieces, *each)
-        return state, jnp.swapaxes(y, 0, 1).reshape(u.shape)
-
-    def _anywhere(self, state: TitansMACState, u: Stream, count: Count) -> tuple[TitansMACState, Stream]:
-        """Pieces that end with the segments: the first completes the current one, each of the others starts one."""
-        time, real = u.shape[1], u.shape[1] if count is None else count
-        size = min(time, self.config.segment)
-        others = -(-(time - 1) // size)  # the first piece has a token at least
-        first = jnp.minimum(self.config.segment - state.position, real)
-        counts = jnp.concatenate([first[None], jnp.clip(real - first - size * jnp.arange(others), 0, size)])
-        room = ((0, 0), (0, others * size), (0, 0))
-        rest = jax.lax.dynamic_slice_in_dim(jnp.pad(u, room), first, others * size, axis=1)
-        pieces = jnp.concatenate([u[:, :size], rest], axis=1)
-        state, y = self._loop(TitansMAC._piece, state, pieces, size, counts)
-        y = jax.lax.dynamic_update_slice_in_dim(jnp.pad(y[:, :size], room), y[:, size:], first, axis=1)
-        return state, y[:, :time]
-
-    def _whole(self, state: TitansMACState, u: Stream) -> tuple[TitansMACState, Stream]:
-        """A whole segment."""
-        return self._piece(state._replace(position=_START), u, None)
-
-    def _piece(self, state: TitansMACState, u: Stream, count: Count) -> tuple[TitansMACState, Stream]:
-        """Tokens of one segment, after ``state.position`` others of the same."""
-        position = state.position
+    def _piece(
+        self, state: TitansMACState, u: Stream, position: Position, count: Count
+    ) -> tuple[TitansMACState, Stream]:
+        """Tokens of one segment, after ``position`` others of the same."""
         queries, recall_tail = self.memory.queries(u, state.recall_tail, count)
-        y, keys, values = self._attend(u, self._recalled(state.frozen, queries), state, count)
+        y, keys, values = self._attend(u, self._recalled(state.frozen, queries), state, position, count)
         found, (tails, fast, _) = self.memory.read(y, MemoryMixerState(state.tails, state.fast, position), count)
         position = (position + (u.shape[1] if count is None else count)) % self.config.segment
         state = TitansMACState(state.frozen, fast, recall_tail, tails, keys, values, position)
@@ -183,12 +148,14 @@ class TitansMAC(AttentionAndMemory):
 
         return self.norm_recalled(layers.merge_heads(layers.over_heads(head, (), (frozen, queries), c.impl)))
 
-    def _attend(self, u: Stream, h: Stream, state: TitansMACState, count: Count) -> tuple[Stream, Array, Array]:
+    def _attend(
+        self, u: Stream, h: Stream, state: TitansMACState, position: Position, count: Count
+    ) -> tuple[Stream, Array, Array]:
         """Attention of the tokens, and the segment's keys and values with theirs."""
         both = jnp.concatenate([h, u])
-        q, k, v = self.attention.project((u, both, both), state.position)
+        q, k, v = self.attention.project((u, both, both), position)
         k, v = (_in_turn(x) for x in (k, v))
-        cache = FullCache(state.keys, state.values, jnp.asarray(2 * state.position))
+        cache = FullCache(state.keys, state.values, jnp.asarray(2 * position))
         seen, kept = push(cache, k, v, None if count is None else 2 * count)
         y = attend(q, seen, None, self.attention.prefix(self.persistent), each=2)
         return layers.merge_heads(y), kept.keys, kept.values

@@ -1,0 +1,195 @@
+"""Memory caching, arXiv 2602.24281: a memory whose past is kept as it was at the end of every segment.
+
+    y_t = g_0 M_t(q_t) + sum_i g_i M_i(q_t)        g = softmax of u_t^T W^T m_t, u_t^T W^T m_i over the segments i
+
+M_t is the memory now, M_i what it was at the end of segment i, and m_i the mean of the mixer's inputs u in segment i:
+a token asks each memory (the paper's gated residual memory, Eq. 9-10), and trusts it as far as the text that it is of
+is what the token looks for. As printed, m_t is the mean of the whole present segment, and so sees the future; here it
+is the mean of the tokens up to t. Scores are divided by the root of the width, which W can undo, so that no memory has
+all the weight at the start. The heads share the weights g.
+
+Memories start a segment from the end of the one before, or all anew (``Rule.shard``). The state grows with the text:
+it has a slot for every segment that ends before the last token that it was made for.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from hope_jax.errors import UserError, whole
+from hope_jax.memory.architectures import Weights
+from hope_jax.memory.kernels import products_of
+from hope_jax.nn import layers
+from hope_jax.nn.axes import Axes, dense_axes
+from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState
+from hope_jax.nn.segments import START, Position, by_segment
+from hope_jax.types import Array, Bool, Count, Float, Stream
+
+
+@dataclass(frozen=True)
+class MemoryCachingConfig:
+    """A memory and the ends of its segments.
+
+    Attributes:
+      memory: the mixer of the memory, without persistent vectors and projected queries. ``shard`` of its rule is None
+        (a segment goes on from the end of the one before) or ``segment`` (every segment starts anew).
+      segment: tokens of a segment, a multiple of the anchor period of the memory's rule.
+    """
+
+    memory: MemoryMixerConfig
+    segment: int = 256
+
+    def __post_init__(self) -> None:
+        whole("segment", self.segment, 1, "tokens")
+        rule = self.memory.rule
+        if rule.gradient_at == "anchor" and self.segment % rule.period:
+            raise UserError(f"segment is {self.segment}; give a multiple of the memory's anchor period, {rule.period}")
+        if rule.shard not in (None, self.segment):
+            raise UserError(f"the memory's shard is {rule.shard}; set it to the segment, {self.segment}, or to None")
+        if rule.project_queries:
+            raise UserError("project_queries asks in the span of one segment's keys; set it to False")
+        if self.memory.persistent:
+            raise UserError(f"memory.persistent is {self.memory.persistent}; set it to 0, segments start with the text")
+
+    def build(self, width: int, dtype: DTypeLike) -> "MemoryCaching":
+        """The mixer for a model of ``width`` features. Raises UserError where the heads do not divide it."""
+        self.memory.build(width, dtype)
+        return MemoryCaching(self, width, dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MemoryCachingState:
+    """State between two tokens; ``nn.room`` knows its size. Slots that are not filled are zeros.
+
+    Attributes:
+      memory: state of the memory's mixer.
+      total: sum of the inputs of the present segment, [B,D].
+      weights: of the memories at the end of each segment, [B,H,slots,in,out] for each layer.
+      means: of the inputs of each segment, [B,slots,D].
+      position: tokens that were read.
+      segment: tokens of a segment.
+    """
+
+    memory: Any  # not typed by shape: JAX fills trees with other things than arrays
+    total: Any
+    weights: Any
+    means: Any
+    position: Any
+    segment: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that can be read: those of one segment more than there are slots."""
+        return (self.means.shape[-2] + 1) * self.segment
+
+    def without_empty_slots(self) -> "MemoryCachingState":
+        """The state with no more slots than segments that have ended."""
+        held = int(jnp.max(self.position)) // self.segment
+        weights = jax.tree.map(lambda w: w[..., :held, :, :], self.weights)
+        return dataclasses.replace(self, weights=weights, means=self.means[..., :held, :])
+
+
+class MemoryCaching(nn.Module):
+    """``(u[B,T,D], state) -> (y[B,T,D], state)``; see the module docstring."""
+
+    config: MemoryCachingConfig
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.memory = self.config.memory.build(self.width, self.dtype)
+        self.relevance = layers.dense(self.width, self.dtype)
+
+    @nn.nowrap
+    def axes(self) -> Axes:
+        memory = self.config.memory.build(self.width, self.dtype).axes()
+        return {"memory": memory, "relevance": dense_axes("embed", "embed")}
+
+    def init_state(self, batch: int, capacity: int) -> MemoryCachingState:
+        """A fresh sequence: the memory at its start, and slots for ``capacity`` tokens, none of them filled."""
+        memory, segment = self.memory.init_state(batch, capacity), self.config.segment
+        slots, wide = (capacity - 1) // segment, layers.param_dtype(self.dtype)
+        weights = jax.tree.map(lambda w: jnp.zeros((*w.shape[:2], slots, *w.shape[2:]), w.dtype), memory.fast.running)
+        total, means = jnp.zeros((batch, self.width), wide), jnp.zeros((batch, slots, self.width), wide)
+        return MemoryCachingState(memory, total, weights, means, START, segment)
+
+    def __call__(self, u: Stream, state: MemoryCachingState, count: Count = None) -> tuple[Stream, MemoryCachingState]:
+        if count is None and u.shape[1] > state.capacity:
+            came = f"{u.shape[1]} tokens and slots for {state.capacity}"
+            raise UserError(f"Memory caching got {came}; make the state with a larger capacity.")
+        state, y = by_segment(self, MemoryCaching._piece, state, u, state.position, self.config.segment, count)
+        return jnp.where(state.position <= state.capacity, y, jnp.nan), state
+
+    def _piece(
+        self, state: MemoryCachingState, u: Stream, position: Position, count: Count
+    ) -> tuple[MemoryCachingState, Stream]:
+        """Tokens of one segment, after ``position`` others of the same."""
+        found, memory = self.memory.read(u, state.memory._replace(position=position), count)
+        means, total = self._means(u, state.total, position, count)
+        filled = jnp.arange(state.means.shape[1]) < state.position // state.segment
+        reads = self._mixed(u, found.queries, found.reads, means, state.weights, state.means, filled)
+        state = self._later(state, memory, total, position, u.shape[1] if count is None else count)
+        return state, self.memory.answer(u, found.queries, reads)
+
+    def _means(
+        self, u: Stream, total: Float[Array, "B D"], position: Position, count: Count
+    ) -> tuple[Stream, Float[Array, "B D"]]:
+        """Mean of the segment's inputs up to each token, in at least float32, and the sum of all."""
+        places = jnp.arange(u.shape[1])
+        u = u.astype(total.dtype)
+        if count is not None:
+            u = jnp.where((places < count)[None, :, None], u, 0)
+        sums = total[:, None] + jnp.cumsum(u, axis=1)
+        return sums / (position + 1 + places)[None, :, None].astype(sums.dtype), sums[:, -1]
+
+    @functools.partial(nn.remat, prevent_cse=False)  # what every slot answers is larger than what comes of it
+    def _mixed(
+        self,
+        u: Stream,
+        queries: Float[Array, "B H T K"],
+        reads: Float[Array, "B H T V"],
+        means: Stream,
+        weights: Weights,
+        cached: Float[Array, "B slots D"],
+        filled: Bool[Array, " slots"],
+    ) -> Float[Array, "B H T V"]:
+        """The reads of the memory and of its past."""
+        asked = self.relevance(u).astype(means.dtype)
+        now = jnp.sum(asked * means, axis=-1, keepdims=True)
+        past = jnp.where(filled[None, None], jnp.einsum("btd,bsd->bts", asked, cached), -jnp.inf)
+        shares = jax.nn.softmax(self.width**-0.5 * jnp.concatenate([now, past], axis=-1), axis=-1)
+        answers = layers.over_heads(self._answers, (), (weights, queries), self.config.memory.impl)
+        return shares[:, None, :, :1] * reads + jnp.einsum("bts,bhstv->bhtv", shares[..., 1:], answers)
+
+    @nn.nowrap
+    def _answers(self, weights: Weights, queries: Float[Array, "T K"]) -> Float[Array, "slots T V"]:
+        """What the cached memories of one head of one sequence answer."""
+        c = self.config.memory
+
+        def one(weights: Weights) -> Float[Array, "T V"]:
+            return c.rule.apply(weights, queries, products_of(c.impl))
+
+        return jax.vmap(one)(weights)
+
+    @nn.nowrap
+    def _later(
+        self, state: MemoryCachingState, memory: MemoryMixerState, total: Array, position: Position, count: Any
+    ) -> MemoryCachingState:
+        """The state after ``count`` more tokens; the end of a segment goes into its slot."""
+        ended = position + count == state.segment
+        here = (jnp.arange(state.means.shape[1]) == state.position // state.segment) & ended
+
+        def kept(new: Float[Array, "B H F V"], old: Float[Array, "B H slots F V"]) -> Float[Array, "B H slots F V"]:
+            return jnp.where(here[None, None, :, None, None], new[:, :, None], old)
+
+        weights = jax.tree.map(kept, memory.fast.running, state.weights)
+        means = jnp.where(here[None, :, None], total[:, None] / state.segment, state.means)
+        position = jnp.asarray(state.position + count, jnp.int32)
+        return MemoryCachingState(memory, jnp.where(ended, 0, total), weights, means, position, state.segment)

@@ -1,0 +1,202 @@
+"""Memory caching against numpy: any cut, no look ahead, and what a state that grows with the text has room for."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from references_caching import caching
+from test_titans import drawn as drawn_layer
+from test_titans import fresh, reader
+
+from hope_jax.errors import UserError
+from hope_jax.memory import RULES
+from hope_jax.nn.mixers.memory import MemoryMixerConfig
+from hope_jax.nn.mixers.memory_caching import MemoryCachingConfig
+from hope_jax.nn.room import room_left, slots_of, without_empty_slots
+from hope_jax.storage.digests import kinds
+
+WIDTH, HEADS, B, T, SEGMENT, PERIOD, RATE = 8, 2, 2, 22, 8, 4, 0.7
+HOW = dict(rate_max=RATE, unit_values=True, impl="chunked")  # plain products compile sooner
+MEMORY = MemoryMixerConfig(replace(RULES["titans"], period=PERIOD), HEADS, horizon=16, **HOW)
+MATRIX = MemoryMixerConfig(replace(RULES["deltanet"], shard=SEGMENT), HEADS, **HOW)
+CONFIGS = {"titans": MemoryCachingConfig(MEMORY, SEGMENT), "deltanet": MemoryCachingConfig(MATRIX, SEGMENT)}
+SIZES = dict(heads=HEADS, segment=SEGMENT, period=PERIOD, rate_max=RATE)
+REFERENCES = {name: functools.partial(caching, **SIZES, anew=name == "deltanet") for name in CONFIGS}
+both = pytest.mark.parametrize("name", CONFIGS)
+# Gradients of a deep memory take long to compile.
+each = pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "deltanet"])
+
+
+@functools.cache
+def inputs():
+    """Not around zero: the means of segments then differ, and so do the weights of their memories."""
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(B, T, WIDTH)) + np.repeat(rng.normal(size=(B, 3, WIDTH)), SEGMENT, axis=1)[:, :T]
+
+
+@functools.cache
+def pulled(name):
+    """The parameters, and compiled (parameters, input, cotangent) -> (output, gradients, final state)."""
+    module, params = drawn_layer(CONFIGS[name])
+
+    @jax.jit
+    def pull(params, u, cotangent):
+        y, pull, state = jax.vjp(lambda p, u: module.apply({"params": p}, u, method=fresh), params, u, has_aux=True)
+        return y, pull(cotangent), state
+
+    return params, pull
+
+
+def assert_equal(found, expected):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, expected)
+
+
+@functools.cache
+def streamed(name):
+    """Outputs and final state of a text that comes in pieces, with padding after them."""
+    module, params = drawn_layer(CONFIGS[name])
+
+    @jax.jit
+    def step(u, state, count=None):
+        return module.apply({"params": params}, u, state, count)
+
+    params = jax.tree.map(jnp.asarray, params)
+    state, at, found = module.apply({"params": params}, B, T, method="init_state"), 0, []
+    for count in (5, 0, 10, None, None, 3, 2):  # segments end inside and between calls, and with a single token
+        if count is None:
+            y, state = step(inputs()[:, at : at + 1], state)
+        else:
+            padded = np.full((B, 10, WIDTH), 7.0)
+            padded[:, :count] = inputs()[:, at : at + count]
+            y, state = step(padded, state, np.int32(count))
+        size = 1 if count is None else count
+        at, found = at + size, [*found, y[:, :size]]
+    assert at == T
+    return jax.tree.map(np.asarray, params), np.concatenate(found, axis=1), state
+
+
+@both
+def test_outputs_and_state_are_those_of_the_equations_in_any_cut_with_any_padding(x64, name):
+    params, y, state = streamed(name)
+    for row in range(B):
+        expected, ends, means = REFERENCES[name](params, inputs()[row])
+        np.testing.assert_allclose(y[row], expected, rtol=1e-9, atol=1e-11)
+        assert_equal(state.means[row], np.stack(means))
+        for layer, cached in enumerate(state.weights):
+            kept = [[weights[layer].T for weights in of_heads] for of_heads in ends]
+            assert_equal(cached[row], np.swapaxes(np.array(kept), 0, 1))
+
+
+@each
+def test_a_whole_text_gives_the_same_and_gradients_are_those_of_the_equations(x64, name):
+    params, pull = pulled(name)
+    rng, u = np.random.default_rng(2), inputs()
+    cotangent = np.stack([np.zeros((T, WIDTH)), rng.normal(size=(T, WIDTH))])
+    y, gradients, state = pull(params, u, cotangent)
+    assert kinds(state) == kinds(streamed(name)[2])
+    assert_equal((y, state), streamed(name)[1:])
+    leaves, tree = jax.tree.flatten(params)
+    points = dict(enumerate((*leaves, u[1])))
+    directions = {i: rng.normal(size=x.shape) for i, x in points.items()}
+
+    def scalar(**point):
+        *leaves, x = point.values()
+        return np.sum(cotangent[1] * REFERENCES[name](jax.tree.unflatten(tree, leaves), x)[0])
+
+    named = [{str(i): x for i, x in values.items()} for values in (points, directions)]
+    slope = references.derivative(scalar, *named)
+    found = (*jax.tree.leaves(gradients[0]), gradients[1][1])
+    along = sum(np.sum(np.array(g) * d) for g, d in zip(found, directions.values(), strict=True))
+    np.testing.assert_allclose(along, slope, rtol=1e-9)
+    assert np.all(np.asarray(gradients[1][0]) == 0), "a sequence of the batch looked at another"
+
+
+@each
+def test_an_output_depends_on_everything_before_it_and_on_nothing_after_it(x64, name):
+    params, pull = pulled(name)
+    for t in (0, 7, 8, 13):
+        cotangent = np.zeros((B, T, WIDTH))
+        cotangent[0, t] = np.arange(WIDTH)
+        moved = np.abs(pull(params, inputs(), cotangent)[1][1][0]).sum(axis=1)
+        assert np.all(moved[: t + 1] > 1e-12) and np.all(moved[t + 1 :] == 0), t
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_the_mean_of_a_whole_segment_would_be_seen_to_look_ahead(x64, leak):
+    _, params = drawn_layer(CONFIGS["titans"])
+    t, direction = 10, np.zeros((T, WIDTH))
+    direction[t + 1 : 2 * SEGMENT] = 1.0
+    slope = references.derivative(
+        lambda x: np.sum(REFERENCES["titans"](params, x, leak=leak)[0][t]), {"x": inputs()[0]}, {"x": direction}
+    )
+    assert abs(slope) > 1e-3 if leak else slope == 0
+
+
+def test_a_text_of_one_segment_is_read_by_the_plain_memory(x64):
+    _, params = drawn_layer(CONFIGS["deltanet"])
+    plain = replace(MATRIX, rule=RULES["deltanet"])
+    found, _ = reader(MemoryCachingConfig(plain, 2 * T).build(WIDTH, jnp.float64))(params, inputs())
+    expected, _ = reader(plain.build(WIDTH, jnp.float64))(params["memory"], inputs())
+    np.testing.assert_array_equal(found, expected)
+
+
+@both
+def test_a_soup_of_weights_is_the_mixture_of_answers_for_matrices_alone(x64, name):
+    params, y, _ = streamed(name)
+    soup = REFERENCES[name](params, inputs()[1], soup=True)[0]
+    difference = np.abs(y[1] - soup).max()
+    assert difference < 1e-10 if name == "deltanet" else difference > 1e-3
+    np.testing.assert_allclose(y[1, :SEGMENT], soup[:SEGMENT], rtol=1e-9, atol=1e-11)
+
+
+def test_a_state_grows_with_the_text_that_it_is_made_for_and_gives_nan_after_it(x64):
+    module, params = drawn_layer(CONFIGS["deltanet"])
+    step = jax.jit(lambda u, state, count: module.apply({"params": params}, u, state, count))
+    run = functools.partial(step, inputs()[:, :9])
+    state = module.apply({"params": params}, B, 2 * SEGMENT - 1, method="init_state")
+    assert slots_of([state]) == room_left({"layers": (state, None)}) == 2 * SEGMENT  # whole segments
+    y, state = run(state, np.int32(9))
+    assert room_left(state) == 7 and np.isfinite(y).all()
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    assert room_left(stacked) == 7 and without_empty_slots(stacked).means.shape == (2, B, 1, WIDTH)
+    y, state = run(state, np.int32(7))
+    assert room_left(state) == 0 and np.isfinite(y[:, :7]).all()
+    assert np.isnan(run(state, np.int32(1))[0]).all()
+    with pytest.raises(UserError, match="17 tokens and slots for 16; make the state with a larger capacity"):
+        step(inputs()[:, :17], state, None)
+
+
+def test_states_keep_their_types():
+    module = CONFIGS["deltanet"].build(WIDTH, jnp.bfloat16)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((B, 1, WIDTH)), method=fresh))["params"]
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+    def run(params):
+        state = module.apply({"params": params}, B, T, method="init_state")
+        y, end = module.apply({"params": params}, jnp.zeros((B, T - 1, WIDTH), jnp.bfloat16), state)
+        return jax.tree.map(jnp.asarray, state), end, y
+
+    state, end, y = jax.eval_shape(run, params)
+    assert kinds(state) == kinds(end) and y.dtype == jnp.bfloat16
+
+
+WRONG = {
+    "segment is 0; give a whole number": dict(segment=0),
+    "segment is 6; give a multiple of the memory's anchor period, 4": dict(segment=6),
+    "the memory's shard is 8; set it to the segment, 16, or to None": dict(memory=MATRIX, segment=16),
+    "memory.persistent is 2; set it to 0": dict(memory=replace(MEMORY, persistent=2)),
+    "project_queries asks in the span of one": dict(
+        memory=replace(MEMORY, rule=replace(MEMORY.rule, project_queries=True))
+    ),
+    "3 heads do not divide width 8": dict(memory=replace(MEMORY, heads=3)),
+}
+
+
+@pytest.mark.parametrize(("message", "change"), WRONG.items(), ids=WRONG)
+def test_wrong_settings_are_refused_before_any_array_exists(untyped, message, change):
+    with pytest.raises(UserError, match=message):
+        replace(CONFIGS["titans"], **change).build(WIDTH, jnp.float32)

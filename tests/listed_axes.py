@@ -35,14 +35,14 @@ LISTED = {
     **{f"blocks/feed_forward/{name}": ("layers levels", "") for name in ("rate", "mixture")},
     **{
         f"blocks/feed_forward/{level}{name}": (f"layers {axes}", follows)
-        for level in ("", "level_0/", "level_1/")
+        for level in ("", "prime/", "second/", "level_0/", "level_1/")
         for name, axes, follows in (
             ("norm/scale", "embed", ""),
             ("gate/kernel", "embed hidden", "matrix decays"),
             ("up/kernel", "embed hidden", "matrix decays"),
             ("down/kernel", "hidden embed", "matrix decays"),
         )
-        if not (level and name == "gate/kernel")
+        if not (level.startswith("level") and name == "gate/kernel")
     },
     **{f"blocks/feed_forward/level_{i}/up_basis": ("layers embed rank", "matrix") for i in (0, 1)},
     **{f"blocks/feed_forward/level_{i}/down_basis": ("layers hidden rank", "matrix") for i in (0, 1)},

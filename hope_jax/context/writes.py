@@ -4,7 +4,7 @@ The text is cut into chunks of C tokens, C the period of the fastest level. Per 
 
     loss  = mean over the chunk's tokens of the next-token loss, at the weights before this chunk's write
     gathered_l += d loss / d Delta_l                                  the state carried in is a constant here
-    every C_l tokens:  Delta_l -= eta_l optimizer(gathered_l C / C_l);  gathered_l = 0
+    every C_l tokens:  Delta_l -= eta_l optimizer(clip(gathered_l C / C_l));  gathered_l = 0
 
 The label of a chunk's last token is the first of the next chunk, which is read with the new weights: causal. Training
 (``reading_loss``) differentiates through all of it, but for what ``bptt`` cuts. Read ``piece.py`` next: the same for
@@ -107,7 +107,7 @@ def cross_entropy(logits: Float[Array, "B T vocab"], labels: Tokens) -> Nats:
 def write(schedule: Schedule, rates: Sequence[Array], levels: Levels, at: Any, due: Sequence[Array]) -> Levels:
     """The levels after token ``at``, written in those layers that are ``due`` (see ``Schedule.due``)."""
     rows = enumerate(zip(levels, rates, due, strict=True))
-    return tuple(_where(now, partial(_written, schedule, i, rate, at), level) for i, (level, rate, now) in rows)
+    return tuple(_where(now, partial(_written, schedule, i, rate, at, now), level) for i, (level, rate, now) in rows)
 
 
 def set_back(schedule: Schedule, levels: Levels, due: Sequence[Array]) -> Levels:
@@ -139,15 +139,29 @@ def _scaled(scale: Float[Array, " L"], tree: Any) -> Any:
     return jax.tree.map(lambda leaf: _along(scale, leaf).astype(leaf.dtype) * leaf, tree)
 
 
-def _written(schedule: Schedule, index: int, rate: Float[Array, " L"], at: Any, level: LevelState) -> LevelState:
-    """One level, written in all its layers."""
+def _clipped(longest: float | None, due: Array, gradient: Any) -> Any:
+    """Leaves [L, B, rows, columns]: each sequence's gradient of the layers that are due, no longer than ``longest``."""
+    if longest is None:
+        return gradient
+    squares = jnp.stack([jnp.sum(jnp.square(leaf), axis=(-2, -1)) for leaf in jax.tree.leaves(gradient)], axis=-1)
+    square = jnp.sum(jnp.where(_along(due, squares), squares, 0), axis=(0, -1))
+    long = square > longest**2
+    scale = jnp.where(long, longest * lax.rsqrt(jnp.where(long, square, 1)), 1)  # no root of 0, which has no slope
+    return jax.tree.map(lambda leaf: leaf * scale[None, :, None, None].astype(leaf.dtype), gradient)
+
+
+def _written(
+    schedule: Schedule, index: int, rate: Float[Array, " L"], at: Any, due: Array, level: LevelState
+) -> LevelState:
+    """One level, written in all its layers, though only those that are ``due`` will be kept."""
     period, count = np.maximum(np.array(schedule.periods[index]), schedule.chunk), schedule.bptt(index)
     delta, state = level.delta, level.optimizer
     if count:
         constant = (jnp.asarray(at) // jnp.asarray(period)) % count == 0
         delta, state = _select(constant, lax.stop_gradient((delta, state)), (delta, state))
     update = jax.vmap(jax.vmap(schedule.writes.optimizer.build().update))
-    directions, state = update(_scaled(jnp.asarray(schedule.chunk / period), level.gathered), state)
+    mean = _scaled(jnp.asarray(schedule.chunk / period), level.gathered)
+    directions, state = update(_clipped(schedule.writes.clip, due, mean), state)
     delta = jax.tree.map(jnp.subtract, delta, _scaled(rate, directions))
     if count == 0:
         delta, state = lax.stop_gradient((delta, state))

@@ -17,6 +17,8 @@ titans_mac, _mag     Titans: memory as context, memory as gate + SwiGLU; _mal, a
 titans_tnt           titans with shards and a global memory (TNT)
 memory_caching       titans that also reads what its memory was at the end of every segment
 samba                Mamba-2 + SwiGLU, then attention over a window + SwiGLU; the published one has Mamba-1 layers
+ttt_e2e              attention over a window, then two SwiGLU parts; in the last quarter of the blocks, the first of
+                     them is written while the model reads
 gdn_h1               gated_deltanet + SwiGLU, then attention over a window + SwiGLU
 ===================  ==============================================================================================
 """
@@ -24,12 +26,15 @@ gdn_h1               gated_deltanet + SwiGLU, then attention over a window + Swi
 import dataclasses
 import math
 
+from hope_jax.levels import Level
 from hope_jax.memory import RULES, Rule
 from hope_jax.memory.objectives import Huber
 from hope_jax.models import titans
 from hope_jax.models.parts import GENTLE, Row, memory_weights, model, pattern, span, window
 from hope_jax.models.sizes import Size
 from hope_jax.nn.config import ModelConfig, PartConfig
+from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.nn.feed_forward.prime import PrimeConfig
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.channel_mix import ChannelMixConfig
 from hope_jax.nn.mixers.convolution import ConvolutionConfig
@@ -145,6 +150,14 @@ def _rwkv7(size: Size) -> ModelConfig:
     return dataclasses.replace(hybrid, tied=False, norm="layer", embedding_norm=True)
 
 
+def _ttt_e2e(size: Size) -> ModelConfig:
+    """The paper writes every 1,024 tokens of 8,192, and has the first part in the last quarter alone."""
+    written = max(1, size.layers // 4)
+    levels = (*[None] * (size.layers - written), *[Level(span(size, 1024, 8))] * written)
+    hidden = size.hidden(4, matrices=6)
+    return model(size, window(size), PrimeConfig(hidden, levels, Writes(clip=1.0), static=hidden))
+
+
 def _lstm(size: Size) -> ModelConfig:
     return model(size, LSTMConfig(), size.swiglu(8))
 
@@ -177,6 +190,7 @@ ARCHITECTURES: dict[str, Row] = {
     "gdn_h1": _gdn_h1,
     "ttt_linear": _ttt("linear", 1.0, starts=1),
     "ttt_mlp": _ttt("mlp", 0.1, starts=8),
+    "ttt_e2e": _ttt_e2e,
     "rwkv7": _rwkv7,
     # docs/defaults.md has what these rates come from.
     "dla": _memory(RULES["dla"], rate_max=0.1, horizon=256, hidden=4),

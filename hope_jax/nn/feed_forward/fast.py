@@ -37,12 +37,15 @@ class Writes:
         to n add up with gradients. The gradients that are written always depend on the weights. (): None for all.
       rank: of Delta; None: any. A low rank keeps ``rank x columns`` numbers per matrix and sequence in the place of
         ``rows x columns``: ``Delta = basis F``, the basis [rows, rank] a parameter, F fast.
+      clip: the longest that the mean gradient of one sequence may be, over all matrices and layers of a level that are
+        written together; a longer one is made that long. None: any length.
     """
 
     rate: float = 1.0
     optimizer: InnerOptimizer = SGD
     bptt: tuple[int | None, ...] = ()
     rank: int | None = None
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < np.inf:
@@ -54,6 +57,8 @@ class Writes:
             raise UserError(f"bptt is {self.bptt}; expected 0 or more writes for each level, or None for all")
         if self.rank is not None:
             whole("rank", self.rank, 1, "or None")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"clip is {self.clip}; expected a length above 0, or None for any")
 
 
 @runtime_checkable

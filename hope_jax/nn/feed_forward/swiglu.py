@@ -12,7 +12,7 @@ from hope_jax.levels import Level
 from hope_jax.nn.axes import Axes, dense_axes, norm_axes
 from hope_jax.nn.feed_forward.fast import Writes, blank, moved
 from hope_jax.nn.layers import RMSNorm, dense, light, param_dtype
-from hope_jax.types import Array, Stream
+from hope_jax.types import Array, Float, Stream
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ class SwiGLUConfig:
         return (params,)
 
 
+def learned_rate(module: Any) -> Float[Array, "1"] | None:
+    """Parameter ``rate`` of a part, eta of its writes; None where training writes nothing in context."""
+    start = nn.initializers.constant(module.config.writes.rate)
+    return module.param("rate", start, (1,), param_dtype(module.dtype)) if module.config.trained else None
+
+
+def rate_axes(config: SwiGLUConfig) -> Axes:
+    """Name of the parameter of ``learned_rate``."""
+    return {"rate": ("levels",)} if config.trained else {}
+
+
 class SwiGLU(nn.Module):
     """``x + W_down(silu(W_gate u) * W_up u)`` with ``u = RMSNorm(x)``: norm and residual are inside."""
 
@@ -74,15 +85,12 @@ class SwiGLU(nn.Module):
         self.gate = dense(self.config.hidden, self.dtype)
         self.up = dense(self.config.hidden, self.dtype)
         self.down = dense(self.width, self.dtype)
-        if self.config.trained:
-            start = nn.initializers.constant(self.config.writes.rate)
-            self.rate = self.param("rate", start, (1,), param_dtype(self.dtype))
+        self.rate = learned_rate(self)
 
     @nn.nowrap
     def axes(self) -> Axes:
         maps = {"gate": dense_axes("embed", "hidden"), "up": dense_axes("embed", "hidden")}
-        rate = {"rate": ("levels",)} if self.config.trained else {}
-        return {"norm": norm_axes(), **maps, "down": dense_axes("hidden", "embed"), **rate}
+        return {"norm": norm_axes(), **maps, "down": dense_axes("hidden", "embed"), **rate_axes(self.config)}
 
     @light
     def __call__(self, x: Stream, deltas: tuple[Any, ...]) -> Stream:

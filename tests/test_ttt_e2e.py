@@ -1,0 +1,153 @@
+"""TTT-E2E: clipped gradient descent on the loss of the whole model writes the first part of the last blocks."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contexts import stream
+from drawn import drawn
+
+from hope_jax import config as configs
+from hope_jax import context
+from hope_jax.context.writes import cross_entropy, reading_loss
+from hope_jax.errors import UserError
+from hope_jax.levels import Level
+from hope_jax.models import MODELS
+from hope_jax.nn.config import ModelConfig
+from hope_jax.nn.feed_forward.fast import Writes
+from hope_jax.nn.feed_forward.prime import PrimeConfig
+from hope_jax.nn.language_model import LanguageModel
+from hope_jax.nn.mixers.attention import AttentionConfig
+
+WIDTH, VOCAB, LAYERS, WRITTEN, PERIOD, T, CLIP = 8, 11, 4, 2, 4, 12, 0.5
+LEVELS = (*[None] * (LAYERS - WRITTEN), *[Level(PERIOD)] * WRITTEN)
+PRIME = PrimeConfig(6, LEVELS, Writes(rate=0.8, clip=CLIP), static=10)
+CONFIG = ModelConfig(AttentionConfig(2, window=5), PRIME, WIDTH, LAYERS, VOCAB, dtype=jnp.float64)
+MODEL = LanguageModel(CONFIG)
+
+
+@functools.cache
+def made():
+    """Random parameters, with another rate in every layer, and tokens of two sequences."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, T + 1)))
+    params = drawn(MODEL.init, tokens[:, :1], rate=0.8)
+    return params, tokens
+
+
+def both(reader):
+    """Compiled: (parameters, tokens) -> the gradient of the mean of all nats, and what ``reader`` gives, nats first."""
+
+    def loss(params, tokens):
+        found = reader(params, tokens)
+        return found[0].mean(), found
+
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+
+def reading(params, tokens):
+    return (reading_loss(MODEL, params, tokens[:, :-1], tokens[:, 1:]),)
+
+
+read = jax.jit(reading)
+
+
+def replaced(params, kernels):
+    """The parameters with other matrices in the first part of the last blocks."""
+    part = params["blocks"]["feed_forward"]
+    prime = {name: {"kernel": part["prime"][name]["kernel"].at[-WRITTEN:].set(k)} for name, k in kernels.items()}
+    part = part | {"prime": part["prime"] | prime}
+    return params | {"blocks": params["blocks"] | {"feed_forward": part}}
+
+
+def by_gradients(params, tokens):
+    """Nats of one sequence, and the lengths of the gradients that are written: one chunk after another.
+
+    The model is the plain one; its parameters are moved by what ``jax.grad`` says of the chunk before.
+    """
+    part = params["blocks"]["feed_forward"]
+    start = {name: part["prime"][name]["kernel"][-WRITTEN:] for name in ("gate", "up", "down")}
+
+    def chunk(carry, pair):
+        kernels, state = carry
+
+        def loss(kernels):
+            logits, after = MODEL.apply({"params": replaced(params, kernels)}, pair[0][None], state)
+            nats = cross_entropy(logits, pair[1][None])[0]
+            return nats.mean(), (nats, after)
+
+        slope, (nats, state) = jax.grad(loss, has_aux=True)(kernels)
+        length = jnp.sqrt(sum(jnp.sum(g**2) for g in slope.values()))
+        step = part["rate"][-WRITTEN:, :, None] * jnp.minimum(1, CLIP / length)
+        return (jax.tree.map(lambda kernel, g: kernel - step * g, kernels, slope), state), (nats, length)
+
+    pairs = tokens[:-1].reshape(-1, PERIOD), tokens[1:].reshape(-1, PERIOD)
+    _, (nats, lengths) = jax.lax.scan(chunk, (start, MODEL.init_state(params, 1)), pairs)
+    return nats.ravel(), lengths
+
+
+one_after_another = jax.vmap(by_gradients, in_axes=(None, 0))
+
+
+def test_values_are_those_of_writing_one_chunk_after_another(x64):
+    nats, lengths = jax.jit(one_after_another)(*made())
+    assert np.any(lengths > CLIP) and np.any(lengths[:, :-1] < CLIP), lengths
+    np.testing.assert_allclose(read(*made())[0], nats, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_gradients_go_through_all_writes(x64):
+    found, expected = (both(reader)(*made())[0] for reader in (reading, one_after_another))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, expected)
+    rates = found["blocks"]["feed_forward"]["rate"]
+    assert np.all(rates[-WRITTEN:] != 0) and not np.any(rates[:-WRITTEN])
+
+
+def test_rate_0_is_the_plain_transformer_with_a_window(x64):
+    params, tokens = made()
+    part = params["blocks"]["feed_forward"]
+    still = params | {"blocks": params["blocks"] | {"feed_forward": part | {"rate": 0 * part["rate"]}}}
+
+    plain = cross_entropy(jax.jit(MODEL.apply)({"params": params}, tokens[:, :-1])[0], tokens[:, 1:])
+    np.testing.assert_allclose(read(still, tokens)[0], plain, rtol=1e-12)
+    nats = read(params, tokens)[0]
+    np.testing.assert_allclose(nats[:, :PERIOD], plain[:, :PERIOD], rtol=1e-12)
+    assert np.all(np.abs(nats - plain)[:, PERIOD:] > 1e-6)
+
+
+@pytest.mark.slow
+def test_a_stream_in_pieces_reads_as_training_does_and_what_it_stored_can_be_merged(x64):
+    params, tokens = made()
+    nats, state = stream(MODEL, params, tokens, (3, 1, 7, 2))
+    np.testing.assert_allclose(nats, read(params, tokens)[0], rtol=1e-9)
+    done = context.finish(MODEL, params, state)
+    sizes = np.max([np.abs(leaf).max(axis=(1, 2, 3)) for leaf in done.levels[0].delta.values()], axis=0)
+    assert not np.any(sizes[:-WRITTEN]) and np.all(sizes[-WRITTEN:] > 0)
+    _, one = context.learn(MODEL, params, context.start(MODEL, params, 1), tokens[:1])
+    merged, emptied = context.merge(MODEL, params, one)
+    after = context.finish(MODEL, params, one)
+    logits = [MODEL.apply({"params": p}, tokens[:1], s)[0] for p, s in ((merged, emptied), (params, after))]
+    np.testing.assert_allclose(*logits, rtol=1e-9)
+
+
+def test_the_row_writes_the_last_quarter_of_its_blocks_every_eighth_of_the_context():
+    part: Any = MODELS["ttt_e2e-1.3b"].feed_forward
+    assert part.periods(24) == ((0,) * 18 + (512,) * 6,)
+    assert part.writes.clip == 1.0 and part.trained == 1
+    assert configs.from_json(configs.to_json(PRIME), PrimeConfig) == PRIME
+
+
+WRONG = {
+    "static is 0; give a whole number": lambda: PrimeConfig(6, static=0),
+    "clip is 0; expected a length above 0": lambda: Writes(clip=0),
+    "clip is nan": lambda: Writes(clip=float("nan")),
+    "rank is 2; SwiGLU layers are written whole": lambda: PrimeConfig(6, LEVELS, Writes(rank=2), static=6),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_settings_are_refused(untyped, message):
+    with pytest.raises(UserError, match=message):
+        WRONG[message]()

@@ -10,22 +10,18 @@ It prints a line of JSON for each memory. ``test_pallas.py`` runs it where libtp
 import argparse
 import functools
 import json
-import os
 import re
 import time
-
-os.environ |= dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled")
-os.environ |= dict(TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")  # before jax is imported
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hope_jax.memory.catalogue import RULES
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
+from hope_jax.train.compile import topology
 
 
 def main():
@@ -56,8 +52,7 @@ def compiled(config, given):
     def loss(params, u):
         return jnp.sum(jnp.square(mixer.apply({"params": params}, u, method=read)))
 
-    chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-    mesh = Mesh(np.array([chip]), ("x",))
+    mesh = Mesh(np.array(topology("v5e:2x2")[:1]), ("x",))
     place = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (params, u))
     since = time.monotonic()

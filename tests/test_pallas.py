@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import chex
@@ -25,6 +26,7 @@ from hope_jax.nn.mixers.memory import MemoryMixerConfig
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 NEAR = dict(rtol=1e-9, atol=1e-9)
+PLATFORMS = 2  # a kernel stands in a program twice, compiled and interpreted
 
 
 def value_and_gradients(function, *given):
@@ -69,6 +71,20 @@ def test_a_loop_with_shared_arrays_over_heads_of_sequences(x64, chunks):
     chex.assert_trees_all_close(jax.jit(run, static_argnums=0)(pallas.scan), run(lax.scan), **NEAR)
 
 
+def kernels_in(function, *given):
+    """How often a program starts a kernel."""
+    return str(jax.make_jaxpr(function)(*given)).count("pallas_call[")
+
+
+def test_arrays_from_outside_may_be_constants_and_a_loop_may_run_without_jit(x64):
+    mixing, (state, (x, _)) = np.eye(3) + 0.1, toy_inputs(2)[1:]
+
+    def run(loop):
+        return loop(lambda state, x: (jnp.tanh(state @ mixing + x.T @ x), x @ state), state, x)
+
+    chex.assert_trees_all_close(run(pallas.scan), run(lax.scan), **NEAR)
+
+
 def test_a_gradient_through_an_inner_gradient_step(x64):
     def after_a_step(loop, held, state, tokens):
         def loss(state):
@@ -83,11 +99,13 @@ def test_a_gradient_through_an_inner_gradient_step(x64):
 
 
 def test_arrays_without_a_place_are_refused():
-    (_, _, mixing), _, (x, gate) = toy_inputs(2)
+    ((_, _, mixing), _, (x, gate)), numbers = toy_inputs(2), jnp.arange(3)[None]
     with pytest.raises(UserError, match=r"state of shape \(3,\); expected two axes"):
         pallas.scan(lambda state, chunk: (state, chunk), mixing[0], x)
     with pytest.raises(UserError, match=r"tokens of shape \(1, 4, 3\); expected numbers"):
         pallas.scan(lambda state, chunk: (state, None), mixing, x[:, None])
+    with pytest.raises(UserError, match="uses an array of int32; expected floats"):
+        pallas.scan(lambda state, chunk: (state * numbers, chunk), mixing, gate)
     with pytest.raises(UserError, match="needs one period, but c_memory=16 and c_projections=4"):
         SelfModifyingConfig(1, c_projections=4, impl="pallas")
     with pytest.raises(UserError, match=r"tokens of shape \(\); expected numbers"):
@@ -127,7 +145,35 @@ def test_a_self_modifying_head_is_that_of_the_loop(x64, row):
 
         return value_and_gradients(head, initial, tuning, streams)
 
+    assert (kernels_in(lambda: run("pallas")), kernels_in(lambda: run("chunked"))) == (2 * PLATFORMS, 0)
     chex.assert_trees_all_close(run("pallas"), run("chunked"), **NEAR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["titans", "deltanet"])
+def test_a_kernel_holds_no_other_kernel(rule):
+    """Where a period is longer than a block of the recurrence."""
+    mixer = MemoryMixerConfig(heads=2, rule=replace(RULES[rule], period=64), impl="pallas").build(8, jnp.float32)
+
+    def read(mixer, u):
+        return mixer(u, mixer.init_state(*u.shape[:2]))[0]
+
+    u = jax.ShapeDtypeStruct((1, 128, 8), jnp.float32)
+    params = jax.eval_shape(functools.partial(mixer.init, method=read), jax.random.key(0), u)
+    assert kernels_in(lambda params, u: mixer.apply(params, u, method=read), params, u) == PLATFORMS
+
+
+@pytest.mark.slow
+def test_retention_by_channel_is_its_definition(x64):
+    """RWKV-7's recurrence."""
+    inputs = jax.tree.map(jnp.asarray, draw(frozenset(), 21))
+    inputs["retention"] = jnp.asarray(np.random.default_rng(3).uniform(0.1, 1, inputs["keys"].shape))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(impl):
+        return value_and_gradients(lambda x: outputs(x, impl=impl, read="after", block=4), inputs)
+
+    chex.assert_trees_all_close(run("pallas"), run("sequential"), **NEAR)
 
 
 def test_a_mixer_with_an_mlp_memory_is_that_of_the_loop(x64):
@@ -142,6 +188,7 @@ def test_a_mixer_with_an_mlp_memory_is_that_of_the_loop(x64):
         params = drawn(functools.partial(mixer.init, method=read), u)
         return value_and_gradients(lambda params, u: mixer.apply({"params": params}, u, method=read), params, u)
 
+    assert (kernels_in(lambda: run("pallas")), kernels_in(lambda: run("chunked"))) == (2 * PLATFORMS, 0)
     chex.assert_trees_all_close(run("pallas"), run("chunked"), **NEAR)
 
 

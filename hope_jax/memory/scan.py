@@ -16,7 +16,7 @@ from hope_jax.memory import linked
 from hope_jax.memory.architectures import Weights, unit
 from hope_jax.memory.chunked import Linear, Lookup, Tokens
 from hope_jax.memory.decays import Shared
-from hope_jax.memory.kernels import Impl, Products, kernel_loop, products_of
+from hope_jax.memory.kernels import Impl, Products, inside_kernel, kernel_loop, products_of
 from hope_jax.memory.recurrence import evaluate, gated_delta
 from hope_jax.memory.rule import Fast, Gates, Rule, layer_write, layer_writes
 from hope_jax.types import Array, Count, Float, Int
@@ -62,12 +62,12 @@ def read(
     if not anchored and not inside:
         active = None if count is None else (jnp.arange(length) < count).astype(jnp.float32)
         return _write(rule, initial, impl, fast, tokens, active)
-    period = rule.period if anchored else math.gcd(rule.cycle, 32)
+    period, inner = rule.period if anchored else math.gcd(rule.cycle, 32), inside_kernel(impl)
 
     def run_chunk(fast: Fast, tokens, active: Active, due: tuple[Due, ...]):
         for begins in due[1:]:
             fast = restarted(rule, initial, fast, begins)
-        return _write(rule, initial, impl, refreshed(rule, fast, due[0]) if anchored else fast, tokens, active)
+        return _write(rule, initial, inner, refreshed(rule, fast, due[0]) if anchored else fast, tokens, active)
 
     return scan_levels(
         run_chunk, fast, tokens, position=position, periods=(period, *inside), count=count, kernel=kernel_loop(impl)

@@ -25,7 +25,7 @@ from hope_jax.levels import Active, Due, check_multiples, scan_levels
 from hope_jax.memory.architectures import Weights, unit
 from hope_jax.memory.chunked import Tokens, Write, apart
 from hope_jax.memory.decays import Shared
-from hope_jax.memory.kernels import Impl, Products, kernel_loop, products_of
+from hope_jax.memory.kernels import Impl, Products, inside_kernel, kernel_loop, products_of
 from hope_jax.memory.packing import Boxes, Stack, pack, stacks_of, unpack, where_due
 from hope_jax.memory.recurrence import evaluate
 from hope_jax.memory.rule import Fast, Gates, layer_writes
@@ -130,7 +130,8 @@ def scan(
     rule = spec.rules.memory
     starts = pack(spec.stacks(initial), initial) if rule.retain_to == "init" or rule.shard is not None else ()
     fast, inside = entered(rule, starts, fast, position, len(streams.x))
-    run_chunk = functools.partial(_run_chunk, _Head(spec, spec.stacks(initial), starts, tuning, impl))
+    head = _Head(spec, spec.stacks(initial), starts, tuning, inside_kernel(impl))
+    run_chunk = functools.partial(_run_chunk, head)
     return scan_levels(
         run_chunk,
         fast,

@@ -23,7 +23,7 @@ from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture, Weights
 from hope_jax.memory.chunked import Linear, Lookup, Tokens, Write
 from hope_jax.memory.decays import Shared
-from hope_jax.memory.kernels import Impl, Products, kernel_loop, products_of
+from hope_jax.memory.kernels import Impl, Products, inside_kernel, kernel_loop, products_of
 from hope_jax.memory.recurrence import evaluate
 from hope_jax.memory.rule import Gates, Rule, layer_writes
 from hope_jax.types import Array, Count, Float, Int, Scalar
@@ -107,7 +107,7 @@ def scan(
     rule = replace(rule, objective=functools.partial(_loss, norm))
 
     def run_chunk(inner: Inner, inputs: Inputs, active: Active, due: tuple[Due, ...]):
-        return _write(rule, impl, inner, inputs, active, due[0] is True)
+        return _write(rule, inside_kernel(impl), inner, inputs, active, due[0] is True)
 
     periods, kernel = (rule.period,), kernel_loop(impl)
     inner, outputs = scan_levels(

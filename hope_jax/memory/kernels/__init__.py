@@ -58,6 +58,11 @@ def kernel_loop(impl: Impl) -> Loop | None:
     return pallas.scan
 
 
+def inside_kernel(impl: Impl) -> Impl:
+    """How the step of a loop is computed: a kernel can hold no other."""
+    return "chunked" if impl == "pallas" else impl
+
+
 def chunk_loop(impl: Impl) -> Loop:
     """What runs a step over chunks of tokens."""
     return kernel_loop(impl) or _scan

@@ -52,19 +52,34 @@ def scan(step: Step, state: Any, chunks: Any) -> tuple[Any, Any]:
 
     Args:
       step: ``(state, chunk) -> (state, outputs)``, differentiable in reverse mode, made of operations that the
-        compiler of kernels knows. Arrays that it holds besides are differentiated, too.
+        compiler of kernels knows. Arrays from outside that it uses are differentiated, too.
       state: pytree of arrays with two axes or more.
-      chunks: pytree of arrays [n,C] or [n,C,F], n chunks of C tokens each; so are the outputs.
+      chunks: pytree of arrays [n,C] or [n,C,F], n chunks of C tokens each; so are the outputs. On a TPU, C is a
+        multiple of 8.
 
     Raises:
-      UserError: an array of the state, the chunks or the outputs has another number of axes.
+      UserError: an array of the state, the chunks or the outputs has another number of axes, or the step uses an
+        array from outside that is not of floats.
     """
     own = jax.tree.map(lambda x: Shape(x.shape[1:], x.dtype), chunks)
-    step, held = jax.closure_convert(step, state, own)
-    outputs = jax.eval_shape(step, state, own, *held)[1]
+    step, held, outputs = _without_closure(step, state, own)
     plan = _Plan(step, _shapes(held), _shapes(state), own, outputs, len(jax.tree.leaves(chunks)[0]))
     _check(plan)
     return _differentiable(plan)(held, state, chunks)
+
+
+def _without_closure(step: Step, state: Any, tokens: Any) -> tuple[Step, list[Array], Any]:
+    """The step as a function of all arrays that it uses, those from outside, and the shapes of its outputs.
+
+    A kernel sees its arguments alone. ``jax.closure_convert`` leaves arrays that nobody differentiates where they are.
+    """
+    program, (after, outputs) = jax.make_jaxpr(step, return_shape=True)(state, tokens)
+    results = jax.tree.structure((after, outputs))
+
+    def run(state: Any, tokens: Any, *held: Array) -> tuple[Any, Any]:
+        return jax.tree.unflatten(results, jax.core.eval_jaxpr(program.jaxpr, held, *jax.tree.leaves((state, tokens))))
+
+    return run, [jnp.asarray(x) for x in program.consts], outputs
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,9 @@ def _check(plan: _Plan) -> None:
         if len(x.shape) not in (1, 2):
             expected = "numbers [C] or features [C,F] per token"
             raise UserError(f"impl='pallas': tokens of shape {x.shape}; expected {expected}, use impl='chunked'")
+    for x in jax.tree.leaves(plan.held):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(f"impl='pallas': the step uses an array of {x.dtype}; expected floats, use impl='chunked'")
 
 
 def _differentiable(plan: _Plan) -> Callable[[Any, Any, Any], tuple[Any, Any]]:

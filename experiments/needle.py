@@ -5,17 +5,16 @@
     python -m experiments needle --rows hope titans        # one process of several
     python -m experiments needle --table                   # means and deviations of all on file
 
-The models have equal parameters. A token is a word of the task, or of the text, or a byte. Training begins with
-``--shortest`` tokens and doubles them in equal stages up to the length that a model is trained for. More than half of
-the batches of a stage have its length, the others any length so far, so that none is forgotten; all have as many
-tokens. The loss is that of the answer and, with ``--prompt-weight``, of the prompt. Rows are tuned as in ``compare``,
-on needles that are not reported. The defaults are 64 runs of 2.5M tokens.
+The models have equal parameters within 3%. A token is a word of the task, or of the text, or a byte. Training begins
+with ``--shortest`` tokens and doubles them in equal stages up to the length that a model is trained for. More than half
+of the batches of a stage have its length, the others any length so far, so that none is forgotten; all have about as
+many tokens. The loss is that of the answer and, with ``--prompt-weight``, of the prompt. Rows are tuned as in
+``compare``, on needles that are not reported. The defaults are 64 runs of 2.5M tokens.
 """
 
 import functools
 import hashlib
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from hope_jax.data import IGNORE, Haystack, needle, needle_words, noise_haystack
 from hope_jax.errors import UserError
 
 ROWS = ("hope", "hope_attention", "titans", "ttt_linear", "ttt_mlp", "mamba2", "gated_deltanet", "transformer_pp")
+TASK_VERSION = 1  # of what is trained on and read: runs of different versions are not compared
 CHOOSING_SEED, REPORTED_SEED = 1_000_003, 1_000_033
 SAME = ("size", "words", "batch", "shortest", "steps", "prompt_weight", "eval_batches", "needles", "read_lengths")
 NEEDED = ("setting", "row", "trained", "learning_rate", "seed", "parameters", "chosen_by", "found", "curve")
@@ -120,7 +120,8 @@ def needles(config: NeedleConfig, results: Results) -> None:
     training.keep_programs(config.cache)
     haystack = config.haystack()
     kind = f"text-{hashlib.sha256(haystack.ids.tobytes()).hexdigest()[:10]}" if config.path else "noise"
-    same = {"haystack": kind, "models": MODELS_VERSION, **{name: getattr(config, name) for name in SAME}}
+    same = {"haystack": kind, "models": MODELS_VERSION, "task": TASK_VERSION}
+    same |= {name: getattr(config, name) for name in SAME}
     setups = {row: config.setup(row, haystack.tokenizer.vocab_size) for row in config.rows}
     counts = {row: training.count_parameters(setup.shapes().params) for row, setup in setups.items()}
 
@@ -157,7 +158,7 @@ def table(lines: Sequence[Row]) -> list[str]:
 def _cells(lines: Sequence[Row]) -> Row:
     """The columns of a model, from its runs at the chosen rate."""
     lengths = lines[0]["setting"]["read_lengths"]
-    shares = zip(*(line["found"] or [math.nan] * len(lengths) for line in lines), strict=True)
+    shares = np.array([line["found"] or [None] * len(lengths) for line in lines], float).T.tolist()
     about = {"parameters": f"{lines[0]['parameters']:,}", "rate": f"{lines[0]['learning_rate']:g}"}
     found = {length: spread(of_length, ".0%") for length, of_length in zip(lengths, shares, strict=True)}
     return {"row": named(lines[0]), **about, **found, "seeds": len(lines)}
@@ -172,7 +173,8 @@ def draw(config: NeedleConfig, lines: Sequence[Row]) -> Path:
     with plot(path, len(trained), size) as axes:
         for ax, (length, of_length) in zip(np.ravel(axes), trained.items(), strict=True):
             for row, of_row in grouped(of_length, lambda line: line["row"]).items():
-                draw_mean(ax, setting["read_lengths"], [line["found"] for line in of_row], row, marker="o")
+                found = np.array([line["found"] for line in of_row], float)  # None becomes NaN, a gap
+                draw_mean(ax, setting["read_lengths"], found, row, marker="o")
             ax.set_xscale("log", base=2)
             ax.set(
                 xlabel="tokens read", ylabel="needles found", ylim=(-0.02, 1.02), title=f"trained at {length} tokens"

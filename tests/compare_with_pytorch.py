@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rwkv7_hf  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
@@ -77,7 +76,9 @@ def qwen3_next_layer(folder: Path) -> tuple[Any, Any]:
 
 
 def rwkv7(folder: Path) -> tuple[Any, Any]:
-    """The model of rwkv7-hf, which is plain PyTorch."""
+    """The model of rwkv7-hf, which is plain PyTorch; the other cases do not need it."""
+    import rwkv7_hf  # pyright: ignore[reportMissingImports]
+
     ranks = dict(decay_low_rank_dim=3, gate_low_rank_dim=5, a_low_rank_dim=4, v_low_rank_dim=2)
     fields = dict(num_heads=4, head_dim=8, intermediate_size=48, **ranks)
     model = shaken(rwkv7_hf.RWKV7ForCausalLM(rwkv7_hf.RWKV7Config(**SIZES | fields)))

@@ -83,8 +83,11 @@ CONFIGS = {
     "tied a word": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
     "more layers": ({"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
     "untied without a head": (UNTIED, r"lm_head\.weight is missing"),
-    "other width inside": ({"intermediate_size": 64}, r"mlp\.\w+_proj\.weight has the shape.*asks for"),
-    "other groups": ({"num_key_value_heads": 4}, r"k_proj\.weight has the shape \[16, 32\].*asks for \[32, 32\]"),
+    "other width inside": ({"intermediate_size": 64}, r"mlp\.\w+_proj\.weight has the shape.*the model needs"),
+    "other groups": (
+        {"num_key_value_heads": 4},
+        r"k_proj\.weight has the shape \[16, 32\].*needs \[32, 32\]",
+    ),
 }
 
 

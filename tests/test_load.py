@@ -1,6 +1,5 @@
 """Checkpoints of Mamba-2, Gated DeltaNet and Qwen3-Next's layers against slow numpy models on the same tensors."""
 
-import functools
 import json
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references_checkpoints as references
+from checkpoint_logits import distance, read
 from llama_folders import UNTIED, write
 from matrix_folders import GATED_DELTANET, MAMBA2, QWEN3_NEXT, draw
 
@@ -27,21 +27,10 @@ ROWS = {  # configuration, type of the stored tensors, shards
 }
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def read(config, params, tokens):
-    """Logits of fresh sequences."""
-    return LanguageModel(config).apply({"params": params}, tokens)[0]
-
-
 def expected(tensors, config, **changes):
     """The reference's logits of TOKENS."""
     reference = getattr(references, config["model_type"])
     return np.stack([reference(tensors, config, row, **changes) for row in TOKENS])
-
-
-def distance(ours, theirs):
-    """Largest difference in units of the largest logit."""
-    return np.max(np.abs(np.asarray(ours, np.float64) - theirs)) / np.max(np.abs(theirs))
 
 
 @pytest.mark.parametrize(("stored", "kind", "shards"), ROWS.values(), ids=ROWS)
@@ -90,8 +79,21 @@ def test_infinite_steps_are_written_in_two_ways(tmp_path):
 
 def test_hidden_features_that_are_not_stated_follow_from_the_ratio(tmp_path):
     stored = GATED_DELTANET | {"intermediate_size": 256}
-    write(tmp_path, stored | {"intermediate_size": None, "hidden_ratio": 8}, draw(stored))
+    for ratio in (8, 8.0, 15.5):
+        write(tmp_path, stored | {"intermediate_size": None, "hidden_ratio": ratio}, draw(stored))
+        assert load(tmp_path)[0].feed_forward == SwiGLUConfig(256)
+    write(tmp_path, stored | {"hidden_ratio": "unused"}, draw(stored))
     assert load(tmp_path)[0].feed_forward == SwiGLUConfig(256)
+
+
+def test_a_path_that_is_no_checkpoint_is_told_as_such(tmp_path):
+    with pytest.raises(UserError, match="typo does not exist; expected the folder of a checkpoint"):
+        load(tmp_path / "typo")
+    with pytest.raises(UserError, match="has neither config.json nor model.safetensors"):
+        load(tmp_path)
+    (tmp_path / WEIGHTS).touch()
+    with pytest.raises(UserError, match="safetensors is no folder"):
+        load(tmp_path / WEIGHTS)
 
 
 # ---------------------------------------------------------------- refusals
@@ -110,12 +112,13 @@ REFUSED = {
     "more state": (
         MAMBA2,
         {"state_size": 8},
-        r"in_proj.weight has the shape \[80, 16\]; config.json asks for \[84, 16\]",
+        r"in_proj.weight has the shape \[80, 16\]; the model needs \[84, 16\]",
     ),
     "gate": (GATED_DELTANET, {"use_gate": False}, "use_gate=False; only True"),
     "convolution": (GATED_DELTANET, {"use_short_conv": False}, "use_short_conv=False; only True"),
     "rates": (GATED_DELTANET, {"allow_neg_eigval": True}, "allow_neg_eigval=True; only False"),
     "hybrid": (GATED_DELTANET, {"attn": {"layers": [1]}}, "attn=.*; only None"),
+    "ratio": (GATED_DELTANET, {"intermediate_size": None, "hidden_ratio": 0}, "hidden_ratio=0; expected a positive"),
     "value heads": (GATED_DELTANET, {"num_v_heads": 3}, "num_v_heads=3, which num_heads=2 does not divide"),
     "value size": (GATED_DELTANET, {"expand_v": 1.4}, "head_dim=6 and expand_v=1.4; expected a whole number"),
     "eps": (GATED_DELTANET, {"norm_eps": -1}, "norm_eps=-1; expected a positive number"),
@@ -134,6 +137,9 @@ LAYERS = {
     "attention": (3, {}, "index is 3; the blocks with linear attention are 0, 1, 2, 4, 5, 6"),
     "listed": (4, {"layer_types": ["full_attention"] * 7 + ["linear_attention"]}, "index is 4; .* are 7"),
     "beyond": (8, {}, "index is 8"),
+    "a truth value": (True, {}, "index is True; give a whole number of at least 0"),
+    "no list": (4, {"layer_types": "linear_attention"}, "layer_types='linear_attention'; expected a list"),
+    "attention alone": (4, {"layer_types": ["full_attention"] * 8}, "index is 4; .* are none"),
     "elsewhere": (5, {}, r"The tensor model.layers.5.linear_attn.A_log is missing \(7 in all\)"),
     "heads": (4, {"linear_num_value_heads": 3}, "linear_num_value_heads=3, which linear_num_key_heads=2 does not"),
     "other model": (4, {"model_type": "qwen3"}, "model_type='qwen3'; only 'qwen3_next'"),

@@ -205,6 +205,8 @@ def test_the_published_sizes_build_at_every_width(width):
         (lambda: Mamba2Config(groups=4).build(192, jnp.float32), "groups is 4.*6 heads"),
         (lambda: GatedDeltaNetConfig(2, 4, 4, norm_eps=0.0), "norm_eps is 0.0; expected a positive number"),
         (lambda: Mamba2Config(norm_eps=math.nan), "norm_eps is nan; expected a positive number"),
+        (lambda: matrix.check_eps(None), "norm_eps is None; expected a positive number"),
+        (lambda: matrix.check_eps("a"), "norm_eps is 'a'; expected a positive number"),
         (lambda: Mamba2Config(step_limits=(1.0, 0.5)), r"step_limits is .*low < high"),
         (lambda: Mamba2Config(step_limits=(0.0, math.nan)), r"step_limits is .*low < high"),
     ],

@@ -116,7 +116,8 @@ def result(found=(1.0, 0.5), seed=0, rate=1e-3, chosen_by=1.0, *, row="hope", tr
 
 def test_the_table_has_each_length_at_the_rate_that_the_other_needles_chose():
     rows = [result(), result((0.5, 0.25), seed=1), result((1.0, 1.0), rate=3e-3, chosen_by=1.1)]
-    rows += [result(None, trained=2048, chosen_by=None), result((1.0, 1.0), size="30m")]
+    rows += [result(None, trained=2048, chosen_by=None), result((0.5, None), row="titans")]
+    rows += [result((1.0, 1.0), size="30m")]
     first, budget, head, *cells, second, _, _, other = needle.table(rows)
     assert (
         "tiny" in first and "30m" in second and budget.startswith("tuning is not equal yet: hope at 1024 at 0.001, 0")
@@ -124,6 +125,7 @@ def test_the_table_has_each_length_at_the_rate_that_the_other_needles_chose():
     assert head.split() == ["row", "parameters", "rate", "1024", "2048", "seeds"]
     assert cells[0].split() == ["hope", "at", "1024", "7", "0.001", "75%", "+-", "35%", "38%", "+-", "18%", "2"]
     assert cells[1].split() == ["hope", "at", "2048", "7", "0.001", "-", "-", "1"]
+    assert cells[2].split() == ["titans", "at", "1024", "7", "0.001", "50%", "+-", "nan%", "-", "1"]
     assert other.split()[5] == "100%"
 
 
@@ -131,6 +133,7 @@ def test_the_plot_has_an_axes_for_each_training_length_and_leaves_out_what_diver
     models = itertools.product(("hope", "titans"), (1024, 2048), (0, 1))
     rows = [result(row=row, trained=length, seed=seed) for row, length, seed in models]
     rows.append(result(None, chosen_by=None, row="mamba2"))
+    rows += [result((1.0, None), row="ttt_mlp", trained=trained) for trained in (1024, 2048)]
     drawn = []
     monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
     path = needle.draw(needle.NeedleConfig(results=tmp_path), rows)
@@ -138,8 +141,9 @@ def test_the_plot_has_an_axes_for_each_training_length_and_leaves_out_what_diver
     assert [ax.get_title() for ax in drawn] == ["trained at 1024 tokens", "trained at 2048 tokens"]
     for ax in drawn:
         named = [one for one in ax.lines if not one.get_label().startswith("_")]
-        assert [one.get_label() for one in named] == ["hope", "titans"]
+        assert [one.get_label() for one in named] == ["hope", "titans", "ttt_mlp"]
         np.testing.assert_array_equal(named[0].get_xydata(), [[1024, 1.0], [2048, 0.5]])
+        np.testing.assert_array_equal(named[2].get_xydata(), [[1024, 1.0], [2048, np.nan]])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoint_logits import distance
 from llama_folders import CONFIG, LLAMA3, UNTIED, draw, write
 from references_llama import llama
 
@@ -47,11 +48,6 @@ def read(config, params, tokens, state=None):
 def expected(tensors, config):
     """The reference's logits of TOKENS."""
     return np.stack([llama(tensors, config, row) for row in TOKENS])
-
-
-def distance(ours, theirs):
-    """Largest difference in units of the largest logit."""
-    return np.max(np.abs(np.asarray(ours, np.float64) - theirs)) / np.max(np.abs(theirs))
 
 
 @rows

@@ -3,7 +3,7 @@
 jaxtyping's import hook decorates all functions and dataclasses of the package. Its own decorator checks the arguments a
 second time with the result, wraps functions that have nothing to check, and writes the check of a function inside a
 function anew whenever the outer one is called, which tracing does thousands of times. Here a check is written once,
-when it is first needed, and runs once.
+when it is first needed, and runs once. Sizes from values of arguments ("{n}") are not supported.
 """
 
 import dataclasses

@@ -43,8 +43,8 @@ def found(model: Any, params: Any, haystack: Haystack, length: int, *, batches: 
 
 def found_at(
     model: Any, params: Any, haystack: Haystack, lengths: Iterable[int], *, needles: int, tokens: int, seed: int
-) -> list[float]:
-    """``found`` at each of the lengths; 0 where the logits are not finite, as they may be beyond the training length.
+) -> list[float | None]:
+    """``found`` at each of the lengths; None where logits are not finite, as they may be beyond the training length.
 
     Args:
         needles: haystacks of each length, or a few more, so that all batches are full.
@@ -54,9 +54,9 @@ def found_at(
     Raises:
         UserError: as in ``found``, but for logits that are not finite.
     """
-    shares = []
+    shares: list[float | None] = []
     for length in lengths:
-        batch, share = min(whole("needles", needles), max(1, tokens // length)), 0.0
+        batch, share = min(whole("needles", needles), max(1, tokens // length)), None
         with contextlib.suppress(NotFinite):
             batches = math.ceil(needles / batch)
             share = found(model, params, haystack, length, batches=batches, batch=batch, seed=seed)

@@ -78,8 +78,11 @@ def _mixer(fields: dict[str, Any], eps: float) -> GatedDeltaNetConfig:
 
 def _hidden(fields: dict[str, Any]) -> int:
     """Hidden features of the feed-forward part: where there is no number, about ratio * 2/3 of the width, as theirs."""
-    least = 2 * whole(fields, "hidden_ratio", 4) * whole(fields, "hidden_size") // 3
-    return whole(fields, "intermediate_size", -(-least // 256) * 256)
+    if fields.get("intermediate_size") is not None:
+        return whole(fields, "intermediate_size")
+    ratio = fields.get("hidden_ratio")
+    least = int(whole(fields, "hidden_size") * positive("hidden_ratio", 4 if ratio is None else ratio) * 2 / 3)
+    return -(-least // 256) * 256
 
 
 def _mixer_parts(layer: Callable[[str], list[str]], mixer: GatedDeltaNetConfig, width: int) -> list[Part]:

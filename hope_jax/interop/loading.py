@@ -13,7 +13,7 @@ from hope_jax.interop.llama import describe_llama
 from hope_jax.interop.mamba2 import describe_mamba2
 from hope_jax.interop.qwen3_next import KIND
 from hope_jax.interop.rwkv7 import describe_rwkv7, is_of_the_authors
-from hope_jax.interop.tensors import Describe, read_model
+from hope_jax.interop.tensors import INDEX, WEIGHTS, Describe, read_model
 from hope_jax.nn.config import ModelConfig
 
 # What config.json has as model_type -> the loader.
@@ -45,6 +45,7 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfi
         shape or not of floats; dtype is none of floats.
     """
     path = Path(folder) / "config.json"
+    _check_folder(path.parent)
     kind = "rwkv7" if is_of_the_authors(path.parent) else read_json(path).get("model_type")
     if kind == KIND:
         why = "no model here has its experts and gated attention"
@@ -52,3 +53,12 @@ def load(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelConfi
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(f"{path} has model_type={kind!r}; those that can be read are {', '.join(ARCHITECTURES)}.")
     return read_model(folder, ARCHITECTURES[kind], dtype)
+
+
+def _check_folder(folder: Path) -> None:
+    """UserError unless it is a folder that holds one of the files of a checkpoint."""
+    if not folder.is_dir():
+        why = "is no folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {why}; expected the folder of a checkpoint, with config.json and {WEIGHTS}.")
+    if not any((folder / name).exists() for name in ("config.json", WEIGHTS, INDEX)):
+        raise UserError(f"{folder} has neither config.json nor {WEIGHTS}; expected the folder of a checkpoint.")

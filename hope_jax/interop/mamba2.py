@@ -15,12 +15,12 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError
 from hope_jax.interop.fields import check_plain, positive, read_json, whole, yes_or_no
 from hope_jax.interop.stream import ends, stream_factor
-from hope_jax.interop.tensors import Checkpoint, Part, by_layer, rows, taps
+from hope_jax.interop.tensors import Checkpoint, Part, by_layer, maps_in_one, taps
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.mixers.mamba2 import Mamba2Config
 
 EMBEDDING = "backbone.embeddings.weight"
-ALIASES = {"backbone.embedding.weight": EMBEDDING}  # of the authors' own files
+ALIASES = {"backbone.embedding.weight": EMBEDDING}  # older name -> name
 PLAIN = {
     "architectures": (["Mamba2ForCausalLM"], None),
     "hidden_act": ("silu", "swish"),
@@ -98,10 +98,12 @@ def _parts(config: ModelConfig, mixer: Mamba2Config) -> list[Part]:
     width, heads, features = config.width, mixer.heads(config.width), mixer.expand * config.width
     inputs = features + 2 * mixer.groups * mixer.state
     layer = functools.partial(by_layer, config.layers, "backbone.layers")
+    sizes = {"gate": features, "inputs/project": inputs, "decay/map": heads}
+    maps = {f"blocks/mixer/{name}": size for name, size in sizes.items()}
     return [
         *ends(config, mixer.norm_eps, EMBEDDING, "backbone.norm_f.weight"),
         Part("blocks/norm/scale", layer("norm.weight"), (width,)),
-        *_maps(layer("mixer.in_proj.weight"), width, {"gate": features, "inputs/project": inputs, "decay/map": heads}),
+        *maps_in_one(layer("mixer.in_proj.weight"), width, maps),
         Part("blocks/mixer/inputs/conv/kernel", layer("mixer.conv1d.weight"), (inputs, 1, mixer.conv), taps),
         Part("blocks/mixer/inputs/conv/bias", layer("mixer.conv1d.bias"), (inputs,)),
         Part("blocks/mixer/decay/step_bias", layer("mixer.dt_bias"), (heads,)),
@@ -115,13 +117,3 @@ def _parts(config: ModelConfig, mixer: Mamba2Config) -> list[Part]:
             factor=stream_factor(mixer.norm_eps),
         ),
     ]
-
-
-def _maps(names: list[str], width: int, sizes: dict[str, int]) -> list[Part]:
-    """Maps whose rows lie one after another in one matrix; ``sizes``: map -> its rows."""
-    shape, parts, start = (sum(sizes.values()), width), [], 0
-    for name, size in sizes.items():
-        cut = functools.partial(rows, start, start + size)
-        parts.append(Part(f"blocks/mixer/{name}/kernel", names, shape, cut))
-        start += size
-    return parts

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from hope_jax import errors
 from hope_jax.errors import UserError
 from hope_jax.interop.fields import positive, read_json, whole
-from hope_jax.interop.tensors import Part, Tensors, check_dtype, taps
+from hope_jax.interop.tensors import Part, Tensors, check_dtype, maps_in_one, taps
 from hope_jax.nn.mixers.gated_deltanet import GatedDeltaNetConfig
 
 KIND = "qwen3_next"
@@ -44,7 +45,7 @@ def load_qwen3_next_layer(
     Raises:
       UserError: as ``load``, and for a block that is none of linear attention.
     """
-    folder = Path(folder)
+    folder, index = Path(folder), errors.whole("index", index, 0)
     check_dtype(dtype)
     fields = _read_fields(folder / "config.json", index)
     mixer, width = _mixer(fields), whole(fields, "hidden_size")
@@ -69,9 +70,12 @@ def _read_fields(path: Path, index: int) -> dict[str, Any]:
             raise UserError(f"{path} has {field}={found!r}; only {expected!r} can be read.")
     layers, every = whole(fields, "num_hidden_layers"), whole(fields, "full_attention_interval", 4)
     kinds = fields.get("layer_types") or [LINEAR if (i + 1) % every else "full_attention" for i in range(layers)]
+    if not isinstance(kinds, list):
+        raise UserError(f"{path} has layer_types={kinds!r}; expected a list, one word for each block.")
     linear = [i for i, kind in enumerate(kinds) if kind == LINEAR]
     if index not in linear:
-        raise UserError(f"index is {index!r}; the blocks with linear attention are {', '.join(map(str, linear))}.")
+        found = ", ".join(map(str, linear)) or "none"
+        raise UserError(f"index is {index}; the blocks with linear attention are {found}.")
     return fields
 
 
@@ -95,8 +99,9 @@ def _parts(mixer: GatedDeltaNetConfig, width: int, place: str) -> Iterator[Part]
     heads, keys, ratio = mixer.value_heads, mixer.heads * mixer.key_size, mixer.values_per_key
     values, key, value = heads * mixer.value_size, mixer.key_size, ratio * mixer.value_size
     streams = {"query/project": key, "key/project": key, "value/project": value, "out/gate": value}
-    yield from _by_head(place + "in_proj_qkvz.weight", mixer.heads, width, streams)
-    yield from _by_head(place + "in_proj_ba.weight", mixer.heads, width, {"rate": ratio, "decay/map": ratio})
+    yield from maps_in_one([place + "in_proj_qkvz.weight"], width, streams, mixer.heads)
+    gates = {"rate": ratio, "decay/map": ratio}
+    yield from maps_in_one([place + "in_proj_ba.weight"], width, gates, mixer.heads)
     start, channels = 0, 2 * keys + values
     for name, size in {"query": keys, "key": keys, "value": values}.items():
         cut = functools.partial(_some_taps, start, start + size)
@@ -106,20 +111,6 @@ def _parts(mixer: GatedDeltaNetConfig, width: int, place: str) -> Iterator[Part]
     yield Part("decay/log_decay", [place + "A_log"], (heads,))
     yield Part("out/scale", [place + "norm.weight"], (mixer.value_size,))
     yield Part("out/down/kernel", [place + "out_proj.weight"], (width, values))
-
-
-def _by_head(name: str, heads: int, width: int, sizes: dict[str, int]) -> Iterator[Part]:
-    """Maps whose rows take turns in one matrix, head by head; ``sizes``: map -> its rows of one head."""
-    shape, start = (heads * sum(sizes.values()), width), 0
-    for path, size in sizes.items():
-        cut = functools.partial(_rows_of_heads, heads, start, start + size)
-        yield Part(f"{path}/kernel", [name], shape, cut)
-        start += size
-
-
-def _rows_of_heads(heads: int, start: int, stop: int, matrix: np.ndarray) -> np.ndarray:
-    """The same rows of every head's share, as [in, out]."""
-    return matrix.reshape(heads, -1, matrix.shape[1])[:, start:stop].reshape(-1, matrix.shape[1]).T
 
 
 def _some_taps(start: int, stop: int, kernel: np.ndarray) -> np.ndarray:

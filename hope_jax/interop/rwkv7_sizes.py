@@ -66,14 +66,15 @@ class Sizes:
 
     def check(self, fields: dict[str, Any]) -> None:
         """Raise UserError where ``config.json`` says otherwise."""
+        by_head = fields.get("head_dim") is not None  # then the number of heads is not read, and may be any
         stated = {
             **dict.fromkeys(("hidden_size", "attention_hidden_size"), self.width),
-            **dict.fromkeys(("num_heads", "num_attention_heads"), self.heads),
+            **({} if by_head else dict.fromkeys(("num_heads", "num_attention_heads"), self.heads)),
             "head_dim": self.width // self.heads,
             "intermediate_size": self.hidden,
             "num_hidden_layers": self.layers,
             "vocab_size": self.vocab_size,
-            "value_dim": [self.width] * self.layers,
+            "value_dim": [self.width] * self.layers if isinstance(fields.get("value_dim"), list) else self.width,
             **{FIELDS[name]: rank for name, rank in self.ranks.items()},
         }
         for field, value in stated.items():
@@ -111,7 +112,7 @@ def _matrix(tensors: Tensors, name: str) -> tuple[int, int]:
     """The shape. Raises UserError unless the tensor is there and a matrix."""
     shape = tensors.shape(name)
     if len(shape) != 2:
-        raise UserError(f"The tensor {name} has the shape {list(shape)}; expected a matrix.")
+        raise UserError(f"The tensor {tensors.stored(name)} has the shape {list(shape)}; expected a matrix.")
     return shape[0], shape[1]
 
 
@@ -123,6 +124,6 @@ def _rank(tensors: Tensors, layers: int, kind: str, transposed: bool) -> int:
     (first, rank), *others = ranks.items()
     for name, other in others:
         if other != rank:
-            why = f"{first} has {rank} and {name} has {other}"
+            why = f"{tensors.stored(first)} has {rank} and {tensors.stored(name)} has {other}"
             raise UserError(f"The low-rank maps of one kind have different inner features: {why}; give all the same.")
     return rank

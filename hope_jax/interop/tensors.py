@@ -4,7 +4,8 @@ A loader reads ``config.json`` (``fields.py``) and returns a ``Checkpoint``. Rea
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +46,17 @@ def by_layer(layers: int, place: str, name: str) -> list[str]:
     return [f"{place}.{i}.{name}" for i in range(layers)]
 
 
-def rows(start: int, stop: int, matrix: np.ndarray) -> np.ndarray:
-    """[out, in] -> [in, stop - start]: of one of several maps that are stored as one matrix."""
-    return matrix[start:stop].T
+def maps_in_one(names: list[str], width: int, sizes: Mapping[str, int], heads: int = 1) -> Iterator[Part]:
+    """Maps of ``width`` features whose rows lie in one matrix, head by head; ``sizes``: map -> its rows of one head."""
+    shape, start = (heads * sum(sizes.values()), width), 0
+    for path, size in sizes.items():
+        yield Part(f"{path}/kernel", names, shape, functools.partial(_rows_of_heads, heads, start, start + size))
+        start += size
+
+
+def _rows_of_heads(heads: int, start: int, stop: int, matrix: np.ndarray) -> np.ndarray:
+    """The same rows of every head's share, as [in, out]."""
+    return matrix.reshape(heads, -1, matrix.shape[1])[:, start:stop].reshape(-1, matrix.shape[1]).T
 
 
 def taps(kernel: np.ndarray) -> np.ndarray:
@@ -90,19 +99,23 @@ class Tensors:
         file, stored = self._files[name]
         return tuple(file.get_slice(stored).get_shape())
 
+    def stored(self, name: str) -> str:
+        """The name in the file; where there is no such tensor, the name itself."""
+        return self._files[name][1] if name in self._files else name
+
     def check(self, parts: Iterable[Part]) -> None:
         """UserError unless all tensors of the parts are there, of the right shape and of floats; reads the headers."""
         shapes = {name: part.shape for part in parts for name in part.names}
         if missing := sorted(shapes.keys() - self._files.keys()):
-            raise UserError(f"The tensor {missing[0]} is missing ({len(missing)} in all); config.json asks for it.")
+            raise UserError(f"The tensor {missing[0]} is missing ({len(missing)} in all); the model needs it.")
         for name, shape in shapes.items():
             file, stored = self._files[name]
             header = file.get_slice(stored)
             found, kind = tuple(header.get_shape()), header.get_dtype()
             if found != shape:
-                raise UserError(f"The tensor {name} has the shape {list(found)}; config.json asks for {list(shape)}.")
+                raise UserError(f"The tensor {stored} has the shape {list(found)}; the model needs {list(shape)}.")
             if kind not in FLOATS:
-                raise UserError(f"The tensor {name} is of type {kind}; expected one of {', '.join(FLOATS)}.")
+                raise UserError(f"The tensor {stored} is of type {kind}; expected one of {', '.join(FLOATS)}.")
 
     def params(self, parts: Iterable[Part], dtype: DTypeLike) -> dict[str, Any]:
         """The parameters of a model that computes in ``dtype``, as a tree; one tensor is read at a time."""
@@ -200,4 +213,4 @@ def _check_left_over(tensors: Tensors, checkpoint: Checkpoint) -> None:
                 why = f"config.json says that the head is tied, and it differs from {embedding}"
                 raise UserError(f"The tensor {HEAD} is left over: {why}.")
         elif not checkpoint.follows(name, tensors):
-            raise UserError(f"The tensor {name} is left over; the model would lack it.")
+            raise UserError(f"The tensor {tensors.stored(name)} is left over; the model would lack it.")

@@ -137,7 +137,8 @@ def needle_words(most: int, paths: Sequence[str] = ()) -> WordTokenizer:
         paths: of ``text_haystack``; none for ``noise_haystack``.
     """
     keys = [f"{adjective}-{noun}" for adjective, noun in zip(ADJECTIVES, NOUNS, strict=True)]
-    own = [OPENING, NOISE, *(text.format(key=key, value="") for text in (NEEDLE, QUESTION) for key in keys)]
+    texts = NEEDLE, f" {NEEDLE}", QUESTION  # in noise the needle begins a line, in prose it follows a blank
+    own = [OPENING, NOISE, *(text.format(key=key, value="") for text in texts for key in keys)]
     words = [*frequent_words(own), *frequent_words(f" {sentence}" for sentence in (_sentences(paths) if paths else ()))]
     return WordTokenizer(list(dict.fromkeys(words))[: whole("most", most, 0, "words")])
 

@@ -6,6 +6,7 @@ head h of H heads belongs to group h // (H / G). Read ``gated_deltanet.py`` or `
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -35,8 +36,9 @@ class MatrixState(NamedTuple):
 
 def check_eps(eps: float) -> None:
     """Raise UserError unless ``norm_eps``, the epsilon of a norm, is positive and finite."""
-    if not 0 < eps < math.inf:
-        raise UserError(f"norm_eps is {eps}; expected a positive number, such as 1e-5")
+    number = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
+    if not number or not 0 < eps < math.inf:
+        raise UserError(f"norm_eps is {eps!r}; expected a positive number, such as 1e-5")
 
 
 def fresh_state(

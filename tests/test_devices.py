@@ -15,6 +15,7 @@ import pytest
 
 from hope_jax import MODELS as NAMED
 from hope_jax import train as training
+from hope_jax.cli import pretrain
 from hope_jax.cli.main import main
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, Size, with_in_context
@@ -77,16 +78,24 @@ def test_a_run_goes_on_on_other_devices_and_says_so(tmp_path, monkeypatch, capsy
         "--length",
         "16",
         "--sample-tokens",
-        "0",
+        "4",
         "--save-every",
         "2",
     ]
     flags += ["--data.path", str(tmp_path / "text.txt"), "--eval-batches", "1", "--no-compile-cache"]
+    held, sample = [], pretrain.generate.sample
+
+    def noted(model, params, *arguments, **how):
+        held.append(jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.size / leaf.size, params)["embedding"])
+        return sample(model, params, *arguments, **how)
+
+    monkeypatch.setattr(pretrain.generate, "sample", noted)
     for steps, axes in (("2", (1, 1, 1)), ("4", (1, 2, 2))):
         mesh = [word for name, n in zip(MESH, axes, strict=True) for word in (f"--mesh.{name}", str(n))]
         assert main([*flags, "--run", str(tmp_path / "moved"), "--steps", steps, *mesh]) == 0
         said = capsys.readouterr().out
         assert f"{math.prod(axes)} of {jax.device_count()}" in said
+    assert held == [1, 0.5]  # of the embedding, on each device that writes the sample
     assert "It was saved on 1 devices and goes on on 4: sums are rounded differently there." in said
     for steps in ("2", "4"):
         assert main([*flags, "--run", str(tmp_path / "stayed"), "--steps", steps, "--mesh.data", "1"]) == 0

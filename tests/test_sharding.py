@@ -1,6 +1,7 @@
 """Training on meshes of eight devices: the numbers of one device, parameters and optimizer states in parts."""
 
 import functools
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -22,11 +23,23 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, LanguageModel, Size, with_in_context
 from hope_jax.nn.axes import AXES, matrices
+from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.gated_deltanet import GatedDeltaNetConfig
+from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 from hope_jax.optim import M3, AdamW, Muon, scale_by_m3
 from hope_jax.optim.m3_rules import MomentumScale
 from hope_jax.optim.newton_schulz import NewtonSchulz
-from hope_jax.train.sharding import RULES, MeshConfig, model_on, partition, placed, specs_of_parameters
+from hope_jax.train.sharding import (
+    LEFT_OVER,
+    MESH,
+    RULES,
+    MeshConfig,
+    _spread,
+    model_on,
+    partition,
+    placed,
+    specs_of_parameters,
+)
 
 VOCAB, B, T = 48, 8, 16
 SIZE = Size(width=32, layers=2, heads=2, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
@@ -159,12 +172,46 @@ def test_parameters_are_drawn_in_parts_saved_and_restored_on_another_mesh(tmp_pa
     np.testing.assert_allclose(*(jax.device_get(x.params["kernel"]) for x in (moved, stayed)), rtol=1e-5)
 
 
-def test_every_axis_name_has_a_rule_and_a_mesh_axis_parts_one_axis_of_a_parameter():
-    assert RULES.keys() == AXES.keys()
-    assert partition(("layers", "embed", "all_heads")) == PartitionSpec(None, "fsdp", "tensor")
-    assert partition(("all_heads", "all_heads")) == PartitionSpec("tensor", None)
+def test_every_axis_name_has_a_rule_and_a_mesh_axis_splits_one_axis_of_a_parameter():
+    assert RULES.keys() == AXES.keys() > LEFT_OVER.keys()
+    both, fsdp = {"data": 2, "fsdp": 4, "tensor": 2}, {"data": 1, "fsdp": 8, "tensor": 1}
+    assert partition(both, ("layers", "embed", "all_heads"), (2, 16, 16)) == PartitionSpec(None, "fsdp", "tensor")
+    assert partition(both, ("all_heads", "all_heads"), (16, 16)) == PartitionSpec("tensor", "fsdp")
+    assert partition(both, ("all_heads", "all_heads"), (16, 18)) == PartitionSpec("tensor", None)
+    assert partition(fsdp, ("hidden", "embed"), (16, 16)) == PartitionSpec(None, "fsdp")
+    assert partition(fsdp, ("heads", "head_dim", "memory_hidden"), (8, 12, 16)) == PartitionSpec(None, None, "fsdp")
     with pytest.raises(UserError, match="no rule for the axis 'hiden'; did you mean 'hidden'"):
-        partition(("hiden",))
+        partition(both, ("hiden",), (8,))
+
+
+def test_with_fsdp_alone_each_device_holds_its_part_of_all_parameters():
+    mesh, model = MESHES["fsdp"].make(B), LanguageModel(ARCHITECTURES["hope"](replace(SIZE, width=64)))
+    params = training.abstract_params(model)
+    where = placed(mesh, specs_of_parameters(mesh, model.axes(), params), params)
+    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(where), strict=True))
+    held = sum(math.prod(place.shard_shape(leaf.shape)) for leaf, place in leaves)
+    assert held <= 1.15 * sum(leaf.size for leaf, _ in leaves) / mesh.size
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "expected"),
+    [
+        ((2, 4, 3), (12,), [("fsdp", "tensor")]),
+        ((2, 4, 1), (2, 12), ["data", "fsdp"]),
+        ((1, 16, 1), (24,), [None]),
+    ],
+)
+def test_matrices_are_spread_over_as_many_devices_as_divide_their_number(shape, sizes, expected):
+    assert _spread(dict(zip(MESH, shape, strict=True)), sizes) == PartitionSpec(*expected)
+
+
+def test_a_kernel_for_one_device_is_refused_on_several():
+    hope = MODELS["hope"]
+    mixers = AttentionConfig(2), replace(cast(SelfModifyingConfig, hope.mixer), impl="pallas")
+    config = replace(hope, mixer=mixers, feed_forward=(None, hope.feed_forward))
+    assert model_on(MeshConfig(1).make(B), config).config is config
+    with pytest.raises(UserError, match="SelfModifyingConfig has impl='pallas', which runs on one device, .* has 8"):
+        model_on(MESHES["all"].make(B), config)
 
 
 def test_as_many_devices_share_a_batch_as_are_left_and_divide_it(monkeypatch):
@@ -211,7 +258,7 @@ def test_a_mesh_that_does_not_fit_the_flags_is_refused_before_anything_is_read(f
         PretrainConfig(Path("run"), **flags)
 
 
-def test_a_parameter_that_cannot_be_parted_is_named():
+def test_a_parameter_that_cannot_be_split_is_named():
     setup = replace(line(MeshConfig(1, 1, 8)), init=lambda key: {"kernel": jnp.zeros((16, 12)), "bias": jnp.zeros(12)})
     with pytest.raises(
         UserError, match=r"mesh.tensor is 8; give a divisor of 12 on axis 'hidden' .* parameter \['bias'\]"

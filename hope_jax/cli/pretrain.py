@@ -204,7 +204,7 @@ def _report(job: Job, result: training.Result) -> None:
     run, bits = job.flags.run, {step: means["bits_per_byte"] for step, means in result.heldout.items()}
     files = [run / "metrics.jsonl", _draw(run, str(job.flags.stage_two or job.flags.model))]
     if job.flags.sample_tokens:
-        sample = _sample(job, jax.device_put(result.params, jax.devices()[0]))
+        sample = _sample(job, result.params)
         files.append(run / "sample.txt")
         files[-1].write_text(sample, encoding="utf-8", errors="replace")
         say(f"sample:\n{sample}")
@@ -227,6 +227,8 @@ def _draw(run: Path, title: str) -> Path:
 def _sample(job: Job, params: Any) -> str:
     """The first held-out text and how the model continues it."""
     flags, model = job.flags, LanguageModel(job.config.model)
+    if flags.mesh.fsdp * flags.mesh.tensor == 1:  # else one device may be too small for all parameters
+        params = jax.device_put(params, jax.devices()[0])
     window = next(iter(job.text.heldout_batches(batch=1, limit=1)))
     prompt = np.asarray(window)[:, : max(1, min(128, flags.length // 2))]
     state = model.init_state(params, batch=1, capacity=prompt.shape[1] + flags.sample_tokens)

@@ -1,13 +1,15 @@
 """A mesh of devices, and where on it parameters, optimizer states and batches lie. Read ``setup.py`` next.
 
 A mesh has three axes. Devices along ``data`` and ``fsdp`` share each batch, those along ``tensor`` share each sequence.
-Where a parameter lies follows from the names of its axes (``nn/axes.py``) by one list, ``RULES``; what the optimizer
-keeps of a parameter lies where the parameter does. The training step does not mention devices: JAX follows the
-placement of its arguments and moves between devices what has to be moved.
+Where a parameter lies follows from the names of its axes (``nn/axes.py``) by two lists, ``RULES`` and ``LEFT_OVER``;
+what the optimizer keeps of a parameter in the parameter's shape lies where the parameter does. The training step does
+not mention devices: JAX follows the placement of its arguments and moves between devices what has to be moved.
 """
 
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +37,9 @@ RULES: Mapping[str, str | None] = {
     **dict.fromkeys(("layers", "memories", "levels", "vocab", "taps", "persistent", "places")),
     **dict.fromkeys(("head_dim", "memory_hidden", "gate", "rank")),
 }
-"""Axis name of a parameter -> axis of the mesh that it is parted along; None: it is not parted."""
+"""Axis name of a parameter -> axis of the mesh that it is split along, which must divide it; None: it is not split."""
+LEFT_OVER: Mapping[str, str] = dict.fromkeys(("all_heads", "hidden", "cell_gates", "head_dim", "memory_hidden"), "fsdp")
+"""The same for axes of the mesh that ``RULES`` leaves over in a parameter, and only where they divide it."""
 
 
 @dataclass(frozen=True)
@@ -118,24 +122,37 @@ def _configs(tree: Any) -> Iterator[Any]:
 def model_on(mesh: Mesh | None, config: ModelConfig, remat: bool = False) -> LanguageModel:
     """A model as it is computed on a mesh: the same parameters and, up to rounding, the same numbers.
 
-    Raises UserError where the devices do not divide its width or heads.
+    Raises UserError where the devices do not divide its width or heads, or a mixer's kernel runs on one device alone.
     """
     if mesh is None or mesh.size == 1:
         return LanguageModel(config, remat)
     MeshConfig(**mesh.shape).check_model(config)
+    for part in _configs((config.mixer,)):
+        if getattr(part, "impl", None) == "pallas":
+            what = f"{type(part).__name__} has impl='pallas', which runs on one device, and the mesh has {mesh.size}"
+            raise UserError(f"{what}; use impl='auto', or one device: mesh.data 1, mesh.fsdp 1, mesh.tensor 1")
     return LanguageModel(config, remat, NamedSharding(mesh, PartitionSpec(SHARE_BATCH)))
 
 
-def partition(names: Names) -> PartitionSpec:
-    """Where a parameter with these axes lies. An axis of the mesh parts one of them, the first that it can.
+def partition(devices: Mapping[str, int], names: Names, sizes: Sequence[int]) -> PartitionSpec:
+    """Where a parameter with axes of these names and sizes lies on a mesh of so many ``devices`` along each axis.
+
+    Each axis of the mesh with more than one device splits one axis of the parameter at most: the first that ``RULES``
+    gives it, else the first that ``LEFT_OVER`` gives it and that it divides.
 
     Raises UserError for a name without a rule.
     """
-    parts: list[str | None] = []
+    parts: list[str | None] = [None] * len(names)
     for name in names:
         if name not in RULES:
             raise UserError(f"there is no rule for the axis {name!r}; {closest(name, RULES)}")
-        parts.append(None if RULES[name] in parts else RULES[name])
+    for rules in (RULES, LEFT_OVER):
+        for place, (name, size) in enumerate(zip(names, sizes, strict=True)):
+            axis = rules.get(name)
+            if axis is None or axis in parts or parts[place] is not None or devices[axis] == 1:
+                continue
+            if rules is RULES or size % devices[axis] == 0:
+                parts[place] = axis
     return PartitionSpec(*parts)
 
 
@@ -149,7 +166,7 @@ def specs_of_parameters(mesh: Mesh, axes: Axes, params: Any) -> Specs:
     named = tree_leaves_with_path(names_at, is_leaf=lambda node: isinstance(node, tuple))
     found = {}
     for (path, names), leaf in zip(named, jax.tree.leaves(params), strict=True):
-        found[keystr(path)] = leaf.shape, (spec := partition(names))
+        found[keystr(path)] = leaf.shape, (spec := partition(mesh.shape, names, leaf.shape))
         for name, size, axis in zip(names, leaf.shape, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 what = f"{size} on axis {name!r} ({AXES[name]}) of parameter {keystr(path)}"
@@ -167,22 +184,22 @@ def specs_of_matrices(mesh: Mesh, axes: Axes, params: Any) -> Specs:
     found = {}
     for (path, label), leaf in zip(labelled, jax.tree.leaves(params), strict=True):
         if isinstance(label, MuonDimensionNumbers):  # its first axes count matrices
-            found[keystr(path)] = leaf.shape, _spread(mesh, leaf.shape[:-2])
+            found[keystr(path)] = leaf.shape, _spread(mesh.shape, leaf.shape[:-2])
         elif label == MATRIX:
             found[keystr(path)] = leaf.shape, PartitionSpec()
     return found
 
 
-def _spread(mesh: Mesh, sizes: Sequence[int]) -> PartitionSpec:
-    """As many axes of the mesh as divide the axes of an array with these sizes."""
-    left, parts = dict(mesh.shape), []
-    for size in sizes:
-        parts.append([])
-        for axis in list(left):
-            if size % left[axis] == 0:
-                parts[-1].append(axis)
-                size //= left.pop(axis)
-    return PartitionSpec(*(tuple(part) or None for part in parts))
+def _spread(devices: Mapping[str, int], sizes: Sequence[int]) -> PartitionSpec:
+    """Axes of the mesh along the axes of an array with these sizes, which they divide: as many devices as possible."""
+    axes = [axis for axis, count in devices.items() if count > 1]
+    best, most = [()] * len(sizes), 1
+    for places in itertools.product(range(len(sizes) + 1), repeat=len(axes)):  # the last place is none
+        parts = [tuple(axis for axis, at in zip(axes, places, strict=True) if at == i) for i in range(len(sizes))]
+        counts = [math.prod(devices[axis] for axis in part) for part in parts]
+        if math.prod(counts) > most and not any(map(operator.mod, sizes, counts)):
+            best, most = parts, math.prod(counts)
+    return PartitionSpec(*(part or None for part in best))
 
 
 def placed(mesh: Mesh, specs: Specs, tree: Any) -> Any:

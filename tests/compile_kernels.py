@@ -12,6 +12,7 @@ import functools
 import json
 import re
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def compiled(config, given):
     since = time.monotonic()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(jax.grad(loss, (0, 1))).trace(*placed).lower(lowering_platforms=("tpu",))
-    program = lowered.compile()
+    program: Any = lowered.compile()
     text = program.as_text()
     return {
         "kernels": len(re.findall('custom_call_target="tpu_custom_call"', text)),

@@ -51,7 +51,7 @@ def test_files_of_the_authors_need_no_configuration(x64, tmp_path):
 def test_sizes_are_stated_in_several_ways(tmp_path, stated):
     """The number of heads is not read where there is a head_dim: public files have 32 where there are 12."""
     config, _ = load(write(tmp_path, CONFIG | stated, draw(CONFIG)))
-    assert config.mixer[0].head_dim == 8
+    assert config.pattern[0][0].head_dim == 8  # pyright: ignore[reportAttributeAccessIssue]
 
 
 OF_THE_AUTHORS = {

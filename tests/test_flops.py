@@ -15,7 +15,7 @@ from hope_jax import train as training
 from hope_jax.levels import Level
 from hope_jax.memory.kernels import AUTO
 from hope_jax.models import ARCHITECTURES, Size
-from hope_jax.nn.language_model import Block
+from hope_jax.nn.language_model import Block, Depth
 from hope_jax.train.flops import PASSES, PEAKS, flops_per_token, forward_flops, model_flops, peak_flops
 from hope_jax.train.step import abstract_params
 
@@ -125,7 +125,7 @@ LAYERS = [("transformer_pp", 64, 0.03), ("deltanet", 32, 0.05), ("hope", 16, 0.1
 def test_a_layer_counts_what_xla_counts_but_for_elementwise_work(name, length, tolerance):
     """Of so many tokens that the memories have one chunk: XLA counts the body of a loop once."""
     config = ARCHITECTURES[name](dataclasses.replace(SMALL, width=512, heads=8))
-    block, x = Block(config), jax.ShapeDtypeStruct((2, length, 512), jnp.float32)
+    block, x = Block(config), Depth(jax.ShapeDtypeStruct((2, length, 512), jnp.float32), ())
     variables = jax.eval_shape(block.init, jax.random.key(0), x, None)
 
     def read(variables, x):

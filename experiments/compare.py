@@ -130,8 +130,7 @@ def costs(config: CompareConfig, model: LanguageModel, setup: training.Setup) ->
     batch = jax.ShapeDtypeStruct((config.batch, config.length + 1), np.int32)
     params = setup.shapes().params
     state = jax.eval_shape(lambda params: model.init_state(params, 1, config.length), params)
-    of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    return {"step_bytes": setup.temporary_bytes(batch), "state_bytes": of_state}
+    return {"step_bytes": setup.temporary_bytes(batch), "state_bytes": training.count_bytes(state)}
 
 
 def halves(batches: Any) -> tuple[list[Any], list[Any]]:

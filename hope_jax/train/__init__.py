@@ -29,6 +29,7 @@ with extra("train"):
         TrainState,
         abstract_params,
         answer_loss,
+        count_bytes,
         count_parameters,
         init_params,
         next_token_loss,
@@ -38,8 +39,8 @@ with extra("train"):
 __all__ = [
     "Batches", "ComputedBatches", "DamagedCheckpoint", "Diverged", "Interrupt", "JoinedBatches", "Mean", "MeshConfig",
     "OptimizerConfig", "Remat", "Result", "Run", "Setup", "Steps", "TIMED", "TextRun", "TrainState", "abstract_params",
-    "answer_loss", "at_rate", "compile_step", "cores", "count_parameters", "fit", "flops_per_token", "init_params",
-    "keep_programs", "median_speed", "model_setup", "next_token_loss", "open_run", "optimizer", "progress",
-    "read_manifest", "read_rows", "restore", "restore_params", "save", "saved_steps", "schedule", "split_host",
-    "text_setup", "topology", "train_step",
+    "answer_loss", "at_rate", "compile_step", "cores", "count_bytes", "count_parameters", "fit", "flops_per_token",
+    "init_params", "keep_programs", "median_speed", "model_setup", "next_token_loss", "open_run", "optimizer",
+    "progress", "read_manifest", "read_rows", "restore", "restore_params", "save", "saved_steps", "schedule",
+    "split_host", "text_setup", "topology", "train_step",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ before orbax reads them, and arrays after. Read ``loop.py`` next.
 """
 
 import contextlib
+import functools
 import re
 import shutil
 import tempfile
@@ -21,7 +22,8 @@ from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
 from hope_jax.storage import digests
-from hope_jax.train.step import TrainState
+from hope_jax.train.devices import shape_at
+from hope_jax.train.step import TrainState, count_bytes
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -173,7 +175,7 @@ def save(run: Path, state: TrainState, data: Mapping[str, Any], about: Mapping[s
 def _on_host(parts: Any) -> Any:
     """Shapes like those of ``parts``, placed in the memory of this machine: reading back takes none of the device's."""
     place = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), parts)
+    return jax.tree.map(functools.partial(shape_at, place), parts)
 
 
 def _prune(run: Path, keep: int) -> None:
@@ -188,7 +190,7 @@ def _prune(run: Path, keep: int) -> None:
 
 def check_room(run: Path, state: TrainState, keep: int) -> None:
     """Raise UserError unless ``keep`` checkpoints (and the one being written) of ``state`` fit on the disk."""
-    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    each = count_bytes(state)
     need, free = each * max(1, keep + 1 - len(saved_steps(run))), shutil.disk_usage(run).free
     if free < need + 2**24:
         raise UserError(

@@ -32,4 +32,9 @@ def abstract(make: Callable[[], Any]) -> Any:
     """Shapes, dtypes and placement (the first device) of what ``make`` returns, without computing it."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(make)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+    return jax.tree.map(lambda leaf: shape_at(place, leaf), shapes)
+
+
+def shape_at(place: jax.sharding.Sharding, leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array that lies at ``place``."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)

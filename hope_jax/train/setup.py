@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from hope_jax.errors import check_seed
 from hope_jax.models import LanguageModel
 from hope_jax.nn.axes import Axes
+from hope_jax.train.devices import shape_at
 from hope_jax.train.flops import model_flops
 from hope_jax.train.optimizer import OptimizerConfig, Schedule, optimizer, schedule
 from hope_jax.train.remat import Remat, keeps_block_inputs
@@ -89,7 +90,7 @@ class Setup:
         step: Any = self.step
         if self.mesh is not None:
             where = self._share(batch)
-            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), batch)
+            batch = jax.tree.map(functools.partial(shape_at, where), batch)
         return step.lower(self.shapes(), batch)
 
     def temporary_bytes(self, batch: Any) -> int:
@@ -154,11 +155,7 @@ class Setup:
 
     def shapes(self) -> TrainState:
         """Shapes, dtypes and placement of ``start`` without computing it: what a checkpoint is restored into."""
-
-        def placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-        return jax.tree.map(placed, self._shapes, self.placement)
+        return jax.tree.map(shape_at, self.placement, self._shapes)
 
     def place(self, batch: Any) -> Any:
         """A batch (arrays [B, ...]) with an equal part on every device; the whole on each, where B cannot be shared."""

@@ -50,6 +50,11 @@ def count_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def count_bytes(arrays: Any) -> int:
+    """Bytes of a tree of arrays or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
 class Mean(NamedTuple):
     """A mean that can still be merged: over microbatches, evaluation batches or processes alike."""
 

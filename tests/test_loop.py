@@ -132,7 +132,7 @@ class FakeBatches:
         self.given = state["given"]
 
 
-def fake_run(tmp_path, steps, *, poison=None, stop_after=None, heldout=(3.0,) * 9, until=lambda _: False):
+def fake_run(tmp_path, steps, *, poison=None, skipped=(), stop_after=None, heldout=(3.0,) * 9, until=lambda _: False):
     """Train a counter through the real loop, saver, record and monitor; returns the events and the final state."""
     events, heldout = [], iter(heldout)
 
@@ -143,8 +143,9 @@ def fake_run(tmp_path, steps, *, poison=None, stop_after=None, heldout=(3.0,) * 
 
     def step_fn(state, batch):
         events.append(("dispatched", batch))
-        value = jnp.float32(jnp.nan if batch == poison else 1.0)
-        metrics = {"loss": training.Mean(value, jnp.float32(1)), "bits_per_byte": training.Mean(value, jnp.float32(1))}
+        value = jnp.nan if batch == poison or batch in skipped else 1.0
+        means = {"loss": value, "bits_per_byte": value, "parameter_norm": 1.0, "skipped": float(batch in skipped)}
+        metrics = {name: training.Mean(jnp.float32(mean), jnp.float32(1)) for name, mean in means.items()}
         return state.replace(step=state.step + 1), metrics
 
     def evaluate(params):
@@ -201,6 +202,17 @@ def test_nan_stops_before_anything_is_saved_over_the_last_good_step_and_names_th
     events, _ = fake_run(tmp_path, training.Steps(total=9, eval_every=9, save_every=2), poison=poison)
     assert events[-1][0] == "diverged" and f"step {poison}: the loss became nan" in events[-1][1]
     assert training.saved_steps(tmp_path) == [step for step in (2, 4) if step < poison]
+
+
+def test_steps_that_are_skipped_push_out_no_saved_step_and_too_many_in_a_row_end_the_run(tmp_path):
+    steps = training.Steps(total=20, eval_every=20, save_every=2, most_skipped=2)
+    events, _ = fake_run(tmp_path, steps, skipped={3, 4, 6, 7, 10, 11, 12, 13, 14, 15})
+    assert [event[1] for event in events if event[0] == "saved"] == [2, 8, 12]
+    assert "step 12: the last 3 steps were skipped, because the loss was nan in the last of them" in events[-1][1]
+    assert "Nothing has changed since step 9." in events[-1][1]
+    rows = training.read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if row.get("skipped")] == [3, 4, 6, 7, 10, 11, 12]
+    assert [row["loss"] for row in rows if row["step"] in (2, 3)] == [1.0, None]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -161,6 +161,57 @@ def test_learning_rate_warms_up_linearly_peaks_and_ends_at_the_final_fraction():
     assert [float(rate(n)) for n in (60, 110, 500)] == pytest.approx([0.55, 0.1, 0.1])
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # of batches 0, 9, 10, 60, 89, 90, 100, 110 and 500; the last 20 of the 100 after the warmup are the cooldown
+        ("wsd", [0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 0.55, 0.1, 0.1]),
+        ("constant", [0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules_meet_at_the_peak_and_go_on_as_their_names_say(name, expected):
+    config = training.OptimizerConfig(learning_rate=1.0, warmup=10, final_fraction=0.1)
+    rate = training.schedule(config, 110, training.SCHEDULES[name])
+    found = [float(rate(n)) for n in (0, 9, 10, 60, 89, 90, 100, 110, 500)]
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_cooldown_of_nothing_is_refused():
+    with pytest.raises(UserError, match="cooldown is 0; expected above 0"):
+        dataclasses.replace(training.SCHEDULES["wsd"], cooldown=0.0)
+
+
+class Table:
+    """A model whose logits are rows of its parameters."""
+
+    config = SimpleNamespace(feed_forward=None)
+
+    def apply(self, variables, tokens, state=None):
+        return variables["params"][tokens], state
+
+    def init_state(self, params, batch, capacity):
+        return ()
+
+
+@pytest.mark.parametrize("every", [None, 4])
+def test_the_gradient_of_the_z_loss_is_that_of_its_formula(x64, every):
+    draw, z = np.random.default_rng(0), 0.3
+    table, batch = draw.normal(0, 2, (5, 5)), draw.integers(0, 5, (2, 9))
+    loss = training.next_token_loss(Table(), np.ones(5), every, z_loss=z)
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(table), jnp.asarray(batch))
+    inputs, targets = batch[:, :-1].ravel(), batch[:, 1:].ravel()
+    logits = table[inputs]
+    logs = np.log(np.exp(logits).sum(-1))
+    nats, squares = logs - logits[np.arange(16), targets], z * logs**2
+    assert float(value) == pytest.approx((nats + squares).mean(), rel=1e-9)
+    assert float(metrics["loss"].value) == pytest.approx(nats.mean(), rel=1e-9)
+    assert float(metrics["z_loss"].value) == pytest.approx(squares.mean(), rel=1e-9)
+    share = np.exp(logits - logs[:, None])
+    slopes = share - np.eye(5)[targets] + 2 * z * logs[:, None] * share
+    expected = np.zeros((5, 5))
+    np.add.at(expected, inputs, slopes / 16)
+    np.testing.assert_allclose(gradient, expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("field, value", [("learning_rate", 0.0), ("clip", -1.0), ("final_fraction", 2.0)])
 def test_a_field_of_the_schedule_out_of_range_is_named(field, value):
     with pytest.raises(UserError, match=f"{field} is {value:g}; expected"):

@@ -34,7 +34,7 @@ class InContextConfig:
         writes = Writes(self.rate, INNER[self.inner], self.bptt, self.rank)
         return with_in_context(model, self.in_context, self.wiring, writes)
 
-    def check(self, length: int, remat_every: int | None) -> None:
+    def check(self, length: int, remat_every: int | None, z_loss: float) -> None:
         """Raise UserError where these levels and the sequences do not fit."""
         if not self.in_context:
             if self != InContextConfig():
@@ -45,5 +45,6 @@ class InContextConfig:
             raise UserError(f"--cms.in-context must divide --length, got {fastest} for {length}.")
         if slowest >= length:
             raise UserError(f"--cms.in-context {slowest} is never written in sequences of --length {length}.")
-        if remat_every is not None:
-            raise UserError("--remat-every does not go together with --cms.in-context; leave out one of them.")
+        for flag, given in (("--remat-every", remat_every is not None), ("--z-loss", z_loss != 0)):
+            if given:
+                raise UserError(f"{flag} does not go together with --cms.in-context; leave out one of them.")

@@ -10,8 +10,10 @@ import inspect
 import io
 import itertools
 import re
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin
 
 import tyro
@@ -50,6 +52,41 @@ def parse(config: type[Config], arguments: Sequence[str], prog: str) -> Config:
                 raise cause from None
             cause = cause.__context__
     raise UserError(f"{_sentence(said.getvalue())}; see {prog} --help.")
+
+
+def with_file(arguments: Sequence[str], flag: str) -> list[str]:
+    """``arguments`` behind the flags of the TOML file that ``flag`` names, less those that are given besides.
+
+    A table is a group of flags: ``[optimizer]`` with ``warmup = 100`` is ``--optimizer.warmup 100``. Raises UserError
+    for a file that is missing or no TOML.
+    """
+    given = [argument.partition("=") for argument in arguments]
+    following = [*arguments[1:], ""]
+    files = [value or following[at] for at, (name, _, value) in enumerate(given) if name == flag]
+    if not files:
+        return list(arguments)
+    try:
+        with Path(files[-1]).expanduser().open("rb") as file:
+            settings = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{flag} {files[-1]!r} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise UserError(f"{flag} {files[-1]!r} is no TOML: {error}.") from error
+    names = {name.replace("_", "-") for name, _, _ in given}
+    words = (words for words in _words(settings, "--") if words[0] not in names)
+    return [*itertools.chain.from_iterable(words), *arguments]
+
+
+def _words(settings: Mapping[str, Any], prefix: str) -> Iterator[list[str]]:
+    """Each flag of a file with its values."""
+    for name, value in settings.items():
+        flag = prefix + name.replace("_", "-")
+        if isinstance(value, dict):
+            yield from _words(value, f"{flag}.")
+        elif isinstance(value, bool):
+            yield [flag if value else f"{prefix}no-{flag.removeprefix(prefix)}"]
+        else:
+            yield [flag, *map(str, value if isinstance(value, list) else [value])]
 
 
 def _fields(config: Any, chosen: Mapping[str, Any] = {}, prefix: str = "--") -> Iterator[tuple[str, Field]]:

@@ -4,6 +4,7 @@
     python -m hope_jax pretrain --run runs/mine --model hope-tiny --data.path books/*.txt --steps 2000
     python -m hope_jax pretrain --run runs/finer --stage-two runs/tnt --local-period 4 --steps 20
     python -m hope_jax pretrain --run runs/30m --model hope-30m --dry-run
+    python -m hope_jax pretrain --run runs/760m --config experiments/runs/hope-760m.toml --data.path texts
 
 The first command needs no data: its text is the Python standard library of the running interpreter. It measures
 held-out bits per byte before, during and after training, and writes into the run folder ``metrics.jsonl``, TensorBoard
@@ -19,23 +20,24 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import tyro
 
-from hope_jax import LanguageModel, generate, model_named
+from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, must_divide
 from hope_jax.cli.dry_run import costs
 from hope_jax.cli.in_context import InContextConfig
 from hope_jax.cli.main import say
-from hope_jax.cli.parse import parse
-from hope_jax.cli.plots import plot
+from hope_jax.cli.parse import parse, with_file
+from hope_jax.cli.report import continued, draw
 from hope_jax.cli.stages import Stage, begin, check_stage
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
 from hope_jax.errors import check_seed
+from hope_jax.train.guard import check_spike
 from hope_jax.train.profile import profiled_steps
 from hope_jax.train.run import keep_tokenizer
 
@@ -45,6 +47,8 @@ class PretrainConfig:
     """Train a language model on text, measure it on held-out text, and write a sample."""
 
     run: Path  # Folder of the run: checkpoints, metrics, curve and sample. The same folder and flags continue a run.
+    config: Path | None = None
+    """TOML file of flags, such as experiments/runs/hope-760m.toml; flags that are given besides count more."""
     model: str = "hope-tiny"  # Name of the model, <architecture>-<size>.
     steps: int = 400  # Batches in all. May be raised later; the learning rate then follows the longer schedule.
     batch: int = 4  # Sequences per batch.
@@ -65,6 +69,16 @@ class PretrainConfig:
     keep: int = 3  # Checkpoints to keep, at least 2, so that a damaged one has a good one before it.
     resume_from: int | None = None
     """Go back to this saved step; later ones are moved to set_aside/. None: go on from the latest."""
+    schedule: Annotated[training.Schedule, tyro.conf.arg(name="")] = field(
+        default=training.TextRun.schedule, metadata={"rows": training.SCHEDULES}
+    )
+    """Shape of the learning rate after the warmup, a row of ``train.SCHEDULES``."""
+    z_loss: float = training.TextRun.z_loss
+    """Weight of the mean of log(Z)^2 in what is minimised, Z the normaliser of the softmax; 0: none, 1e-4 is usual."""
+    spike: float | None = training.TextRun.spike
+    """Skip steps whose gradient is so many times as long as usual, too; above 1. None: those that are not finite."""
+    most_skipped: int = training.Steps.most_skipped
+    """Steps in a row that may be skipped; after one more the run stops."""
     sample_tokens: int = 256  # Tokens to write after training, continuing held-out text.
     mesh: training.MeshConfig = training.MeshConfig()
     profile: str | None = None
@@ -85,13 +99,14 @@ class PretrainConfig:
             self.mesh.check_model(model)
         at_least(self, 1, "steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every")
         at_least(self, 2, "keep")
-        at_least(self, 0, "sample_tokens")
+        at_least(self, 0, "sample_tokens", "most_skipped", "z_loss")
+        check_spike(self.spike)
         check_seed(self.seed)
         must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.remat_every is not None:
             must_divide("remat_every", self.remat_every, "length", self.length)
         self.mesh.check_batch(self.batch // self.accumulate)
-        self.cms.check(self.length, self.remat_every)
+        self.cms.check(self.length, self.remat_every, self.z_loss)
         _ = self.profiled
 
     @property
@@ -102,7 +117,7 @@ class PretrainConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line: train until done or asked to stop; returns the exit status."""
-    flags = parse(PretrainConfig, arguments, "python -m hope_jax pretrain")
+    flags = parse(PretrainConfig, with_file(arguments, "--config"), "python -m hope_jax pretrain")
     if flags.dry_run:
         dry_run(flags)
     else:
@@ -136,7 +151,7 @@ def pretrain(flags: PretrainConfig) -> training.Result:
             job.setup,
             job.text.train_batches(batch=flags.batch, seed=flags.seed),
             job.text.heldout_batches(batch=flags.batch, limit=flags.eval_batches),
-            training.Steps(flags.steps, flags.eval_every, flags.save_every),
+            training.Steps(flags.steps, flags.eval_every, flags.save_every, flags.most_skipped),
             seed=flags.seed,
             start=None if job.learned is None else job.setup.start(flags.seed, job.learned),
             run=training.Run(folder, job.config, flags.keep, flags.resume_from, flags.profiled),
@@ -175,11 +190,18 @@ def _prepare(flags: PretrainConfig) -> Job:
         text_fingerprint=text.fingerprint,
         tokenizer_fingerprint=tokenizer.fingerprint,
         stage_one=stage.origin,
+        schedule=flags.schedule,
+        z_loss=flags.z_loss,
+        spike=flags.spike,
     )
     mesh = flags.mesh.make(flags.batch // flags.accumulate)
     how: dict[str, Any] = {n: getattr(flags, n) for n in ("remat", "remat_every", "accumulate")}
     setup = training.text_setup(config, flags.steps, tokenizer.byte_lengths, mesh=mesh, **how)
     return Job(flags, config, tokenizer, text, setup, stage.params)
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(f"{name:<8}{value}" for name, value in rows.items())
 
 
 def _header(job: Job) -> dict[str, str]:
@@ -195,44 +217,19 @@ def _header(job: Job) -> dict[str, str]:
     }
 
 
-def _table(rows: dict[str, str]) -> str:
-    return "\n".join(f"{name:<8}{value}" for name, value in rows.items())
-
-
 def _report(job: Job, result: training.Result) -> None:
     """Curve and sample of a finished run, written down and printed."""
     run, bits = job.flags.run, {step: means["bits_per_byte"] for step, means in result.heldout.items()}
-    files = [run / "metrics.jsonl", _draw(run, str(job.flags.stage_two or job.flags.model))]
+    files = [run / "metrics.jsonl", draw(run, str(job.flags.stage_two or job.flags.model))]
     if job.flags.sample_tokens:
-        sample = _sample(job, result.params)
+        params = result.params
+        if job.flags.mesh.fsdp * job.flags.mesh.tensor == 1:  # else one device may be too small for all parameters
+            params = jax.device_put(params, jax.devices()[0])
+        how = (job.flags.length // 2, job.flags.sample_tokens, job.flags.seed)
+        sample = continued(LanguageModel(job.config.model), params, job.tokenizer, job.text, *how)
         files.append(run / "sample.txt")
         files[-1].write_text(sample, encoding="utf-8", errors="replace")
         say(f"sample:\n{sample}")
     first, last = (f"{bits[step]:.3f}" if step in bits else "not measured" for step in (0, result.step))
     say(f"held-out bits per byte: {first} before -> {last} after {result.step} steps")
     say("written: " + ", ".join(map(str, [*files, run / "tensorboard", run / "checkpoints"])))
-
-
-def _draw(run: Path, title: str) -> Path:
-    """Bits per byte in training and on held-out batches against tokens, as a PNG; its path."""
-    rows = training.read_rows(run / "metrics.jsonl")
-    with plot(path := run / "loss.png") as axes:
-        for split, style in {"train": {"linewidth": 0.8, "alpha": 0.7}, "heldout": {"marker": "o"}}.items():
-            points = [(row["tokens"], row["bits_per_byte"]) for row in rows if row["split"] == split]
-            axes.plot(*zip(*points, strict=True), label=split, **style)
-        axes.set(xlabel="tokens", ylabel="bits per byte", title=title)
-    return path
-
-
-def _sample(job: Job, params: Any) -> str:
-    """The first held-out text and how the model continues it."""
-    flags, model = job.flags, LanguageModel(job.config.model)
-    if flags.mesh.fsdp * flags.mesh.tensor == 1:  # else one device may be too small for all parameters
-        params = jax.device_put(params, jax.devices()[0])
-    window = next(iter(job.text.heldout_batches(batch=1, limit=1)))
-    prompt = np.asarray(window)[:, : max(1, min(128, flags.length // 2))]
-    state = model.init_state(params, batch=1, capacity=prompt.shape[1] + flags.sample_tokens)
-    how: dict[str, Any] = {"steps": flags.sample_tokens, "temperature": 0.8, "key": jax.random.key(flags.seed)}
-    tokens, _ = generate.sample(model, params, state, jnp.asarray(prompt), **how)
-    text = job.tokenizer.decode
-    return f"{text(prompt[0])}[the model goes on]{text(np.asarray(tokens)[0])}\n"

@@ -16,13 +16,15 @@ with extra("train"):
     from hope_jax.train.devices import cores, split_host
     from hope_jax.train.fit import Result, fit
     from hope_jax.train.flops import flops_per_token
+    from hope_jax.train.language import model_setup, text_setup
     from hope_jax.train.loop import Steps
     from hope_jax.train.monitor import Diverged, progress
     from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
     from hope_jax.train.record import median_speed, read_rows
     from hope_jax.train.remat import Remat
     from hope_jax.train.run import Run, TextRun, open_run
-    from hope_jax.train.setup import Setup, at_rate, model_setup, text_setup
+    from hope_jax.train.schedules import SCHEDULES, Schedule
+    from hope_jax.train.setup import Setup, at_rate
     from hope_jax.train.sharding import MeshConfig
     from hope_jax.train.step import (
         Mean,
@@ -38,9 +40,9 @@ with extra("train"):
 
 __all__ = [
     "Batches", "ComputedBatches", "DamagedCheckpoint", "Diverged", "Interrupt", "JoinedBatches", "Mean", "MeshConfig",
-    "OptimizerConfig", "Remat", "Result", "Run", "Setup", "Steps", "TIMED", "TextRun", "TrainState", "abstract_params",
-    "answer_loss", "at_rate", "compile_step", "cores", "count_bytes", "count_parameters", "fit", "flops_per_token",
-    "init_params", "keep_programs", "median_speed", "model_setup", "next_token_loss", "open_run", "optimizer",
-    "progress", "read_manifest", "read_rows", "restore", "restore_params", "save", "saved_steps", "schedule",
-    "split_host", "text_setup", "topology", "train_step",
+    "OptimizerConfig", "Remat", "Result", "Run", "SCHEDULES", "Schedule", "Setup", "Steps", "TIMED", "TextRun",
+    "TrainState", "abstract_params", "answer_loss", "at_rate", "compile_step", "cores", "count_bytes",
+    "count_parameters", "fit", "flops_per_token", "init_params", "keep_programs", "median_speed", "model_setup",
+    "next_token_loss", "open_run", "optimizer", "progress", "read_manifest", "read_rows", "restore", "restore_params",
+    "save", "saved_steps", "schedule", "split_host", "text_setup", "topology", "train_step",
 ]  # fmt: skip

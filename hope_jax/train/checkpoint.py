@@ -88,7 +88,7 @@ def restore_params(run: Path, step: int, like: Any) -> Any:
 
 def _parted(state: TrainState) -> dict[str, Any]:
     """A state as orbax writes it: each part in a folder of its own."""
-    return {PARAMS: state.params, REST: {"step": state.step, "opt_state": state.opt_state}}
+    return {PARAMS: state.params, REST: {name: part for name, part in vars(state).items() if name != PARAMS}}
 
 
 def _read(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str, Any]:

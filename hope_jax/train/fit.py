@@ -81,7 +81,7 @@ def fit(
       label: what the progress line is called.
 
     Raises:
-      Diverged: a loss, gradient or parameter became infinite or NaN.
+      Diverged: a parameter or held-out loss became infinite or NaN, or too many steps in a row were skipped.
       Stopped: somebody asked to stop; the run can go on.
       UserError: the folder belongs to another configuration, is damaged or full.
     """

@@ -25,14 +25,16 @@ class Steps:
       total: batches to train on in all.
       eval_every: batches between two measurements on held-out batches; 0 measures never.
       save_every: batches between two checkpoints. The last state is always saved.
+      most_skipped: steps in a row that may be skipped; after one more the run stops.
     """
 
     total: int
     eval_every: int = 100
     save_every: int = 100
+    most_skipped: int = 10
 
     def __post_init__(self) -> None:
-        for name, least in (("total", 0), ("eval_every", 0), ("save_every", 1)):
+        for name, least in (("total", 0), ("eval_every", 0), ("save_every", 1), ("most_skipped", 0)):
             whole(name, getattr(self, name), least)
 
     def evaluates(self, done: int) -> bool:
@@ -67,7 +69,8 @@ def run_steps(
     The state that is returned was saved. ``state`` is donated.
 
     Raises:
-        Diverged: a loss (held-out too), gradient or parameter is not finite; the last saved step stays as it is.
+        Diverged: too many steps in a row were skipped, and the state is saved; or a parameter or a held-out loss is not
+            finite, and the last saved step stays as it is.
     """
 
     def measure(done: int, state: TrainState) -> bool:
@@ -87,12 +90,14 @@ def run_steps(
         if unseen is not None:
             monitor.train(done, unseen)
         done, unseen, leaving = done + 1, metrics, stop()
-        if leaving or steps.saves(done) or steps.evaluates(done):
+        if leaving or steps.saves(done) or steps.evaluates(done) or monitor.skipped > steps.most_skipped:
             monitor.train(done, unseen)
-            unseen = None
-            if not leaving or done == steps.total:
+            unseen, lost = None, monitor.skipped > steps.most_skipped
+            if not lost and (not leaving or done == steps.total):
                 ending = measure(done, state)
-            if leaving or ending or steps.saves(done):
+            if leaving or ending or lost or done == steps.total or (steps.saves(done) and not monitor.skipped):
                 save(state)
+            if lost:
+                raise monitor.lost(done)
             monitor.clock.restart(done)
     return state

@@ -18,9 +18,14 @@ from hope_jax.train.clock import Clock, no_peak
 from hope_jax.train.record import Means, Record
 from hope_jax.train.step import MEASURED_BY_STEP, Metrics
 
+ADVICE = (
+    "Start again in a new run folder with a lower --optimizer.learning-rate, a longer --optimizer.warmup or --dtype "
+    "float32."
+)
+
 
 class Diverged(UserError):
-    """A loss, gradient or parameter became infinite or NaN; nothing was saved over an earlier step.
+    """Training cannot go on: numbers became infinite or NaN, or too many steps in a row were skipped.
 
     ``heldout``: what held-out batches gave before, means by step.
     """
@@ -39,6 +44,8 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
 
     ``tokens``, ``full_speed``: as in ``Clock``. ``label``: what the progress line is called. ``when_closed`` is called
     once when nobody reads that line any more, because its terminal or pipe is gone.
+
+    ``skipped``: how many of the last steps in a row changed nothing (see ``guard.py``).
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
     ):
         self.record, self.clock, self._tokens = record, Clock(done, tokens, full_speed), tokens
         self._closed, self._when_closed = False, when_closed
+        self.skipped, self._all_skipped, self._reason = 0, 0, ""
         # With a delay nothing is written yet: that a terminal is gone is noticed in ``_show``.
         self._bar = progress(desc=label, initial=done, total=steps, unit="step", delay=1e-9)
         self._show(self._bar.set_postfix_str, "compiling")
@@ -72,9 +80,16 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
                 self._when_closed()
 
     def train(self, done: int, metrics: Metrics) -> None:
-        """Wait for the metrics of update number ``done``, check and show them. Raises Diverged: one is not finite."""
+        """Wait for the metrics of step number ``done``, check and show them.
+
+        Raises Diverged: one is not finite, and the step was taken all the same.
+        """
         means = {name: float(mean.value) for name, mean in jax.device_get(metrics).items()}
-        self._check_finite(done, means)
+        skipped = bool(means["skipped"])
+        self._check_finite(done, {"parameter_norm": means["parameter_norm"]} if skipped else means)
+        self.skipped = self.skipped + 1 if skipped else 0
+        self._all_skipped += skipped
+        self._reason = _reason(means) if skipped else ""
         speed = self.clock.step(done)
         self.record.add(done, done * self._tokens, "train", means | speed)
         shown = _shown({name: value for name, value in means.items() if name not in MEASURED_BY_STEP})
@@ -86,7 +101,15 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         unit = "tokens" if self._tokens > 1 else "steps"
         line = f"{speed['tokens_per_second']:,.0f} {unit}/s, data {speed['data_wait']:.0%}"
         line += f", step {speed['step_p50']:.3g} s, p95 {speed['step_p95']:.3g} s"
+        line += f", {self._all_skipped} skipped" if self._all_skipped else ""
         return line + (f", MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
+
+    def lost(self, done: int) -> Diverged:
+        """What to raise after ``done`` steps, of which the last ones were all skipped."""
+        return self._diverged(
+            f"Training stopped at step {done}: the last {self.skipped} steps were skipped, because {self._reason} in "
+            f"the last of them. Nothing has changed since step {done - self.skipped}. {ADVICE}"
+        )
 
     def heldout(self, done: int, means: Means) -> None:
         """Check and note what held-out batches gave after ``done`` updates. Raises Diverged: one is not finite."""
@@ -95,16 +118,28 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self._show(tqdm.write, f"step {done}: held-out {_shown(means)}", file=sys.stderr)
 
     def _check_finite(self, step: int, means: Means) -> None:
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad:
-            name = next((name for name in bad if name.endswith("loss")), bad[0])
-            error = Diverged(
-                f"Training stopped at step {step}: the {name.replace('_', ' ')} became {means[name]}. Nothing was "
-                "saved since, and the checkpoints that exist are untouched. Start again in a new run folder with a "
-                "lower --optimizer.learning-rate, a longer --optimizer.warmup or --dtype float32."
+        if bad := _not_finite(means):
+            raise self._diverged(
+                f"Training stopped at step {step}: the {bad[0].replace('_', ' ')} became {means[bad[0]]}. Nothing was "
+                f"saved since, and the checkpoints that exist are untouched. {ADVICE}"
             )
-            error.heldout = dict(self.record.heldout)
-            raise error
+
+    def _diverged(self, sentence: str) -> Diverged:
+        error = Diverged(sentence)
+        error.heldout = dict(self.record.heldout)
+        return error
+
+
+def _reason(means: Means) -> str:
+    """Why a step was skipped."""
+    name = next(iter(_not_finite(means)), "gradient_norm")
+    return f"the {name.replace('_', ' ')} was {means[name]:.6g}"
+
+
+def _not_finite(means: Means) -> list[str]:
+    """The names of what is not finite, losses first."""
+    bad = [name for name, value in means.items() if not math.isfinite(value)]
+    return sorted(bad, key=lambda name: not name.endswith("loss"))
 
 
 def _shown(means: Means) -> str:

@@ -1,4 +1,4 @@
-"""The training optimizer: any row of ``optim.OPTIMIZERS`` with warmup and cosine decay, behind one global-norm clip.
+"""The training optimizer: any row of ``optim.OPTIMIZERS`` with a learning-rate schedule, behind one global-norm clip.
 
 Each update level has a copy of the row's optimizer. The levels are ``optim.by_level``: parameters of a slow level are
 stepped every n-th batch with the mean gradient (SPEC.md section 3), and their schedule is stretched by n so that every
@@ -19,14 +19,16 @@ from hope_jax import optim
 from hope_jax.errors import whole
 from hope_jax.nn import axes as logical
 from hope_jax.optim.checks import check
+from hope_jax.train.schedules import COSINE, Schedule
 from hope_jax.types import Scalar
 
-Schedule = Callable[[Any], Scalar]
+Rate = Callable[[Any], Scalar]
+"""Batch number -> learning rate."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, its learning-rate schedule and the gradient clip.
+    """The optimizer, its learning rate and the gradient clip.
 
     On the command line ``--optimizer.method NAME`` takes the row of that name, and its settings are flags too.
     """
@@ -40,7 +42,7 @@ class OptimizerConfig:
     warmup: int = 20
     """Batches over which the learning rate grows linearly to its peak; 0 starts at the peak."""
     final_fraction: float = 0.1
-    """Learning rate of the last batch as a fraction of the peak (cosine in between), 0 to 1."""
+    """Learning rate of the last batch as a fraction of the peak, 0 to 1."""
     clip: float = 1.0
     """Largest global norm of a gradient; a longer one is scaled down to it. Greater than 0."""
 
@@ -52,28 +54,31 @@ class OptimizerConfig:
             check("clip", self.clip, 0, open_low=True)
 
 
-def schedule(config: OptimizerConfig, steps: int) -> Schedule:
-    """Learning rate of batch 0, 1, ...: linear warmup, then a cosine that ends at ``final_fraction`` on ``steps``."""
+def schedule(config: OptimizerConfig, steps: int, shape: Schedule = COSINE) -> Rate:
+    """Learning rate of batch 0, 1, ...: linear warmup, then ``shape``, which ends on batch number ``steps``."""
 
     def rate(count: Any) -> Scalar:
         count = jnp.asarray(count, jnp.float32)
         warm = jnp.minimum(1.0, (count + 1) / max(1, config.warmup))
         progress = jnp.clip((count - config.warmup) / max(1, steps - config.warmup), 0.0, 1.0)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return config.learning_rate * warm * (config.final_fraction + (1 - config.final_fraction) * cosine)
+        return config.learning_rate * warm * shape.factor(progress, config.final_fraction)
 
     return rate
 
 
 def optimizer(
-    config: OptimizerConfig, steps: int, every: Mapping[str, int], axes: logical.Axes
+    config: OptimizerConfig,
+    steps: int,
+    every: Mapping[str, int],
+    axes: logical.Axes,
+    shape: Schedule = COSINE,
 ) -> optax.GradientTransformation:
     """The training optimizer for a run of ``steps`` batches, for parameters with these ``model.axes()``.
 
-    ``every``: level's label -> batches between its updates, see ``optim.by_level``. Raises UserError for levels without
-    parameters, and for parameters without axis names (see ``nn.axes.of_parameters``).
+    ``every``: level's label -> batches between its updates, see ``optim.by_level``. ``shape``: of ``schedule``. Raises
+    UserError for levels without parameters, and for parameters without axis names (see ``nn.axes.of_parameters``).
     """
-    peak = schedule(config, steps)
+    peak = schedule(config, steps, shape)
     matrices, decays = logical.matrices(axes), logical.decays(axes)
 
     def level(period: int) -> optax.GradientTransformation:

@@ -1,11 +1,13 @@
 """What a run writes down: ``metrics.jsonl`` (a row for each event) and TensorBoard events.
 
-Rows are ``{"step", "tokens", "split": "train" | "heldout", ...means}``, ``step`` counting updates done. A resumed run
-drops the rows beyond the restored step, so the file reads as if the run had never stopped. Read ``loop.py`` next.
+Rows are ``{"step", "tokens", "split": "train" | "heldout", ...means}``, ``step`` counting batches trained on; a mean
+that is not finite, as of a skipped step, is null. A resumed run drops the rows beyond the restored step, so the file
+reads as if the run had never stopped. Read ``loop.py`` next.
 """
 
 import contextlib
 import json
+import math
 import os
 import socket
 import statistics
@@ -91,9 +93,11 @@ class Record(contextlib.AbstractContextManager["Record"]):
         if split == "heldout":
             self.heldout[step] = dict(means)
         if self._file and self._board:
-            self._file.write(json.dumps({"step": step, "tokens": tokens, "split": split, **means}) + "\n")
+            known = {name: value for name, value in means.items() if math.isfinite(value)}
+            row = {"step": step, "tokens": tokens, "split": split, **dict.fromkeys(means), **known}
+            self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-            self._board.add(step, {f"{split}/{name}": value for name, value in means.items()})
+            self._board.add(step, {f"{split}/{name}": value for name, value in known.items()})
 
 
 class Board:

@@ -23,6 +23,7 @@ from hope_jax.train import checkpoint
 from hope_jax.train.checkpoint import DamagedCheckpoint, Manifest
 from hope_jax.train.optimizer import OptimizerConfig
 from hope_jax.train.record import METRICS_FILE
+from hope_jax.train.schedules import COSINE, Schedule
 from hope_jax.train.step import TrainState, abstract_params
 
 LOCK_FILE, CONFIG_FILE = ".lock", "config.json"
@@ -35,7 +36,8 @@ class TextRun:
 
     ``batch`` sequences of ``length`` tokens; ``seed``: of the initial parameters and the order of the text;
     ``text_fingerprint``: of the text and its held-out part; ``stage_one``: the saved step of another run that
-    the parameters come from, such as ``tnt/checkpoints/400``; None: they are initial ones.
+    the parameters come from, such as ``tnt/checkpoints/400``; None: they are initial ones. ``schedule``: of the
+    learning rate. ``z_loss``: its weight, see ``next_token_loss``. ``spike``: as in ``Setup``.
     """
 
     model: ModelConfig
@@ -46,6 +48,9 @@ class TextRun:
     text_fingerprint: str
     tokenizer_fingerprint: str
     stage_one: str | None = None
+    schedule: Schedule = COSINE
+    z_loss: float = 0.0
+    spike: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What is trained and how, before the first step: a loss, parameters, an optimizer, and the programs made of them.
 
-Anything with a loss can be trained; ``model_setup`` and ``text_setup`` fill the slots for language models. Programs are
-compiled once per ``Setup``, whatever the number of runs. Read ``fit.py`` next: it trains a setup.
+Anything with a loss can be trained; ``language.py`` fills the slots for language models. Programs are compiled once per
+``Setup``, whatever the number of runs. Read ``fit.py`` next: it trains a setup.
 """
 
 import dataclasses
@@ -13,28 +13,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hope_jax.errors import check_seed
-from hope_jax.models import LanguageModel
 from hope_jax.nn.axes import Axes
 from hope_jax.train.devices import shape_at
 from hope_jax.train.flops import model_flops
-from hope_jax.train.optimizer import OptimizerConfig, Schedule, optimizer, schedule
-from hope_jax.train.remat import Remat, keeps_block_inputs
-from hope_jax.train.run import TextRun
+from hope_jax.train.guard import check_spike
+from hope_jax.train.optimizer import Rate
 from hope_jax.train.sharding import (
     SHARE_BATCH,
     Specs,
     between,
-    model_on,
     placed,
     specs_of_matrices,
     specs_of_parameters,
 )
-from hope_jax.train.step import LossFn, StepFn, TrainState, init_params, mean_over, next_token_loss, train_step
+from hope_jax.train.step import LossFn, StepFn, TrainState, mean_over, train_step
 from hope_jax.types import PRNGKeyArray
 
 Heldout = Iterable[Any] | Mapping[str, Iterable[Any]]
@@ -56,18 +52,23 @@ class Setup:
       axes: the names of the axes of the parameters, which say where on the mesh these lie; None: on every device.
       by_matrix: the optimizer needs whole matrices, which are moved to one place each for it.
       counted: the loss that model FLOPs are counted of, where ``loss`` computes parts again; None: ``loss``.
+      spike: steps whose gradient is so many times as long as usual are skipped, too; None: those that are not finite.
     """
 
     init: Callable[[PRNGKeyArray], Any]
     loss: LossFn
     tx: optax.GradientTransformation
-    rate: Schedule
+    rate: Rate
     tokens: int = 1
     accumulate: int = 1
     mesh: Mesh | None = None
     axes: Axes | None = None
     by_matrix: bool = False
     counted: LossFn | None = None
+    spike: float | None = None
+
+    def __post_init__(self) -> None:
+        check_spike(self.spike)
 
     @property
     def devices(self) -> int:
@@ -80,7 +81,7 @@ class Setup:
         tx = self.tx
         if self.mesh is not None and self.by_matrix:
             tx = between(tx, placed(self.mesh, self._specs[1], self._shapes.params), self.placement.params)
-        return train_step(self.loss, tx, self.rate, self.accumulate, self._out)
+        return train_step(self.loss, tx, self.rate, self.accumulate, self._out, self.spike)
 
     def lower(self, batch: Any) -> Any:
         """The training step of placed batches, not compiled; ``batch`` may be its shapes alone.
@@ -110,7 +111,8 @@ class Setup:
 
     def _fresh(self, key: PRNGKeyArray, params: Any = None) -> TrainState:
         params = self.init(key) if params is None else jax.tree.map(jnp.copy, params)
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.tx.init(params))
+        usual = () if self.spike is None else jnp.zeros((), jnp.float32)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params), usual)
 
     @functools.cached_property
     def _start(self) -> Callable[[PRNGKeyArray, Any], TrainState]:
@@ -128,7 +130,8 @@ class Setup:
             return jax.tree.map(lambda _: one, self._shapes)
         place = functools.partial(placed, self.mesh)
         params, rest = place(self._specs[0], self._shapes.params), place(self._specs[1], self._shapes.opt_state)
-        return TrainState(step=place({}, self._shapes.step), params=params, opt_state=rest)
+        step, usual = (place({}, part) for part in (self._shapes.step, self._shapes.usual_norm))
+        return TrainState(step, params, rest, usual)
 
     @functools.cached_property
     def _specs(self) -> tuple[Specs, Specs]:
@@ -196,49 +199,3 @@ class Setup:
 def at_rate(state: TrainState, factor: float) -> TrainState:
     """A state of ``Setup.for_any_rate`` whose updates are multiplied by ``factor``."""
     return state.replace(opt_state=optax.tree.set(state.opt_state, step_size=jnp.float32(factor)))
-
-
-def model_setup(
-    model: LanguageModel,
-    loss: LossFn,
-    config: OptimizerConfig,
-    steps: int,
-    tokens: int,
-    *,
-    every: Mapping[str, int] | None = None,
-    accumulate: int = 1,
-    mesh: Mesh | None = None,
-) -> Setup:
-    """The setup of a language model with any loss.
-
-    Args:
-      config: the training optimizer; the model's levels have a copy each.
-      steps: batches in all, which the learning-rate schedule is for.
-      every: batches between two updates of each level; None: as the model's levels say.
-      model, loss, tokens, accumulate, mesh: as in ``Setup``.
-    """
-    every = model.config.update_every(tokens) if every is None else every
-    tx, rate = optimizer(config, steps, every, model.axes()), schedule(config, steps)
-    init, whole = functools.partial(init_params, model), config.method.by_matrix
-    return Setup(init, loss, tx, rate, tokens, accumulate, mesh, model.axes(), whole)
-
-
-def text_setup(
-    run: TextRun,
-    steps: int,
-    byte_lengths: np.ndarray,
-    *,
-    remat: Remat = "auto",
-    remat_every: int | None = None,
-    mesh: Mesh | None = None,
-    **more: Any,
-) -> Setup:
-    """``model_setup`` of a language model on text.
-
-    ``byte_lengths``, ``remat_every``: as in ``next_token_loss``; ``remat``: see ``remat.py``.
-    """
-    platform = None if mesh is None else mesh.devices.flat[0].platform
-    model = model_on(mesh, run.model, keeps_block_inputs(remat, remat_every, platform))
-    loss = next_token_loss(model, byte_lengths, remat_every)
-    setup = model_setup(model, loss, run.optimizer, steps, run.batch * run.length, mesh=mesh, **more)
-    return setup if remat_every is None else dataclasses.replace(setup, counted=next_token_loss(model, byte_lengths))

@@ -6,6 +6,7 @@ is no part of a state: it is ``step * batch * length``, exact in Python where an
 belongs to the iterator and is saved beside the state. Read ``loop.py`` next.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -18,21 +19,25 @@ from flax import struct
 from hope_jax.context.schedule import learns_in_context
 from hope_jax.context.writes import cross_entropy, reading_loss
 from hope_jax.errors import UserError
+from hope_jax.optim.checks import check
 from hope_jax.train.devices import abstract
-from hope_jax.train.optimizer import Schedule
+from hope_jax.train.guard import is_sound, usual_norm
+from hope_jax.train.optimizer import Rate
 from hope_jax.types import Array, Int, PRNGKeyArray, Scalar
 
 
 class TrainState(struct.PyTreeNode):
     """Everything that is trained or that training needs to go on. A pytree, so it can be sharded leaf by leaf.
 
-    ``step``: optimizer updates done, int32 scalar. ``params``: nested dict of arrays. ``opt_state``: the optimizer's.
+    ``step``: batches trained on, int32 scalar. ``params``: nested dict of arrays. ``opt_state``: the optimizer's.
+    ``usual_norm``: mean norm of the gradients so far, float32 scalar; (): the run does not look for spikes.
     Leaves are arrays, or shapes or placements of arrays, hence the open types.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    usual_norm: Any = ()
 
 
 def init_params(model: Any, key: PRNGKeyArray) -> Any:
@@ -70,11 +75,14 @@ class Mean(NamedTuple):
 Metrics = dict[str, Mean]
 LossFn = Callable[[Any, Any], tuple[Scalar, Metrics]]
 """``(parameters, batch) -> (mean loss, metrics)``; a batch is an array [B, ...] or a pytree of such arrays."""
+Sums = dict[str, Scalar]
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-MEASURED_BY_STEP = ("gradient_norm", "parameter_norm", "learning_rate")  # beside what the loss measures
+MEASURED_BY_STEP = ("gradient_norm", "parameter_norm", "learning_rate", "skipped")  # beside what the loss measures
 
 
-def next_token_loss(model: Any, byte_lengths: np.ndarray, remat_every: int | None = None) -> LossFn:
+def next_token_loss(
+    model: Any, byte_lengths: np.ndarray, remat_every: int | None = None, z_loss: float = 0.0
+) -> LossFn:
     """Mean cross-entropy in nats per token, in at least float32: ``loss(params, batch) -> (loss, metrics)``.
 
     ``byte_lengths[vocab]`` are the bytes of each token, which make ``bits_per_byte`` comparable between tokenizers.
@@ -82,33 +90,49 @@ def next_token_loss(model: Any, byte_lengths: np.ndarray, remat_every: int | Non
     only the states between pieces for the backward pass, which computes the rest again (rematerialisation): the same
     numbers with memory for T / remat_every states.
 
+    ``z_loss``, 0 or more, is the weight of the mean of log(Z)^2 in what is minimised, Z the sum of the exponentials of
+    the logits: it keeps log(Z) near 0 (PaLM, Chowdhery et al. 2022, section 5). The metric "loss" is without it.
+
     A model with levels that learn in context is read with their writes (``writes.py``), in pieces of its own: together
-    with ``remat_every`` that is a UserError.
+    with ``remat_every`` or ``z_loss`` that is a UserError.
     """
-    if remat_every is not None and learns_in_context(model):
-        raise UserError("a model whose levels learn in context is read chunk by chunk already; leave out remat_every")
+    check("z_loss", z_loss, 0)
+    if learns_in_context(model) and (remat_every is not None or z_loss):
+        given = "z_loss" if remat_every is None else "remat_every"
+        raise UserError(f"a model whose levels learn in context is read chunk by chunk already; leave out {given}")
     sizes = np.asarray(byte_lengths, np.float32)
 
     def loss(params: Any, batch: Int[Array, "B window"]) -> tuple[Scalar, Metrics]:
         inputs, targets = batch[:, :-1], batch[:, 1:]
 
-        def piece(state: Any, cut: tuple[Array, Array]) -> tuple[Any, Scalar]:
+        def piece(state: Any, cut: tuple[Array, Array]) -> tuple[Any, Sums]:
             tokens, wanted = cut
             logits, state = model.apply({"params": params}, tokens, state)
-            return state, cross_entropy(logits, wanted).sum()
+            return state, _sums(logits, wanted, z_loss)
 
         if learns_in_context(model):
-            nats = reading_loss(model, params, inputs, targets).sum()
+            sums = {"loss": reading_loss(model, params, inputs, targets).sum()}
         elif remat_every is None:  # no state: a fresh sequence, whose chunks the compiler knows to be whole
-            nats = piece(None, (inputs, targets))[1]
+            sums = piece(None, (inputs, targets))[1]
         else:
             state = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1])
-            nats = _rematerialised(piece, state, (inputs, targets), remat_every)
+            sums = _rematerialised(piece, state, (inputs, targets), remat_every)
         tokens = jnp.float32(targets.size)
         size = jnp.asarray(sizes)[targets].sum()
-        return nats / tokens, {"loss": Mean(nats, tokens), "bits_per_byte": Mean(nats / jnp.log(2.0), size)}
+        metrics = {name: Mean(total, tokens) for name, total in sums.items()}
+        bits = Mean(sums["loss"] / jnp.log(2.0), size)
+        return sum(sums.values()) / tokens, metrics | {"bits_per_byte": bits}
 
     return loss
+
+
+def _sums(logits: Array, wanted: Array, z_loss: float) -> Sums:
+    """Over all targets: the nats, and what the z-loss adds to them where there is one."""
+    sums = {"loss": cross_entropy(logits, wanted).sum()}
+    if z_loss:
+        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        sums["z_loss"] = z_loss * jnp.square(jax.nn.logsumexp(wide, axis=-1)).sum()
+    return sums
 
 
 def answer_loss(model: Any, ignore: int, prompt: float = 0.0) -> LossFn:
@@ -137,10 +161,11 @@ def answer_loss(model: Any, ignore: int, prompt: float = 0.0) -> LossFn:
     return loss
 
 
-def _rematerialised(piece: Callable, state: Any, tokens: tuple[Array, Array], every: int) -> Scalar:
-    """The sum of ``piece`` over the whole sequence, in rematerialised cuts of so many tokens."""
+def _rematerialised(piece: Callable, state: Any, tokens: tuple[Array, Array], every: int) -> Sums:
+    """The sums of ``piece`` over the whole sequence, in rematerialised cuts of so many tokens."""
     cuts = jax.tree.map(lambda z: jnp.moveaxis(z.reshape(z.shape[0], -1, every), 1, 0), tokens)
-    return jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), state, cuts)[1].sum()
+    _, sums = jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), state, cuts)
+    return jax.tree.map(jnp.sum, sums)
 
 
 def mean_gradient(loss: LossFn, params: Any, batch: Any, accumulate: int) -> tuple[Any, Metrics]:
@@ -164,24 +189,34 @@ def mean_gradient(loss: LossFn, params: Any, batch: Any, accumulate: int) -> tup
 
 
 def train_step(
-    loss: LossFn, tx: optax.GradientTransformation, rate: Schedule, accumulate: int = 1, placement: Any = None
+    loss: LossFn,
+    tx: optax.GradientTransformation,
+    rate: Rate,
+    accumulate: int = 1,
+    placement: Any = None,
+    spike: float | None = None,
 ) -> StepFn:
     """One optimizer update, compiled; the incoming state is donated and must not be used again.
 
-    ``placement``: where the outgoing state lies, shardings shaped like it; None: where JAX puts it.
+    A step whose loss or gradient is not finite, or whose gradient is a ``spike`` (see ``guard.py``), changes nothing
+    but ``step``. ``placement``: where the outgoing state lies, shardings shaped like it; None: where JAX puts it.
 
-    Metrics beside those of the loss: ``gradient_norm`` before clipping, ``parameter_norm`` after the update (together
-    with the loss they are finite exactly as long as the run is sound) and ``learning_rate`` of this update.
+    Metrics beside those of the loss: ``gradient_norm`` before clipping, ``parameter_norm`` after the update (finite
+    exactly as long as the run is sound), ``learning_rate`` of this update, and ``skipped``, 1 where nothing changed.
     """
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         gradient, metrics = mean_gradient(loss, state.params, batch, accumulate)
+        norm = optax.tree.norm(gradient)
+        sound = is_sound(metrics["loss"].total, norm, state.usual_norm, spike)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        single = optax.tree.norm(gradient), optax.tree.norm(params), rate(state.step)
+        new = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = jax.tree.map(functools.partial(jnp.where, sound), new, (state.params, state.opt_state))
+        single = norm, optax.tree.norm(params), rate(state.step), 1 - sound.astype(jnp.float32)
         pairs = zip(MEASURED_BY_STEP, single, strict=True)
         metrics |= {name: Mean(value, jnp.float32(1)) for name, value in pairs}
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        usual = () if spike is None else usual_norm(state.usual_norm, norm, sound)
+        return TrainState(state.step + 1, params, opt_state, usual), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if placement is None else (placement, None))
 

@@ -1,0 +1,39 @@
+"""What ``pretrain`` leaves behind: the learning curve, and how the model continues a text."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hope_jax import LanguageModel, generate
+from hope_jax import train as training
+from hope_jax.cli.plots import plot
+from hope_jax.data import TextData, Tokenizer
+
+PROMPT = 128
+"""Most tokens that a sample continues."""
+
+
+def draw(run: Path, title: str) -> Path:
+    """Bits per byte in training and on held-out batches against tokens, as a PNG; its path."""
+    rows = training.read_rows(run / "metrics.jsonl")
+    with plot(path := run / "loss.png") as axes:
+        for split, style in {"train": {"linewidth": 0.8, "alpha": 0.7}, "heldout": {"marker": "o"}}.items():
+            points = [(row["tokens"], row["bits_per_byte"]) for row in rows if row["split"] == split]
+            axes.plot(*zip(*points, strict=True), label=split, **style)
+        axes.set(xlabel="tokens", ylabel="bits per byte", title=title)
+    return path
+
+
+def continued(
+    model: LanguageModel, params: Any, tokenizer: Tokenizer, text: TextData, prompt: int, steps: int, seed: int
+) -> str:
+    """The beginning of the first held-out text, up to ``prompt`` tokens, and ``steps`` tokens that the model adds."""
+    window = np.asarray(next(iter(text.heldout_batches(batch=1, limit=1))))
+    given = window[:, : max(1, min(PROMPT, prompt))]
+    state = model.init_state(params, batch=1, capacity=given.shape[1] + steps)
+    how: dict[str, Any] = {"steps": steps, "temperature": 0.8, "key": jax.random.key(seed)}
+    tokens, _ = generate.sample(model, params, state, jnp.asarray(given), **how)
+    return f"{tokenizer.decode(given[0])}[the model goes on]{tokenizer.decode(np.asarray(tokens)[0])}\n"

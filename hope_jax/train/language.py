@@ -1,0 +1,68 @@
+"""The training problem of a language model: its loss, optimizer and schedule as a ``Setup``."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from hope_jax.models import LanguageModel
+from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
+from hope_jax.train.remat import Remat, keeps_block_inputs
+from hope_jax.train.run import TextRun
+from hope_jax.train.schedules import COSINE, Schedule
+from hope_jax.train.setup import Setup
+from hope_jax.train.sharding import model_on
+from hope_jax.train.step import LossFn, init_params, next_token_loss
+
+
+def model_setup(
+    model: LanguageModel,
+    loss: LossFn,
+    config: OptimizerConfig,
+    steps: int,
+    tokens: int,
+    *,
+    every: Mapping[str, int] | None = None,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
+    shape: Schedule = COSINE,
+    spike: float | None = None,
+) -> Setup:
+    """The setup of a language model with any loss.
+
+    Args:
+      config: the training optimizer; the model's levels have a copy each.
+      steps: batches in all, which the learning-rate schedule is for.
+      every: batches between two updates of each level; None: as the model's levels say.
+      shape: of the schedule after the warmup.
+      model, loss, tokens, accumulate, mesh, spike: as in ``Setup``.
+    """
+    every = model.config.update_every(tokens) if every is None else every
+    tx, rate = optimizer(config, steps, every, model.axes(), shape), schedule(config, steps, shape)
+    init, whole = functools.partial(init_params, model), config.method.by_matrix
+    return Setup(init, loss, tx, rate, tokens, accumulate, mesh, model.axes(), whole, spike=spike)
+
+
+def text_setup(
+    run: TextRun,
+    steps: int,
+    byte_lengths: np.ndarray,
+    *,
+    remat: Remat = "auto",
+    remat_every: int | None = None,
+    mesh: Mesh | None = None,
+    **more: Any,
+) -> Setup:
+    """``model_setup`` of a language model on text.
+
+    ``byte_lengths``, ``remat_every``: as in ``next_token_loss``; ``remat``: see ``remat.py``.
+    """
+    platform = None if mesh is None else mesh.devices.flat[0].platform
+    model = model_on(mesh, run.model, keeps_block_inputs(remat, remat_every, platform))
+    loss = next_token_loss(model, byte_lengths, remat_every, run.z_loss)
+    more = {"mesh": mesh, "shape": run.schedule, "spike": run.spike} | more
+    setup = model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)
+    return setup if remat_every is None else dataclasses.replace(setup, counted=next_token_loss(model, byte_lengths))

@@ -1,0 +1,50 @@
+"""Steps that are not taken: what they change, what is counted, when the run stops."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_fit import HELDOUT, SETUP, LineConfig, fit, points
+
+from hope_jax import train as training
+
+
+def spoiled(add, at):
+    """The batches, with so much added to the values of those whose number is in ``at``."""
+
+    def make(index):
+        x, y = points(index)
+        return x, y + np.float32(add) if index in at else y
+
+    return training.ComputedBatches(make)
+
+
+def test_steps_without_numbers_change_nothing_and_when_they_go_on_the_last_good_state_is_saved(tmp_path):
+    steps = training.Steps(30, eval_every=10, save_every=5, most_skipped=3)
+    batches, run = spoiled(np.nan, {5, *range(22, 30)}), training.Run(tmp_path / "run", LineConfig())
+    with training.open_run(run.folder):
+        with pytest.raises(training.Diverged, match=r"step 27: the last 5 steps were skipped.*since step 22") as caught:
+            training.fit(SETUP, batches, HELDOUT, steps, run=run)
+        saved = training.restore(run.folder, 27, SETUP.shapes())
+    assert list(caught.value.heldout) == [0, 10, 20] and training.saved_steps(run.folder)[-1] == 27
+    good = fit(total=21, batches=training.ComputedBatches(lambda index: points(index + (index >= 5))))
+    for left, right in ((saved.params, good.params), (saved.opt_state, good.state.opt_state)):
+        jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_a_gradient_far_longer_than_usual_is_skipped_and_what_is_usual_is_saved_with_the_state(tmp_path):
+    setup, run = dataclasses.replace(SETUP, spike=20.0), training.Run(tmp_path / "run", LineConfig())
+    with training.open_run(run.folder) as folder:
+        for total in (9, 20):  # the second one goes on from the first
+            found = training.fit(setup, spoiled(1e4, {8, 14}), HELDOUT, training.Steps(total), run=run)
+    rows = [row for row in training.read_rows(folder / "metrics.jsonl") if row["split"] == "train"]
+    norms, usual = [row["gradient_norm"] for row in rows], 0.0
+    for at, norm in enumerate(norms):
+        assert rows[at]["skipped"] == (usual > 0 and norm > 20 * usual) == (at in (8, 14))
+        if at not in (8, 14):
+            usual = norm if usual == 0 else 0.99 * usual + 0.01 * norm
+    assert float(found.state.usual_norm) == pytest.approx(usual, rel=1e-5)
+    clean = (index for index in range(20) if index not in (8, 14))
+    good = fit(total=18, batches=training.ComputedBatches(lambda _: points(next(clean))))
+    np.testing.assert_allclose(found.params["slope"], good.params["slope"], rtol=1e-6)

@@ -8,7 +8,7 @@ from hope_jax.cli.parse import parse, with_file
 from hope_jax.cli.pretrain import PretrainConfig
 from hope_jax.errors import UserError
 
-RUNS = Path(__file__).parent.parent / "experiments" / "runs"
+RUNS = Path(__file__).parent.parent / "experiments" / "published"
 
 
 def flags(*given):

@@ -4,7 +4,7 @@
     python -m hope_jax pretrain --run runs/mine --model hope-tiny --data.path books/*.txt --steps 2000
     python -m hope_jax pretrain --run runs/finer --stage-two runs/tnt --local-period 4 --steps 20
     python -m hope_jax pretrain --run runs/30m --model hope-30m --dry-run
-    python -m hope_jax pretrain --run runs/760m --config experiments/runs/hope-760m.toml --data.path texts
+    python -m hope_jax pretrain --run runs/760m --config experiments/published/hope-760m.toml --data.path texts
 
 The first command needs no data: its text is the Python standard library of the running interpreter. It measures
 held-out bits per byte before, during and after training, and writes into the run folder ``metrics.jsonl``, TensorBoard
@@ -48,7 +48,7 @@ class PretrainConfig:
 
     run: Path  # Folder of the run: checkpoints, metrics, curve and sample. The same folder and flags continue a run.
     config: Path | None = None
-    """TOML file of flags, such as experiments/runs/hope-760m.toml; flags that are given besides count more."""
+    """TOML file of flags, such as experiments/published/hope-760m.toml; flags that are given besides count more."""
     model: str = "hope-tiny"  # Name of the model, <architecture>-<size>.
     steps: int = 400  # Batches in all. May be raised later; the learning rate then follows the longer schedule.
     batch: int = 4  # Sequences per batch.

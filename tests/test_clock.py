@@ -69,7 +69,9 @@ def test_what_is_not_training_does_not_count_and_old_steps_are_forgotten(time):
 
 
 def test_the_utilisation_is_in_the_record_where_the_peak_is_known(tmp_path):
-    metrics = {"loss": training.Mean(2.0, 1.0)}
+    metrics = {
+        name: training.Mean(value, 1.0) for name, value in (("loss", 2.0), ("parameter_norm", 1.0), ("skipped", 0.0))
+    }
     with Record(tmp_path, 0) as record, Monitor(record, 0, 2, 10, full_speed=lambda batch: 1e9) as monitor:
         monitor.clock.read(training.ComputedBatches(str))
         monitor.train(1, metrics)

@@ -3,6 +3,7 @@
     pip install 'hope_jax[tpu]'
     python tests/compile_kernels.py                              # one layer of hope-140m, forward and backward, for v5e
     python tests/compile_kernels.py --length 512 --impl chunked  # the same as a loop
+    python tests/compile_kernels.py --topology v6e:2x2 --only "of 16"  # those with chunks of 16 tokens for another chip
 
 It prints a line of JSON for each memory. ``test_pallas.py`` runs it where libtpu is installed.
 """
@@ -29,15 +30,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, number in (("batch", 2), ("length", 2048), ("width", 768), ("heads", 12)):
         parser.add_argument(f"--{name}", type=int, default=number)
-    parser.add_argument("--impl", default="pallas")
+    for name, word in (("impl", "pallas"), ("topology", "v5e:2x2"), ("only", "")):
+        parser.add_argument(f"--{name}", default=word)
     given = parser.parse_args()
     mixers = {
         **{f"hope, chunks of {c}": SelfModifyingConfig(given.heads, c_memory=c, c_projections=c) for c in (16, 64)},
         "titans, chunks of 16": MemoryMixerConfig(RULES["titans"], given.heads),
     }
     for name, config in mixers.items():
+        if given.only not in name:
+            continue
         config = type(config)(**{**vars(config), "impl": given.impl})
-        print(json.dumps({"memory": name, "impl": given.impl, **compiled(config, given)}), flush=True)
+        row = {"memory": name, "impl": given.impl, "chip": given.topology, **compiled(config, given)}
+        print(json.dumps(row), flush=True)
 
 
 def compiled(config, given):
@@ -53,7 +58,7 @@ def compiled(config, given):
     def loss(params, u):
         return jnp.sum(jnp.square(mixer.apply({"params": params}, u, method=read)))
 
-    mesh = Mesh(np.array(topology("v5e:2x2")[:1]), ("x",))
+    mesh = Mesh(np.array(topology(given.topology)[:1]), ("x",))
     place = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (params, u))
     since = time.monotonic()

@@ -57,6 +57,7 @@ def test_the_command_compiles_the_step_and_says_what_each_chip_needs(capsys):
     assert shown["model FLOPs"].startswith(f"{per_token:.4g} per token, {64 * per_token:.4g} a chip")
     assert shown["compiled FLOPs"].startswith(f"{64 * per_token:.4g} a chip and step, 1.000 of the model's")
     assert "all-reduce" in shown["collectives"] and "not counted" not in shown
+    assert shown["memories"] == "none" and re.fullmatch(r"\d+ rounds of all loops in a step", shown["loops"])
     parts = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", shown["bytes a chip"])]
     assert parts[0] == sum(parts[1:]) and 12 * count <= parts[1] < 12 * count + 4096
 
@@ -70,6 +71,10 @@ def test_the_command_compiles_the_step_and_says_what_each_chip_needs(capsys):
         (["--topology", "cpu:99"], "--topology is cpu:99; this process has 8 CPU devices."),
         (["--topology", "cpu:2", "--model", "hope-tinny"], "no model is called 'hope-tinny'; did you mean 'hope-tiny'"),
         (["--topology", "cpu:2", "--remat-every", "5"], "--remat-every must divide --length, got 5 for 32"),
+        (
+            ["--topology", "cpu:2", "--impl", "pallas"],
+            "impl is 'pallas', a kernel for memories; the mixers are Attention",
+        ),
     ],
     ids=str,
 )

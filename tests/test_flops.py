@@ -51,10 +51,18 @@ def solved(a):
     return AUTO.solve(a, a[0], a, a)
 
 
-PROGRAMS = {looped: 5, waited: 1, kernel: 6, solved: 1, jax.checkpoint(looped): 5}
+def parted(a):
+    """Twelve rows of a product on two devices, and on four others the same."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    part = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=False)
+    return part(jnp.tile(a, (3, 1)), a)
 
 
-@pytest.mark.parametrize("program, products", PROGRAMS.items(), ids=["scan", "while", "kernel", "solve", "remat"])
+PROGRAMS = {looped: 5, waited: 1, kernel: 6, solved: 1, parted: 3, jax.checkpoint(looped): 5}
+
+
+@pytest.mark.parametrize("program, products", PROGRAMS.items(), ids=str)
 def test_every_kind_of_loop_counts_as_often_as_it_runs(program, products):
     assert forward_flops(program, SQUARE) == products * PRODUCT
 

@@ -71,7 +71,7 @@ def test_nested_loops_count_as_often_as_they_run_and_of_branches_the_larger():
     assert found.flops == 3 * 5 * ROUND + LARGE
     assert found.collectives == {"all-reduce": 15, "all-gather": 1}
     assert found.sent == {"all-reduce": 15 * 4 * 8 * 4, "all-gather": 2 * 8 * 2}
-    assert found.calls == {"tpu_custom_call": 1} and found.unknown == 0
+    assert found.calls == {"tpu_custom_call": 1} and (found.unknown, found.rounds) == (0, 3 + 3 * 5)
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_told():
@@ -115,7 +115,7 @@ ENTRY %main (x: f32[8,8], n: s32[]) -> f32[8,8] {
 def test_a_loop_without_a_note_is_counted_by_its_counter(limit, given, count):
     """From 0 in steps of 2 below a limit that stands in the test, is handed to the loop, or is not known."""
     found = work(COUNTED.replace("LIMIT", limit).replace("GIVEN", given))
-    assert found == Work((count or 1) * LARGE, unknown=int(count is None))
+    assert found == Work((count or 1) * LARGE, unknown=int(count is None), rounds=count or 1)
 
 
 def convolution(attributes, left, right, result):

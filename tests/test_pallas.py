@@ -1,5 +1,6 @@
 """The kernel of a loop over chunks: the numbers and derivatives of ``lax.scan``, whatever runs inside it."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -19,11 +20,17 @@ from test_recurrence import ALL, draw, outputs
 from test_self_modifying import config_of, draw_head
 
 from hope_jax.errors import UserError
+from hope_jax.levels import Level
 from hope_jax.memory.catalogue import RULES
 from hope_jax.memory.kernels import pallas
+from hope_jax.memory.kernels.plan import Plan
 from hope_jax.memory.self_modifying import scan
+from hope_jax.models import ARCHITECTURES, Size, with_impl, with_in_context
+from hope_jax.nn.heads import over_heads
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
+from hope_jax.train import OptimizerConfig, TextRun, text_setup
+from hope_jax.train.kernels import evaluated
 
 NEAR = dict(rtol=1e-9, atol=1e-9)
 PLATFORMS = 2  # a kernel stands in a program twice, compiled and interpreted
@@ -59,7 +66,7 @@ def toy_inputs(chunks, *copies):
     return jax.tree.map(jnp.asarray, (held, rng.normal(size=(*copies, 3, 3)), tokens))
 
 
-@pytest.mark.parametrize("chunks", [1, 11, 12])  # states are saved every chunk; every chunk; every six of them
+@pytest.mark.parametrize("chunks", [1, 11, 12])  # a state is saved for 1; for 6 and 5; for 6 and 6
 def test_a_loop_with_shared_arrays_over_heads_of_sequences(x64, chunks):
     held, state, tokens = toy_inputs(chunks, 2, 3)
     shared = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x]), held)  # of the heads
@@ -69,6 +76,66 @@ def test_a_loop_with_shared_arrays_over_heads_of_sequences(x64, chunks):
         return value_and_gradients(jax.vmap(heads, in_axes=(None, 0, 0)), shared, state, tokens)
 
     chex.assert_trees_all_close(jax.jit(run, static_argnums=0)(pallas.scan), run(lax.scan), **NEAR)
+
+
+def test_devices_share_sequences_and_heads(x64):
+    """A kernel on a mesh, with an array from outside: the numbers of one device, two orders of derivatives."""
+    held, state, tokens = toy_inputs(2, 4, 2)
+    shared = jax.tree.map(lambda x: jnp.stack([x, -x]), held)
+    auto = dict(axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+    def run(scale, shared, state, tokens):
+        def head(held, state, tokens):
+            return toy(pallas.scan, (scale * held[0], *held[1:]), state, tokens)
+
+        return over_heads(head, (shared,), (state, tokens), "pallas")
+
+    def twice(*given):
+        first = functools.partial(value_and_gradients, run)
+        return value_and_gradients(lambda *given: first(*given)[1], *given)
+
+    given = jnp.float64(1.5), shared, state, tokens
+    expected = jax.jit(twice)(*given)
+    with jax.set_mesh(jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), **auto)):
+        chex.assert_trees_all_close(jax.jit(twice)(*given), expected, **NEAR)
+        for batch, along in ((4, "('data', 'fsdp')"), (3, "None")):
+            own = jax.tree.map(lambda x, batch=batch: x[:batch], given[2:])
+            program = str(jax.make_jaxpr(run)(*given[:2], *own)).replace("('tensor',)", "'tensor'")
+            assert f"out_specs=(P({along}, 'tensor'), " in program
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "more", "said"),
+    [
+        ("titans", 48, {}, None),
+        ("titans", 40, {}, "40 tokens are no whole periods of the memories"),
+        pytest.param("titans", 32, {"remat_every": 16}, "-every 16 reads a sequence in pieces", marks=pytest.mark.slow),
+        pytest.param("hope", 32, {"levels": (8, 16)}, "context read a sequence in pieces", marks=pytest.mark.slow),
+        ("transformer_pp", 32, {}, "impl is 'pallas', a kernel for memories; the mixers are AttentionConfig"),
+    ],
+)
+def test_a_kernel_that_is_asked_for_runs_or_is_refused(name, length, more, said):
+    model, remat_every = ARCHITECTURES[name](Size(16, 1, 2, 16, 64, (Level(16), Level(32)))), more.get("remat_every")
+    model = with_in_context(model, more["levels"]) if "levels" in more else model
+    run = TextRun(model, OptimizerConfig(), 2, length, 0, "", "")
+    expected = contextlib.nullcontext() if said is None else pytest.raises(UserError, match=said)
+    with expected:
+        text_setup(run, 1, np.ones(16), remat_every=remat_every, impl="pallas")
+
+
+def test_what_runs_the_memories_is_told():
+    hybrid = with_impl(ARCHITECTURES["titans_mag"](Size(16, 1, 2, 16, 64, ())), "pallas")
+    assert evaluated(hybrid, "tpu") == "one kernel over all chunks"
+    assert evaluated(hybrid, "cpu") == "one kernel over all chunks, interpreted on cpu, which is slow"
+    assert evaluated(with_impl(hybrid, "auto"), "tpu") == "a loop over chunks"  # until a kernel has run on a TPU
+    assert evaluated(ARCHITECTURES["transformer_pp"](Size(16, 1, 2, 16, 64, ())), "tpu") == "none"
+
+
+@pytest.mark.parametrize(("size", "chunks", "every"), [(64, 127, 8), (64, 9, 5), (512, 128, 6), (2048, 7, 1)])
+def test_few_states_are_saved_whatever_the_number_of_chunks(size, chunks, every):
+    state, tokens = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((size, size), (16, size)))
+    plan = Plan(len, (), state, tokens, tokens, chunks)
+    assert (plan.save_every, plan.groups) == (every, -(-chunks // every))
 
 
 def kernels_in(function, *given):

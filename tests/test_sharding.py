@@ -21,11 +21,9 @@ from hope_jax import train as training
 from hope_jax.cli.pretrain import PretrainConfig
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.models import ARCHITECTURES, LanguageModel, Size, with_in_context
+from hope_jax.models import ARCHITECTURES, LanguageModel, Size, with_impl, with_in_context
 from hope_jax.nn.axes import AXES, matrices
-from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.gated_deltanet import GatedDeltaNetConfig
-from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 from hope_jax.optim import M3, AdamW, Muon, scale_by_m3
 from hope_jax.optim.m3_rules import MomentumScale
 from hope_jax.optim.newton_schulz import NewtonSchulz
@@ -45,6 +43,7 @@ VOCAB, B, T = 48, 8, 16
 SIZE = Size(width=32, layers=2, heads=2, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
 MODELS = {name: ARCHITECTURES[name](SIZE) for name in ("transformer_pp", "hope", "titans", "gated_deltanet")}
 MODELS["gated_deltanet"] = replace(MODELS["gated_deltanet"], mixer=GatedDeltaNetConfig(2, 8, 16))  # not one head
+MODELS["kernels"] = with_impl(MODELS["hope"], "pallas")
 MODELS["levels in context"] = with_in_context(ARCHITECTURES["hope_attention"](SIZE), (4, 8))
 MESHES = {"all": MeshConfig(2, 2, 2), "fsdp": MeshConfig(1, 8), "tensor": MeshConfig(4, 1, 2)}
 FAST = ("transformer_pp", "all")
@@ -203,15 +202,6 @@ def test_with_fsdp_alone_each_device_holds_its_part_of_all_parameters():
 )
 def test_matrices_are_spread_over_as_many_devices_as_divide_their_number(shape, sizes, expected):
     assert _spread(dict(zip(MESH, shape, strict=True)), sizes) == PartitionSpec(*expected)
-
-
-def test_a_kernel_for_one_device_is_refused_on_several():
-    hope = MODELS["hope"]
-    mixers = AttentionConfig(2), replace(cast(SelfModifyingConfig, hope.mixer), impl="pallas")
-    config = replace(hope, mixer=mixers, feed_forward=(None, hope.feed_forward))
-    assert model_on(MeshConfig(1).make(B), config).config is config
-    with pytest.raises(UserError, match="SelfModifyingConfig has impl='pallas', which runs on one device, .* has 8"):
-        model_on(MESHES["all"].make(B), config)
 
 
 def test_as_many_devices_share_a_batch_as_are_left_and_divide_it(monkeypatch):

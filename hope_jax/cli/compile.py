@@ -21,7 +21,10 @@ from hope_jax import train as training
 from hope_jax.cli.checks import at_least, must_divide
 from hope_jax.cli.parse import parse
 from hope_jax.errors import UserError
+from hope_jax.memory.kernels import Impl
+from hope_jax.models import with_impl
 from hope_jax.train.compile import Report, compile_step, topology
+from hope_jax.train.kernels import evaluated
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,14 @@ class CompileConfig:
     length. None: the whole sequence at once."""
     remat: training.Remat = "auto"
     """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
+    impl: Impl | None = None
+    """What computes the memories: auto, chunked: a loop over chunks; pallas: a kernel for TPUs that none has run yet;
+    sequential: token by token. None: as the model says, which is auto for all named ones."""
     mesh: training.MeshConfig = training.MeshConfig()
     optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)
 
     def __post_init__(self):
-        self.mesh.check_model(model_named(self.model))
+        self.mesh.check_model(with_impl(model_named(self.model), self.impl))
         at_least(self, 1, "batch", "length", "accumulate")
         must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.remat_every is not None:
@@ -74,7 +80,7 @@ def _setup(config: CompileConfig) -> training.Setup:
         )
     row = dataclasses.replace(model_named(config.model), dtype=jnp.dtype(config.dtype))
     run = training.TextRun(row, config.optimizer, config.batch, config.length, 0, "", "")
-    how: dict[str, Any] = {n: getattr(config, n) for n in ("remat", "remat_every", "accumulate")}
+    how: dict[str, Any] = {n: getattr(config, n) for n in ("remat", "remat_every", "impl", "accumulate")}
     return training.text_setup(run, 1000, np.ones(row.vocab_size), mesh=mesh, **how)
 
 
@@ -84,6 +90,7 @@ def _asked(config: CompileConfig, setup: training.Setup, flops: int) -> dict[str
     return {
         "model": f"{config.model}, {parameters:,} parameters, {config.dtype}",
         "batch": f"{config.batch} x {config.length} tokens, {setup.tokens // setup.devices:,} a chip",
+        "memories": evaluated(with_impl(model_named(config.model), config.impl), chip.platform),
         "chips": f"{setup.devices}, {config.topology}, {chip.device_kind}",
         "model FLOPs": f"{flops / setup.tokens:.4g} per token, {flops / setup.devices:.4g} a chip and step",
     }
@@ -98,6 +105,7 @@ def _found(report: Report, flops: float) -> dict[str, str]:
     return {
         "compiled FLOPs": f"{done.flops:.4g} a chip and step, {done.flops / flops:.3f} of the model's",
         **({"not counted": ", ".join(left_out)} if left_out else {}),
+        "loops": f"{done.rounds:,} rounds of all loops in a step",
         "collectives": ", ".join(sums) or "none",
         "bytes a chip": f"{report.bytes:,}: arguments {report.arguments:,}, results besides {besides:,}, "
         f"temporaries {report.temporaries:,}, code {report.code:,}",

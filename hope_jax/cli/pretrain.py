@@ -37,7 +37,10 @@ from hope_jax.cli.report import continued, draw
 from hope_jax.cli.stages import Stage, begin, check_stage
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
 from hope_jax.errors import check_seed
+from hope_jax.memory.kernels import Impl
+from hope_jax.models import with_impl
 from hope_jax.train.guard import check_spike
+from hope_jax.train.kernels import evaluated
 from hope_jax.train.profile import profiled_steps
 from hope_jax.train.run import keep_tokenizer
 
@@ -62,6 +65,9 @@ class PretrainConfig:
     length. None: the whole sequence at once."""
     remat: training.Remat = "auto"
     """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
+    impl: Impl | None = None
+    """What computes the memories: auto, chunked: a loop over chunks; pallas: a kernel for TPUs that none has run yet;
+    sequential: token by token. None: as the model says, which is auto for all named ones."""
     seed: int = 0  # Of the initial parameters, the order of the text and the sample.
     eval_every: int = 100  # Batches between measurements on held-out text; also measured before and after training.
     eval_batches: int = 16  # Batches of held-out text per measurement, always the same ones.
@@ -92,7 +98,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
-        model = self.cms.apply(model_named(self.model))
+        model = with_impl(self.cms.apply(model_named(self.model)), self.impl)
         others = (self.model, self.cms) != (PretrainConfig.model, InContextConfig())
         check_stage(self.run, self.stage_two, self.local_period, others)
         if self.stage_two is None:
@@ -195,7 +201,7 @@ def _prepare(flags: PretrainConfig) -> Job:
         spike=flags.spike,
     )
     mesh = flags.mesh.make(flags.batch // flags.accumulate)
-    how: dict[str, Any] = {n: getattr(flags, n) for n in ("remat", "remat_every", "accumulate")}
+    how: dict[str, Any] = {n: getattr(flags, n) for n in ("remat", "remat_every", "impl", "accumulate")}
     setup = training.text_setup(config, flags.steps, tokenizer.byte_lengths, mesh=mesh, **how)
     return Job(flags, config, tokenizer, text, setup, stage.params)
 
@@ -212,6 +218,7 @@ def _header(job: Job) -> dict[str, str]:
         "model": f"{flags.stage_two or flags.model}, {parameters:,} parameters, {job.config.model.dtype}",
         "text": f"{read:,} tokens to train on, {heldout:,} held out",
         "batch": f"{flags.batch} x {flags.length} = {tokens:,} tokens per step, {flags.steps:,} steps",
+        "memory": evaluated(with_impl(job.config.model, flags.impl), device.platform),
         "device": f"{device.device_kind}, {job.setup.devices} of {jax.device_count()}",
         "run": str(flags.run),
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from hope_jax.errors import UserError, guess
 from hope_jax.levels import Level, check_multiples
+from hope_jax.memory.kernels import Impl
 from hope_jax.models.rows import ARCHITECTURES as ARCHITECTURES
 from hope_jax.models.sizes import SIZES as SIZES
 from hope_jax.models.sizes import Size as Size
@@ -54,12 +55,35 @@ def without_writes(config: ModelConfig) -> ModelConfig:
     UserError where there is no memory, or one without a setting ``rate_max``.
     """
     mixers: list[Any] = [mixer for mixer, _ in config.pattern]
-    memories = [mixer for mixer in mixers if not isinstance(mixer, AttentionConfig | ConvolutionConfig)]
+    memories = list(filter(_is_memory, mixers))
     if not memories or not all(map(_has_rate, memories)):
         kinds = ", ".join(type(mixer).__name__ for mixer in mixers)
         raise UserError(f"the mixers are {kinds}; only memories with a setting rate_max can be told not to write")
-    silent = [_silent(mixer) for mixer in mixers]
-    return replace(config, mixer=tuple(silent) if isinstance(config.mixer, tuple) else silent[0])
+    return _with_field(config, "rate_max", 0.0)
+
+
+def with_impl(config: ModelConfig, impl: Impl | None) -> ModelConfig:
+    """The same model, parameters included, whose mixers are evaluated by ``impl`` (``memory/kernels``); None: as it is.
+
+    Raises UserError for an unknown word, and for "pallas" where there is no memory, or one of several periods.
+    """
+    if impl is None:
+        return config
+    if impl == "pallas" and not impls(config):
+        kinds = ", ".join(type(mixer).__name__ for mixer, _ in config.pattern)
+        raise UserError(f"impl is 'pallas', a kernel for memories; the mixers are {kinds}: leave it out")
+    return _with_field(config, "impl", impl)
+
+
+def impls(config: ModelConfig) -> set[Impl]:
+    """How the memories of a model are evaluated; nothing of a model without memories."""
+    found: set[Impl] = set()
+    parts: list[Any] = [mixer for mixer, _ in config.pattern]
+    while parts:
+        part = parts.pop()
+        parts += _parts_of(part).values()
+        found |= {part.impl} if hasattr(part, "impl") and _is_memory(part) else set()
+    return found
 
 
 def _parts_of(mixer: Any) -> dict[str, Any]:
@@ -68,14 +92,23 @@ def _parts_of(mixer: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if isinstance(value, PartConfig)}
 
 
+def _is_memory(mixer: Any) -> bool:
+    return not isinstance(mixer, AttentionConfig | ConvolutionConfig)
+
+
 def _has_rate(mixer: Any) -> bool:
     return hasattr(mixer, "rate_max") or any(map(_has_rate, _parts_of(mixer).values()))
 
 
-def _silent(mixer: Any) -> Any:
-    """A mixer whose inner rate is 0, and those of the mixers it is made of."""
-    changes = {name: _silent(part) for name, part in _parts_of(mixer).items()}
-    return replace(mixer, **changes, **({"rate_max": 0.0} if hasattr(mixer, "rate_max") else {}))
+def _with_field(config: ModelConfig, name: str, value: Any) -> ModelConfig:
+    """The model with ``value`` in that field of its mixers, wherever they have one."""
+
+    def changed(mixer: Any) -> Any:
+        changes = {part: changed(inner) for part, inner in _parts_of(mixer).items()}
+        return replace(mixer, **changes, **({name: value} if hasattr(mixer, name) else {}))
+
+    mixers = tuple(changed(mixer) for mixer, _ in config.pattern)
+    return replace(config, mixer=mixers if isinstance(config.mixer, tuple) else mixers[0])
 
 
 def model_named(name: str) -> ModelConfig:

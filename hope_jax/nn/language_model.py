@@ -5,6 +5,7 @@ there is one. In a hybrid what is scanned over is a pattern of different blocks.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -78,10 +79,11 @@ class Block(nn.Module):
         x, passed = shared(depth.x, self.sequences), depth.passed
         if state is None:
             state = self.init_state(*x.shape[:2])
-        if isinstance(self._parts()["mixer"], PassesOn):
-            y, mixer, passed = self.mixer(self.norm(x), state.mixer, count, passed)
-        else:
-            y, mixer = self.mixer(self.norm(x), state.mixer, count)
+        with mesh_of(self.sequences):
+            if isinstance(self._parts()["mixer"], PassesOn):
+                y, mixer, passed = self.mixer(self.norm(x), state.mixer, count, passed)
+            else:
+                y, mixer = self.mixer(self.norm(x), state.mixer, count)
         x = x + y
         if "feed_forward" in self._parts():
             x = self.feed_forward(x, state.feed_forward)
@@ -122,6 +124,11 @@ def shared(x: Stream, sequences: NamedSharding | None) -> Stream:
     if sequences is None or len(x) % math.prod(sequences.mesh.shape[axis] for axis in sequences.spec[0]):
         return x
     return jax.lax.with_sharding_constraint(x, sequences)
+
+
+def mesh_of(sequences: NamedSharding | None) -> AbstractContextManager[Any]:
+    """The mesh of the devices that share the sequences as that of the context, where mixers find it."""
+    return nullcontext() if sequences is None else jax.sharding.use_abstract_mesh(sequences.mesh.abstract_mesh)
 
 
 def body_of(config: ModelConfig) -> type[Block] | type[Pattern]:

@@ -5,7 +5,6 @@ norms compute in at least float32. Read ``attention.py`` next: the simplest mixe
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.errors import UserError
 from hope_jax.memory.architectures import unit
-from hope_jax.memory.kernels import Impl, cpu, products_of
+from hope_jax.memory.kernels import Impl, products_of
 from hope_jax.memory.products import by_rows
 from hope_jax.nn.axes import Axes, dense_axes
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
@@ -198,17 +197,6 @@ def merge_heads(x: Float[Array, "B H T K"]) -> Stream:
 def for_batch(state: Any, batch: int) -> Any:
     """The state of one sequence, leaves [...], for each of ``batch`` sequences, leaves [B,...]."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), state)
-
-
-def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...], impl: Impl) -> Any:
-    """``head(*shared, *own)`` of every head of every sequence, leaves [B,H,...].
-
-    ``shared`` is what the sequences of a batch share, leaves [H,...], ``own`` what each has, leaves [B,H,...].
-    """
-    if impl == "auto":
-        return cpu.batch_and_heads_as_one(head, shared, own)
-    of_sequence = jax.vmap(head)
-    return jax.vmap(of_sequence, in_axes=(None,) * len(shared) + (0,) * len(own))(*shared, *own)
 
 
 class HeadOutput(nn.Module):

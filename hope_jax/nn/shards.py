@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.memory.kernels import Impl
-from hope_jax.nn.layers import over_heads
+from hope_jax.nn.heads import over_heads
 from hope_jax.types import Array, Count, Float, Int
 
 

@@ -42,9 +42,9 @@ PEAKS = {
 def program_flops(program: Any) -> int:
     """FLOPs of the products and convolutions of a jaxpr, recomputation in it included.
 
-    A scan counts as often as it runs, a Pallas kernel once for each cell of its grid. Of the branches of a condition,
-    and of the forms for several platforms, the largest counts. A ``while`` loop counts once: how often it runs is not
-    known before.
+    A scan counts as often as it runs, a Pallas kernel once for each cell of its grid, and what devices compute in parts
+    once for each part. Of the branches of a condition, and of the forms for several platforms, the largest counts. A
+    ``while`` loop counts once: how often it runs is not known before.
     """
     return sum(map(_of_equation, program.eqns))
 
@@ -69,7 +69,15 @@ def _rounds(kind: str, params: Any) -> int:
     """How often the programs inside an equation run."""
     if kind == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
+    if kind == "shard_map":  # inside is the part of one device
+        axes = {axis for spec in (*params["in_specs"], *params["out_specs"]) for axis in _named(spec)}
+        return math.prod(params["mesh"].shape[axis] for axis in axes)
     return params["length"] if kind == "scan" else 1
+
+
+def _named(spec: Any) -> list[str]:
+    """The axes of a mesh that a specification of a placement names."""
+    return [axis for part in spec if part is not None for axis in ((part,) if isinstance(part, str) else part)]
 
 
 def forward_flops(function: Callable[..., Any], *arguments: Any) -> int:

@@ -5,10 +5,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hope_jax.models import LanguageModel
+from hope_jax.memory.kernels import Impl
+from hope_jax.models import LanguageModel, with_impl
+from hope_jax.train.kernels import check_kernels
 from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
 from hope_jax.train.remat import Remat, keeps_block_inputs
 from hope_jax.train.run import TextRun
@@ -53,16 +57,20 @@ def text_setup(
     *,
     remat: Remat = "auto",
     remat_every: int | None = None,
+    impl: Impl | None = None,
     mesh: Mesh | None = None,
     **more: Any,
 ) -> Setup:
     """``model_setup`` of a language model on text.
 
-    ``byte_lengths``, ``remat_every``: as in ``next_token_loss``; ``remat``: see ``remat.py``.
+    ``byte_lengths``, ``remat_every``: as in ``next_token_loss``; ``remat``: see ``remat.py``; ``impl``: as in
+    ``with_impl``. Raises UserError where the model is to run kernels and would run none.
     """
     platform = None if mesh is None else mesh.devices.flat[0].platform
-    model = model_on(mesh, run.model, keeps_block_inputs(remat, remat_every, platform))
+    model = model_on(mesh, with_impl(run.model, impl), keeps_block_inputs(remat, remat_every, platform))
     loss = next_token_loss(model, byte_lengths, remat_every, run.z_loss)
     more = {"mesh": mesh, "shape": run.schedule, "spike": run.spike} | more
     setup = model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)
+    batch = jax.ShapeDtypeStruct((run.batch, run.length + 1), jnp.int32)
+    check_kernels(model, loss, setup.shapes().params, batch, remat_every)
     return setup if remat_every is None else dataclasses.replace(setup, counted=next_token_loss(model, byte_lengths))

@@ -18,12 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from hope_jax.errors import check_seed
 from hope_jax.nn.axes import Axes
+from hope_jax.nn.heads import SHARE_BATCH
 from hope_jax.train.devices import shape_at
 from hope_jax.train.flops import model_flops
 from hope_jax.train.guard import check_spike
 from hope_jax.train.optimizer import Rate
 from hope_jax.train.sharding import (
-    SHARE_BATCH,
     Specs,
     between,
     placed,

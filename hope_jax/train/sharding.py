@@ -22,11 +22,11 @@ from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from hope_jax.errors import UserError, closest, whole
 from hope_jax.models import LanguageModel, ModelConfig
 from hope_jax.nn.axes import AXES, Axes, Names, matrices, of_parameters
+from hope_jax.nn.heads import SHARE_BATCH, SHARE_HEADS
 from hope_jax.optim.matrices import MATRIX, MuonDimensionNumbers
 from hope_jax.train.devices import cores
 
-MESH = ("data", "fsdp", "tensor")
-SHARE_BATCH = ("data", "fsdp")  # axes of the mesh that batches lie along
+MESH = (*SHARE_BATCH, *SHARE_HEADS)
 RULES: Mapping[str, str | None] = {
     "embed": "fsdp",
     "heads": "tensor",
@@ -122,15 +122,11 @@ def _configs(tree: Any) -> Iterator[Any]:
 def model_on(mesh: Mesh | None, config: ModelConfig, remat: bool = False) -> LanguageModel:
     """A model as it is computed on a mesh: the same parameters and, up to rounding, the same numbers.
 
-    Raises UserError where the devices do not divide its width or heads, or a mixer's kernel runs on one device alone.
+    Raises UserError where the devices do not divide its width or heads.
     """
     if mesh is None or mesh.size == 1:
         return LanguageModel(config, remat)
     MeshConfig(**mesh.shape).check_model(config)
-    for part in _configs((config.mixer,)):
-        if getattr(part, "impl", None) == "pallas":
-            what = f"{type(part).__name__} has impl='pallas', which runs on one device, and the mesh has {mesh.size}"
-            raise UserError(f"{what}; use impl='auto', or one device: mesh.data 1, mesh.fsdp 1, mesh.tensor 1")
     return LanguageModel(config, remat, NamedSharding(mesh, PartitionSpec(SHARE_BATCH)))
 
 

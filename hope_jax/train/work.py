@@ -30,6 +30,7 @@ class Work:
       sent: bytes that the device hands to each kind.
       calls: custom calls by target, such as kernels; their arithmetic is not counted.
       unknown: loops whose number of rounds is not in the program; they count once.
+      rounds: of loops, those inside others as often as they run.
     """
 
     flops: int = 0
@@ -37,10 +38,12 @@ class Work:
     sent: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     unknown: int = 0
+    rounds: int = 0
 
     def __add__(self, other: "Work") -> "Work":
         counters = self.collectives + other.collectives, self.sent + other.sent, self.calls + other.calls
-        return Work(self.flops + other.flops, *counters, self.unknown + other.unknown)
+        counts = self.unknown + other.unknown, self.rounds + other.rounds
+        return Work(self.flops + other.flops, *counters, *counts)
 
     def times(self, count: int) -> "Work":
         """The same so many times; a loop of unknown length in it stays one loop."""
@@ -49,7 +52,7 @@ class Work:
             return Counter({name: count * number for name, number in counter.items()})
 
         counters = scaled(self.collectives), scaled(self.sent), scaled(self.calls)
-        return Work(count * self.flops, *counters, self.unknown)
+        return Work(count * self.flops, *counters, self.unknown, count * self.rounds)
 
 
 def work(text: str) -> Work:
@@ -79,7 +82,7 @@ def _of_instruction(
     inside = sum(map(of, each.named(*CALLED)), Work())
     if kind == "while":
         count = rounds(each, here, computations)
-        return inside + Work(unknown=1) if count is None else inside.times(count)
+        return inside + Work(unknown=1, rounds=1) if count is None else inside.times(count) + Work(rounds=count)
     target = each.attribute("custom_call_target", '"[^"]+"').strip('"')
     return inside + Work(calls=Counter([target])) if target and target not in MARKS else inside
 

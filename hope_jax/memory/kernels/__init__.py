@@ -58,6 +58,15 @@ def kernel_loop(impl: Impl) -> Loop | None:
     return pallas.scan
 
 
+def what_runs(impl: Impl, platform: str) -> str:
+    """What runs the chunks of a memory on a platform, as JAX calls it, in words."""
+    if impl == "sequential":
+        return "a loop over tokens"
+    if kernel_loop(impl) is None:
+        return "a loop over chunks"
+    return "one kernel over all chunks" + ("" if platform == "tpu" else f", interpreted on {platform}, which is slow")
+
+
 def inside_kernel(impl: Impl) -> Impl:
     """How the step of a loop is computed: a kernel can hold no other."""
     return "chunked" if impl == "pallas" else impl

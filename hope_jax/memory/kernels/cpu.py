@@ -108,7 +108,7 @@ shifted_sum = _differentiable(products.shifted_sum, _shifted_sum_backward)
 
 
 def batch_and_heads_as_one(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...]) -> Any:
-    """``nn.layers.over_heads`` with batch and heads as one axis: an axis of length 1 would be slow (``by_rows``).
+    """``nn.heads.over_heads`` with batch and heads as one axis: an axis of length 1 would be slow (``by_rows``).
 
     The price on a mesh: sequences may be spread over devices, but where heads are too, XLA gathers them first.
     """

@@ -10,9 +10,7 @@ the kernels are interpreted: the same numbers, but slow. ``places.py``: how arra
 """
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,7 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hope_jax.errors import UserError
 from hope_jax.memory.kernels.places import (
     Shape,
     chunked,
@@ -40,11 +37,9 @@ from hope_jax.memory.kernels.places import (
     wide,
     wide_shapes,
 )
+from hope_jax.memory.kernels.plan import Plan, Step, check
 from hope_jax.types import Array
 
-Step = Callable[..., tuple[Any, Any]]
-
-STATES_ON_CHIP = 4 * 2**20  # bytes for the states that the backward kernel computes again
 VMEM_LIMIT = 64 * 2**20  # bytes that a kernel may take of the chip's memory; 16 MiB, the default, are too few
 
 
@@ -64,8 +59,8 @@ def scan(step: Step, state: Any, chunks: Any) -> tuple[Any, Any]:
     """
     own = jax.tree.map(lambda x: Shape(x.shape[1:], x.dtype), chunks)
     step, held, outputs = _without_closure(step, state, own)
-    plan = _Plan(step, _shapes(held), _shapes(state), own, outputs, len(jax.tree.leaves(chunks)[0]))
-    _check(plan)
+    plan = Plan(step, _shapes(held), _shapes(state), own, outputs, len(jax.tree.leaves(chunks)[0]))
+    check(plan)
     return _differentiable(plan)(held, state, chunks)
 
 
@@ -83,43 +78,7 @@ def _without_closure(step: Step, state: Any, tokens: Any) -> tuple[Step, list[Ar
     return run, [jnp.asarray(x) for x in program.consts], outputs
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is known before a kernel runs: the step, the shapes of what it takes and returns, the number of chunks.
-
-    ``step(state, tokens, *held) -> (state, outputs)``.
-    """
-
-    step: Step
-    held: Any
-    state: Any
-    tokens: Any
-    outputs: Any
-    chunks: int
-
-    @property
-    def save_every(self) -> int:
-        """Chunks between two saved states: a divisor of their number, at most 8."""
-        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self.state))
-        most = max(1, min(8, STATES_ON_CHIP // max(size, 1)))
-        return max(every for every in range(1, most + 1) if self.chunks % every == 0)
-
-
-def _check(plan: _Plan) -> None:
-    """Raise UserError for arrays that the layout has no place for."""
-    for x in jax.tree.leaves(plan.state):
-        if len(x.shape) < 2:
-            raise UserError(f"impl='pallas': a state of shape {x.shape}; expected two axes or more, use impl='chunked'")
-    for x in jax.tree.leaves((plan.tokens, plan.outputs)):
-        if len(x.shape) not in (1, 2):
-            expected = "numbers [C] or features [C,F] per token"
-            raise UserError(f"impl='pallas': tokens of shape {x.shape}; expected {expected}, use impl='chunked'")
-    for x in jax.tree.leaves(plan.held):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise UserError(f"impl='pallas': the step uses an array of {x.dtype}; expected floats, use impl='chunked'")
-
-
-def _differentiable(plan: _Plan) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+def _differentiable(plan: Plan) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """``(held, state, tokens) -> (state, outputs)``: first derivatives by the kernels, higher ones by ``lax.scan``."""
 
     def plain(held: Any, state: Any, tokens: Any) -> tuple[Any, Any]:
@@ -158,7 +117,7 @@ def _differentiable(plan: _Plan) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     return run
 
 
-def _forward(plan: _Plan, held: Any, state: Any, tokens: Any, *, save: bool) -> tuple[Any, Any, Any]:
+def _forward(plan: Plan, held: Any, state: Any, tokens: Any, *, save: bool) -> tuple[Any, Any, Any]:
     """The final state, the outputs, and the state before every ``save_every``-th chunk (None: not saved)."""
     every, count = plan.save_every, plan.chunks
 
@@ -174,19 +133,21 @@ def _forward(plan: _Plan, held: Any, state: Any, tokens: Any, *, save: bool) -> 
         pl.when(chunk == count - 1)(lambda: put(after, end))
 
     tokens_in, tokens_out = (chunks_of(count, own, 1, lambda i: i) for own in (plan.tokens, plan.outputs))
-    states = one_of(count // every, plan.state, lambda i: i // every) if save else None
+    states = one_of(plan.groups, plan.state, lambda i: i // every) if save else None
     ins = whole(wide_shapes(plan.held)), whole(plan.state), tokens_in
     outs, given = (whole(plan.state), tokens_out, states), (wide(held), state, stored(tokens))
     after, outputs, saved = _call(kernel, "memory_forward", count, ins, outs, (plan.state,), given)
     return after, chunked(count, outputs, plan.outputs), saved
 
 
-def _backward(plan: _Plan, given: Any, saved: Any, cotangents: Any) -> Any:
+def _backward(plan: Plan, given: Any, saved: Any, cotangents: Any) -> Any:
     """Cotangents of what the step holds, of the first state and of the tokens, from the last chunk to the first."""
-    every, groups = plan.save_every, plan.chunks // plan.save_every
+    every, groups = plan.save_every, plan.groups
+    short = plan.chunks % every  # chunks of the last group, where it is not full
 
     def kernel(held, saved, tokens, of_after, of_outputs, of_held, of_before, of_tokens, of_now, starts):
         group, held = pl.program_id(0), get_narrow(held, plan.held)
+        here = jnp.where(group == 0, short, every) if short else every
         pl.when(group == 0)(lambda: put(of_now, get(of_after)))
         pl.when(group == 0)(lambda: put(of_held, jax.tree.map(jnp.zeros_like, wide(held))))
 
@@ -195,7 +156,7 @@ def _backward(plan: _Plan, given: Any, saved: Any, cotangents: Any) -> Any:
             put(starts, after, chunk + 1)
 
         def back(i: Array, _: Any) -> None:
-            chunk = every - 1 - i
+            chunk = here - 1 - i
             _, pull = jax.vjp(plan.step, get(starts, chunk), get_chunk(tokens, plan.tokens, chunk), *held)
             of_state, of_chunk, *more = pull((get(of_now), get_chunk(of_outputs, plan.outputs, chunk)))
             put(of_now, of_state)
@@ -203,8 +164,8 @@ def _backward(plan: _Plan, given: Any, saved: Any, cotangents: Any) -> Any:
             put(of_held, jax.tree.map(jnp.add, get(of_held), wide(more)))
 
         put(starts, get(saved), 0)
-        lax.fori_loop(0, every - 1, again, None)
-        lax.fori_loop(0, every, back, None)
+        lax.fori_loop(0, here - 1, again, None)
+        lax.fori_loop(0, here, back, None)
         pl.when(group == groups - 1)(lambda: put(of_before, get(of_now)))
 
     def last_first(i: Any) -> Any:

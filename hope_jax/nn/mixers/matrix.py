@@ -21,6 +21,7 @@ from hope_jax.memory import gated_delta
 from hope_jax.memory.kernels import Impl
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes
+from hope_jax.nn.heads import over_heads
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
 Gate = Float[Array, "B H T"]
@@ -146,10 +147,10 @@ def write_and_read(
 
     own = (memory, writes, retention, erase)
     if groups == heads:
-        return layers.over_heads(head, (), (*own, keys, queries), impl)
+        return over_heads(head, (), (*own, keys, queries), impl)
     group = jax.vmap(head, in_axes=(0, 0, 0, 0, None, None))
     own = jax.tree.map(lambda x: x.reshape(x.shape[0], groups, heads // groups, *x.shape[2:]), own)
-    found = layers.over_heads(group, (), (*own, keys, queries), impl)
+    found = over_heads(group, (), (*own, keys, queries), impl)
     memory, reads = jax.tree.map(lambda x: x.reshape(x.shape[0], heads, *x.shape[3:]), found)
     return memory, reads
 

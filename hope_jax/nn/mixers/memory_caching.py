@@ -27,6 +27,7 @@ from hope_jax.memory.architectures import Weights
 from hope_jax.memory.kernels import products_of
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, dense_axes
+from hope_jax.nn.heads import over_heads
 from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState
 from hope_jax.nn.segments import START, Position, by_segment
 from hope_jax.types import Array, Bool, Count, Float, Stream
@@ -165,7 +166,7 @@ class MemoryCaching(nn.Module):
         now = jnp.sum(asked * means, axis=-1, keepdims=True)
         past = jnp.where(filled[None, None], jnp.einsum("btd,bsd->bts", asked, cached), -jnp.inf)
         shares = jax.nn.softmax(self.width**-0.5 * jnp.concatenate([now, past], axis=-1), axis=-1)
-        answers = layers.over_heads(self._answers, (), (weights, queries), self.config.memory.impl)
+        answers = over_heads(self._answers, (), (weights, queries), self.config.memory.impl)
         return shares[:, None, :, :1] * reads + jnp.einsum("bts,bhstv->bhtv", shares[..., 1:], answers)
 
     @nn.nowrap

@@ -35,6 +35,7 @@ from hope_jax.memory.kernels import Impl
 from hope_jax.memory.products import by_rows
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, dense_axes
+from hope_jax.nn.heads import over_heads
 from hope_jax.nn.mixers.rwkv7_parts import DEPTH, LowRank, fixed, mixed, mixture, orthogonal, published_rank, with_last
 from hope_jax.types import Array, Bool, Count, Float, Stream
 
@@ -177,7 +178,7 @@ class RWKV7(nn.Module):
                 memory, key, value, receptance, retention=retention, erase=erase, active=active, read="after", impl=impl
             )[:2]
 
-        reads, memory = layers.over_heads(head, (), (state.memory, *streams), impl)
+        reads, memory = over_heads(head, (), (state.memory, *streams), impl)
         return self._out(reads, streams[:3], gate), RWKV7State(last, memory), first
 
     @layers.light

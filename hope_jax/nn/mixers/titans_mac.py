@@ -29,6 +29,7 @@ from hope_jax.memory.rule import Fast
 from hope_jax.nn import layers
 from hope_jax.nn.attend import FullCache, attend, push
 from hope_jax.nn.axes import Axes, norm_axes
+from hope_jax.nn.heads import over_heads
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState
 from hope_jax.nn.mixers.titans_mag import AttentionAndMemory, built, check_parts
@@ -146,7 +147,7 @@ class TitansMAC(AttentionAndMemory):
         def head(weights: Weights, queries: Array) -> Array:
             return c.rule.apply(weights, queries, products_of(c.impl))
 
-        return self.norm_recalled(layers.merge_heads(layers.over_heads(head, (), (frozen, queries), c.impl)))
+        return self.norm_recalled(layers.merge_heads(over_heads(head, (), (frozen, queries), c.impl)))
 
     def _attend(
         self, u: Stream, h: Stream, state: TitansMACState, position: Position, count: Count

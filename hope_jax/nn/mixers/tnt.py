@@ -22,6 +22,7 @@ from hope_jax.memory.frozen import scan_frozen
 from hope_jax.memory.rule import Fast, Rule
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, dense_axes, memory_axes
+from hope_jax.nn.heads import over_heads
 from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState, learned_start, sow_gates
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 from hope_jax.types import Array, Count, Float, Int, Stream
@@ -126,7 +127,7 @@ class TNTMixer(nn.Module):
             return scan_frozen(rule, fast, tokens, state.position, impl, count)
 
         of_heads = (state.global_memory, k, v, q, self._rates(u))
-        weights, reads = layers.over_heads(head, (), of_heads, impl)
+        weights, reads = over_heads(head, (), of_heads, impl)
         position = (state.position + (u.shape[1] if count is None else count)) % rule.period
         y = self.local.answer(u, q + found.queries, reads + found.reads)
         return y, TNTState(local, weights, position)

@@ -24,6 +24,7 @@ from hope_jax.memory.products import by_rows
 from hope_jax.memory.rule import Rule
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
+from hope_jax.nn.heads import over_heads
 from hope_jax.nn.rotary import apply_rope
 from hope_jax.types import Array, Count, Float, Int, Stream
 
@@ -145,7 +146,7 @@ class TTT(nn.Module):
         def head(norm, inner, k, v, q, rate):
             return ttt.scan(c.rule, norm, inner, k, v, q, rate, gains, state.position, c.impl, count)
 
-        inner, reads = layers.over_heads(head, (self.inner_norm,), (state.inner, k, v, q, rate), c.impl)
+        inner, reads = over_heads(head, (self.inner_norm,), (state.inner, k, v, q, rate), c.impl)
         position = (state.position + (time if count is None else count)) % c.mini_batch
         return self._output(u, reads), TTTState(tail, inner, position)
 

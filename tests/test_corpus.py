@@ -1,7 +1,10 @@
 """Tokenizers and the choice of files: what is read, what is held out, what is refused."""
 
+import gzip
 import os
+import pickle
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +130,61 @@ def test_contradictory_configurations_are_refused(fields, message):
 def test_a_path_given_as_one_string_is_refused():
     with pytest.raises(UserError, match="must be a tuple of strings, got the string 'a.txt'"):
         DataConfig.__post_init__(SimpleNamespace(path="a.txt"))  # not by the constructor: tests check its types
+
+
+# ---------------------------------------------------------------- JSON lines, compressed files
+
+
+LINES = b'{"text": "na\\u00efve", "id": 1}\n\n{"id": 2, "text": "two\\nlines"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.txt.gz", gzip.compress("é".encode()) + gzip.compress(b"b"), "éb"),
+        ("a.jsonl", LINES, "naïve\ntwo\nlines\n"),
+        ("a.JSONL.GZ", gzip.compress(LINES), "naïve\ntwo\nlines\n"),
+    ],
+)
+def test_json_lines_and_compressed_files_are_read_as_their_text(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    found = from_files([str(tmp_path)])
+    assert found.read(0).decode() == expected and found.size == len(expected.encode())
+    assert pickle.loads(pickle.dumps(found)).read(0).decode() == expected, "another process can read it"
+
+
+def test_files_of_zstd_are_read_where_their_package_is_installed(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(LINES[:31]) + zstandard.compress(LINES[31:]))
+    assert from_files([str(tmp_path)]).read(0).decode() == "naïve\ntwo\nlines\n"
+    (tmp_path / "a.jsonl.zst").write_bytes(LINES)
+    with pytest.raises(UserError, match="is damaged or no zstd"):
+        from_files([str(tmp_path / "a.jsonl.zst")])
+
+
+def test_zstd_without_its_package_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.txt.zst").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"'zstandard' is not installed.*hope_jax\[zst\]"):
+        from_files([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.gz", b"plain", "damaged or no gzip"),
+        ("a.gz", gzip.compress(b"text" * 99)[:-9], "damaged or no gzip"),
+        ("a.jsonl", b'{"text": "a"}\n{"words": "b"}', "no JSON lines with texts .line 2 has no string 'text'"),
+        ("a.jsonl", b'{"text": 3}', "line 1 has no string"),
+        ("a.jsonl", b"[1]", "line 1 has no string"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_refused_by_name_and_left_out_of_a_folder(tmp_path, name, data, said):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=said):
+        from_files([str(tmp_path / name)])
+    (tmp_path / "b.txt").write_text("text")
+    assert from_files([str(tmp_path)]).left_out.startswith("Left out 1 of 2 files: 1 ")
 
 
 # ---------------------------------------------------------------- what is left out, links, names, pipes

@@ -10,5 +10,6 @@ COMMANDS = {
     "watch": "hope_jax.cli.watch:main",
     "benchmark": "hope_jax.cli.benchmark:main",
     "compile": "hope_jax.cli.compile:main",
+    "tokenize": "hope_jax.cli.tokenize:main",
 }
 """Name -> ``module:function``; the function takes the arguments after the name and returns the exit status."""

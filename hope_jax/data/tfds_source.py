@@ -5,6 +5,7 @@ Read text/corpus.py first.
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib
 import io
@@ -42,10 +43,14 @@ def documents(name: str) -> Corpus:
     identity = (builder.info.full_name, split, feature, splits[split].num_examples, splits[split].num_bytes)
     return Corpus(
         names=[f"{split}/{i}" for i in range(len(source))],
-        read=lambda document: _to_bytes(source[document][feature]),
+        read=functools.partial(_text, source, feature),
         digest=hashlib.sha256(repr(identity).encode()).hexdigest(),
         sizes=None,
     )
+
+
+def _text(source: Any, feature: str, document: int) -> bytes:
+    return _to_bytes(source[document][feature])
 
 
 def _to_bytes(text: str | bytes) -> bytes:

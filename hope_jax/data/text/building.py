@@ -56,8 +56,8 @@ def build(
             streams = _tokenize(place, corpus, pieces, tokenizer, dtype, progress)
             total = _checked_windows(streams, dtype, length)
             _check_room(folder.parent, total * ((length + 1) * dtype.itemsize + RECORD_OVERHEAD))
-            with _bar(progress, "writing windows", total, " windows") as bar:
-                about = {"streams": streams, "dtype": dtype, "length": length, "written": bar.update}
+            with bar(progress, "writing windows", total, " windows") as shown:
+                about = {"streams": streams, "dtype": dtype, "length": length, "written": shown.update}
                 prepare(TextWindows(data_dir=place / "dataset", **about))
             _install(place / "dataset", folder)
     except OSError as error:
@@ -79,20 +79,20 @@ def check_place(folder: Path) -> None:
 def _unfinished(folder: Path) -> Iterator[Path]:
     """An empty folder inside ``folder``, removed in the end, or by ``clear_unfinished`` if this process dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, fcntl.LOCK_SH), tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as name:
+    with locked(folder, fcntl.LOCK_SH), tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as name:
         yield Path(name)
 
 
 def clear_unfinished(folder: Path) -> None:
     """Removes what processes that are gone left of datasets; does nothing while a dataset is built in ``folder``."""
     if found := list(folder.glob(f"{UNFINISHED}*")):
-        with _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+        with locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
             for path in found if alone else ():
                 shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, how: int) -> Iterator[bool]:
+def locked(folder: Path, how: int) -> Iterator[bool]:
     """Whether the lock of a folder was had; the system frees it when the process ends, however it ends."""
     descriptor, held = os.open(folder, os.O_RDONLY), True
     try:
@@ -114,21 +114,21 @@ def _tokenize(
     count = len(pieces.train) + len(pieces.heldout)
     total, unit = (count, " documents") if corpus.size is None else (corpus.size, "B")
     streams, read, kept = {}, 0, 0
-    with _bar(progress, "tokenizing", total, unit) as bar:
+    with bar(progress, "tokenizing", total, unit) as shown:
         for split in Split._fields:
             streams[split] = folder / f"{split}.tokens"
             with streams[split].open("wb") as file:
-                for texts in _groups(corpus, getattr(pieces, split)):
+                for texts in groups(corpus, getattr(pieces, split)):
                     ids = np.concatenate(tokenizer.encode_many(texts))
                     file.write(ids.astype(dtype).tobytes())
                     size = sum(map(len, texts))
                     read, kept = read + size, kept + int(tokenizer.byte_lengths[ids].sum())
-                    bar.update(len(texts) if corpus.size is None else size)
-    _check_bytes(tokenizer, count, read, kept)
+                    shown.update(len(texts) if corpus.size is None else size)
+    check_bytes(tokenizer, count, read, kept)
     return streams
 
 
-def _check_bytes(tokenizer: Tokenizer, texts: int, read: int, kept: int) -> None:
+def check_bytes(tokenizer: Tokenizer, texts: int, read: int, kept: int) -> None:
     """Refuses tokens that stand for another number of bytes than were ``read``, and says why they do."""
     if abs(kept - read) <= TOLERATED_LOSS * read:
         return
@@ -145,7 +145,7 @@ def _check_bytes(tokenizer: Tokenizer, texts: int, read: int, kept: int) -> None
     )
 
 
-def _groups(corpus: Corpus, pieces: Sequence[Piece]) -> Iterator[list[bytes]]:
+def groups(corpus: Corpus, pieces: Sequence[Piece]) -> Iterator[list[bytes]]:
     """Texts of the pieces in order, enough at a time to keep all cores busy."""
     group, size = [], 0
     for piece in pieces:
@@ -181,7 +181,7 @@ def _check_room(folder: Path, needed: int) -> None:
         )
 
 
-def _bar(progress: bool, what: str, total: int, unit: str) -> tqdm:
+def bar(progress: bool, what: str, total: int, unit: str) -> tqdm:
     return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=not progress, leave=False)
 
 

@@ -12,10 +12,12 @@ import re
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from hope_jax.data.text.corpus import Corpus, name_bytes
+from hope_jax.data.text.formats import NotText, text_of
 from hope_jax.errors import UserError
 
 NOT_SOURCES = frozenset({"__pycache__", "site-packages", "dist-packages"})
@@ -39,11 +41,21 @@ class _Read(NamedTuple):
     problem: str | None
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """Document number -> its text; can be sent to another process."""
+
+    texts: tuple[_Read, ...]
+
+    def __call__(self, document: int) -> bytes:
+        return _read_again(self.texts[document])
+
+
 def from_files(paths: Sequence[str]) -> Corpus:
     """The text files of files, folders and globs; of the standard library when there are none.
 
     Folders are read with all that is in them, links to folders too; hidden files and folders are not looked at. A file
-    that is reached twice counts once.
+    that is reached twice counts once. Files may be JSON lines or compressed, see formats.py.
 
     Raises:
         UserError: a path is missing, a glob matches nothing, a file or folder cannot be read, a file given by name
@@ -59,7 +71,7 @@ def from_files(paths: Sequence[str]) -> Corpus:
     listing = b"\n".join(text.digest.encode() + b" " + name_bytes(text.name) for text in texts)
     return Corpus(
         names=tuple(text.name for text in texts),
-        read=lambda document: _read_again(texts[document]),
+        read=_Reader(tuple(texts)),
         digest=hashlib.sha256(listing).hexdigest(),
         sizes=tuple(text.size for text in texts),
         left_out=_sentence(left_out, len(found)),
@@ -146,23 +158,35 @@ def _unique(files: Iterable[_File]) -> list[_File]:
 
 
 def _examine(file: _File) -> _Read:
-    special = special_file(file.path)
-    data = b"" if special else _bytes(file.path)
-    problem = special or _problem(data)
+    data, problem = _examined(file.path)
     if problem and file.explicit:
         raise UserError(f"{str(file.path)!r} is {problem}: give a UTF-8 text file")
     return _Read(file.name, hashlib.sha256(data).hexdigest(), file.path, len(data), problem)
 
 
+def _examined(path: Path) -> tuple[bytes, str | None]:
+    """The text of a file, or what is there in its place, and why that is no text."""
+    if special := special_file(path):
+        return b"", special
+    try:
+        data = _bytes(path)
+    except NotText as error:
+        return path.read_bytes(), str(error)
+    return data, _problem(data)
+
+
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return text_of(path)
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
 
 
 def _read_again(text: _Read) -> bytes:
-    data = _bytes(text.path)
+    try:
+        data = _bytes(text.path)
+    except NotText:
+        data = b""
     if hashlib.sha256(data).hexdigest() != text.digest:
         raise UserError(f"{str(text.path)!r} has changed since it was first read: run the command again")
     return data

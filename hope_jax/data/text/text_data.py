@@ -8,7 +8,9 @@ from tqdm import tqdm
 
 from hope_jax.data.batches import HeldoutBatches, TrainBatches
 from hope_jax.data.text import building, corpus, windows
+from hope_jax.data.text.corpus import Corpus
 from hope_jax.data.text.files import from_files
+from hope_jax.data.text.shards import is_tokens, open_tokens
 from hope_jax.data.text.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
 from hope_jax.data.text.windows import Windows
 from hope_jax.data.tfds_source import documents
@@ -20,15 +22,16 @@ class DataConfig:
     """Text, tokenizer and held-out split. Raises UserError for values outside the ranges given below."""
 
     path: tuple[str, ...] = ()
-    """Text files, folders or globs. Folders are read recursively, links too; hidden files and folders are not read.
-    Empty: the Python standard library of this interpreter."""
+    """Text files, folders or globs; JSON lines (.jsonl, their field "text"), too, and .gz or .zst of both. Folders are
+    read recursively, links too; hidden files and folders are not read. Or a folder that the command tokenize has
+    written. Empty: the Python standard library of this interpreter."""
     tfds: str | None = None
     """Name (or folder) of a TFDS dataset with a text feature, instead of path. Documents play the role of files."""
     tokenizer: str | None = None
     """Path of a JSON file of the `tokenizers` library. None: bytes, 256 tokens."""
     heldout: float = 0.05
     """Fraction of the files, between 0 and 1, that is never trained on. Of a single file, or where one file is most of
-    the text: the last bytes of it."""
+    the text: the last bytes of it. Of a folder that was tokenized it has been chosen there."""
     seed: int = 0
     """Chooses which files are held out. The order of training windows has its own seed."""
 
@@ -70,6 +73,11 @@ class TextData:
         return HeldoutBatches(self.heldout, batch, limit)
 
 
+def find(config: DataConfig) -> Corpus:
+    """The documents that a configuration names. UserError where there are none."""
+    return from_files(config.path) if config.tfds is None else documents(config.tfds)
+
+
 def open_text(
     config: DataConfig, tokenizer: Tokenizer, *, length: int, cache_dir: Path, progress: bool = True
 ) -> TextData:
@@ -86,7 +94,10 @@ def open_text(
         UserError: no such text, too little of it, or nowhere to write.
     """
     length, cache_dir = whole("length", length), Path(cache_dir)
-    found = from_files(config.path) if config.tfds is None else documents(config.tfds)
+    if is_tokens(config.path):
+        splits, fingerprint = open_tokens(Path(config.path[0]).expanduser(), tokenizer, length)
+        return TextData(**splits, fingerprint=fingerprint, left_out="")
+    found = find(config)
     if progress and found.left_out:
         tqdm.write(found.left_out, file=sys.stderr)
     building.check_place(cache_dir)

@@ -69,10 +69,14 @@ class TextWindows(tfds.core.ShardBasedBuilder):
 
 @dataclass(frozen=True)
 class Windows(Sequence):
-    """The windows of one split, read at random: windows[i] is int32 [T + 1]."""
+    """The windows of one split, read at random: windows[i] is int32 [T + 1].
+
+    ``remedy``: what to do where one is damaged.
+    """
 
     records: Any
     folder: Path
+    remedy: str = "delete that folder, it will be built again"
 
     def __len__(self) -> int:
         return len(self.records)
@@ -85,8 +89,7 @@ class Windows(Sequence):
             return self.records[index]["tokens"].astype(np.int32)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"the prepared corpus in {self.folder} is damaged (window {index}: {error}): delete that folder, it "
-                "will be built again"
+                f"the prepared corpus in {self.folder} is damaged (window {index}: {error}): {self.remedy}"
             ) from error
 
 

@@ -12,10 +12,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource, FileInstruction
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Integer
 
@@ -118,6 +118,15 @@ def write_json(path: Path, value: Any) -> None:
     part.replace(path)
 
 
+class _Whole(NamedTuple):
+    """All records of a file; array_record opens it when it is read from."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
 class _Records:
     """The records of several files, one after another, as ``Windows`` reads them."""
 
@@ -176,6 +185,6 @@ def _windows(folder: Path, split: str, files: Mapping[str, Sequence[int]], dtype
             raise UserError(
                 f"{path} {what}: delete {folder / TOKENS} and that file, and run the command tokenize again"
             )
-    reading = [FileInstruction(str(path), 0, count, count) for path, (count, _) in mine.items() if count]
+    reading: Any = [_Whole(str(path), 0, count, count) for path, (count, _) in mine.items() if count]
     remedy = f"delete {TOKENS} and the file, and run the command tokenize again"
     return Windows(_Records(ArrayRecordDataSource(reading), dtype), folder, remedy)

@@ -4,11 +4,13 @@ Read files.py next.
 """
 
 import gzip
+import importlib
 import io
 import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hope_jax.errors import extra
 
@@ -46,7 +48,7 @@ def _gunzip(data: bytes) -> bytes:
 
 def _unzstd(data: bytes) -> bytes:
     with extra("zst"):
-        import zstandard
+        zstandard: Any = importlib.import_module("zstandard")
     try:
         reader = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True)
         return reader.read()

@@ -25,6 +25,7 @@ import numpy as np
 
 from hope_jax import LanguageModel, ModelConfig, model_named
 from hope_jax import train as training
+from hope_jax.cli.in_context import check_reading
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
 from hope_jax.cli.results import Results, Row, spread
@@ -65,7 +66,7 @@ class CompareConfig(Trials):
         if Path(self.name).name != self.name:
             raise UserError(f"--name {self.name!r} becomes part of a file name; give a plain word.")
         for row in self.rows:
-            self.model(row)
+            check_reading(self.model(row), self.length)
 
     def model(self, row: str, vocab: int = 256) -> ModelConfig:
         """The model of that row. Raises UserError if there is none."""
@@ -128,9 +129,8 @@ def train(config: CompareConfig, about: Row, setup: training.Setup, text: TextDa
 def costs(config: CompareConfig, model: LanguageModel, setup: training.Setup) -> Row:
     """Bytes of memory: what a training step needs besides parameters and batch, and the state of one sequence."""
     batch = jax.ShapeDtypeStruct((config.batch, config.length + 1), np.int32)
-    params = setup.shapes().params
-    state = jax.eval_shape(lambda params: model.init_state(params, 1, config.length), params)
-    return {"step_bytes": setup.temporary_bytes(batch), "state_bytes": training.count_bytes(state)}
+    state = training.state_bytes(model, setup.shapes().params, config.length)
+    return {"step_bytes": setup.temporary_bytes(batch), "state_bytes": state}
 
 
 def halves(batches: Any) -> tuple[list[Any], list[Any]]:

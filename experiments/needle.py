@@ -71,7 +71,7 @@ class NeedleConfig(Trials):
         if (most := max(self.train_lengths)) > self.batch * self.shortest:
             raise UserError(f"--batch {self.batch} of --shortest {self.shortest} is less than {most} tokens; raise it.")
         for row in self.rows:
-            self.model(row)
+            training.answer_loss(LanguageModel(self.model(row)), IGNORE)
 
     def model(self, row: str, vocab: int = 256) -> ModelConfig:
         """The model of that row. Raises UserError if there is none."""

@@ -50,7 +50,7 @@ class RecallConfig(Trials):
         super().__post_init__()
         at_least(self, 1, "width", "layers", "heads")
         for row in self.rows:
-            self.model(row)
+            training.answer_loss(LanguageModel(self.model(row)), IGNORE)
         self.examples(min(self.seeds), 0)
 
     def model(self, row: str) -> ModelConfig:

@@ -43,7 +43,7 @@ def test_asking_writes_text_and_stores_it_only_if_told_so(learned, tmp_path, cap
     shutil.rmtree(run / "contexts")
     assert main(command) == 0
     asked = capfd.readouterr()
-    assert asked.out.startswith("The light") and "the model writes as it was trained" in asked.err
+    assert asked.out.startswith("The light") and "nothing was learned since training" in asked.err
 
 
 def test_what_is_learned_while_asking_leaves_room_for_more(trained, tmp_path):

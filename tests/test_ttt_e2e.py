@@ -1,17 +1,25 @@
 """TTT-E2E: clipped gradient descent on the loss of the whole model writes the first part of the last blocks."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references_prime
 from contexts import stream
 from drawn import drawn
 
+from experiments.compare import CompareConfig
+from experiments.needle import NeedleConfig
+from experiments.recall import RecallConfig
 from hope_jax import config as configs
 from hope_jax import context
+from hope_jax import train as training
+from hope_jax.cli.compile import CompileConfig
+from hope_jax.cli.pretrain import PretrainConfig
 from hope_jax.context.writes import cross_entropy, reading_loss
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
@@ -21,6 +29,7 @@ from hope_jax.nn.feed_forward.fast import Writes
 from hope_jax.nn.feed_forward.prime import PrimeConfig
 from hope_jax.nn.language_model import LanguageModel
 from hope_jax.nn.mixers.attention import AttentionConfig
+from hope_jax.train import count_bytes
 
 WIDTH, VOCAB, LAYERS, WRITTEN, PERIOD, T, CLIP = 8, 11, 4, 2, 4, 12, 0.5
 LEVELS = (*[None] * (LAYERS - WRITTEN), *[Level(PERIOD)] * WRITTEN)
@@ -105,15 +114,15 @@ def test_gradients_go_through_all_writes(x64):
     assert np.all(rates[-WRITTEN:] != 0) and not np.any(rates[:-WRITTEN])
 
 
-def test_rate_0_is_the_plain_transformer_with_a_window(x64):
+def test_rate_0_is_the_transformer_of_the_equations_and_so_is_every_rate_before_the_first_write(x64):
     params, tokens = made()
     part = params["blocks"]["feed_forward"]
     still = params | {"blocks": params["blocks"] | {"feed_forward": part | {"rate": 0 * part["rate"]}}}
-
-    plain = cross_entropy(jax.jit(MODEL.apply)({"params": params}, tokens[:, :-1])[0], tokens[:, 1:])
-    np.testing.assert_allclose(read(still, tokens)[0], plain, rtol=1e-12)
+    known, sizes = jax.tree.map(np.asarray, params), dict(layers=LAYERS, heads=2, window=5)
+    plain = np.stack([references_prime.nats(known, row, **sizes) for row in np.asarray(tokens)])
+    np.testing.assert_allclose(read(still, tokens)[0], plain, rtol=1e-9)
     nats = read(params, tokens)[0]
-    np.testing.assert_allclose(nats[:, :PERIOD], plain[:, :PERIOD], rtol=1e-12)
+    np.testing.assert_allclose(nats[:, :PERIOD], plain[:, :PERIOD], rtol=1e-9)
     assert np.all(np.abs(nats - plain)[:, PERIOD:] > 1e-6)
 
 
@@ -132,8 +141,34 @@ def test_a_stream_in_pieces_reads_as_training_does_and_what_it_stored_can_be_mer
     np.testing.assert_allclose(*logits, rtol=1e-9)
 
 
+def test_what_levels_store_belongs_to_the_state(x64):
+    params = made()[0]
+    mixers = count_bytes(MODEL.init_state(params, 1, T))
+    assert training.state_bytes(MODEL, params, T) == mixers + LAYERS * 3 * WIDTH * PRIME.hidden * 8
+
+
+REFUSED = {
+    "512 tokens, got 512": lambda: PretrainConfig(Path("x"), model="ttt_e2e-30m"),
+    "256 does not divide 300": lambda: PretrainConfig(Path("x"), model="ttt_e2e-tiny", length=300),
+    "--remat-every does not": lambda: PretrainConfig(Path("x"), model="ttt_e2e-tiny", remat_every=256),
+    "--z-loss does not": lambda: PretrainConfig(Path("x"), model="ttt_e2e-tiny", z_loss=1e-4),
+    "256 tokens, got 256": lambda: CompileConfig("cpu:1", model="ttt_e2e-tiny", length=256),
+    "256 does not divide 400": lambda: CompareConfig(rows=("hope", "ttt_e2e"), length=400),
+    "the loss of answers is read without writes": lambda: NeedleConfig(rows=("hope", "ttt_e2e")),
+    "loss of answers": lambda: RecallConfig(rows=("ttt_e2e",)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_training_in_which_no_write_would_be_read_is_refused(message):
+    with pytest.raises(UserError, match=message):
+        REFUSED[message]()
+
+
 def test_the_row_writes_the_last_quarter_of_its_blocks_every_eighth_of_the_context():
     part: Any = MODELS["ttt_e2e-1.3b"].feed_forward
+    mixer: Any = MODELS["ttt_e2e-1.3b"].mixer
+    assert mixer.window == 2048
     assert part.periods(24) == ((0,) * 18 + (512,) * 6,)
     assert part.writes.clip == 1.0 and part.trained == 1
     assert configs.from_json(configs.to_json(PRIME), PrimeConfig) == PRIME

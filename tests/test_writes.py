@@ -196,10 +196,10 @@ def test_levels_in_context_take_the_place_of_faster_ones_and_leave_the_size_alon
     [
         (["--cms.in-context", "64", "100"], "do not nest; make 100 a multiple of 64"),
         (["--cms.in-context", "60"], "do not nest; make 2048 a multiple of 60"),
-        (["--cms.in-context", "64", "--length", "500"], "--cms.in-context must divide --length, got 64 for 500"),
-        (["--cms.in-context", "64", "512"], "--cms.in-context 512 is never written in sequences of --length 512"),
+        (["--cms.in-context", "64", "--length", "500"], "in context: 64 does not divide 500"),
+        (["--cms.in-context", "64", "512"], "in context: 512 tokens, got 512"),
         (["--cms.rank", "3"], "give their periods: --cms.in-context"),
-        (["--cms.in-context", "64", "--remat-every", "64"], "leave out one of them"),
+        (["--cms.in-context", "64", "--remat-every", "64"], "--remat-every does not go together with levels"),
         (["--model", "titans-tiny", "--cms.in-context", "64"], "hope, hope_attention or hope_tnt"),
     ],
     ids=str,

@@ -4,7 +4,8 @@
     python -m hope_jax ask "def main(" --checkpoint runs/hope-tiny --clear     # with what the levels stored alone
     python -m hope_jax ask "def main(" --checkpoint runs/hope-tiny --learn     # and keep this exchange too
 
-Without a saved context the model writes as it was trained. Nothing is changed unless ``--learn`` says so.
+Without a saved context the model has what training taught it and nothing else. Nothing is changed unless ``--learn``
+says so: levels that training writes in context (``ttt_e2e``, ``--cms.in-context``) are written with ``--learn`` alone.
 """
 
 import contextlib
@@ -76,7 +77,7 @@ def begin(trained: Trained, config: AskConfig, prompt: Any) -> Any:
     # What is kept must have room for what comes next.
     capacity = max(needed + 1, model.config.context) if config.learn else needed
     if state is None:
-        print(f"There is no context in {place}: the model writes as it was trained.", file=sys.stderr)
+        print(f"There is no context in {place}: nothing was learned since training.", file=sys.stderr)
         return model.init_state(params, batch=1, capacity=capacity)
     if config.clear:
         return context.clear(model, params, state, capacity)

@@ -19,6 +19,7 @@ import numpy as np
 from hope_jax import model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, must_divide
+from hope_jax.cli.in_context import check_reading
 from hope_jax.cli.parse import parse
 from hope_jax.errors import UserError
 from hope_jax.memory.kernels import Impl
@@ -55,6 +56,7 @@ class CompileConfig:
         if self.remat_every is not None:
             must_divide("remat_every", self.remat_every, "length", self.length)
         self.mesh.check_batch(self.batch // self.accumulate)
+        check_reading(model_named(self.model), self.length, self.remat_every)
 
 
 def main(arguments: Sequence[str]) -> int:

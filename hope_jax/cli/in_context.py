@@ -1,9 +1,13 @@
-"""The flags ``--cms.*`` of ``pretrain``: levels of the continuum memory system that learn while text is read."""
+"""The flags ``--cms.*`` of ``pretrain``: levels of the continuum memory system that learn while text is read.
+
+``check_reading``: whether the sequences of training are such that levels in context are of use.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from hope_jax import ModelConfig
+from hope_jax import LanguageModel, ModelConfig
+from hope_jax.context.schedule import learns_in_context, schedule_of
 from hope_jax.errors import UserError
 from hope_jax.models import with_in_context
 from hope_jax.nn.feed_forward.cms import Wiring
@@ -28,23 +32,30 @@ class InContextConfig:
     rank: int | None = None  # Rank of what is written; None: any.
 
     def apply(self, model: ModelConfig) -> ModelConfig:
-        """The model with these levels."""
-        if not self.in_context:
+        """The model with these levels. Raises UserError where there are none, or that model can have none."""
+        if self == InContextConfig():
             return model
+        if not self.in_context:
+            raise UserError("The flags --cms.* are about levels in context; give their periods: --cms.in-context.")
         writes = Writes(self.rate, INNER[self.inner], self.bptt, self.rank)
         return with_in_context(model, self.in_context, self.wiring, writes)
 
-    def check(self, length: int, remat_every: int | None, z_loss: float) -> None:
-        """Raise UserError where these levels and the sequences do not fit."""
-        if not self.in_context:
-            if self != InContextConfig():
-                raise UserError("The flags --cms.* are about levels in context; give their periods: --cms.in-context.")
-            return
-        fastest, slowest = self.in_context[0], self.in_context[-1]
-        if length % fastest:
-            raise UserError(f"--cms.in-context must divide --length, got {fastest} for {length}.")
-        if slowest >= length:
-            raise UserError(f"--cms.in-context {slowest} is never written in sequences of --length {length}.")
-        for flag, given in (("--remat-every", remat_every is not None), ("--z-loss", z_loss != 0)):
-            if given:
-                raise UserError(f"{flag} does not go together with --cms.in-context; leave out one of them.")
+
+def check_reading(config: ModelConfig, length: int, remat_every: int | None = None, z_loss: float = 0.0) -> None:
+    """Raise UserError where training writes levels of the model in context and cannot do so in sequences of ``length``.
+
+    They must be whole periods of the fastest level, and longer than the slowest one's: its only write would come after
+    all that could read it.
+    """
+    if not learns_in_context(model := LanguageModel(config)):
+        return
+    periods = schedule_of(model, trained=True).distinct
+    fastest, slowest = periods[0], periods[-1]
+    whose = "of a level that is written in context"
+    if length % fastest:
+        raise UserError(f"--length must be a multiple of the period {whose}: {fastest} does not divide {length}.")
+    if slowest >= length:
+        raise UserError(f"--length must be more than the period {whose}: {slowest} tokens, got {length}.")
+    for flag, given in (("--remat-every", remat_every is not None), ("--z-loss", z_loss != 0)):
+        if given:
+            raise UserError(f"{flag} does not go together with levels that are written in context; leave it out.")

@@ -30,7 +30,7 @@ from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, must_divide
 from hope_jax.cli.dry_run import costs
-from hope_jax.cli.in_context import InContextConfig
+from hope_jax.cli.in_context import InContextConfig, check_reading
 from hope_jax.cli.main import say
 from hope_jax.cli.parse import parse, with_file
 from hope_jax.cli.report import continued, draw
@@ -112,7 +112,7 @@ class PretrainConfig:
         if self.remat_every is not None:
             must_divide("remat_every", self.remat_every, "length", self.length)
         self.mesh.check_batch(self.batch // self.accumulate)
-        self.cms.check(self.length, self.remat_every, self.z_loss)
+        check_reading(model, self.length, self.remat_every, self.z_loss)
         _ = self.profiled
 
     @property
@@ -183,6 +183,7 @@ def _prepare(flags: PretrainConfig) -> Job:
         stage = Stage(flags.cms.apply(model_named(flags.model)))
     else:
         stage = begin(flags.run, flags.stage_two, flags.local_period, tokenizer)
+        check_reading(stage.model, flags.length, flags.remat_every, flags.z_loss)
     cache = flags.run.absolute().parent / ".cache" / "data"
     text = open_text(flags.data, tokenizer, length=flags.length, cache_dir=cache, progress=True)
     dtype = jnp.dtype(flags.dtype or stage.model.dtype)

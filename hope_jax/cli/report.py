@@ -10,6 +10,7 @@ import numpy as np
 from hope_jax import LanguageModel, generate
 from hope_jax import train as training
 from hope_jax.cli.plots import plot
+from hope_jax.context.schedule import learns_in_context
 from hope_jax.data import TextData, Tokenizer
 
 PROMPT = 128
@@ -30,10 +31,13 @@ def draw(run: Path, title: str) -> Path:
 def continued(
     model: LanguageModel, params: Any, tokenizer: Tokenizer, text: TextData, prompt: int, steps: int, seed: int
 ) -> str:
-    """The beginning of the first held-out text, up to ``prompt`` tokens, and ``steps`` tokens that the model adds."""
+    """The beginning of the first held-out text, up to ``prompt`` tokens, and ``steps`` tokens that the model adds.
+
+    Levels that training writes in context are written here, too.
+    """
     window = np.asarray(next(iter(text.heldout_batches(batch=1, limit=1))))
     given = window[:, : max(1, min(PROMPT, prompt))]
     state = model.init_state(params, batch=1, capacity=given.shape[1] + steps)
-    how: dict[str, Any] = {"steps": steps, "temperature": 0.8, "key": jax.random.key(seed)}
-    tokens, _ = generate.sample(model, params, state, jnp.asarray(given), **how)
+    how: dict[str, Any] = {"temperature": 0.8, "key": jax.random.key(seed), "learn": learns_in_context(model)}
+    tokens, _ = generate.sample(model, params, state, jnp.asarray(given), steps=steps, **how)
     return f"{tokenizer.decode(given[0])}[the model goes on]{tokenizer.decode(np.asarray(tokens)[0])}\n"

@@ -74,6 +74,6 @@ def schedule_of(model: Any, *, trained: bool) -> Schedule:
 
 
 def learns_in_context(model: Any) -> bool:
-    """Whether training writes some of the model's levels in context."""
-    part = model.config.feed_forward
+    """Whether training writes some of the model's levels in context. Any model may be asked."""
+    part = getattr(model.config, "feed_forward", None)
     return isinstance(part, LevelsConfig) and part.trained > 0

@@ -3,9 +3,9 @@
 >>> haystack = noise_haystack(ByteTokenizer())
 >>> needle.found(model, params, haystack, 4096, batches=8, batch=4, seed=1)      # the share that it finds, 0 to 1
 
-The prompt goes through ``generate.sample`` in pieces of a few hundred tokens, so that only what the state holds at the
-end of a piece is left of it. The answer is decoded greedily. As in RULER (arXiv 2404.06654) a needle is found if the
-number stands in what the model writes.
+``generate.sample`` reads the prompt in pieces of a few hundred tokens. At the end of a piece the state is all that is
+left of it. Levels that training writes in context are written here, too. The answer is decoded greedily. As in RULER
+(arXiv 2404.06654) a needle is found if the number stands in what the model writes.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from hope_jax import generate
+from hope_jax.context.schedule import learns_in_context
 from hope_jax.data import IGNORE, Haystack, Tokenizer, needle
 from hope_jax.errors import NotFinite, UserError, whole
 
@@ -73,15 +74,30 @@ def answered(
 ) -> Bool[np.ndarray, " B"]:
     """Whether the model, reading what comes before the answer, writes the answer.
 
-    The answer is what ``targets`` has that is not IGNORE; in all rows it must begin at the same position. The model
-    writes as many tokens as there are from there to the end.
+    The answer is what ``targets`` has that is not IGNORE. The model writes as many tokens as there are from its
+    beginning to the end.
+
+    Raises:
+        UserError: a row without an answer, or answers that begin at different positions.
     """
-    start = int(np.argmax(np.any(targets != IGNORE, axis=0)))
+    start = _beginning(targets != IGNORE)
     state = model.init_state(params, len(inputs), inputs.shape[1])
-    steps, key = inputs.shape[1] - start, jax.random.key(0)  # nothing is drawn
-    prompt = inputs[:, : start + 1]
-    written, _ = generate.sample(model, params, state, prompt, steps=steps, temperature=0, key=key)
+    # Nothing is drawn.
+    how: dict[str, Any] = {"temperature": 0, "key": jax.random.key(0), "learn": learns_in_context(model)}
+    prompt, steps = inputs[:, : start + 1], inputs.shape[1] - start
+    written, _ = generate.sample(model, params, state, prompt, steps=steps, **how)
     answers = (tokenizer.decode(row[row != IGNORE]).strip() for row in targets)
     known = np.where(written < tokenizer.vocab_size, written, 0)  # a model may have more ids than its tokenizer
     texts = map(tokenizer.decode, known)
     return np.array([answer in text for answer, text in zip(answers, texts, strict=True)])
+
+
+def _beginning(scored: Bool[np.ndarray, "B T"]) -> int:
+    """The position at which the answers of all rows begin."""
+    empty = np.flatnonzero(~np.any(scored, axis=1))
+    if empty.size:
+        raise UserError(f"row {empty[0]} of the targets has no answer; give every row one")
+    starts = np.argmax(scored, axis=1)
+    if np.any(starts != starts[0]):
+        raise UserError(f"answers begin at the positions {sorted({*starts.tolist()})}; let all begin at the same one")
+    return int(starts[0])

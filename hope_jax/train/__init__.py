@@ -16,7 +16,7 @@ with extra("train"):
     from hope_jax.train.devices import cores, split_host
     from hope_jax.train.fit import Result, fit
     from hope_jax.train.flops import flops_per_token
-    from hope_jax.train.language import model_setup, text_setup
+    from hope_jax.train.language import model_setup, state_bytes, text_setup
     from hope_jax.train.loop import Steps
     from hope_jax.train.monitor import Diverged, progress
     from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
@@ -44,5 +44,5 @@ __all__ = [
     "TrainState", "abstract_params", "answer_loss", "at_rate", "compile_step", "cores", "count_bytes",
     "count_parameters", "fit", "flops_per_token", "init_params", "keep_programs", "median_speed", "model_setup",
     "next_token_loss", "open_run", "optimizer", "progress", "read_manifest", "read_rows", "restore", "restore_params",
-    "save", "saved_steps", "schedule", "split_host", "text_setup", "topology", "train_step",
+    "save", "saved_steps", "schedule", "split_host", "state_bytes", "text_setup", "topology", "train_step",
 ]  # fmt: skip

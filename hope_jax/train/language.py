@@ -1,4 +1,4 @@
-"""The training problem of a language model: its loss, optimizer and schedule as a ``Setup``."""
+"""The training problem of a language model: its loss, optimizer and schedule as a ``Setup``; bytes of its state."""
 
 import dataclasses
 import functools
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from hope_jax.context.schedule import learns_in_context
+from hope_jax.context.stream import start
 from hope_jax.memory.kernels import Impl
 from hope_jax.models import LanguageModel, with_impl
 from hope_jax.train.kernels import check_kernels
@@ -19,7 +21,7 @@ from hope_jax.train.run import TextRun
 from hope_jax.train.schedules import COSINE, Schedule
 from hope_jax.train.setup import Setup
 from hope_jax.train.sharding import model_on
-from hope_jax.train.step import LossFn, init_params, next_token_loss
+from hope_jax.train.step import LossFn, count_bytes, init_params, next_token_loss
 
 
 def model_setup(
@@ -74,3 +76,17 @@ def text_setup(
     batch = jax.ShapeDtypeStruct((run.batch, run.length + 1), jnp.int32)
     check_kernels(model, loss, setup.shapes().params, batch, remat_every)
     return setup if remat_every is None else dataclasses.replace(setup, counted=next_token_loss(model, byte_lengths))
+
+
+def state_bytes(model: Any, params: Any, capacity: int) -> int:
+    """Bytes of what one sequence of so many tokens is read with: the mixers' states, and what its levels have stored.
+
+    Levels store something where training writes them in context. ``params``: arrays or their shapes.
+    """
+
+    def state(params: Any) -> Any:
+        if learns_in_context(model):
+            return start(model, params, 1, capacity).blocks
+        return model.init_state(params, 1, capacity)
+
+    return count_bytes(jax.eval_shape(state, params))

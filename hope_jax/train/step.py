@@ -141,10 +141,19 @@ def answer_loss(model: Any, ignore: int, prompt: float = 0.0) -> LossFn:
     The loss of ``data.tasks``. The metrics are of the scored positions alone.
 
     Args:
-      model: a language model.
+      model: a language model, read without writes: none that training writes in context.
       ignore: the target of all other positions.
       prompt: weight of the mean loss on these others, whose targets are then the next inputs.
+
+    Raises:
+      UserError: levels of the model are written in context in training, too. What they are written from is the loss of
+        the next token, which is not that of the answers.
     """
+    if learns_in_context(model):
+        raise UserError(
+            "this model's levels are written in context in training, too, and the loss of answers is read without "
+            "writes; leave the model out (ttt_e2e, --cms.in-context), or train it on text"
+        )
 
     def loss(params: Any, batch: tuple[Int[Array, "B T"], Int[Array, "B T"]]) -> tuple[Scalar, Metrics]:
         inputs, targets = batch

@@ -14,10 +14,12 @@ from test_titans import fresh, reader
 
 from hope_jax.errors import UserError
 from hope_jax.memory import RULES
+from hope_jax.models import MODELS
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
 from hope_jax.nn.mixers.memory_caching import MemoryCachingConfig
 from hope_jax.nn.room import room_left, slots_of, without_empty_slots
 from hope_jax.storage.digests import kinds
+from hope_jax.train import count_bytes
 
 WIDTH, HEADS, B, T, SEGMENT, PERIOD, RATE = 8, 2, 2, 22, 8, 4, 0.7
 HOW = dict(rate_max=RATE, unit_values=True, impl="chunked")  # plain products compile sooner
@@ -126,7 +128,7 @@ def test_an_output_depends_on_everything_before_it_and_on_nothing_after_it(x64, 
 
 
 @pytest.mark.parametrize("leak", [False, True])
-def test_the_mean_of_a_whole_segment_would_be_seen_to_look_ahead(x64, leak):
+def test_the_reference_looks_ahead_with_the_mean_of_a_whole_segment_and_only_then(x64, leak):
     _, params = drawn_layer(CONFIGS["titans"])
     t, direction = 10, np.zeros((T, WIDTH))
     direction[t + 1 : 2 * SEGMENT] = 1.0
@@ -159,6 +161,7 @@ def test_a_state_grows_with_the_text_that_it_is_made_for_and_gives_nan_after_it(
     run = functools.partial(step, inputs()[:, :9])
     state = module.apply({"params": params}, B, 2 * SEGMENT - 1, method="init_state")
     assert slots_of([state]) == room_left({"layers": (state, None)}) == 2 * SEGMENT  # whole segments
+    assert slots_of([module.apply({"params": params}, B, 0, method="init_state")]) == SEGMENT
     y, state = run(state, np.int32(9))
     assert room_left(state) == 7 and np.isfinite(y).all()
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
@@ -168,6 +171,27 @@ def test_a_state_grows_with_the_text_that_it_is_made_for_and_gives_nan_after_it(
     assert np.isnan(run(state, np.int32(1))[0]).all()
     with pytest.raises(UserError, match="17 tokens and slots for 16; make the state with a larger capacity"):
         step(inputs()[:, :17], state, None)
+
+
+def test_training_keeps_the_memories_of_the_past_once_and_not_for_every_segment(x64):
+    module, params = drawn_layer(CONFIGS["deltanet"])
+
+    def kept(segments):
+        """Bytes between the forward and the backward pass."""
+
+        def pull(params, u):
+            return jax.vjp(lambda params, u: module.apply({"params": params}, u, method=fresh)[0], params, u)[1]
+
+        u = jax.ShapeDtypeStruct((1, segments * SEGMENT, WIDTH), jnp.float64)
+        return count_bytes(jax.eval_shape(pull, params, u))
+
+    few, some, many = map(kept, (2, 4, 8))
+    assert many - some == pytest.approx(2 * (some - few), rel=0.01)
+
+
+def test_the_row_keeps_its_memory_every_sixteenth_of_the_context_and_at_least_every_256_tokens():
+    assert MODELS["memory_caching-1.3b"].mixer.segment == 256
+    assert MODELS["memory_caching-tiny"].mixer.segment == 128
 
 
 def test_states_keep_their_types():

@@ -141,7 +141,7 @@ def test_an_output_depends_on_everything_before_it_and_on_nothing_after_it(x64, 
 
 
 @pytest.mark.parametrize("leak", [None, "context", "memory"])
-def test_either_step_as_it_is_printed_would_be_seen_to_look_ahead(x64, leak):
+def test_the_reference_looks_ahead_with_either_step_as_it_is_printed_and_only_then(x64, leak):
     params, _ = pulled("mac")
     t, direction = 10, np.zeros((T, WIDTH))
     direction[t + 1 : 2 * SEGMENT] = np.random.default_rng(3).normal(size=(2 * SEGMENT - t - 1, WIDTH))

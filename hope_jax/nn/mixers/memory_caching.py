@@ -2,11 +2,11 @@
 
     y_t = g_0 M_t(q_t) + sum_i g_i M_i(q_t)        g = softmax of u_t^T W^T m_t, u_t^T W^T m_i over the segments i
 
-M_t is the memory now, M_i what it was at the end of segment i, and m_i the mean of the mixer's inputs u in segment i:
-a token asks each memory (the paper's gated residual memory, Eq. 9-10), and trusts it as far as the text that it is of
-is what the token looks for. As printed, m_t is the mean of the whole present segment, and so sees the future; here it
-is the mean of the tokens up to t. Scores are divided by the root of the width, which W can undo, so that no memory has
-all the weight at the start. The heads share the weights g.
+M_t is the memory now, M_i what it was at the end of segment i, and m_i the mean of the mixer's inputs u in segment i.
+A token asks every memory (the paper's gated residual memory, Eq. 9-10). The answer of a memory has a large weight where
+the mean of its segment is like what the token looks for, W u_t. As printed, m_t is the mean of the whole present
+segment, and so sees the future; here it is the mean of the tokens up to t. Scores are divided by the root of the width,
+which W can undo, so that no memory has all the weight at the start. The heads share the weights g.
 
 Memories start a segment from the end of the one before, or all anew (``Rule.shard``). The state grows with the text:
 it has a slot for every segment that ends before the last token that it was made for.
@@ -15,7 +15,7 @@ it has a slot for every segment that ends before the last token that it was made
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, dense_axes
 from hope_jax.nn.heads import over_heads
 from hope_jax.nn.mixers.memory import MemoryMixerConfig, MemoryMixerState
-from hope_jax.nn.segments import START, Position, by_segment
-from hope_jax.types import Array, Bool, Count, Float, Stream
+from hope_jax.nn.segments import START, Position, by_segment, in_pieces
+from hope_jax.types import Array, Count, Float, Int, Stream
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,17 @@ class MemoryCachingState:
         return dataclasses.replace(self, weights=weights, means=self.means[..., :held, :])
 
 
+class Written(NamedTuple):
+    """What a memory says while it is written.
+
+    ``queries``, ``reads``: what each token asks and is answered. ``means``: of the segment's inputs up to the token.
+    """
+
+    queries: Float[Array, "B T H K"]
+    reads: Float[Array, "B T H V"]
+    means: Stream
+
+
 class MemoryCaching(nn.Module):
     """``(u[B,T,D], state) -> (y[B,T,D], state)``; see the module docstring."""
 
@@ -116,7 +127,7 @@ class MemoryCaching(nn.Module):
     def init_state(self, batch: int, capacity: int) -> MemoryCachingState:
         """A fresh sequence: the memory at its start, and slots for ``capacity`` tokens, none of them filled."""
         memory, segment = self.memory.init_state(batch, capacity), self.config.segment
-        slots, wide = (capacity - 1) // segment, layers.param_dtype(self.dtype)
+        slots, wide = max(0, (capacity - 1) // segment), layers.param_dtype(self.dtype)
         weights = jax.tree.map(lambda w: jnp.zeros((*w.shape[:2], slots, *w.shape[2:]), w.dtype), memory.fast.running)
         total, means = jnp.zeros((batch, self.width), wide), jnp.zeros((batch, slots, self.width), wide)
         return MemoryCachingState(memory, total, weights, means, START, segment)
@@ -125,19 +136,20 @@ class MemoryCaching(nn.Module):
         if count is None and u.shape[1] > state.capacity:
             came = f"{u.shape[1]} tokens and slots for {state.capacity}"
             raise UserError(f"Memory caching got {came}; make the state with a larger capacity.")
-        state, y = by_segment(self, MemoryCaching._piece, state, u, state.position, self.config.segment, count)
-        return jnp.where(state.position <= state.capacity, y, jnp.nan), state
+        before = state.position
+        state, written = by_segment(self, MemoryCaching._write, state, u, before, self.config.segment, count)
+        queries, reads = (jnp.swapaxes(z, 1, 2) for z in (written.queries, self._mix(u, written, before, state)))
+        return jnp.where(state.position <= state.capacity, self.memory.answer(u, queries, reads), jnp.nan), state
 
-    def _piece(
+    def _write(
         self, state: MemoryCachingState, u: Stream, position: Position, count: Count
-    ) -> tuple[MemoryCachingState, Stream]:
-        """Tokens of one segment, after ``position`` others of the same."""
+    ) -> tuple[MemoryCachingState, Written]:
+        """Tokens of one segment, after ``position`` others of the same; what the slots hold is not looked at."""
         found, memory = self.memory.read(u, state.memory._replace(position=position), count)
         means, total = self._means(u, state.total, position, count)
-        filled = jnp.arange(state.means.shape[1]) < state.position // state.segment
-        reads = self._mixed(u, found.queries, found.reads, means, state.weights, state.means, filled)
+        queries, reads = (jnp.swapaxes(z, 1, 2) for z in (found.queries, found.reads))
         state = self._later(state, memory, total, position, u.shape[1] if count is None else count)
-        return state, self.memory.answer(u, found.queries, reads)
+        return state, Written(queries, reads, means)
 
     def _means(
         self, u: Stream, total: Float[Array, "B D"], position: Position, count: Count
@@ -150,24 +162,34 @@ class MemoryCaching(nn.Module):
         sums = total[:, None] + jnp.cumsum(u, axis=1)
         return sums / (position + 1 + places)[None, :, None].astype(sums.dtype), sums[:, -1]
 
-    @functools.partial(nn.remat, prevent_cse=False)  # what every slot answers is larger than what comes of it
+    def _mix(self, u: Stream, written: Written, before: Position, state: MemoryCachingState) -> Float[Array, "B T H V"]:
+        """The reads of the memory and of its past, of tokens with ``before`` others before them.
+
+        ``state`` is that after all of them. Its slots serve every token, which looks at those that were filled before
+        it: so training keeps them once, and not once for each segment.
+        """
+        segment, asked = self.config.segment, self.relevance(u).astype(written.means.dtype)
+        ended = jnp.broadcast_to((before + jnp.arange(u.shape[1])) // segment, u.shape[:2])
+        # What every slot answers is larger than what comes of it.
+        mixed = jax.checkpoint(functools.partial(self._mixed, state.weights, state.means), prevent_cse=False)
+        return in_pieces(mixed, segment, (asked, written, ended))
+
+    @nn.nowrap
     def _mixed(
         self,
-        u: Stream,
-        queries: Float[Array, "B H T K"],
-        reads: Float[Array, "B H T V"],
-        means: Stream,
         weights: Weights,
         cached: Float[Array, "B slots D"],
-        filled: Bool[Array, " slots"],
-    ) -> Float[Array, "B H T V"]:
-        """The reads of the memory and of its past."""
-        asked = self.relevance(u).astype(means.dtype)
+        tokens: tuple[Stream, Written, Int[Array, "B T"]],
+    ) -> Float[Array, "B T H V"]:
+        """``_mix`` of a piece: for each token what it asks, what the memory answers, and how many segments ended."""
+        asked, (queries, reads, means), ended = tokens
+        filled = jnp.arange(cached.shape[1])[None, None] < ended[..., None]
         now = jnp.sum(asked * means, axis=-1, keepdims=True)
-        past = jnp.where(filled[None, None], jnp.einsum("btd,bsd->bts", asked, cached), -jnp.inf)
+        past = jnp.where(filled, jnp.einsum("btd,bsd->bts", asked, cached), -jnp.inf)
         shares = jax.nn.softmax(self.width**-0.5 * jnp.concatenate([now, past], axis=-1), axis=-1)
-        answers = over_heads(self._answers, (), (weights, queries), self.config.memory.impl)
-        return shares[:, None, :, :1] * reads + jnp.einsum("bts,bhstv->bhtv", shares[..., 1:], answers)
+        own = weights, jnp.swapaxes(queries, 1, 2)
+        answers = over_heads(self._answers, (), own, self.config.memory.impl)
+        return shares[..., :1, None] * reads + jnp.einsum("bts,bhstv->bthv", shares[..., 1:], answers)
 
     @nn.nowrap
     def _answers(self, weights: Weights, queries: Float[Array, "T K"]) -> Float[Array, "slots T V"]:

@@ -11,13 +11,14 @@ import tokenizers
 
 from hope_jax import evals
 from hope_jax.data import IGNORE, ByteTokenizer, JsonTokenizer, needle, needle_words, noise_haystack, text_haystack
-from hope_jax.data.tasks.needle import ADJECTIVES, ANSWER, NOISE, NOUNS
+from hope_jax.data.tasks.needle import ADJECTIVES, ANSWER, NEEDLE, NOISE, NOUNS, OPENING, QUESTION
 from hope_jax.errors import NotFinite, UserError
 from hope_jax.nn.feed_forward.fast import BlockState
 
 SENTENCES = [
     f"Sentence number {i} tells of {word}." for i, word in enumerate(("sun", "moon", "rain", "snow", "ice", "fog"))
 ]
+KEYS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
 PROMPT = re.compile(
     r"A special magic number is hidden within the following text\. Make sure to memorize it\. "
     r"I will quiz you about the number afterwards\.\n"
@@ -172,6 +173,12 @@ def test_impossible_needles_are_refused(tmp_path):
     haystack = noise_haystack(ByteTokenizer())
     with pytest.raises(UserError, match=r"length is 300; question and answer alone need \d+ tokens: give clearly more"):
         needle(0, 0, 1, 300, haystack)
+    most = haystack.around  # in bytes every letter of a key counts
+    for seed in range(5):
+        with pytest.raises(UserError, match=f"alone need {most} tokens"):
+            needle(seed, 0, 1, most, haystack)
+    assert needle(0, 0, 300, most + 1, haystack)[0].shape == (300, most + 1)
+    assert most == max(len(OPENING + f"\n{NEEDLE}{QUESTION}".format(key=key, value=10**6)) for key in KEYS) + ANSWER - 1
     for name, numbers in (("seed", (-1, 0, 1)), ("index", (0, -1, 1)), ("batch", (0, 0, 0))):
         with pytest.raises(UserError, match=f"{name} is -?[01]; give a whole number of at least"):
             needle(*numbers, 700, haystack)
@@ -189,3 +196,8 @@ def test_impossible_needles_are_refused(tmp_path):
     small = SimpleNamespace(config=SimpleNamespace(vocab_size=64))
     with pytest.raises(UserError, match="the model has 64 token ids and the tokenizer 256: give the model's own"):
         evals.needle.found(small, {}, haystack, 700, batches=1, batch=1, seed=0)
+    targets = np.full((2, 8), IGNORE, np.int32)
+    for row, at, said in ((0, 3, "row 1 of the targets has no answer"), (1, 5, r"begin at the positions \[3, 5\]")):
+        targets[row, at] = 0
+        with pytest.raises(UserError, match=said):
+            evals.needle.answered(Oracle(), {}, ByteTokenizer(), np.zeros((2, 8), np.int32), targets)

@@ -113,7 +113,7 @@ USED = ((1, "x"), (2, "x"), (1, "y"), (1, "x"))
 
 def test_numbers_over_seeds_and_tables_as_text():
     assert spread([0.5, 0.7], ".1%") == "60.0% +- 14.1%"
-    assert spread([2.0]) == "2.000 +- nan" and spread([1.0, math.nan]) == spread([]) == "-"
+    assert spread([2.0]) == "2.000" and spread([1.0, math.nan]) == spread([]) == "-"
     assert aligned([("row", "rate"), ("a", 0.25)]) == ["row  rate", "a    0.25"]
 
 

@@ -139,10 +139,14 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean and deviation as text, each in this format; "-" where one of the values is not known."""
+    """Mean and deviation as text, each in this format; "-" where one of the values is not known.
+
+    A single value has no deviation.
+    """
     if not values or any(map(math.isnan, values)):
         return "-"
-    return f"{statistics.mean(values):{form}} +- {deviation(values):{form}}"
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} +- {deviation(values):{form}}"
 
 
 def aligned(rows: Sequence[Sequence[Any]]) -> list[str]:

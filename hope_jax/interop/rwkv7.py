@@ -1,9 +1,16 @@
 """An RWKV-7 checkpoint as the model of the row ``rwkv7``: of Hugging Face (``RWKV7ForCausalLM``) or of the authors.
 
 The authors' own files have no ``config.json`` and other names (``rwkv7_sizes.py``). Both epsilons are absorbed exactly.
-That of the model's norms as in ``stream.py``, which holds for LayerNorms, too; the embedding has a norm of its own, so
-that norm's scale and bias are multiplied as well. That of the norm of a head's read, EPS here and e there: with values
-that are s times theirs, s^2 = EPS / e, reads are s times theirs; the bonus is divided by s.
+
+The model's norms, of epsilon E here and e there, as in ``stream.py``: all that is added to the residual stream, and the
+scale and bias of the embedding's norm, are multiplied by c. Then c x has the norm of x::
+
+    (c x - mean(c x)) / sqrt(var(c x) + E) = (x - mean(x)) / sqrt(var(x) + e)        c^2 = E / e
+
+The norm of a head's read, of epsilon EPS here and e there: values are multiplied by s, so reads r are s r. The bonus,
+which is added after the norm and is linear in the values, is divided by s::
+
+    (s r - mean(s r)) / sqrt(var(s r) + EPS) = (r - mean(r)) / sqrt(var(r) + e)      s^2 = EPS / e
 """
 
 import contextlib

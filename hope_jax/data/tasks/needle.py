@@ -14,12 +14,16 @@ The sentences, the line of noise, the numbers and the 40 depths are RULER's. Wha
 * A prompt has exactly as many tokens as it shall have: the first sentence of the haystack loses its beginning.
 * Prose starts anywhere in files of your choice; RULER always takes the beginning of essays that are not free.
 * Keys are words of short lists; depths in noise are the same 40 values as in prose, where RULER takes any line.
-* A sentence ends at a blank after a full stop, a question mark or an exclamation mark.
+* The answer has 8 tokens to be written in; RULER lets a model write 128, and finds the number anywhere in them.
+* A sentence ends at a blank after a full stop, a question mark or an exclamation mark. Where the last one of a short
+  prompt is longer than the room for prose, its beginning is cut off, and the needle has one place alone: after it.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -78,6 +82,21 @@ class Haystack:
         digits = "0123456789"
         if (written := self.tokenizer.decode(self.encode(digits)).strip()) != digits:
             raise UserError(f"this tokenizer writes {digits} as {written!r}: give one that has all digits, or none")
+
+    @functools.cached_property
+    def around(self) -> int:
+        """Tokens of a prompt besides its sentences, with the longest key; the room for the answer is part of it."""
+        first = max(ADJECTIVES, key=lambda word: self._around(f"{word}-{NOUNS[0]}"))
+        second = max(NOUNS, key=lambda word: self._around(f"{ADJECTIVES[0]}-{word}"))
+        return self._around(f"{first}-{second}")
+
+    def _around(self, key: str) -> int:
+        return sum(map(len, self.parts_around(key, "1234567"))) + ANSWER - 1
+
+    def parts_around(self, key: str, value: Any) -> list[Int32[np.ndarray, " T"]]:
+        """Opening, needle and question."""
+        texts = OPENING, self.blank + NEEDLE.format(key=key, value=value), QUESTION.format(key=key)
+        return [self.encode(text) for text in texts]
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         """The ids of a text that follows other text."""
@@ -168,19 +187,25 @@ def needle(
     """
     for name, value, least in (("seed", seed, 0), ("index", index, 0), ("batch", batch, 1), ("length", length, 1)):
         whole(name, value, least)
+    _check_room(length, haystack.around)
     rng = np.random.default_rng([seed, index])
     inputs, targets = zip(*(_example(rng, length, haystack) for _ in range(batch)), strict=True)
     return np.stack(inputs), np.stack(targets)
 
 
+def _check_room(length: int, fixed: int) -> None:
+    """Raise UserError where nothing is left for sentences."""
+    if length <= fixed:
+        raise UserError(f"length is {length}; question and answer alone need {fixed} tokens: give clearly more")
+
+
 def _example(rng: np.random.Generator, length: int, haystack: Haystack) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets [T]."""
     key, value = "-".join(words[rng.integers(len(words))] for words in (ADJECTIVES, NOUNS)), rng.integers(10**6, 10**7)
-    texts = OPENING, haystack.blank + NEEDLE.format(key=key, value=value), QUESTION.format(key=key), f" {value}"
-    opening, hidden, question, answer = map(haystack.encode, texts)
+    opening, hidden, question = haystack.parts_around(key, value)
+    answer = haystack.encode(f" {value}")
     fixed = len(opening) + len(hidden) + len(question) + ANSWER - 1
-    if length <= fixed:
-        raise UserError(f"length is {length}; question and answer alone need {fixed} tokens: give clearly more")
+    _check_room(length, fixed)  # a tokenizer may write one number with more tokens than another
     before, after = haystack.part(rng, length - fixed, int(rng.choice(DEPTHS)))
     tokens, targets = np.zeros(length + ANSWER, np.int32), np.full(length, IGNORE, np.int32)
     prompt = np.concatenate([opening, before, hidden, after, question])

@@ -1,6 +1,7 @@
 """TTT-E2E: clipped gradient descent on the loss of the whole model writes the first part of the last blocks."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from experiments.compare import CompareConfig
 from experiments.needle import NeedleConfig
 from experiments.recall import RecallConfig
 from hope_jax import config as configs
-from hope_jax import context
+from hope_jax import context, evals, generate
 from hope_jax import train as training
 from hope_jax.cli.compile import CompileConfig
 from hope_jax.cli.pretrain import PretrainConfig
+from hope_jax.cli.report import continued
 from hope_jax.context.writes import cross_entropy, reading_loss
+from hope_jax.data import IGNORE, ByteTokenizer, TextData
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.models import MODELS
@@ -139,6 +142,25 @@ def test_a_stream_in_pieces_reads_as_training_does_and_what_it_stored_can_be_mer
     after = context.finish(MODEL, params, one)
     logits = [MODEL.apply({"params": p}, tokens[:1], s)[0] for p, s in ((merged, emptied), (params, after))]
     np.testing.assert_allclose(*logits, rtol=1e-9)
+
+
+def test_needles_and_samples_are_read_with_writes_where_training_was(x64, monkeypatch):
+    params, asked = made()[0], []
+
+    def sample(model, params, state, prompt, *, steps, learn, **how):
+        asked.append(learn)
+        return np.zeros((len(prompt), steps), np.int32), state
+
+    monkeypatch.setattr(generate, "sample", sample)
+    plain = replace(CONFIG, feed_forward=replace(PRIME, levels=()))
+    inputs, targets = np.ones((2, T), np.int32), np.full((2, T), IGNORE, np.int32)
+    targets[:, -2:] = ord("7")
+    monkeypatch.setattr(TextData, "heldout_batches", lambda self, **how: iter([np.ones((1, T + 1), np.int32)]))
+    text = object.__new__(TextData)
+    for model in (MODEL, LanguageModel(plain)):
+        evals.needle.answered(model, params, ByteTokenizer(), inputs, targets)
+        continued(model, params, ByteTokenizer(), text, T, 3, seed=0)
+    assert asked == [True, True, False, False]
 
 
 def test_what_levels_store_belongs_to_the_state(x64):

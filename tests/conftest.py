@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import config as type_checker
 from made_once import once
 from tqdm import tqdm
-from trained_run import document, learned, short_pieces, trained, trained_once  # noqa: F401, fixtures
+from trained_run import document, learned, learned_once, short_pieces, trained, trained_once  # noqa: F401, fixtures
 
 from hope_jax.storage import programs
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from experiments import recall
 from experiments.__main__ import main
@@ -104,7 +105,7 @@ def test_accuracy_counts_only_the_positions_that_ask():
         def apply(self, variables, tokens):
             return 20.0 * jax.nn.one_hot(jnp.where(targets == IGNORE, 0, targets), config.vocab), None
 
-    loss, metrics = answer_loss(Oracle(), IGNORE)({}, (jnp.asarray(inputs), jnp.asarray(targets)))
+    loss, metrics = jax.jit(answer_loss(Oracle(), IGNORE))({}, (jnp.asarray(inputs), jnp.asarray(targets)))
     assert (float(metrics["accuracy"].value), float(metrics["accuracy"].count)) == (1.0, 8 * 2)
     assert float(loss) < 1e-6
 
@@ -119,7 +120,7 @@ def test_the_loss_on_the_prompt_is_of_the_next_inputs_and_the_metrics_are_of_the
     prompt = np.mean([nats[i, t, inputs[i, t + 1]] for i in range(2) for t in (0, 1)])
     model = SimpleNamespace(apply=lambda variables, tokens: (jnp.asarray(logits), None))
     for weight in (0.0, 0.5):
-        loss, metrics = answer_loss(model, IGNORE, weight)({}, (jnp.asarray(inputs), jnp.asarray(targets)))
+        loss, metrics = jax.jit(answer_loss(model, IGNORE, weight))({}, (inputs, targets))
         np.testing.assert_allclose([loss, metrics["loss"].value], [answer + weight * prompt, answer], rtol=1e-5)
 
 
@@ -132,14 +133,14 @@ def test_the_control_never_writes_and_has_the_same_parameters(row, key):
     tokens = jax.random.randint(key, (1, 12), 0, 16)
     for writes in (True, False):
         model = LanguageModel(recall.RecallConfig(**TASK, writes=writes, rows=(row,)).model(row))
+        params = drawn(model.init, tokens[:, :1])
 
         @jax.jit
-        def read(tokens, model=model):
-            params = model.init(key, tokens[:, :1])["params"]
+        def read(params, tokens, model=model):
             start = model.init_state(params, batch=1)
-            return params, start, model.apply({"params": params}, tokens, start)[1]
+            return start, model.apply({"params": params}, tokens, start)[1]
 
-        params, *states = read(tokens)
+        states = read(params, tokens)
         turned[writes] = max(map(_turn, *(_running(state.mixer.fast) for state in states)))
         turned[writes, "parameters"] = jax.tree.map(jnp.shape, params)
     assert turned[False] < 1e-5 < 1e-3 < turned[True]

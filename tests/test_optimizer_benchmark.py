@@ -14,13 +14,13 @@ from hope_jax.models import ARCHITECTURES, Size
 
 @pytest.fixture(autouse=True)
 def nano(monkeypatch):
-    """A model that compiles in no time."""
-    monkeypatch.setitem(MODELS, "hope-nano", ARCHITECTURES["hope"](Size(16, 1, 2, 32, 32, (Level(32),))))
+    """A model that compiles in no time, with parameters of every kind: matrices, vectors, tables, a level."""
+    monkeypatch.setitem(MODELS, "nano", ARCHITECTURES["hope_attention"](Size(16, 1, 2, 32, 32, (Level(32),))))
 
 
 @pytest.mark.slow
 def test_it_prints_and_leaves_a_line_per_optimizer(tmp_path, capsys):
-    flags = f"--model hope-nano --optimizers adamw m3 --against adamw --repeats 1 --results {tmp_path}"
+    flags = f"--model nano --optimizers adamw m3 --against adamw --repeats 1 --results {tmp_path}"
     assert main(["optimizer_benchmark", *flags.split()]) == 0
     left = [json.loads(line) for line in (tmp_path / "optimizer_benchmark.jsonl").read_text().splitlines()]
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -32,7 +32,7 @@ def test_it_prints_and_leaves_a_line_per_optimizer(tmp_path, capsys):
 
 
 def test_the_two_states_of_m3_are_at_the_start_of_a_block_and_inside_it():
-    stepper = benchmark.Stepper(optim.M3().build(1e-3), benchmark.random_parameters("hope-nano"))
+    stepper = benchmark.Stepper(optim.M3().build(1e-3), benchmark.random_parameters("nano"))
 
     def is_m3(part):
         return isinstance(part, optim.M3State)

@@ -193,10 +193,8 @@ def test_the_recurrence_is_its_definition(x64, features, read):
 @pytest.mark.parametrize(
     "row",
     [
-        dict(c_memory=4, hidden=1),
-        pytest.param(
-            dict(c_memory=4, momentum="none", retain_to="init", inner_projection=()), marks=pytest.mark.slow, id="init"
-        ),
+        pytest.param(dict(c_memory=4, hidden=1), marks=pytest.mark.slow, id="all memories"),
+        pytest.param(dict(c_memory=4, momentum="none", retain_to="init", inner_projection=()), id="few memories"),
     ],
 )
 def test_a_self_modifying_head_is_that_of_the_loop(x64, row):

@@ -126,9 +126,10 @@ def moved(config, numpy_head, direction, step=1e-25j):
 
 
 SLOW = (pytest.mark.slow,)
-# Every row in one of both ways, in turn; the other half of the grid is slow.
+# Every row in one of both ways, in turn; the other half of the grid is slow, and so are rows of others' choices.
+COVERED = ("periods 16 16", "value only, input_only, to init")
 CASES = [
-    pytest.param(row, bool(whole), id=f"{row}, {way}", marks=SLOW * (whole != i % 2))
+    pytest.param(row, bool(whole), id=f"{row}, {way}", marks=SLOW * (whole != i % 2 or row in COVERED))
     for i, row in enumerate(ROWS)
     for whole, way in enumerate(("any time", "whole periods"))
 ]

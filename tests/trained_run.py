@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import io
 import shutil
-from pathlib import Path
 
 import pytest
 from made_once import once
@@ -56,9 +55,8 @@ def train(place, bpe):
     with training.open_run(place / "run") as folder:
         keep_tokenizer(folder, data)
         setup = training.text_setup(config, 4, tokenizer.byte_lengths)
-        for total in (2, 4):  # the second one goes on from the first
-            batches = text.train_batches(batch=2, seed=0)
-            training.fit(setup, batches, heldout, training.Steps(total), run=training.Run(folder, config))
+        batches = text.train_batches(batch=2, seed=0)
+        training.fit(setup, batches, heldout, training.Steps(4), run=training.Run(folder, config))
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +79,25 @@ def document(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def learned(trained, document, tmp_path_factory):
-    """A copy of the run folder with the context of the document, read twice, and what was printed."""
-    run = shutil.copytree(trained, tmp_path_factory.mktemp("learned") / "run")
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+def learn(place, trained, document):
+    """Fill ``place`` with a copy of the run, which reads the document twice in short pieces, and what it prints."""
+    run, pieces = shutil.copytree(trained, place / "run"), pytest.MonkeyPatch.context()
+    with pieces as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(piece, "PIECE", 16)
         assert main(["learn", "--checkpoint", str(run), "--data.path", str(document), "--passes", "2"]) == 0
-    return Path(run), said.getvalue()
+    (place / "said.txt").write_text(said.getvalue())
+
+
+@pytest.fixture(scope="session")
+def learned_once(trained_once, document, tmp_path_factory):
+    """The folder of ``learned``."""
+    return once(tmp_path_factory, "learned", functools.partial(learn, trained=trained_once, document=document))
+
+
+@pytest.fixture(scope="module")
+def learned(short_pieces, learned_once):
+    """A copy of the run folder with the context of the document, and what was printed; to be looked at only."""
+    return learned_once / "run", (learned_once / "said.txt").read_text()
 
 
 def mistake(capfd, *arguments):

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,8 @@ import pytest
 from hope_jax import train as training
 from hope_jax.config import check_same, flatten
 from hope_jax.errors import UserError
-from hope_jax.train import checkpoint
+from hope_jax.storage.digests import read_sealed, write_sealed
+from hope_jax.train import checkpoint, saving
 from hope_jax.train.run import open_run
 
 
@@ -71,7 +74,7 @@ def test_every_path_of_a_run_works(tmp_path):
 
 
 def test_a_save_that_reads_otherwise_than_it_was_written_is_told_at_once_and_not_finished(run, monkeypatch):
-    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lambda folder, like: checkpoint._parted(make_state(8)))
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lambda folder, like: checkpoint.parted(make_state(8)))
     with pytest.raises(UserError, match="Step 9 could not be saved.*differs"):
         training.save(run, make_state(9), {}, {}, keep=2)
     assert training.saved_steps(run) == [3, 6]
@@ -122,17 +125,50 @@ def test_an_altered_manifest_is_found(run):
 def test_numbers_that_change_between_file_and_memory_are_found_and_the_array_named(run, monkeypatch):
     """What file digests cannot see: a reader that returns something else than was saved."""
     wrong = make_state(6).replace(params=make_state(6, extra=1e-6).params)
-    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lambda folder, like: checkpoint._parted(wrong))
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lambda folder, like: checkpoint.parted(wrong))
     with pytest.raises(training.DamagedCheckpoint, match="params/kernel differs"):
         training.restore(run, 6, like(make_state(6)))
 
 
-def test_the_last_good_step_skips_damaged_ones(run):
-    assert checkpoint.last_good(run, 7, like(make_state(6))) == 6
+def test_the_latest_good_step_skips_damaged_ones_and_names_them(run, tmp_path_factory, capfd):
+    def read(step):
+        return int(training.restore(run, step, like(make_state(6))).step)
+
+    assert checkpoint.latest_good(run, read) == 6
     files_of(run, 6)[0].write_bytes(b"")
-    assert checkpoint.last_good(run, 7, like(make_state(6))) == 3
+    assert checkpoint.latest_good(run, read) == 3
+    assert "step 6" in (said := capfd.readouterr().err) and said.endswith("differs from its digest. It is skipped.\n")
     files_of(run, 3)[0].write_bytes(b"")
-    assert checkpoint.last_good(run, 7, like(make_state(6))) is None
+    with pytest.raises(training.DamagedCheckpoint, match=r"step 3 .* No earlier step is good"):
+        checkpoint.latest_good(run, read)
+    assert checkpoint.latest_good(tmp_path_factory.mktemp("empty"), read) is None
+
+
+def test_two_hundred_flipped_bits_and_truncations_are_found_and_none_is_loaded(run):
+    draw, shapes, found, loaded = np.random.default_rng(0), like(make_state(6)), 0, []
+    files = [path for path in [*files_of(run, 6), run / "checkpoints" / "6" / "manifest.json"] if path.stat().st_size]
+    for number in range(200):
+        path = files[draw.integers(len(files))]
+        good = path.read_bytes()
+        bad, place = bytearray(good), int(draw.integers(len(good)))
+        bad[place] ^= 1 << int(draw.integers(8))
+        path.write_bytes(good[:place] if number % 4 == 0 else bad)
+        try:
+            loaded.append(training.restore(run, 6, shapes))
+        except training.DamagedCheckpoint as error:
+            found += path.name in str(error)
+        path.write_bytes(good)
+    assert (found, loaded) == (200, [])
+    checkpoint.check(run, 6)
+
+
+def test_a_step_of_another_layout_is_refused_and_not_called_damaged(run):
+    path = run / "checkpoints" / "6" / "manifest.json"
+    body = {name: value for name, value in read_sealed(path).items() if name != "layout"}
+    write_sealed(path, body)
+    with pytest.raises(UserError, match="step 6 in .* has layout 1; this version of hope_jax reads 2") as caught:
+        checkpoint.latest_good(run, lambda step: training.read_manifest(run, step))
+    assert not isinstance(caught.value, training.DamagedCheckpoint)
 
 
 def test_a_step_without_a_manifest_was_never_finished_and_is_moved_aside_not_deleted(run):
@@ -155,6 +191,45 @@ def test_only_the_last_steps_are_kept(run):
     killed.mkdir()
     training.save(run, make_state(9), {}, {}, keep=2)
     assert training.saved_steps(run) == [6, 9] and not killed.exists()
+
+
+def test_steps_whose_number_is_a_multiple_of_keep_every_stay(run):
+    for step in (8, 9, 12):
+        training.save(run, make_state(step), {}, {}, keep=2, keep_every=6)
+    assert training.saved_steps(run) == [6, 9, 12]
+
+
+def test_training_goes_on_while_a_step_is_written_which_counts_when_it_is_sealed(run, monkeypatch):
+    sealing, force = threading.Event(), saving._force_to_disk
+    monkeypatch.setattr(saving, "_force_to_disk", lambda folder: (sealing.wait(60), force(folder)))
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
+    with training.Saver(run, keep=3) as saver:
+        saver.save(state := make_state(9), {}, {})
+        jax.block_until_ready(overwrite(state))
+        saver.check()
+        assert training.saved_steps(run) == [3, 6]
+        sealing.set()
+        saver.save(make_state(12), {}, {})  # waits for the one before
+        assert training.saved_steps(run) == [3, 6, 9]
+    assert training.saved_steps(run) == [6, 9, 12]
+    found = training.restore(run, 9, like(make_state(9)))
+    for a, b in zip(jax.tree.leaves(make_state(9)), jax.tree.leaves(found), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_an_error_in_the_background_is_told_at_the_next_step_and_leaves_the_saved_steps(run, monkeypatch):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "_force_to_disk", full)
+    with pytest.raises(UserError, match=r"Step 9 could not be saved.*No space left.*\[3, 6\]"):  # noqa: SIM117
+        with training.Saver(run, keep=2) as saver:
+            saver.save(make_state(9), {}, {})
+            for _ in range(1000):
+                saver.check()
+                time.sleep(0.01)
+    checkpoint.check(run, 6)
+    assert training.saved_steps(run) == [3, 6]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +257,7 @@ def test_a_failed_save_is_a_plain_error_and_leaves_the_saved_steps(run, monkeypa
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", full)
+    monkeypatch.setattr(saving.ocp, "save_checkpointables_async", full)
     with pytest.raises(UserError, match=r"Step 9 could not be saved.*No space left.*\[3, 6\]"):
         training.save(run, make_state(9), {}, {}, keep=2)
     training.restore(run, 6, like(make_state(6)))
@@ -193,9 +268,9 @@ def test_too_little_disk_is_found_before_training(tmp_path, monkeypatch):
     state = SimpleNamespace(step=jnp.int32(0), w=jnp.zeros(2**23, jnp.uint8))
     small = training.TrainState(step=state.step, params=state.w[: 2**20], opt_state=())
     large = training.TrainState(step=state.step, params=jnp.zeros(2**24, jnp.uint8), opt_state=())
-    checkpoint.check_room(tmp_path, small, keep=3)
+    saving.check_room(tmp_path, small, keep=3)
     with pytest.raises(UserError, match=r"64 MiB free.*16 MiB need 64 MiB"):
-        checkpoint.check_room(tmp_path, large, keep=3)
+        saving.check_room(tmp_path, large, keep=3)
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path):

@@ -182,13 +182,17 @@ def test_fewer_steps_than_done_is_refused(command, finished, capfd):
     assert "at step 6 already" in mistake(capfd, command(finished, "--steps", "5"))
 
 
-def test_a_flipped_bit_in_the_latest_step_is_named_and_the_step_before_offered_and_taken(
+def test_a_flipped_bit_in_the_latest_step_is_named_and_the_run_goes_on_from_the_step_before(
     command, finished, copied, capfd
 ):
     flip_a_bit(copied, 6)
-    message = mistake(capfd, command(copied))
-    assert "step 6" in message and "differs from its digest" in message and "--resume-from 4" in message
-    assert main(command(copied, "--resume-from", "4", "--sample-tokens", "0")) == 0
+    message = mistake(capfd, command(copied, "--resume-from", "6"))
+    assert "step 6" in message and "differs from its digest" in message and "Leave out --resume-from" in message
+    assert load_run(copied).step == 4
+    capfd.readouterr()
+    assert main(command(copied, "--sample-tokens", "0")) == 0
+    said = capfd.readouterr()
+    assert "step 6" in said.err and "It is skipped." in said.err and "from step 4 of 6" in said.out
     assert (copied / "set_aside" / "6").is_dir()
     assert_same_run(copied, finished, 6)
 
@@ -247,6 +251,8 @@ def test_another_text_is_another_run_but_another_path_to_it_is_not(command, fini
         (["--model", "hope-tinny"], "no model is called 'hope-tinny'; did you mean 'hope-tiny'"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--keep", "1"], "--keep must be at least 2, got 1"),
+        (["--keep-every", "0"], "keep_every is 0; give a whole number of at least 1 (steps)"),
+        (["--save-minutes", "0"], "save_minutes is 0.0; give a number above 0"),
         (["--accumulate", "3"], "--accumulate must divide --batch, got 3 for 2"),
         (["--remat-every", "5"], "--remat-every must divide --length, got 5 for 32"),
         (["--optimizer.clip", "0"], "clip is 0; expected above 0"),

@@ -4,6 +4,7 @@ import errno
 import json
 import signal
 import struct
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -12,7 +13,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from hope_jax import train as training
 from hope_jax.errors import UserError
-from hope_jax.train.loop import run_steps
+from hope_jax.train.loop import Alarm, run_steps
 from hope_jax.train.monitor import Monitor
 from hope_jax.train.record import Record
 
@@ -132,7 +133,17 @@ class FakeBatches:
         self.given = state["given"]
 
 
-def fake_run(tmp_path, steps, *, poison=None, skipped=(), stop_after=None, heldout=(3.0,) * 9, until=lambda _: False):
+def fake_run(
+    tmp_path,
+    steps,
+    *,
+    poison=None,
+    skipped=(),
+    stop_after=None,
+    heldout=(3.0,) * 9,
+    until=lambda _: False,
+    minutes=None,
+):
     """Train a counter through the real loop, saver, record and monitor; returns the events and the final state."""
     events, heldout = [], iter(heldout)
 
@@ -155,12 +166,15 @@ def fake_run(tmp_path, steps, *, poison=None, skipped=(), stop_after=None, heldo
     state = training.TrainState(step=jnp.int32(0), params={"w": jnp.ones(2)}, opt_state=())
     batches = FakeBatches()
 
+    due = Alarm(minutes)
+
     def save(state):
+        due.set()
         events.append(("saved", int(state.step), batches.given))
         training.save(tmp_path, state, batches.get_state(), {}, 2)
 
     with Record(tmp_path, 0) as record, Watching(record, 0, steps.total, 10) as monitor:
-        handed = {"step_fn": step_fn, "evaluate": evaluate, "save": save, "monitor": monitor}
+        handed = {"step_fn": step_fn, "evaluate": evaluate, "save": save, "monitor": monitor, "due": due}
 
         def stop():
             return batches.given == stop_after
@@ -195,6 +209,14 @@ def test_a_request_to_stop_finishes_the_step_and_saves_it_with_the_data_position
     assert int(state.step) == 2
     assert events[-2:] == [("seen", 2), ("saved", 2, 2)]
     assert training.read_manifest(tmp_path, 2).data == {"given": 2}
+
+
+def test_a_state_is_saved_when_minutes_have_passed_whatever_the_clock_on_the_wall_says(tmp_path, monkeypatch):
+    seconds = iter([0.0, 30.0, 61.0, 61.0, 100.0, 130.0, 130.0])  # set, asked, asked, set, ...
+    monkeypatch.setattr("hope_jax.train.loop.time", SimpleNamespace(monotonic=seconds.__next__))
+    events, _ = fake_run(tmp_path, training.Steps(total=4, eval_every=9, save_every=9), minutes=1.0)
+    assert [event[1] for event in events if event[0] == "saved"] == [2, 4]
+    assert next(seconds, None) is None
 
 
 @pytest.mark.parametrize("poison", [2, 3, 4])

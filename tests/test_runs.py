@@ -16,7 +16,7 @@ from hope_jax.cli.main import main
 from hope_jax.cli.runs import with_levels
 from hope_jax.data import DataConfig, JsonTokenizer
 from hope_jax.errors import UserError
-from hope_jax.storage.digests import describe
+from hope_jax.storage.array_digests import describe_parts
 from hope_jax.train.run import TOKENIZER, keep_tokenizer, load_run
 
 
@@ -27,7 +27,7 @@ def test_a_run_folder_is_all_that_one_needs_of_a_trained_model(trained, bpe):
     assert found.model.config.vocab_size == found.tokenizer.vocab_size > 256
     assert part.in_context == 1 and part.writes.rate == 2 and [level.period for level in part.levels] == [16, 64, 192]
     saved = {n: e for n, e in training.read_manifest(trained, 4).arrays.items() if n.startswith("params/")}
-    assert {f"params/{name}": entry for name, entry in describe(found.params).items()} == saved
+    assert describe_parts({"params": found.params})() == saved
     assert load_run(trained / "checkpoints" / "4").step == 4
 
 

@@ -72,9 +72,11 @@ class PretrainConfig:
     eval_every: int = 100  # Batches between measurements on held-out text; also measured before and after training.
     eval_batches: int = 16  # Batches of held-out text per measurement, always the same ones.
     save_every: int = 100  # Batches between checkpoints; the last one is always saved.
+    save_minutes: float | None = None  # Minutes between checkpoints at most, besides --save-every. None: any.
     keep: int = 3  # Checkpoints to keep, at least 2, so that a damaged one has a good one before it.
+    keep_every: int | None = None  # Checkpoints of every so many batches are kept for ever. None: --keep alone.
     resume_from: int | None = None
-    """Go back to this saved step; later ones are moved to set_aside/. None: go on from the latest."""
+    """Go back to this saved step; later ones are moved to set_aside/. None: go on from the latest that is good."""
     schedule: Annotated[training.Schedule, tyro.conf.arg(name="")] = field(
         default=training.TextRun.schedule, metadata={"rows": training.SCHEDULES}
     )
@@ -113,12 +115,13 @@ class PretrainConfig:
             must_divide("remat_every", self.remat_every, "length", self.length)
         self.mesh.check_batch(self.batch // self.accumulate)
         check_reading(model, self.length, self.remat_every, self.z_loss)
-        _ = self.profiled
+        self.keeping(None)
 
-    @property
-    def profiled(self) -> range | None:
-        """The steps to record. Raises UserError where they cannot be read."""
-        return None if self.profile is None else profiled_steps(self.profile, self.steps)
+    def keeping(self, config: Any) -> training.Run:
+        """How a run of that configuration is kept. Raises UserError where the flags say what cannot be."""
+        profile = None if self.profile is None else profiled_steps(self.profile, self.steps)
+        how = {name: getattr(self, name) for name in ("keep", "keep_every", "save_minutes", "resume_from")}
+        return training.Run(self.run, config, profile=profile, **how)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -160,7 +163,7 @@ def pretrain(flags: PretrainConfig) -> training.Result:
             training.Steps(flags.steps, flags.eval_every, flags.save_every, flags.most_skipped),
             seed=flags.seed,
             start=None if job.learned is None else job.setup.start(flags.seed, job.learned),
-            run=training.Run(folder, job.config, flags.keep, flags.resume_from, flags.profiled),
+            run=flags.keeping(job.config),
         )
         _report(job, result)
     return result

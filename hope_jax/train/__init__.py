@@ -1,7 +1,7 @@
 """Training: a pure step, a loop around it, checkpoints that can be trusted, and a record of what happened.
 
 ``fit`` is the way in: read ``fit.py``, ``setup.py``, ``step.py`` and ``loop.py`` in this order; ``checkpoint.py``,
-``monitor.py`` and ``record.py`` are what the loop is handed.
+``saving.py``, ``monitor.py`` and ``record.py`` are what the loop is handed.
 """
 
 from hope_jax.errors import extra
@@ -10,7 +10,7 @@ with extra("train"):
     from hope_jax.signals import Interrupt
     from hope_jax.storage.programs import keep_programs
     from hope_jax.train.batches import Batches, ComputedBatches, JoinedBatches
-    from hope_jax.train.checkpoint import DamagedCheckpoint, read_manifest, restore, restore_params, save, saved_steps
+    from hope_jax.train.checkpoint import DamagedCheckpoint, read_manifest, restore, restore_params, saved_steps
     from hope_jax.train.clock import TIMED
     from hope_jax.train.compile import compile_step, topology
     from hope_jax.train.devices import cores, split_host
@@ -23,6 +23,7 @@ with extra("train"):
     from hope_jax.train.record import median_speed, read_rows
     from hope_jax.train.remat import Remat
     from hope_jax.train.run import Run, TextRun, open_run
+    from hope_jax.train.saving import Saver, save
     from hope_jax.train.schedules import SCHEDULES, Schedule
     from hope_jax.train.setup import Setup, at_rate
     from hope_jax.train.sharding import MeshConfig
@@ -40,7 +41,7 @@ with extra("train"):
 
 __all__ = [
     "Batches", "ComputedBatches", "DamagedCheckpoint", "Diverged", "Interrupt", "JoinedBatches", "Mean", "MeshConfig",
-    "OptimizerConfig", "Remat", "Result", "Run", "SCHEDULES", "Schedule", "Setup", "Steps", "TIMED", "TextRun",
+    "OptimizerConfig", "Remat", "Result", "Run", "SCHEDULES", "Saver", "Schedule", "Setup", "Steps", "TIMED", "TextRun",
     "TrainState", "abstract_params", "answer_loss", "at_rate", "compile_step", "cores", "count_bytes",
     "count_parameters", "fit", "flops_per_token", "init_params", "keep_programs", "median_speed", "model_setup",
     "next_token_loss", "open_run", "optimizer", "progress", "read_manifest", "read_rows", "restore", "restore_params",

@@ -21,13 +21,14 @@ from hope_jax.errors import Stopped, UserError
 from hope_jax.signals import Interrupt
 from hope_jax.storage.digests import write_sealed
 from hope_jax.train.batches import Batches
-from hope_jax.train.checkpoint import Manifest, check_room, find_step, save, set_aside
+from hope_jax.train.checkpoint import Manifest, find_step, set_aside
 from hope_jax.train.clock import full_speed
-from hope_jax.train.loop import Steps, never, run_steps
+from hope_jax.train.loop import Alarm, Steps, never, run_steps
 from hope_jax.train.monitor import Monitor
 from hope_jax.train.profile import PROFILE, Profiled
 from hope_jax.train.record import Means, Record
 from hope_jax.train.run import CONFIG_FILE, Run, resume
+from hope_jax.train.saving import Saver, check_room
 from hope_jax.train.setup import Heldout, Setup
 from hope_jax.train.step import Metrics, StepFn, TrainState
 
@@ -94,15 +95,17 @@ def fit(
         monitor = stack.enter_context(Monitor(record, done, steps.total, setup.tokens, label, closed, speed))
         if run:  # without a folder there is nothing to save: Ctrl-C is an exception as ever
             stack.enter_context(stop)
+        saving = stack.enter_context(_Saving(setup, batches, steps, run))
         state = run_steps(
             steps,
             state,
             batches,
             step_fn=_step(setup, run, done, stack),
             evaluate=setup.evaluator(heldout),
-            save=functools.partial(_save, setup, batches, steps, run),
+            save=saving.save,
             monitor=monitor,
-            stop=lambda: stop.requested,
+            stop=functools.partial(_asked, stop, saving),
+            due=saving.due,
             until=until,
         )
     result = Result(state, dict(sorted(record.heldout.items())))
@@ -119,22 +122,22 @@ def _state(
     """The state to begin with, with ``batches`` moved to its place: that of a saved step, or a fresh one."""
     if run is None:
         return setup.spread(start or setup.start(seed))
-    step, like = find_step(run.folder, run.resume_from) or 0, setup.shapes()
-    if step > steps.total:
+    step, like = find_step(run.folder, run.resume_from), setup.shapes()
+    if (step or 0) > steps.total:
         raise UserError(
             f"The run in {run.folder} is at step {step} already, beyond --steps {steps.total}: raise --steps, or go "
             "back with --resume-from."
         )
     check_room(run.folder, like, run.keep)
-    if step:
-        state, manifest = resume(run, step, like)
-        batches.set_state(manifest.data)
-        tqdm.write(_continuation(setup, run, steps, manifest))
-    else:
+    if step is None:
         state = start or setup.start(seed)
         write_sealed(run.folder / CONFIG_FILE, to_json(run.config))
-    for place in set_aside(run.folder, step):
-        tqdm.write(f"Moved what does not lead to step {step} to {place}.")
+    else:
+        state, manifest = resume(run, like)
+        batches.set_state(manifest.data)
+        tqdm.write(_continuation(setup, run, steps, manifest))
+    for place in set_aside(run.folder, done := int(state.step)):
+        tqdm.write(f"Moved what does not lead to step {done} to {place}.")
     return setup.spread(state)
 
 
@@ -167,8 +170,30 @@ def _continuation(setup: Setup, run: Run, steps: Steps, manifest: Manifest) -> s
     return line
 
 
-def _save(setup: Setup, batches: Batches, steps: Steps, run: Run | None, state: TrainState) -> None:
-    if run:
-        rate = float(setup.rate(int(state.step)))
-        about = {"steps": steps.total, "devices": setup.devices, "learning_rate": rate}
-        save(run.folder, state, batches.get_state(), about, run.keep)
+class _Saving(contextlib.ExitStack):
+    """What saves the run ``run``, None: nothing; and the alarm that says when it is time to."""
+
+    def __init__(self, setup: Setup, batches: Batches, steps: Steps, run: Run | None):
+        super().__init__()
+        self._setup, self._batches, self._steps = setup, batches, steps
+        self._saver = self.enter_context(Saver(run.folder, run.keep, run.keep_every)) if run else None
+        self.due = Alarm(run and run.save_minutes)
+
+    def save(self, state: TrainState) -> None:
+        """Begin to save a state, see ``Saver``."""
+        self.due.set()
+        if self._saver:
+            rate = float(self._setup.rate(int(state.step)))
+            about = {"steps": self._steps.total, "devices": self._setup.devices, "learning_rate": rate}
+            self._saver.save(state, self._batches.get_state(), about)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background."""
+        if self._saver:
+            self._saver.check()
+
+
+def _asked(stop: Interrupt, saving: _Saving) -> bool:
+    """Whether somebody asked to stop. Raises UserError where the last state could not be saved."""
+    saving.check()
+    return stop.requested

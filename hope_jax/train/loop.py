@@ -6,6 +6,8 @@ after the numbers of its own step, and its held-out means where they are measure
 is written over something good. Read ``fit.py`` next: it hands everything over.
 """
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +48,22 @@ class Steps:
         return done % self.save_every == 0 or done == self.total
 
 
+class Alarm:
+    """Rings when ``minutes`` have passed since it was set, None: never. Its clock is never set back."""
+
+    def __init__(self, minutes: float | None):
+        self._seconds = math.inf if minutes is None else 60 * minutes
+        self.set()
+
+    def set(self) -> None:
+        """Begin to count anew."""
+        self._since = time.monotonic()
+
+    def __call__(self) -> bool:
+        """Whether it rings."""
+        return time.monotonic() - self._since >= self._seconds
+
+
 def never(means: Means) -> bool:
     """No measurement is good enough to end there."""
     return False
@@ -61,12 +79,14 @@ def run_steps(
     save: Callable[[TrainState], None],
     monitor: Monitor,
     stop: Callable[[], bool],
+    due: Callable[[], bool],
     until: Callable[[Means], bool] = never,
 ) -> TrainState:
     """Train from where ``state`` stands to the last step, until ``stop()`` or until ``until`` of a measurement.
 
-    ``evaluate`` takes the parameters and returns the means over the held-out batches. ``stop`` is asked once per step.
-    The state that is returned was saved. ``state`` is donated.
+    ``evaluate`` takes the parameters and returns the means over the held-out batches. ``stop``, and ``due``, which says
+    whether it is time to save between the planned steps, are asked once per step. The state that is returned was handed
+    to ``save``. ``state`` is donated.
 
     Raises:
         Diverged: too many steps in a row were skipped, and the state is saved; or a parameter or a held-out loss is not
@@ -90,12 +110,13 @@ def run_steps(
         if unseen is not None:
             monitor.train(done, unseen)
         done, unseen, leaving = done + 1, metrics, stop()
-        if leaving or steps.saves(done) or steps.evaluates(done) or monitor.skipped > steps.most_skipped:
+        planned = due() or steps.saves(done)
+        if planned or leaving or steps.evaluates(done) or monitor.skipped > steps.most_skipped:
             monitor.train(done, unseen)
             unseen, lost = None, monitor.skipped > steps.most_skipped
             if not lost and (not leaving or done == steps.total):
                 ending = measure(done, state)
-            if leaving or ending or lost or done == steps.total or (steps.saves(done) and not monitor.skipped):
+            if leaving or ending or lost or done == steps.total or (planned and not monitor.skipped):
                 save(state)
             if lost:
                 raise monitor.lost(done)

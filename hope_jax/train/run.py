@@ -8,10 +8,10 @@ Read ``checkpoint.py`` next: it fills the folder.
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from hope_jax.config import TRUSTED, Json, check_same, flatten, flatten_json, from_json
 from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
@@ -28,6 +28,7 @@ from hope_jax.train.step import TrainState, abstract_params
 
 LOCK_FILE, CONFIG_FILE = ".lock", "config.json"
 TOKENIZER = "tokenizer.json"  # runs on bytes have none
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Run:
       config: all that decides what is learned, but for the number of steps; anything that ``hope_jax.config`` can
         write. A run is continued with an equal one only.
       keep: checkpoints to keep, at least 2, so that a damaged one has a good one before it.
+      keep_every: steps whose number is a multiple of it are kept besides; None: no others are.
+      save_minutes: minutes between two checkpoints at most, by a clock that is never set back; None: any.
       resume_from: a saved step to go back to; None: the latest.
       profile: steps that are recorded with JAX's profiler, see ``profile.py``; None: no steps.
     """
@@ -71,9 +74,15 @@ class Run:
     keep: int = 3
     resume_from: int | None = None
     profile: range | None = None
+    keep_every: int | None = None
+    save_minutes: float | None = None
 
     def __post_init__(self) -> None:
         whole("keep", self.keep, 2, "checkpoints")
+        if self.keep_every is not None:
+            whole("keep_every", self.keep_every, 1, "steps")
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise UserError(f"save_minutes is {self.save_minutes}; give a number above 0.")
 
 
 @contextlib.contextmanager
@@ -113,19 +122,29 @@ def read_config(folder: Path) -> Json:
         ) from error
 
 
-def resume(run: Run, step: int, like: TrainState) -> tuple[TrainState, Manifest]:
-    """The state and manifest of a saved step of ``run``; ``like`` as in ``restore``.
+def resume(run: Run, like: TrainState) -> tuple[TrainState, Manifest]:
+    """State and manifest of the step to go on from: ``run.resume_from``, or else the latest saved one that is good.
 
-    Raises DamagedCheckpoint, naming what is damaged and the last step before it that is not; UserError, naming the
-    fields that differ, where the folder belongs to another configuration.
+    ``like``: as in ``restore``. Raises DamagedCheckpoint, naming what is damaged, where that step or every step is;
+    UserError, naming the fields that differ, where the folder belongs to another configuration.
     """
     check_same(flatten_json(read_config(run.folder)), flatten(run.config), run.folder)
-    try:
+
+    def read(step: int) -> tuple[TrainState, Manifest]:
         return checkpoint.restore(run.folder, step, like), checkpoint.read_manifest(run.folder, step)
+
+    return _read_step(run.folder, run.resume_from, read, "Leave out --resume-from to go on from the latest good step.")
+
+
+def _read_step(run: Path, wanted: int | None, read: Callable[[int], Read], advice: str) -> Read:
+    """What ``read`` returns for the step ``wanted``; None: for the latest good one of those that are saved."""
+    if wanted is None:
+        found = checkpoint.latest_good(run, read)
+        assert found is not None
+        return found
+    try:
+        return read(wanted)
     except DamagedCheckpoint as error:
-        good = checkpoint.last_good(run.folder, step, like)
-        go_back = f"add --resume-from {good} to pretrain, or remove {run.folder / checkpoint.FOLDER / str(step)}"
-        advice = "No earlier step is good." if good is None else f"Step {good} is good: {go_back}."
         raise DamagedCheckpoint(f"{error} {advice}") from error
 
 
@@ -140,7 +159,9 @@ class Trained(NamedTuple):
 
 
 def load_run(folder: Path, trusted: Sequence[str] = TRUSTED) -> Trained:
-    """The latest step of a run folder, or the step that ``RUN/checkpoints/STEP`` names.
+    """The latest good step of a run folder, or the step that ``RUN/checkpoints/STEP`` names.
+
+    Damaged steps are named on stderr and skipped.
 
     ``trusted``: packages whose classes and functions the model may be made of, see ``hope_jax.config``.
 
@@ -148,13 +169,16 @@ def load_run(folder: Path, trusted: Sequence[str] = TRUSTED) -> Trained:
     no ``TextRun``, or its tokenizer is missing.
     """
     run, wanted = named_step(folder)
-    step = checkpoint.find_step(run, wanted)
-    if step is None:
+    if checkpoint.find_step(run, wanted) is None:
         raise UserError(f"There is no trained model in {run}; give the --run folder of a pretrain command.")
     config = load_config(run, trusted)
     model, tokenizer = LanguageModel(config.model), _tokenizer(run, config)
-    params = checkpoint.restore_params(run, step, abstract_params(model))
-    return Trained(model, params, tokenizer, run, step)
+    like = abstract_params(model)
+
+    def read(step: int) -> Trained:
+        return Trained(model, checkpoint.restore_params(run, step, like), tokenizer, run, step)
+
+    return _read_step(run, wanted, read, f"Give {run} alone to use its latest good step.")
 
 
 def named_step(folder: Path) -> tuple[Path, int | None]:

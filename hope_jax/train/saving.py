@@ -1,0 +1,170 @@
+"""Saving in the background: training goes on while a step is written, read back and sealed.
+
+``Saver.save`` returns as soon as the state is copied. A thread then writes the files, forces them to the disk, digests
+them, reads the step back, and writes the manifest, which alone makes it a saved step (``checkpoint.py``). Saves do not
+overlap. What goes wrong is raised by the next call: at the next step, the next save, or at the end.
+Read ``loop.py`` next: it says when to save.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from hope_jax.errors import UserError
+from hope_jax.storage import digests
+from hope_jax.storage.array_digests import describe_parts
+from hope_jax.train.checkpoint import FOLDER, MANIFEST, Manifest, parted, plain_path, read_parts, saved_steps
+from hope_jax.train.devices import shape_at
+from hope_jax.train.step import TrainState, count_bytes
+
+
+class Saver(contextlib.AbstractContextManager["Saver"]):
+    """Saves the steps of a run in the background; a context manager, at whose end all are saved.
+
+    ``keep``: how many of the latest steps stay, at least 2; older ones are removed when one more is known to be good,
+    except for multiples of ``keep_every`` (None: there is no exception).
+    """
+
+    def __init__(self, run: Path, keep: int, keep_every: int | None = None):
+        self._run, self._keep, self._keep_every = run, keep, keep_every
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._last: concurrent.futures.Future[None] | None = None
+
+    def save(self, state: TrainState, data: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Begin to save a state as step ``state.step``, which may be donated when this returns.
+
+        ``data``, ``about``: as in ``Manifest``. Raises UserError where this step cannot be written, or the one before
+        could not; the steps saved before are untouched.
+        """
+        self.wait()
+        finish = _begin(self._run, state, dict(data), dict(about))
+        self._last = self._pool.submit(self._finish, int(state.step), finish)
+
+    def _finish(self, step: int, finish: Callable[[], None]) -> None:
+        with _plain_errors(self._run, step):
+            finish()
+            _prune(self._run, self._keep, self._keep_every)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background. Does not wait."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last state is a saved step. Raises UserError where it cannot be."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:  # else that error is the one to tell
+                self.wait()
+        finally:
+            self._pool.shutdown()
+
+
+def save(
+    run: Path,
+    state: TrainState,
+    data: Mapping[str, Any],
+    about: Mapping[str, Any],
+    keep: int,
+    keep_every: int | None = None,
+) -> None:
+    """``Saver.save``, done when this returns; ``keep``, ``keep_every`` as in ``Saver``."""
+    with Saver(run, keep, keep_every) as saver:
+        saver.save(state, data, about)
+
+
+def _begin(run: Path, state: TrainState, data: dict[str, Any], about: dict[str, Any]) -> Callable[[], None]:
+    """Begin to write a step; returns what is left to do, in another thread if one likes."""
+    step, parts = int(state.step), parted(_copied(state))
+    folder, open_path = run / FOLDER / str(step), contextlib.ExitStack()
+    with _plain_errors(run, step), contextlib.ExitStack() as stack:
+        folder.parent.mkdir(exist_ok=True)
+        place = stack.enter_context(plain_path(folder.parent))
+        writing = ocp.save_checkpointables_async(f"{place}/{step}", parts)
+        arrays = describe_parts(parts)
+        open_path = stack.pop_all()
+
+    def finish() -> None:
+        with open_path:
+            writing.result()
+        _force_to_disk(folder)
+        manifest = Manifest(step, data, about, arrays(), digests.digest_files(folder, MANIFEST))
+        read_parts(run, manifest, _on_host(parts))
+        digests.write_sealed(folder / MANIFEST, vars(manifest))
+        _force(folder)
+
+    return finish
+
+
+@contextlib.contextmanager
+def _plain_errors(run: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"Step {step} could not be saved in {run} ({error}); saved steps: {saved_steps(run)}. "
+            "Make room or repair the folder, then run the same command again."
+        ) from error
+
+
+def _copied(state: TrainState) -> TrainState:
+    """A copy in the memory of this machine: the next training step writes over the state."""
+    return jax.device_put(state, _host(), may_alias=False)
+
+
+def _host() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+
+
+def _on_host(parts: Any) -> Any:
+    """Shapes like those of ``parts``, placed in the memory of this machine: reading back takes none of the device's."""
+    return jax.tree.map(functools.partial(shape_at, _host()), parts)
+
+
+def _force_to_disk(folder: Path) -> None:
+    """Return when all files below the folder are on the disk, and not only in the memory of the system."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        _force(path)
+
+
+def _force(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(run: Path, keep: int, keep_every: int | None) -> None:
+    """Remove the oldest steps, now that one more is known to be good, and parts of saves that were killed."""
+    for step in saved_steps(run)[:-keep]:
+        if keep_every is not None and step % keep_every == 0:
+            continue
+        folder = run / FOLDER / str(step)
+        (folder / MANIFEST).unlink()  # first: what is half removed is not a saved step
+        shutil.rmtree(folder, ignore_errors=True)
+    for part in (run / FOLDER).glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_room(run: Path, state: TrainState, keep: int) -> None:
+    """Raise UserError unless ``keep`` checkpoints (and the one being written) of ``state`` fit on the disk."""
+    each = count_bytes(state)
+    need, free = each * max(1, keep + 1 - len(saved_steps(run))), shutil.disk_usage(run).free
+    if free < need + 2**24:
+        raise UserError(
+            f"The disk of {run} has {free / 2**20:,.0f} MiB free, but checkpoints of {each / 2**20:,.0f} MiB need "
+            f"{need / 2**20:,.0f} MiB: make room, choose another run folder or keep fewer of them."
+        )

@@ -11,5 +11,6 @@ COMMANDS = {
     "benchmark": "hope_jax.cli.benchmark:main",
     "compile": "hope_jax.cli.compile:main",
     "tokenize": "hope_jax.cli.tokenize:main",
+    "checkpoint": "hope_jax.cli.checkpoint:main",
 }
 """Name -> ``module:function``; the function takes the arguments after the name and returns the exit status."""

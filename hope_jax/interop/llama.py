@@ -43,10 +43,10 @@ def describe_llama(path: Path, dtype: DTypeLike) -> Checkpoint:
         dtype=dtype,
         tied=llama.tied,
     )
-    return Checkpoint(config, _parts(llama, config), functools.partial(_speeds_follow, llama))
+    return Checkpoint(config, parts_of_llama(llama, config), functools.partial(_speeds_follow, llama))
 
 
-def _parts(llama: Llama, config: ModelConfig) -> list[Part]:
+def parts_of_llama(llama: Llama, config: ModelConfig) -> list[Part]:
     """Every parameter and where it comes from."""
     width, layer = llama.width, functools.partial(by_layer, llama.layers, "model.layers")
     shared = (llama.kv_heads * llama.head_size, width)

@@ -138,6 +138,11 @@ def read_parts(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str,
         {name: entry for name, entry in entries.items() if name.split("/")[0] not in unread}
         for entries in (manifest.arrays, manifest.files)
     )
+    if any(not any(name.split("/")[0] == part for name in manifest.arrays) for part in like):
+        raise UserError(
+            f"The checkpoint of step {manifest.step} in {run} holds parameters alone, as imported models do: it can be "
+            "used, but not trained on."
+        )
     _check_files(run, manifest, files)
     saved_kinds = {name: entry.rsplit(" ", 1)[0] for name, entry in arrays.items()}  # without the digests
     if different := digests.first_difference(saved_kinds, digests.kinds(like)):

@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from hope_jax.errors import UserError
 from hope_jax.storage import digests
 from hope_jax.storage.array_digests import describe_parts
-from hope_jax.train.checkpoint import FOLDER, MANIFEST, Manifest, parted, plain_path, read_parts, saved_steps
+from hope_jax.train.checkpoint import FOLDER, MANIFEST, PARAMS, Manifest, parted, plain_path, read_parts, saved_steps
 from hope_jax.train.devices import shape_at
 from hope_jax.train.step import TrainState, count_bytes
 
@@ -45,7 +45,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         could not; the steps saved before are untouched.
         """
         self.wait()
-        finish = _begin(self._run, state, dict(data), dict(about))
+        finish = _begin(self._run, int(state.step), parted(state), dict(data), dict(about))
         self._last = self._pool.submit(self._finish, int(state.step), finish)
 
     def _finish(self, step: int, finish: Callable[[], None]) -> None:
@@ -85,9 +85,18 @@ def save(
         saver.save(state, data, about)
 
 
-def _begin(run: Path, state: TrainState, data: dict[str, Any], about: dict[str, Any]) -> Callable[[], None]:
+def save_params(run: Path, step: int, params: Any, about: Mapping[str, Any]) -> None:
+    """Save parameters alone as a step: a model that can be used, not trained on. Raises as ``save``."""
+    finish = _begin(run, step, {PARAMS: params}, {}, dict(about))
+    with _plain_errors(run, step):
+        finish()
+
+
+def _begin(
+    run: Path, step: int, parts: dict[str, Any], data: dict[str, Any], about: dict[str, Any]
+) -> Callable[[], None]:
     """Begin to write a step; returns what is left to do, in another thread if one likes."""
-    step, parts = int(state.step), parted(_copied(state))
+    parts = _copied(parts)
     folder, open_path = run / FOLDER / str(step), contextlib.ExitStack()
     with _plain_errors(run, step), contextlib.ExitStack() as stack:
         folder.parent.mkdir(exist_ok=True)
@@ -119,9 +128,9 @@ def _plain_errors(run: Path, step: int) -> Iterator[None]:
         ) from error
 
 
-def _copied(state: TrainState) -> TrainState:
+def _copied(parts: Any) -> Any:
     """A copy in the memory of this machine: the next training step writes over the state."""
-    return jax.device_put(state, _host(), may_alias=False)
+    return jax.device_put(parts, _host(), may_alias=False)
 
 
 def _host() -> jax.sharding.Sharding:

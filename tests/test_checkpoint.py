@@ -2,46 +2,26 @@
 
 import os
 import shutil
-import threading
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saved_steps import filled, like, make_state
 
 from hope_jax import train as training
 from hope_jax.config import check_same, flatten
 from hope_jax.errors import UserError
 from hope_jax.storage.digests import read_sealed, write_sealed
-from hope_jax.train import checkpoint, saving
+from hope_jax.train import checkpoint
 from hope_jax.train.run import open_run
-
-
-def make_state(step, extra=0.0):
-    """A state with every kind of leaf a run has: several dtypes, scalars, empty containers, odd bit patterns."""
-    noise = jax.random.normal(jax.random.key(step), (64, 33))
-    params = {
-        "kernel": noise.at[0, 0].set(-0.0).at[0, 1].set(jnp.nan) + extra,
-        "half": noise[0].astype(jnp.bfloat16),
-        "empty": {},
-    }
-    return training.TrainState(step=jnp.int32(step), params=params, opt_state=(jnp.int32(7), ()))
-
-
-def like(state):
-    """The shapes and placement of ``state``."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run folder with steps 3 and 6."""
-    for step in (3, 6):
-        training.save(tmp_path, make_state(step), {"position": step}, {}, keep=2)
-    return tmp_path
+    return filled(tmp_path)
 
 
 def files_of(run, step):
@@ -71,13 +51,6 @@ def test_every_path_of_a_run_works(tmp_path):
         found = training.restore(run, 6, like(make_state(6)))
         assert np.asarray(found.params["kernel"]).tobytes() == np.asarray(make_state(6).params["kernel"]).tobytes()
         assert training.saved_steps(run) == [6], name
-
-
-def test_a_save_that_reads_otherwise_than_it_was_written_is_told_at_once_and_not_finished(run, monkeypatch):
-    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", lambda folder, like: checkpoint.parted(make_state(8)))
-    with pytest.raises(UserError, match="Step 9 could not be saved.*differs"):
-        training.save(run, make_state(9), {}, {}, keep=2)
-    assert training.saved_steps(run) == [3, 6]
 
 
 def test_parameters_are_read_without_the_state_of_the_optimizer(run):
@@ -186,52 +159,6 @@ def test_setting_steps_aside_twice_keeps_both(run):
     assert training.saved_steps(run) == [3, 6]
 
 
-def test_only_the_last_steps_are_kept(run):
-    killed = run / "checkpoints" / "7.orbax-checkpoint-tmp"
-    killed.mkdir()
-    training.save(run, make_state(9), {}, {}, keep=2)
-    assert training.saved_steps(run) == [6, 9] and not killed.exists()
-
-
-def test_steps_whose_number_is_a_multiple_of_keep_every_stay(run):
-    for step in (8, 9, 12):
-        training.save(run, make_state(step), {}, {}, keep=2, keep_every=6)
-    assert training.saved_steps(run) == [6, 9, 12]
-
-
-def test_training_goes_on_while_a_step_is_written_which_counts_when_it_is_sealed(run, monkeypatch):
-    sealing, force = threading.Event(), saving._force_to_disk
-    monkeypatch.setattr(saving, "_force_to_disk", lambda folder: (sealing.wait(60), force(folder)))
-    overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
-    with training.Saver(run, keep=3) as saver:
-        saver.save(state := make_state(9), {}, {})
-        jax.block_until_ready(overwrite(state))
-        saver.check()
-        assert training.saved_steps(run) == [3, 6]
-        sealing.set()
-        saver.save(make_state(12), {}, {})  # waits for the one before
-        assert training.saved_steps(run) == [3, 6, 9]
-    assert training.saved_steps(run) == [6, 9, 12]
-    found = training.restore(run, 9, like(make_state(9)))
-    for a, b in zip(jax.tree.leaves(make_state(9)), jax.tree.leaves(found), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def test_an_error_in_the_background_is_told_at_the_next_step_and_leaves_the_saved_steps(run, monkeypatch):
-    def full(folder):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(saving, "_force_to_disk", full)
-    with pytest.raises(UserError, match=r"Step 9 could not be saved.*No space left.*\[3, 6\]"):  # noqa: SIM117
-        with training.Saver(run, keep=2) as saver:
-            saver.save(make_state(9), {}, {})
-            for _ in range(1000):
-                saver.check()
-                time.sleep(0.01)
-    checkpoint.check(run, 6)
-    assert training.saved_steps(run) == [3, 6]
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -251,26 +178,6 @@ def test_a_state_of_another_model_is_refused_with_the_array_named(run, change, m
     with pytest.raises(UserError, match=message) as caught:
         training.restore(run, 6, like(change(make_state(6))))
     assert not isinstance(caught.value, training.DamagedCheckpoint)
-
-
-def test_a_failed_save_is_a_plain_error_and_leaves_the_saved_steps(run, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(saving.ocp, "save_checkpointables_async", full)
-    with pytest.raises(UserError, match=r"Step 9 could not be saved.*No space left.*\[3, 6\]"):
-        training.save(run, make_state(9), {}, {}, keep=2)
-    training.restore(run, 6, like(make_state(6)))
-
-
-def test_too_little_disk_is_found_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**26))
-    state = SimpleNamespace(step=jnp.int32(0), w=jnp.zeros(2**23, jnp.uint8))
-    small = training.TrainState(step=state.step, params=state.w[: 2**20], opt_state=())
-    large = training.TrainState(step=state.step, params=jnp.zeros(2**24, jnp.uint8), opt_state=())
-    saving.check_room(tmp_path, small, keep=3)
-    with pytest.raises(UserError, match=r"64 MiB free.*16 MiB need 64 MiB"):
-        saving.check_room(tmp_path, large, keep=3)
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path):

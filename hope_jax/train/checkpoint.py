@@ -23,6 +23,7 @@ from tqdm import tqdm
 from hope_jax.errors import UserError
 from hope_jax.storage import digests
 from hope_jax.storage.array_digests import describe_parts
+from hope_jax.train.processes import is_first, told
 from hope_jax.train.step import TrainState
 
 FOLDER = "checkpoints"
@@ -79,7 +80,8 @@ def latest_good(run: Path, read: Callable[[int], Read]) -> Read | None:
             return read(step)
         except DamagedCheckpoint as error:
             problem = error
-            tqdm.write(f"{error} It is skipped.", file=sys.stderr)
+            if is_first():
+                tqdm.write(f"{error} It is skipped.", file=sys.stderr)
     if problem is not None:
         raise DamagedCheckpoint(f"{problem} No earlier step is good: put a copy of one back, or begin a new run.")
     return None
@@ -162,8 +164,10 @@ def read_parts(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str,
 
 
 def _check_files(run: Path, manifest: Manifest, files: dict[str, str]) -> None:
-    folder = run / FOLDER / str(manifest.step)
-    if name := digests.changed_file(folder, files):
+    """Process 0 reads the files, and all hear what it found."""
+    folder, names = run / FOLDER / str(manifest.step), [*files, None]
+    changed = digests.changed_file(folder, files) if is_first() else None
+    if name := names[told(names.index(changed))]:
         what = "differs from its digest" if (folder / name).is_file() else "is missing"
         raise _damaged(run, manifest.step, f"{name} {what}")
 

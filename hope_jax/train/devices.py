@@ -12,15 +12,17 @@ from typing import Any
 import jax
 
 
-def split_host(count: int | None = None) -> None:
+def split_host(count: int | None = None, processes: int = 1) -> None:
     """Make so many devices of this machine's CPU; None: one of each core that this process may use.
+
+    ``processes``: how many share the ``count`` devices.
 
     To be called before JAX computes anything: later, or where XLA_FLAGS name a number, that number stays.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):  # JAX has started
-        jax.config.update("jax_num_cpu_devices", cores() if count is None else count)
+        jax.config.update("jax_num_cpu_devices", cores() if count is None else max(1, count // processes))
 
 
 def cores() -> int:

@@ -15,7 +15,7 @@ from flax import traverse_util
 from hope_jax.config import from_json, to_json
 from hope_jax.errors import UserError
 from hope_jax.models import LanguageModel
-from hope_jax.storage.digests import first_difference, kinds, write_file, write_sealed
+from hope_jax.storage.digests import first_difference, kinds, leaves, write_file, write_sealed
 from hope_jax.storage.tensor_file import Foreign, NotWhole, read_tensors, write_tensors
 from hope_jax.train.checkpoint import saved_steps
 from hope_jax.train.run import CONFIG_FILE, TOKENIZER, TextRun, Trained, load_config, open_run
@@ -52,7 +52,7 @@ def write_model(path: Path, model: Portable) -> None:
         "step": model.step,
         "tokenizer": model.tokenizer,
     }
-    tensors = traverse_util.flatten_dict(jax.tree.map(np.asarray, model.params), sep="/")
+    tensors: dict[str, Any] = dict(leaves(jax.tree.map(np.asarray, model.params)))
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, about)

@@ -25,6 +25,7 @@ from hope_jax.train.checkpoint import Manifest, find_step, set_aside
 from hope_jax.train.clock import full_speed
 from hope_jax.train.loop import Alarm, Steps, never, run_steps
 from hope_jax.train.monitor import Monitor
+from hope_jax.train.processes import Agreement, is_first, told
 from hope_jax.train.profile import PROFILE, Profiled
 from hope_jax.train.record import Means, Record
 from hope_jax.train.run import CONFIG_FILE, Run, resume
@@ -89,7 +90,7 @@ def fit(
     state = _state(setup, batches, steps, start, seed, run)
     with contextlib.ExitStack() as stack:
         stop, done = Interrupt(), int(state.step)
-        record = stack.enter_context(Record(run and run.folder, done))
+        record = stack.enter_context(Record(run and run.folder, done, is_first()))
         closed = functools.partial(stop.request, signal.SIGPIPE) if run else None
         speed = functools.partial(full_speed, setup)
         monitor = stack.enter_context(Monitor(record, done, steps.total, setup.tokens, label, closed, speed))
@@ -104,8 +105,8 @@ def fit(
             evaluate=setup.evaluator(heldout),
             save=saving.save,
             monitor=monitor,
-            stop=functools.partial(_asked, stop, saving),
-            due=saving.due,
+            stop=_Asked(stop, saving),
+            due=Agreement(saving.due),
             until=until,
         )
     result = Result(state, dict(sorted(record.heldout.items())))
@@ -131,13 +132,16 @@ def _state(
     check_room(run.folder, like, run.keep)
     if step is None:
         state = start or setup.start(seed)
-        write_sealed(run.folder / CONFIG_FILE, to_json(run.config))
+        if is_first():
+            write_sealed(run.folder / CONFIG_FILE, to_json(run.config))
     else:
         state, manifest = resume(run, like)
         batches.set_state(manifest.data)
         tqdm.write(_continuation(setup, run, steps, manifest))
-    for place in set_aside(run.folder, done := int(state.step)):
+    done = told(int(state.step))  # all processes have read the folder
+    for place in set_aside(run.folder, done) if is_first() else []:
         tqdm.write(f"Moved what does not lead to step {done} to {place}.")
+    told(done)  # the folder is as it should be
     return setup.spread(state)
 
 
@@ -147,7 +151,7 @@ def _step(setup: Setup, run: Run | None, done: int, stack: contextlib.ExitStack)
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         return setup.step(state, setup.place(batch))
 
-    if run is None or run.profile is None:
+    if run is None or run.profile is None or not is_first():
         return step
     return stack.enter_context(Profiled(step, run.folder / PROFILE, run.profile, done))
 
@@ -171,17 +175,21 @@ def _continuation(setup: Setup, run: Run, steps: Steps, manifest: Manifest) -> s
 
 
 class _Saving(contextlib.ExitStack):
-    """What saves the run ``run``, None: nothing; and the alarm that says when it is time to."""
+    """What saves the run ``run``, None: nothing; and what says that it is time to."""
 
     def __init__(self, setup: Setup, batches: Batches, steps: Steps, run: Run | None):
         super().__init__()
         self._setup, self._batches, self._steps = setup, batches, steps
         self._saver = self.enter_context(Saver(run.folder, run.keep, run.keep_every)) if run else None
-        self.due = Alarm(run and run.save_minutes)
+        self._alarm = Alarm(run and run.save_minutes)
+
+    def due(self) -> bool:
+        """Whether it is time to save, by the clock of process 0."""
+        return is_first() and self._alarm()
 
     def save(self, state: TrainState) -> None:
         """Begin to save a state, see ``Saver``."""
-        self.due.set()
+        self._alarm.set()
         if self._saver:
             rate = float(self._setup.rate(int(state.step)))
             about = {"steps": self._steps.total, "devices": self._setup.devices, "learning_rate": rate}
@@ -193,7 +201,15 @@ class _Saving(contextlib.ExitStack):
             self._saver.check()
 
 
-def _asked(stop: Interrupt, saving: _Saving) -> bool:
-    """Whether somebody asked to stop. Raises UserError where the last state could not be saved."""
-    saving.check()
-    return stop.requested
+class _Asked:
+    """Whether somebody asked to stop, any of the processes. Raises UserError where the last state was not saved."""
+
+    def __init__(self, stop: Interrupt, saving: _Saving):
+        self._stop, self._saving, self._agreed = stop, saving, Agreement(lambda: stop.requested)
+
+    def __call__(self) -> bool:
+        self._saving.check()
+        agreed = self._agreed()
+        if agreed:
+            self._stop.request(signal.SIGTERM)  # where another process was asked
+        return agreed

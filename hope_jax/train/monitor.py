@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from hope_jax.errors import UserError
 from hope_jax.train.clock import Clock, no_peak
+from hope_jax.train.processes import is_first
 from hope_jax.train.record import Means, Record
 from hope_jax.train.step import MEASURED_BY_STEP, Metrics
 
@@ -62,7 +63,8 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self._closed, self._when_closed = False, when_closed
         self.skipped, self._all_skipped, self._reason = 0, 0, ""
         # With a delay nothing is written yet: that a terminal is gone is noticed in ``_show``.
-        self._bar = progress(desc=label, initial=done, total=steps, unit="step", delay=1e-9)
+        quiet = None if is_first() else True
+        self._bar = progress(desc=label, initial=done, total=steps, unit="step", delay=1e-9, disable=quiet)
         self._show(self._bar.set_postfix_str, "compiling")
 
     def __exit__(self, *error: object) -> None:
@@ -115,7 +117,8 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         """Check and note what held-out batches gave after ``done`` updates. Raises Diverged: one is not finite."""
         self._check_finite(done, {f"held-out {name}": value for name, value in means.items()})
         self.record.add(done, done * self._tokens, "heldout", means)
-        self._show(tqdm.write, f"step {done}: held-out {_shown(means)}", file=sys.stderr)
+        if is_first():
+            self._show(tqdm.write, f"step {done}: held-out {_shown(means)}", file=sys.stderr)
 
     def _check_finite(self, step: int, means: Means) -> None:
         if bad := _not_finite(means):

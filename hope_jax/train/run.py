@@ -22,6 +22,7 @@ from hope_jax.storage.locks import locked
 from hope_jax.train import checkpoint
 from hope_jax.train.checkpoint import DamagedCheckpoint, Manifest
 from hope_jax.train.optimizer import OptimizerConfig
+from hope_jax.train.processes import is_first
 from hope_jax.train.record import METRICS_FILE
 from hope_jax.train.schedules import COSINE, Schedule
 from hope_jax.train.step import TrainState, abstract_params
@@ -89,10 +90,14 @@ class Run:
 def open_run(folder: Path, chosen: str = "run folder") -> Iterator[Path]:
     """Create or reopen a run folder and hold it for this process.
 
-    ``chosen``: what the caller can choose another of, such as the flag that names the folder.
+    ``chosen``: what the caller can choose another of, such as the flag that names the folder. Of several processes the
+    first one holds it for all.
 
     Raises UserError where it cannot be written, holds something that is not a run, or another process trains in it.
     """
+    if not is_first():
+        yield folder
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         inside = {path.name for path in folder.iterdir()}

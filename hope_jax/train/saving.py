@@ -3,6 +3,9 @@
 ``Saver.save`` returns as soon as the state is copied. A thread then writes the files, forces them to the disk, digests
 them, reads the step back, and writes the manifest, which alone makes it a saved step (``checkpoint.py``). Saves do not
 overlap. What goes wrong is raised by the next call: at the next step, the next save, or at the end.
+
+Of several processes each writes its own part of the arrays; process 0 then digests the files and seals the step. It is
+not read back there: no process has all of it. Digests of arrays are compared when it is restored.
 Read ``loop.py`` next: it says when to save.
 """
 
@@ -11,11 +14,13 @@ import contextlib
 import functools
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from hope_jax.errors import UserError
@@ -23,6 +28,7 @@ from hope_jax.storage import digests
 from hope_jax.storage.array_digests import describe_parts
 from hope_jax.train.checkpoint import FOLDER, MANIFEST, PARAMS, Manifest, parted, plain_path, read_parts, saved_steps
 from hope_jax.train.devices import shape_at
+from hope_jax.train.processes import count, is_first
 from hope_jax.train.step import TrainState, count_bytes
 
 
@@ -51,7 +57,8 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
     def _finish(self, step: int, finish: Callable[[], None]) -> None:
         with _plain_errors(self._run, step):
             finish()
-            _prune(self._run, self._keep, self._keep_every)
+            if is_first():
+                _prune(self._run, self._keep, self._keep_every)
 
     def check(self) -> None:
         """Raise what went wrong in the background. Does not wait."""
@@ -108,13 +115,22 @@ def _begin(
     def finish() -> None:
         with open_path:
             writing.result()
+        if not is_first():
+            return _wait_for(folder / MANIFEST)
         _force_to_disk(folder)
         manifest = Manifest(step, data, about, arrays(), digests.digest_files(folder, MANIFEST))
-        read_parts(run, manifest, _on_host(parts))
+        if count() == 1:
+            read_parts(run, manifest, _on_host(parts))
         digests.write_sealed(folder / MANIFEST, vars(manifest))
         _force(folder)
 
     return finish
+
+
+def _wait_for(manifest: Path) -> None:
+    """Return when process 0 has sealed the step. If it cannot, it ends, and this process with it (``watch.py``)."""
+    while not manifest.exists():
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -129,8 +145,15 @@ def _plain_errors(run: Path, step: int) -> Iterator[None]:
 
 
 def _copied(parts: Any) -> Any:
-    """A copy in the memory of this machine: the next training step writes over the state."""
-    return jax.device_put(parts, _host(), may_alias=False)
+    """A copy in the memory of this machine: the next training step writes over the state.
+
+    Orbax copies what lies on accelerators itself.
+    """
+    if count() == 1:
+        return jax.device_put(parts, _host(), may_alias=False)
+    if jax.default_backend() == "cpu":
+        return jax.tree.map(jnp.copy, parts)
+    return parts
 
 
 def _host() -> jax.sharding.Sharding:

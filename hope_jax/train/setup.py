@@ -23,6 +23,7 @@ from hope_jax.train.devices import shape_at
 from hope_jax.train.flops import model_flops
 from hope_jax.train.guard import check_spike
 from hope_jax.train.optimizer import Rate
+from hope_jax.train.processes import count
 from hope_jax.train.sharding import (
     Specs,
     between,
@@ -162,7 +163,11 @@ class Setup:
 
     def place(self, batch: Any) -> Any:
         """A batch (arrays [B, ...]) with an equal part on every device; the whole on each, where B cannot be shared."""
-        return batch if self.mesh is None else jax.device_put(batch, self._share(batch))
+        if self.mesh is None:
+            return batch
+        if count() == 1:
+            return jax.device_put(batch, self._share(batch))
+        return jax.tree.map(functools.partial(_own_part, self._share(batch)), batch)
 
     def _share(self, batch: Any) -> NamedSharding:
         """Where a batch lies on the mesh."""
@@ -194,6 +199,11 @@ class Setup:
         """The same with a factor on all updates in the optimizer's state: one program for all learning rates."""
         factor = optax.inject_hyperparams(optax.scale)(step_size=1.0)
         return dataclasses.replace(self, tx=optax.chain(self.tx, factor))
+
+
+def _own_part(place: NamedSharding, array: Any) -> jax.Array:
+    """An array that every process has, of which each puts its part on its devices."""
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
 
 def at_rate(state: TrainState, factor: float) -> TrainState:

@@ -24,6 +24,7 @@ from hope_jax.models import LanguageModel, ModelConfig
 from hope_jax.nn.axes import AXES, Axes, Names, matrices, of_parameters
 from hope_jax.nn.heads import SHARE_BATCH, SHARE_HEADS
 from hope_jax.optim.matrices import MATRIX, MuonDimensionNumbers
+from hope_jax.train import processes
 from hope_jax.train.devices import cores
 
 MESH = (*SHARE_BATCH, *SHARE_HEADS)
@@ -99,11 +100,16 @@ class MeshConfig:
             raise UserError(
                 f"{asked}: {count} devices are asked for, which do not divide the {len(found)} that there are"
             )
-        most = cores() if devices is None and found[0].platform == "cpu" else len(found)
-        data = self.data or self._left(batch // self.fsdp, min(most, len(found)))
+        of_hosts = cores() * processes.count() if devices is None and found[0].platform == "cpu" else len(found)
+        data = self.data or self._left(batch // self.fsdp, min(of_hosts, len(found)))
         shape = (data, self.fsdp, self.tensor)
-        devices = found[: math.prod(shape)]
-        return jax.make_mesh(shape, MESH, axis_types=(AxisType.Auto,) * len(MESH), devices=devices)
+        used = found[: math.prod(shape)]
+        if devices is None and len({device.process_index for device in used}) < processes.count():
+            raise UserError(
+                f"{len(used)} devices share the work, which leaves out some of {processes.count()} processes: give "
+                "a batch or numbers of mesh.* that use all devices, or start fewer processes"
+            )
+        return jax.make_mesh(shape, MESH, axis_types=(AxisType.Auto,) * len(MESH), devices=used)
 
     def _left(self, batch: int, most: int) -> int:
         """The most devices along data that can share a batch, of so many in all."""

@@ -1,0 +1,190 @@
+"""Several processes that train together: they find each other, agree on what to do, and end together.
+
+Every process runs the same program on devices of its own. A decision that depends on one process alone, such as a
+signal, the clock or a file, is made together (``told``, ``Agreement``): else the processes would wait for each other
+for ever. Process 0 alone writes files and prints. Read ``watch.py`` next: it ends the others when one dies.
+"""
+
+import atexit
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hope_jax.errors import Stopped, UserError, whole
+from hope_jax.train.watch import Watch
+
+PATIENCE = 300  # seconds that processes wait for each other when they start
+SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
+
+
+@dataclass(frozen=True)
+class ProcessesConfig:
+    """Processes that train together. A task of SLURM (srun) and a worker of a Cloud TPU need no flags."""
+
+    coordinator: str | None = None
+    """HOST:PORT where process 0 waits for the others; auto: find out, as on SLURM, Cloud TPU and Kubernetes. None: what
+    the environment says."""
+    count: int | None = None  # How many processes there are.
+    index: int | None = None  # Which of them this one is, from 0.
+
+    def __post_init__(self) -> None:
+        named = self.coordinator not in (None, "auto")
+        if named != (self.count is not None) or named != (self.index is not None):
+            raise UserError(
+                "--processes.coordinator HOST:PORT, --processes.count and --processes.index belong together: give all "
+                "three, or none where the environment names the processes."
+            )
+        if named:
+            self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if whole("processes.index", self.index, 0) >= whole("processes.count", self.count, 1, "processes"):
+            raise UserError(f"processes.index is {self.index}; give a number below processes.count, {self.count}.")
+        host, _, port = str(self.coordinator).rpartition(":")
+        if not (host and port.isdecimal()):
+            raise UserError(f"processes.coordinator is {self.coordinator!r}; give HOST:PORT, such as 10.0.0.1:8476.")
+
+    @property
+    def expected(self) -> int:
+        """How many processes flags or SLURM name; 1 where neither does."""
+        return self.count or int(os.environ.get(SLURM_TASKS, "1"))
+
+    @property
+    def several(self) -> bool:
+        """Whether this process is one of several, by flags or by the environment."""
+        hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+        named = "JAX_COORDINATOR_ADDRESS" in os.environ or len(hosts) > 1
+        return self.expected > 1 or self.coordinator == "auto" or named
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """In here the processes are one program; to be entered before the first use of a device.
+
+        Raises UserError where they do not find each other.
+        """
+        if not self.several:
+            yield
+            return
+        self._join()
+        with Watch(jax.process_index(), jax.process_count(), _host(), told) as watch:
+            try:
+                yield
+            except Stopped:  # all of them do
+                raise
+            except BaseException as error:
+                _leave_first(error, watch)
+                raise
+
+    def _join(self) -> None:
+        jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours, see ``signals.py``
+        how: dict[str, Any] = {"initialization_timeout": PATIENCE}
+        if self.count is not None:
+            how |= {"coordinator_address": self.coordinator, "num_processes": self.count, "process_id": self.index}
+            how |= {"cluster_detection_method": "deactivate"}
+        try:
+            jax.distributed.initialize(**how)
+        except (RuntimeError, ValueError, KeyError) as error:
+            what = "the processes did not find each other" if self.count else "the environment names no processes"
+            raise UserError(f"{what} ({' '.join(str(error).split())[:200]}); see --processes.* in --help.") from error
+
+
+def _host() -> str:
+    """Where process 0 is, as all processes know it."""
+    from jax._src.distributed import global_state  # the one place that knows what was found out
+
+    return str(global_state.coordinator_address).rpartition(":")[0]
+
+
+def _leave_first(error: BaseException, watch: Watch) -> None:
+    """After an error: let the others end, and do not wait for them at the end of this process, as JAX would."""
+    if not isinstance(error, UserError | KeyboardInterrupt):
+        watch.wait()  # the death of another process comes as an error of any kind
+    watch.fail()
+    atexit.register(functools.partial(_leave, 2 if isinstance(error, UserError) else 130))
+
+
+def _leave(status: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def count() -> int:
+    """How many processes train together. JAX is not started for it."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return count() == 1 or jax.process_index() == 0
+
+
+def told(number: int) -> int:
+    """What process 0 gives; all processes call it, and none returns before all did."""
+    if count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Process 0 goes through here first, and the others when it is done, such as with a file that all need."""
+    if not is_first():
+        told(0)
+    yield
+    if is_first():
+        told(0)
+
+
+def own(params: Any) -> Any:
+    """Parameters as this process has them, without the others; None where it has a part alone."""
+    leaves = jax.tree.leaves(params)
+    if all(leaf.is_fully_addressable for leaf in leaves):
+        return params
+    if all(leaf.is_fully_replicated for leaf in leaves):
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+    return None
+
+
+class Agreement:
+    """Whether any process wishes something. All call it equally often; the answer is that to the call before.
+
+    So devices never wait for it: what is sent with one step is read after the next one is on its way. Of a single
+    process the answer is its wish at once.
+    """
+
+    def __init__(self, wish: Callable[[], bool]):
+        self._wish, self._sent = wish, None
+
+    def __call__(self) -> bool:
+        """Whether to do it."""
+        if count() == 1:
+            return self._wish()
+        before, self._sent = self._sent, _any(self._wish())
+        return before is not None and bool(np.asarray(before))
+
+
+def _any(wish: bool) -> jax.Array:
+    """Whether it is true in any process, on its way."""
+    one_of_each, program = _devices()
+    return program(jax.make_array_from_callback((count(),), one_of_each, lambda index: np.array([wish])))
+
+
+@functools.cache
+def _devices() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """A part of an array on one device of each process, and whether any part is true, on all of these."""
+    firsts = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([firsts[index] for index in sorted(firsts)]), ("process",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec("process")), jax.jit(jnp.any, out_shardings=everywhere)

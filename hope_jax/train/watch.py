@@ -1,0 +1,112 @@
+"""When a process of several dies, the others end with one sentence instead of waiting for it for ever.
+
+Every process holds a connection to process 0. The system closes it when a process dies, however it dies; a machine that
+is gone is noticed within ``IDLE + PROBES * EVERY`` seconds. A process that ends well says so before.
+"""
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from hope_jax.signals import STDERR
+
+IDLE, EVERY, PROBES = 15, 5, 3  # seconds without a word, seconds between questions, questions without an answer
+GOODBYE, LOST = b".", b"!"
+GRACE = 0.2
+"""Seconds in which this process may end by itself: all of them may have found the same mistake."""
+STATUS = 1
+"""Exit status of a process that ends because another one did."""
+
+
+class Watch(contextlib.AbstractContextManager["Watch"]):
+    """A thread of process ``index`` of ``count`` that ends this process when another one is lost; a context manager.
+
+    ``host``: where process 0 is. ``told``: gives all processes the number of process 0.
+    """
+
+    def __init__(self, index: int, count: int, host: str, told: Callable[[int], int]):
+        self._index, self._count, self._leaving = index, count, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        server = socket.create_server(("", 0)) if index == 0 else None
+        port = told(server.getsockname()[1] if server else 0)
+        self._peers = _accepted(server, count - 1) if server else {_connected(host, port, index): 0}
+        for peer in self._peers:
+            _probe(peer)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._tell(GOODBYE)
+
+    def fail(self) -> None:
+        """This process ends before the others do."""
+        self._tell(LOST)
+
+    def wait(self) -> None:
+        """Give the thread time to end this process: an error may be what the death of another one looks like here."""
+        self._thread.join(10)
+
+    def _tell(self, word: bytes) -> None:
+        if not self._leaving.is_set():
+            self._leaving.set()
+            for peer in self._peers:
+                with contextlib.suppress(OSError):
+                    peer.sendall(word)
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as waiting:
+            for peer, index in self._peers.items():
+                waiting.register(peer, selectors.EVENT_READ, index)
+            while waiting.get_map():
+                for key, _ in waiting.select():
+                    self._heard(key.fileobj, key.data)
+                    waiting.unregister(key.fileobj)
+
+    def _heard(self, peer: Any, index: int) -> None:
+        try:
+            word = peer.recv(1)
+        except OSError:
+            word = b""
+        if word != GOODBYE and not self._leaving.wait(GRACE if word else 0):
+            self._tell(LOST)
+            end(index, self._count)
+
+
+def end(index: int, count: int) -> None:
+    """End this process at once: its threads may all wait for the process that is gone."""
+    who = f"Process {index} of {count}" if index else f"Process 0 of {count}, or one that it waits for,"
+    sentence = f"{who} has ended before its time, so this one ends, too; start all of them again to go on."
+    with contextlib.suppress(OSError):
+        os.write(STDERR, f"\n{sentence}\n".encode())
+    os._exit(STATUS)
+
+
+def _accepted(server: socket.socket, count: int) -> dict[socket.socket, int]:
+    """The connections of the other processes, and which these are."""
+    peers = {}
+    with server:
+        while len(peers) < count:
+            peer, _ = server.accept()
+            peers[peer] = int.from_bytes(peer.recv(4), "big")
+    return peers
+
+
+def _connected(host: str, port: int, index: int) -> socket.socket:
+    peer = socket.create_connection((host.strip("[]"), port), timeout=60)
+    peer.settimeout(None)
+    peer.sendall(index.to_bytes(4, "big"))
+    return peer
+
+
+def _probe(peer: socket.socket) -> None:
+    """Let the system ask whether the other machine is still there."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", IDLE), ("TCP_KEEPINTVL", EVERY), ("TCP_KEEPCNT", PROBES)):
+        if hasattr(socket, name):
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

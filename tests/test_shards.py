@@ -107,6 +107,39 @@ def test_missing_and_cut_files_are_named(folder, tmp_path, small, capfd):
     assert "holds" in mistake(capfd, "tokenize", "--out", folder, "--length", LENGTH, "--data.path", other)
 
 
+def test_folders_are_mixed_by_their_weights_and_a_position_goes_on_in_all_of_them(folder, tmp_path):
+    outs = [tmp_path / name for name in ("one", "two")]
+    for out, part in zip(outs, ("part0", "part1"), strict=True):
+        tokenize(folder / part, out)
+
+    def mixed(*weights):
+        config = DataConfig(path=tuple(map(str, outs)), weights=weights)
+        return open_text(config, ByteTokenizer(), length=LENGTH, cache_dir=tmp_path / "unused", progress=False)
+
+    data, (one, two) = mixed(3.0, 1.0), map(opened, outs)
+    assert [len(part) for part in (data.train, data.heldout)] == [
+        len(one.train) + len(two.train), len(one.heldout) + len(two.heldout)
+    ]  # fmt: skip
+    first = {bytes(window) for window in one.train}
+    batches = data.train_batches(batch=8, seed=0)
+    seen = [next(batches) for _ in range(30)]
+    shares = [sum(bytes(window) in first for window in batch) for batch in seen]
+    assert set(shares) == {6}, "three of four, in every batch"
+    each = [bytes(window) for batch in seen for window in batch if bytes(window) in first][: len(one.train)]
+    assert sorted(each) == sorted(bytes(window) for window in one.train), "all are read before one is read again"
+    again = data.train_batches(batch=8, seed=0)
+    for _ in range(9):
+        next(again)
+    fresh = data.train_batches(batch=8, seed=0)
+    fresh.set_state(json.loads(json.dumps(again.get_state())))
+    np.testing.assert_array_equal(next(fresh), seen[9])
+    assert len({data.fingerprint, mixed(1.0, 1.0).fingerprint, mixed().fingerprint, one.fingerprint}) == 4
+    with pytest.raises(UserError, match="got 1 weights for 2 paths"):
+        mixed(1.0)
+    with pytest.raises(UserError, match=r"weights must be above 0, got \(0.0, 1.0\)"):
+        mixed(0.0, 1.0)
+
+
 def test_text_of_less_than_a_window_is_refused(tmp_path, capfd):
     (tmp_path / "a.txt").write_text("short")
     given = ["--out", tmp_path / "out", "--length", 16, "--data.path", tmp_path / "a.txt", "--processes", 1]

@@ -1,6 +1,7 @@
 """Text from TFDS datasets, offline."""
 
 import socket
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,20 @@ def test_an_unprepared_tfds_dataset_without_network_is_refused_at_once(data_dir,
     monkeypatch.setattr(TinyVerses, "download_and_prepare", None)  # must not be reached
     with pytest.raises(UserError, match=f"127.0.0.1:{closed_port}/verses.txt cannot be reached"):
         open_tfds("tiny_verses", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["c4", "lm1b", "pg19", "wiki40b"])
+def test_a_named_dataset_without_network_is_refused_with_the_command_that_prepares_it(
+    data_dir, monkeypatch, tmp_path, name
+):
+    def unreachable(request, timeout):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(
+        UserError, match=rf"'{name}' is not in .*no network.*by python -c .*builder\('{name}', data_dir"
+    ):
+        open_tfds(name, tmp_path)
 
 
 @pytest.mark.parametrize(

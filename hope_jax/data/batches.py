@@ -2,6 +2,7 @@
 
 Training order is one endless stream, a fresh permutation of all windows per epoch, of which process i of n
 takes every n-th batch row: n processes with batches of B see exactly what one process with batches of nB sees.
+A mixture has a permutation for each of its sources, which take turns by their weights.
 Read tasks/recall.py next for a task that needs no text.
 """
 
@@ -14,6 +15,7 @@ import grain
 import numpy as np
 from jaxtyping import Int, Int32
 
+from hope_jax.data.text.windows import Mixture
 from hope_jax.errors import UserError, check_seed, whole
 
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -50,9 +52,7 @@ class TrainBatches:
                 "on: use a smaller batch or length, or more text"
             )
         # The pipeline carries window numbers and reads at its end: half the time of carrying windows.
-        epochs = 2**40 // len(windows)  # as good as endless; grain's own endless length overflows in batches of one
-        stream = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat(epochs)  # anew each epoch
-        batches = stream[process_index::count].batch(batch).map(functools.partial(_read, windows))
+        batches = _order(windows, seed)[process_index::count].batch(batch).map(functools.partial(_read, windows))
         self._iterator = iter(batches.to_iter_dataset(READ_AHEAD))
 
     def __iter__(self) -> "TrainBatches":
@@ -80,6 +80,20 @@ class TrainBatches:
                     "same, or start a new run"
                 )
         self._iterator.set_state(state["position"])
+
+
+def _order(windows: Sequence, seed: int) -> grain.MapDataset:
+    """The numbers of windows as they are read: all of them, anew each epoch; of a mixture, its sources by weight."""
+    if not isinstance(windows, Mixture):
+        return _shuffled(0, len(windows), seed)
+    pairs = zip(windows.ends, windows.sources, strict=True)
+    orders = [_shuffled(end - len(source), end, seed) for end, source in pairs]
+    return grain.MapDataset.mix(orders, windows.weights)
+
+
+def _shuffled(start: int, stop: int, seed: int) -> grain.MapDataset:
+    """As good as endless; grain's own endless length overflows in batches of one."""
+    return grain.MapDataset.range(start, stop).seed(seed).shuffle().repeat(2**40 // (stop - start))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ import tensorflow_datasets as tfds
 from hope_jax.data.text.corpus import Corpus
 from hope_jax.errors import UserError, closest
 
+STORE = "https://storage.googleapis.com"
+"""Where TFDS keeps what its own datasets have no address for."""
 NETWORK_SECONDS = 5.0
 """How long to look for a dataset's server. TFDS itself would try for minutes before it says anything."""
 
@@ -120,7 +122,8 @@ def _hint(name: str, error: Exception) -> str:
 
 def _check_network(name: str, builder: Any) -> None:
     """Fails at once when the first file of the dataset has no reachable server."""
-    for url in list(builder.url_infos or {})[:1]:
+    own = type(builder).__module__.startswith("tensorflow_datasets.")
+    for url in list(builder.url_infos or ([STORE] if own else []))[:1]:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=NETWORK_SECONDS).close()
         except urllib.error.HTTPError:
@@ -128,9 +131,15 @@ def _check_network(name: str, builder: Any) -> None:
         except OSError as error:
             raise UserError(
                 f"dataset {name!r} is not in {builder.data_dir} and its source {url} cannot be reached "
-                f"({getattr(error, 'reason', error)}): "
-                "connect to the network, or set TFDS_DATA_DIR to where it has been prepared"
+                f"({getattr(error, 'reason', error)}): prepare it where there is a network, by {_command(name)}, and "
+                "give its folder or set TFDS_DATA_DIR"
             ) from error
+
+
+def _command(name: str) -> str:
+    """What prepares a dataset in the folder ``data``."""
+    builder = f"tfds.builder({name!r}, data_dir='data', file_format='array_record')"
+    return f'python -c "import tensorflow_datasets as tfds; {builder}.download_and_prepare()"'
 
 
 def _prepared(name: str) -> Any:

@@ -21,7 +21,7 @@ from jaxtyping import Integer
 
 from hope_jax.data.text.corpus import Corpus, Piece, Split
 from hope_jax.data.text.tokenizers import Tokenizer
-from hope_jax.data.text.windows import Windows
+from hope_jax.data.text.windows import Mixture, Windows
 from hope_jax.errors import UserError
 
 FORMAT = 1
@@ -141,8 +141,22 @@ class _Records:
 
 
 def is_tokens(paths: Sequence[str]) -> bool:
-    """Whether paths name one folder that was tokenized, or half so."""
-    return len(paths) == 1 and (Path(paths[0]).expanduser() / PLAN).is_file()
+    """Whether one of the paths is a folder that was tokenized, or half so."""
+    return any((Path(path).expanduser() / PLAN).is_file() for path in paths)
+
+
+def open_mixture(
+    paths: Sequence[str], weights: Sequence[float], tokenizer: Tokenizer, length: int
+) -> tuple[dict[str, Any], str]:
+    """``open_tokens`` of several folders; ``weights``: how often each is trained on, (): by their records."""
+    found = [open_tokens(Path(path).expanduser(), tokenizer, length) for path in paths]
+    if len(found) == 1:
+        return found[0]
+    train, heldout = ([splits[name] for splits, _ in found] for name in Split._fields)
+    weights = weights or [float(len(part)) for part in train]
+    parts = json.dumps([[fingerprint for _, fingerprint in found], list(weights)])
+    both = {"train": Mixture(train, weights), "heldout": Mixture(heldout, [1.0] * len(heldout))}
+    return both, hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 def open_tokens(folder: Path, tokenizer: Tokenizer, length: int) -> tuple[dict[str, Windows], str]:
@@ -151,6 +165,8 @@ def open_tokens(folder: Path, tokenizer: Tokenizer, length: int) -> tuple[dict[s
     Raises UserError where it is not finished, damaged, or of another tokenizer or length.
     """
     again = "run the command tokenize again with the same flags"
+    if not (folder / PLAN).is_file():
+        raise UserError(f"{folder} is no folder that the command tokenize has written: tokenize it, too")
     if not (folder / TOKENS).is_file():
         raise UserError(f"the tokens in {folder} are not finished: {again}")
     try:

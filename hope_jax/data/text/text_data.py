@@ -1,5 +1,6 @@
 """One call from a configuration to batches: open_text. Read corpus.py next, then windows.py and ../batches.py."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,9 @@ from hope_jax.data.batches import HeldoutBatches, TrainBatches
 from hope_jax.data.text import building, corpus, windows
 from hope_jax.data.text.corpus import Corpus
 from hope_jax.data.text.files import from_files
-from hope_jax.data.text.shards import is_tokens, open_tokens
+from hope_jax.data.text.shards import is_tokens, open_mixture
 from hope_jax.data.text.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
-from hope_jax.data.text.windows import Windows
+from hope_jax.data.text.windows import Mixture, Windows
 from hope_jax.data.tfds_source import documents
 from hope_jax.errors import UserError, whole
 
@@ -25,6 +26,9 @@ class DataConfig:
     """Text files, folders or globs; JSON lines (.jsonl, their field "text"), too, and .gz or .zst of both. Folders are
     read recursively, links too; hidden files and folders are not read. Or a folder that the command tokenize has
     written. Empty: the Python standard library of this interpreter."""
+    weights: tuple[float, ...] = ()
+    """Of several folders that tokenize has written: how often each is trained on, relative to the others, such as 3 1.
+    Empty: by their sizes."""
     tfds: str | None = None
     """Name (or folder) of a TFDS dataset with a text feature, instead of path. Documents play the role of files."""
     tokenizer: str | None = None
@@ -40,6 +44,13 @@ class DataConfig:
             raise UserError(f"path must be a tuple of strings, got the string {self.path!r}: write ({self.path!r},)")
         if self.path and self.tfds is not None:
             raise UserError(f"got both path {' '.join(self.path)} and tfds {self.tfds}: give only one of them")
+        if self.weights and (len(self.weights) != len(self.path) or not is_tokens(self.path)):
+            raise UserError(
+                f"got {len(self.weights)} weights for {len(self.path)} paths: give one for each of several folders "
+                "that the command tokenize has written"
+            )
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise UserError(f"weights must be above 0, got {self.weights}")
         if not 0 < self.heldout < 1:
             raise UserError(f"heldout must lie between 0 and 1, got {self.heldout}: 0.05 holds out one file in twenty")
 
@@ -58,8 +69,8 @@ class TextData:
     left_out:       one sentence: how many files and bytes were left out, and why; empty if none were.
     """
 
-    train: Windows
-    heldout: Windows
+    train: Windows | Mixture
+    heldout: Windows | Mixture
     fingerprint: str
     left_out: str
 
@@ -95,7 +106,7 @@ def open_text(
     """
     length, cache_dir = whole("length", length), Path(cache_dir)
     if is_tokens(config.path):
-        splits, fingerprint = open_tokens(Path(config.path[0]).expanduser(), tokenizer, length)
+        splits, fingerprint = open_mixture(config.path, config.weights, tokenizer, length)
         return TextData(**splits, fingerprint=fingerprint, left_out="")
     found = find(config)
     if progress and found.left_out:

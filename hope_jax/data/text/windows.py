@@ -4,7 +4,9 @@ Documents follow one another without a separator; window k of a split holds toke
 is predicted exactly once and the last tokens, fewer than T, are left out. Read building.py next.
 """
 
+import bisect
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +93,25 @@ class Windows(Sequence):
             raise UserError(
                 f"the prepared corpus in {self.folder} is damaged (window {index}: {error}): {self.remedy}"
             ) from error
+
+
+class Mixture(Sequence):
+    """The windows of several sources, one source after another; windows[i] is int32 [T + 1].
+
+    ``weights``: how often each source is read, relative to the others; above 0.
+    """
+
+    def __init__(self, sources: Sequence[Sequence], weights: Sequence[float]):
+        self.sources, self.weights = tuple(sources), tuple(weights)
+        self.ends = tuple(itertools.accumulate(map(len, sources)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Int32[np.ndarray, " window"]:
+        """UserError when the record's file is damaged."""
+        source = bisect.bisect_right(self.ends, index)
+        return self.sources[source][index - (self.ends[source] - len(self.sources[source]))]
 
 
 def load(folder: Path) -> dict[str, Windows] | None:

@@ -4,10 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import chex
 import jax
@@ -19,6 +16,8 @@ from jax import lax
 from test_recurrence import ALL, draw, outputs
 from test_self_modifying import config_of, draw_head
 
+from hope_jax.cli.kernels import KernelsConfig
+from hope_jax.cli.main import main
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.memory.catalogue import RULES
@@ -259,10 +258,18 @@ def test_a_mixer_with_an_mlp_memory_is_that_of_the_loop(x64):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
-def test_a_layer_compiles_for_a_tpu_to_a_kernel_forward_and_a_kernel_backward():
-    script = Path(__file__).with_name("compile_kernels.py")
-    small = ["--batch", "1", "--length", "256", "--width", "128", "--heads", "2"]
-    said = subprocess.run([sys.executable, script, *small], check=True, capture_output=True, text=True).stdout
-    found = [json.loads(line) for line in said.splitlines()]
-    assert len(found) == 3
-    assert all((row["kernels"], row["loops"]) == (2, 0) for row in found), found
+def test_a_layer_compiles_for_a_tpu_to_a_kernel_forward_and_a_kernel_backward(tmp_path):
+    small = "--memories hope titans --impls pallas --batch 1 --lengths 256 --head-sizes 64 --heads 2"
+    assert main(f"kernels {small} --compile-for v5e:2x2 --results {tmp_path}".split()) == 0
+    found = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert [(row["kernels"], row["loop_rounds"]) for row in found] == [(2, 0)] * 4, found
+
+
+def test_a_layer_is_measured_in_every_form(tmp_path):
+    small = "--memories titans --impls auto chunked --batch 1 --lengths 16 --head-sizes 4 --heads 1 --chunks 8"
+    assert main(f"kernels {small} --repeats 1 --results {tmp_path}".split()) == 0
+    found = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert [row["impl"] for row in found] == ["auto", "chunked"]
+    assert all(row["both_ms"] > 0 and row["forward_ms"] > 0 and row["gflops"] > 0 for row in found)
+    with pytest.raises(UserError, match="--lengths must be multiples of --chunks, got 16 for 12"):
+        KernelsConfig(lengths=(16,), chunks=(12,))

@@ -9,6 +9,7 @@ COMMANDS = {
     "ask": "hope_jax.cli.ask:main",
     "watch": "hope_jax.cli.watch:main",
     "benchmark": "hope_jax.cli.benchmark:main",
+    "kernels": "hope_jax.cli.kernels:main",
     "compile": "hope_jax.cli.compile:main",
     "tokenize": "hope_jax.cli.tokenize:main",
     "checkpoint": "hope_jax.cli.checkpoint:main",

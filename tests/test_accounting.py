@@ -30,7 +30,7 @@ def test_a_dry_run_says_what_would_run_and_trains_nothing(command, tmp_path, cap
     assert shown["model"].startswith(f"nano, {count:,} parameters") and shown["tokens"] == f"{6 * 2 * 32:,} in all"
     each = flops_per_token(NANO, 32)
     assert shown["FLOPs"] == f"{each:.3g} per token, {64 * each:.3g} per step, {6 * 64 * each:.3g} in all"
-    assert shown["state"].startswith(f"{12 * count + 8:,} bytes: parameters {4 * count:,}, optimizer")
+    assert shown["state"].startswith(f"{12 * count + 8:,} bytes on each device: parameters {4 * count:,}, optimizer")
     assert int(shown["step"].split()[0].replace(",", "")) > 0
 
 

@@ -124,6 +124,18 @@ def test_a_step_that_does_not_fit_is_told_what_it_needs(refusal, monkeypatch):
         compile_step(setup, None)
 
 
+def test_another_refusal_of_the_compiler_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    said = "Ran out of memory in memory space vmem. Used 20.51M of 16.00M vmem."
+
+    def refuse(setup, batch):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(training.Setup, "lower", refuse)
+    setup = training.Setup(dict, optax.l2_loss, optax.sgd(1.0), optax.constant_schedule(1.0))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="memory space vmem"):
+        compile_step(setup, None)
+
+
 def test_a_step_compiles_for_a_tpu(capsys):
     pytest.importorskip("libtpu", reason="the compiler of TPUs comes with the extra [tpu]")
     assert main([*ASKED, "--topology", "v5e:2x2"]) == 0

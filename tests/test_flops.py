@@ -14,9 +14,9 @@ from hope_jax import LanguageModel
 from hope_jax import train as training
 from hope_jax.levels import Level
 from hope_jax.memory.kernels import AUTO
-from hope_jax.models import ARCHITECTURES, Size
+from hope_jax.models import ARCHITECTURES, Size, with_in_context
 from hope_jax.nn.language_model import Block, Depth
-from hope_jax.train.flops import PASSES, PEAKS, flops_per_token, forward_flops, model_flops, peak_flops
+from hope_jax.train.flops import PASSES, flops_per_token, forward_flops, model_flops, peak_flops
 from hope_jax.train.step import abstract_params
 
 SMALL = Size(width=32, layers=2, heads=2, vocab_size=48, context=64, levels=(Level(16), Level(32)))
@@ -119,6 +119,14 @@ def test_what_is_computed_again_to_save_memory_is_not_of_the_model():
     assert model_flops(setup.loss, setup.shapes().params, shapes) > setup.flops(shapes)
 
 
+def test_blocks_that_are_computed_again_count_once_where_the_loss_has_gradients_in_it():
+    config, shapes = with_in_context(ARCHITECTURES["hope_attention"](SMALL), (8, 16)), windows(2, 32)
+    run = training.TextRun(config, training.OptimizerConfig(), 2, 32, 0, "", "")
+    none, block = (training.text_setup(run, 1, np.ones(48), remat=remat) for remat in ("none", "block"))
+    assert none.flops(shapes) == block.flops(shapes)
+    assert model_flops(block.loss, block.shapes().params, shapes) > block.flops(shapes)
+
+
 def test_every_layer_counts_the_same():
     one, two, four = (flops_per_token(small("transformer_pp", layers=layers)[0].config, 32) for layers in (1, 2, 4))
     assert four - two == 2 * (two - one) > 0
@@ -158,5 +166,7 @@ def test_every_architecture_multiplies_each_token_by_its_matrices(name):
 def test_the_peak_is_that_of_the_first_name_that_fits_and_unknown_devices_have_none():
     assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("cpu") is None and len(PEAKS) == 10
-    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12 and peak_flops("TPU v6 lite") == 918e12
+    assert peak_flops("NVIDIA H100 NVL") == 835e12 and peak_flops("NVIDIA H200") == 989e12
+    unknown = "cpu", "TPU v4 lite", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
+    assert [peak_flops(kind) for kind in unknown] == [None] * len(unknown)

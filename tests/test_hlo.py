@@ -118,6 +118,13 @@ def test_a_loop_without_a_note_is_counted_by_its_counter(limit, given, count):
     assert found == Work((count or 1) * LARGE, unknown=int(count is None), rounds=count or 1)
 
 
+def test_the_counter_of_another_loop_is_not_taken_for_that_of_a_loop():
+    inner = "%seven = s32[]{:T(128)} constant(7)"
+    pair = "%pair = (s32[], s32[]) tuple(%seven, %seven)\n  %n.3 = s32[]{:T(128)} get-tuple-element(%pair), index=0"
+    program = COUNTED.replace(inner, f"{inner}\n  {pair}").replace("LIMIT", "%seven").replace("GIVEN", "%n")
+    assert work(program.replace("compare(%i.3", "compare(%n.3")).unknown == 1
+
+
 def convolution(attributes, left, right, result):
     """A program with one convolution."""
     return f"""ENTRY %main (a: f32[], b: f32[]) -> f32[] {{

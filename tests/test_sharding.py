@@ -17,7 +17,9 @@ from drawn import drawn
 from jax.sharding import PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from hope_jax import models
 from hope_jax import train as training
+from hope_jax.cli.dry_run import bytes_each
 from hope_jax.cli.pretrain import PretrainConfig
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
@@ -157,6 +159,7 @@ def test_parameters_are_drawn_in_parts_saved_and_restored_on_another_mesh(tmp_pa
     start = first.start(3)
     assert start.params["kernel"].addressable_shards[0].data.shape == (8, 4)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(start), jax.device_get(one.start(3)))
+    assert [bytes_each(setup.shapes().params) for setup in (one, first, second)] == [4 * 136, 4 * 36, 4 * 20]
     batch = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     state, _ = first.step(start, first.place(batch))
     training.save(tmp_path, state, {}, {}, keep=2)
@@ -234,6 +237,13 @@ def test_what_does_not_divide_is_named(given, said):
         mesh.check_batch(16)
         mesh.check_model(ARCHITECTURES["transformer_pp"](replace(SIZE, width=24)))
         mesh.make(16)
+
+
+def test_every_named_model_is_asked_whether_its_heads_can_be_shared():
+    for model in models.MODELS.values():
+        MeshConfig().check_model(model)
+    with pytest.raises(UserError, match="mesh.tensor is 7; give a divisor of the model's heads, "):
+        MeshConfig(tensor=7).check_model(models.MODELS["mamba2-tiny"])
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class Clock:
         self._start = self._last = time.monotonic()
 
     def read(self, batches: Batches) -> Any:
-        """The next batch. Devices that have finished the steps before wait for it."""
+        """The next batch; meanwhile devices work on the step before, and wait once they have finished it."""
         since = time.monotonic()
         batch = next(batches)
         self._reading += time.monotonic() - since
@@ -61,9 +61,10 @@ class Clock:
     def step(self, done: int) -> dict[str, float]:
         """Measurements at the end of update number ``done``; the first one, which waits for the compiler, apart.
 
-        ``tokens_per_second`` and ``data_wait``, the share of the time that went into reading batches, are since the
-        last restart; ``step_p50`` and ``step_p95`` are percentiles of the seconds of recent steps. ``mfu``: model
-        FLOPs per second, as a share of the peak of the devices.
+        ``tokens_per_second`` and ``data_wait`` are since the last restart. ``data_wait`` is the share of the time that
+        went into reading batches; devices that still work on the step before do not wait all of it. ``step_p50`` and
+        ``step_p95`` are percentiles of the seconds of recent steps. ``mfu``: model FLOPs per second, as a share of the
+        peak of the devices.
         """
         now = time.monotonic()
         seconds = max(now - self._start, 1e-9)

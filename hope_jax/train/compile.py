@@ -109,10 +109,12 @@ def compile_step(setup: Setup, batch: Any) -> Report:
 
 def _does_not_fit(error: Exception) -> Exception:
     """The compiler's refusal as one sentence; other errors as they are."""
-    used = re.search(r"(?:Used|\() ?([\d.]+\w+)\)? (?:of|exceeds available HBM) \(?([\d.]+\w+)", str(error))
+    said = str(error)
+    used = re.search(r"in memory space hbm\. Used ([\d.]+\w+) of ([\d.]+\w+)", said)
+    used = used or re.search(r"\(([\d.]+\w+)\) exceeds available HBM \(([\d.]+\w+)", said)
     if used is None:
         return error
     return UserError(
         f"The step does not fit: it needs {used[1]} of the {used[2]} bytes of a chip's memory; give a smaller --batch, "
-        "--remat-every, or a topology of more chips."
+        "--remat block, --remat-every, more --mesh.fsdp, or a topology of more chips."
     )

@@ -5,8 +5,9 @@ counts alike. The program is that of the forward pass, so the count can never de
 memories count with their inverses and inner gradients, and what a causal mask hides counts where it is computed.
 
 A training step counts as three forward passes, because the gradient of a product is two products of its size. Not
-counted: elementwise work, sums and gathers, the optimizer, and what rematerialisation computes a second time. Divided
-by the time of a step and by the peak of the devices this is the model FLOPs utilisation (Chowdhery et al. 2022, PaLM,
+counted: elementwise work, sums and gathers, the optimizer, and what rematerialisation of blocks computes a second time.
+Where a model learns in context, its loss has gradients in it, and what memories recompute for those counts. Divided by
+the time of a step and by the peak of the devices this is the model FLOPs utilisation (Chowdhery et al. 2022, PaLM,
 Appendix B).
 """
 
@@ -24,17 +25,21 @@ from hope_jax.train.step import LossFn, abstract_params, next_token_loss
 
 PASSES = 3  # forward passes that a training step counts as
 # Products in bfloat16 per second, dense, of one device whose kind has these words in its name; the first row counts.
-# Google Cloud's pages of the TPU versions ("peak compute per chip"), NVIDIA's data sheets (half of "with sparsity").
+# None: not known. Google Cloud's pages of the TPU versions ("peak compute per chip"), NVIDIA's data sheets (half of
+# "with sparsity").
 PEAKS = {
+    "TPU v4 lite": None,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
     "TPU v5": 459e12,  # v5p
     "TPU v6": 918e12,
+    "MIG": None,  # a part of a card
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": None,
     "H200": 989e12,
 }
 

@@ -74,7 +74,9 @@ class Computation:
     def entry(self, name: str) -> int | None:
         """Which entry of the computation's argument, a tuple, an instruction is; None for others."""
         found = self.source(name)
-        return int(found.attribute("index")) if found.opcode == "get-tuple-element" else None
+        if found.opcode != "get-tuple-element" or self.source(found.operands[0]).opcode != "parameter":
+            return None
+        return int(found.attribute("index"))
 
     def constant(self, name: str) -> int | None:
         """The value of an integer constant; None for others."""

@@ -75,7 +75,8 @@ def text_setup(
     setup = model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)
     batch = jax.ShapeDtypeStruct((run.batch, run.length + 1), jnp.int32)
     check_kernels(model, loss, setup.shapes().params, batch, remat_every)
-    return setup if remat_every is None else dataclasses.replace(setup, counted=next_token_loss(model, byte_lengths))
+    # What rematerialisation computes again is no model FLOP: the count is of the model alone.
+    return dataclasses.replace(setup, counted=next_token_loss(LanguageModel(run.model), byte_lengths))
 
 
 def state_bytes(model: Any, params: Any, capacity: int) -> int:

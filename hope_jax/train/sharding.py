@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
@@ -33,13 +34,13 @@ RULES: Mapping[str, str | None] = {
     "heads": "tensor",
     "all_heads": "tensor",
     "hidden": "tensor",
-    "cell_gates": "tensor",
-    # Every device has all of these: they are small, or counted by loops, or rows that are looked up.
-    **dict.fromkeys(("layers", "memories", "levels", "vocab", "taps", "persistent", "places")),
+    # Every device has all of these: they are small, or counted by loops, or rows that are looked up. The gates of an
+    # LSTM are taken apart at every token, where their parts would have to be moved.
+    **dict.fromkeys(("layers", "memories", "levels", "vocab", "taps", "persistent", "places", "cell_gates")),
     **dict.fromkeys(("head_dim", "memory_hidden", "gate", "rank")),
 }
 """Axis name of a parameter -> axis of the mesh that it is split along, which must divide it; None: it is not split."""
-LEFT_OVER: Mapping[str, str] = dict.fromkeys(("all_heads", "hidden", "cell_gates", "head_dim", "memory_hidden"), "fsdp")
+LEFT_OVER: Mapping[str, str] = dict.fromkeys(("all_heads", "hidden", "head_dim", "memory_hidden"), "fsdp")
 """The same for axes of the mesh that ``RULES`` leaves over in a parameter, and only where they divide it."""
 
 
@@ -84,14 +85,17 @@ class MeshConfig:
             raise UserError(f"mesh.fsdp is {self.fsdp}; give a divisor of the model's width, {model.width}")
         for part in _configs((model.mixer,)):
             for name in ("heads", "key_heads"):
-                if (heads := getattr(part, name, None)) and heads % self.tensor:
+                heads = getattr(part, name, None)
+                heads = heads(model.width) if callable(heads) else heads
+                if heads and heads % self.tensor:
                     raise UserError(f"mesh.tensor is {self.tensor}; give a divisor of the model's {name}, {heads}")
 
     def make(self, batch: int, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh, for batches of so many sequences; of ``devices``, None: those of this machine, of a CPU its cores.
 
         Raises:
-          UserError: the product of the axes does not divide the devices that there are, or they cannot share a batch.
+          UserError: the product of the axes does not divide the devices that there are, or they cannot share a batch;
+            or a mesh of this shape does not fit into their network.
         """
         self.check_batch(batch)
         found, count = jax.devices() if devices is None else devices, math.prod(self.given.values())
@@ -109,11 +113,21 @@ class MeshConfig:
                 f"{len(used)} devices share the work, which leaves out some of {processes.count()} processes: give "
                 "a batch or numbers of mesh.* that use all devices, or start fewer processes"
             )
-        return jax.make_mesh(shape, MESH, axis_types=(AxisType.Auto,) * len(MESH), devices=used)
+        return _laid_out(shape, used)
 
     def _left(self, batch: int, most: int) -> int:
         """The most devices along data that can share a batch, of so many in all."""
         return max(n for n in range(1, max(1, most // (self.fsdp * self.tensor)) + 1) if batch % n == 0)
+
+
+def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
+    """The mesh whose neighbours are neighbours in the network of the devices, as far as that is possible."""
+    try:
+        places = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError) as error:
+        asked = " x ".join(f"{name} {size}" for name, size in zip(MESH, shape, strict=True))
+        raise UserError(f"a mesh of {asked} does not fit into the network of the devices: {error}") from error
+    return Mesh(places, MESH, axis_types=(AxisType.Auto,) * len(MESH))
 
 
 def _configs(tree: Any) -> Iterator[Any]:

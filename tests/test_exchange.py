@@ -17,6 +17,7 @@ from hope_jax import train as training
 from hope_jax.cli.main import main
 from hope_jax.errors import UserError
 from hope_jax.train.run import TOKENIZER, load_run
+from hope_jax.train.saving import save_params
 
 ROWS = {
     "tied": {},
@@ -28,8 +29,10 @@ ROWS = {
 
 @pytest.fixture
 def copied(trained, tmp_path):
-    """A run folder with the saved steps 2 and 4, to be changed."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+    """A run folder with the saved steps 2, of parameters alone, and 4, to be changed."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    save_params(run, 2, load_run(trained).params, {"steps": 2, "devices": 1})
+    return run
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def test_an_exported_model_is_imported_bit_for_bit_with_its_tokenizer(trained, t
 )
 def test_a_file_that_is_none_or_altered_is_refused_and_makes_no_run(trained, tmp_path, capfd, change, said):
     file = tmp_path / "model.safetensors"
-    assert main(["checkpoint", "export", "--run", str(trained), "--step", "2", "--file", str(file)]) == 0
+    assert main(["checkpoint", "export", "--run", str(trained), "--step", "4", "--file", str(file)]) == 0
     file.write_bytes(change(file.read_bytes()))
     run = tmp_path / "copy"
     sentence = mistake(capfd, "checkpoint", "import", "--run", run, "--file", file)
@@ -90,9 +93,9 @@ def test_verify_names_damaged_and_unfinished_steps(copied, capfd):
     assert "no saved step 3" in mistake(capfd, *command, "--step", "3")
 
 
-def test_show_prints_steps_model_parameters_and_shapes(trained, capfd):
-    assert main(["checkpoint", "show", "--run", str(trained), "--step", "2"]) == 0
-    said, params = capfd.readouterr().out, load_run(trained).params
+def test_show_prints_steps_model_parameters_and_shapes(copied, capfd):
+    assert main(["checkpoint", "show", "--run", str(copied), "--step", "2"]) == 0
+    said, params = capfd.readouterr().out, load_run(copied).params
     rows = dict(line.split(maxsplit=1) for line in said.splitlines()[2:-1])
     assert said.splitlines()[0] == "saved steps: 2 4" and said.splitlines()[1].startswith("step 2: steps 2, devices")
     assert rows["params/embedding"] == f"float32{list(params['embedding'].shape)}" and rows["model.width"] == "32"

@@ -102,6 +102,8 @@ def test_accuracy_counts_only_the_positions_that_ask():
     class Oracle:
         """Knows every value asked for and is wrong everywhere else."""
 
+        config = None
+
         def apply(self, variables, tokens):
             return 20.0 * jax.nn.one_hot(jnp.where(targets == IGNORE, 0, targets), config.vocab), None
 
@@ -118,7 +120,7 @@ def test_the_loss_on_the_prompt_is_of_the_next_inputs_and_the_metrics_are_of_the
     nats = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
     answer = np.mean([nats[i, t, targets[i, t]] for i in range(2) for t in (2, 3)])
     prompt = np.mean([nats[i, t, inputs[i, t + 1]] for i in range(2) for t in (0, 1)])
-    model = SimpleNamespace(apply=lambda variables, tokens: (jnp.asarray(logits), None))
+    model = SimpleNamespace(config=None, apply=lambda variables, tokens: (jnp.asarray(logits), None))
     for weight in (0.0, 0.5):
         loss, metrics = jax.jit(answer_loss(model, IGNORE, weight))({}, (inputs, targets))
         np.testing.assert_allclose([loss, metrics["loss"].value], [answer + weight * prompt, answer], rtol=1e-5)

@@ -25,6 +25,8 @@ LISTED = {
     **{f"{MIXER}/{name}/bias": (MEMORY, "") for name in GATES if name != "decay/map"},
     f"{MIXER}/start_memory_0": (f"{MEMORY} head_dim ?", "matrix"),
     f"{MIXER}/start_memory_1": (f"{MEMORY} memory_hidden head_dim", "matrix"),
+    f"{MIXER}/start_weights_0": (f"{MEMORY} head_dim ?", "matrix"),
+    f"{MIXER}/start_weights_1": (f"{MEMORY} memory_hidden head_dim", "matrix"),
     f"{MIXER}/start_projections_0": (f"{MEMORY} memories head_dim memory_hidden", "matrix"),
     f"{MIXER}/start_projections_1": (f"{MEMORY} memories memory_hidden head_dim", "matrix"),
     f"{MIXER}/start_gates_0": (f"{MEMORY} memories head_dim memory_hidden", "matrix"),

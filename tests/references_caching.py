@@ -7,7 +7,7 @@ too, as ``references.derivative`` needs it.
 from dataclasses import dataclass
 
 import numpy as np
-from references import sigmoid
+from references import initial, sigmoid
 from references_titans import Memory, project, recall, write
 
 
@@ -42,7 +42,7 @@ def started(p, heads, period):
     if "start_memory_0" not in p:
         size = p["project_q"]["kernel"].shape[1] // heads
         return [Matrix(np.zeros((size, size))) for _ in range(heads)]
-    pairs = zip(p["start_memory_0"], p["start_memory_1"], strict=True)
+    pairs = zip(initial(p, "memory", 0), initial(p, "memory", 1), strict=True)
     return [Deep(first.T, second.T, period) for first, second in pairs]
 
 

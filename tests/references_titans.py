@@ -7,7 +7,7 @@ complex inputs too, as ``references.derivative`` needs it.
 from dataclasses import dataclass, field
 
 import numpy as np
-from references import sig, sig_pullback, sigmoid, unit
+from references import initial, sig, sig_pullback, sigmoid, unit
 
 
 @dataclass
@@ -41,7 +41,7 @@ def recall(weights, q):
 
 
 def memories(p, period):
-    pairs = zip(p["start_memory_0"], p["start_memory_1"], strict=True)
+    pairs = zip(initial(p, "memory", 0), initial(p, "memory", 1), strict=True)
     return [Memory(first.T, second.T, period) for first, second in pairs]
 
 

@@ -89,10 +89,10 @@ def layer(params, u, heads, period, rate_max):
     qk, v = u @ params["project_qk"]["kernel"], u @ params["project_v"]["kernel"]
     q, k = convolved(qk, params["conv_q"]), convolved(qk, params["conv_k"])
     rate = rate_max * sigmoid(u @ params["rate"]["kernel"] + params["rate"]["bias"]) / size
-    layers, reads = sum(name.startswith("start_memory") for name in params), []
+    layers, reads = sum(name.startswith("start_weights") for name in params), []
     for h in range(heads):
         own = slice(h * size, (h + 1) * size)
-        start = [(params[f"start_memory_{i}"][h], params[f"start_bias_{i}"][h]) for i in range(layers)]
+        start = [(params[f"start_weights_{i}"][h], params[f"start_bias_{i}"][h]) for i in range(layers)]
         norm = params["inner_scale"][h], params["inner_bias"][h]
         reads.append(head(q[:, own], k[:, own], v[:, own], rate[:, h], params["gain"], start, norm, period))
     normed = layer_norm(np.concatenate(reads, axis=1), params["norm"]["scale"], params["norm"]["bias"])

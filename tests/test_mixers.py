@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import references
 from drawn import drawn
-from references import sigmoid
+from references import initial, sigmoid
 from references_miras import omega
 
 from hope_jax.memory import RULES
@@ -89,9 +89,9 @@ def test_the_self_modifying_layer_is_its_equations(x64, names):
     decay = sigmoid(np.einsum("htk,hk->ht", x, params["momentum_kernel"]) + params["momentum_bias"][:, None])
 
     def head(h):
-        start = {n: [params[f"start_projections_{i}"][h, b].T for i in (0, 1)] for b, n in enumerate(names)}
-        start |= {n: [params[f"start_gates_{i}"][h, b].T for i in (0, 1)] for b, n in enumerate(("eta", "alpha"))}
-        start["memory"] = [params[f"start_memory_{i}"][h].T for i in (0, 1)]
+        start = {n: [initial(params, "projections", i)[h, b].T for i in (0, 1)] for b, n in enumerate(names)}
+        start |= {n: [initial(params, "gates", i)[h, b].T for i in (0, 1)] for b, n in enumerate(("eta", "alpha"))}
+        start["memory"] = [initial(params, "memory", i)[h].T for i in (0, 1)]
         streams = dict(x=x[h], k=k[h], v=v[h], q=q[h], decay=decay[h])
         rates = [params[f"log_rate_{n}"][h] for n in ("memory", "projections", "gates")]
         biases = params["rate_bias"][h], params["retention_bias"][h]
@@ -144,7 +144,7 @@ def test_the_omega_mixer_is_its_equations_and_every_pair_of_the_window_has_a_gat
         return sigmoid(u @ params[f"gate_{n}"]["kernel"] + params[f"gate_{n}"]["bias"]).T
 
     strength, retention = 0.7 * np.stack([gate(f"rate{lag}") for lag in ("", "_1", "_2")], axis=-1), gate("retention")
-    starts = [params[f"start_memory_{i}"].swapaxes(1, 2) for i in (0, 1)]
+    starts = [initial(params, "memory", i).swapaxes(1, 2) for i in (0, 1)]
     read = np.stack(
         [omega(k[h], v[h], q[h], strength[h], retention[h], [w[h] for w in starts], 4)[0] for h in range(HEADS)]
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import references
 import references_titans
+from drawn import enlarged
 
 from hope_jax.errors import UserError
 from hope_jax.memory import RULES
@@ -41,7 +42,7 @@ def drawn(config):
     module = config.build(WIDTH, jnp.float64)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 1, WIDTH)), method=fresh))["params"]
     rng = np.random.default_rng(0)
-    return module, jax.tree.map(lambda x: 0.6 * rng.normal(size=x.shape) + (x.ndim == 1), shapes)
+    return module, enlarged(jax.tree.map(lambda x: 0.6 * rng.normal(size=x.shape) + (x.ndim == 1), shapes))
 
 
 def reader(module):

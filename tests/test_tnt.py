@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references_tnt
+from drawn import enlarged
 from jax.extend.core import jaxprs_in_params
-from references import sigmoid
+from references import initial, sigmoid
 from test_mixers import HEADS, WIDTH, answer_output, conv, silu, units
 
 from hope_jax import config as configs
@@ -59,7 +60,7 @@ def drawn(name):
     """The layer, its parameters, all drawn, and an input."""
     module, rng = ROWS[name].build(WIDTH, jnp.float64), np.random.default_rng(0)
     shapes = jax.eval_shape(functools.partial(module.init, method=fresh), jax.random.key(0), jnp.zeros((1, 1, WIDTH)))
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.5)), shapes)
+    params = enlarged(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.5)), shapes))
     return module, params, jnp.asarray(rng.normal(size=(B, T, WIDTH)))
 
 
@@ -150,7 +151,7 @@ def read_by_numpy(name, params, u):
         gates = [
             sigmoid(u @ p[f"gate_{n}"]["kernel"] + p[f"gate_{n}"]["bias"]).T for n in ("rate", "retention", "momentum")
         ]
-        starts = [p[f"start_memory_{i}"].swapaxes(1, 2) for i in (0, 1)]
+        starts = [initial(p, "memory", i).swapaxes(1, 2) for i in (0, 1)]
         of_head = [
             references_tnt.local_titans(
                 k[h], v[h], q[h], 0.7 * gates[0][h], gates[1][h], gates[2][h], [w[h] for w in starts], 4, **how
@@ -164,9 +165,9 @@ def read_by_numpy(name, params, u):
     how |= dict(names=("k",), read="before", rate_max=2.0, retention=True, c_memory=4, c_projections=4)
 
     def head(h):
-        start = {"k": [p["start_projections_0"][h, 0].T]}
-        start |= {n: [p["start_gates_0"][h, b].T] for b, n in enumerate(("eta", "alpha"))}
-        start["memory"] = [p[f"start_memory_{i}"][h].T for i in (0, 1)]
+        start = {"k": [initial(p, "projections", 0)[h, 0].T]}
+        start |= {n: [initial(p, "gates", 0)[h, b].T] for b, n in enumerate(("eta", "alpha"))}
+        start["memory"] = [initial(p, "memory", i)[h].T for i in (0, 1)]
         rates = [p[f"log_rate_{n}"][h] for n in ("memory", "projections", "gates")]
         streams = dict(x=x[h], k=k[h], v=v[h], q=q[h], decay=decay[h])
         return references_tnt.local_self_modifying(
@@ -189,7 +190,7 @@ def test_the_layer_is_its_equations(x64, name):
     (q, k, v), of_head = read_by_numpy(name, params, u)
     local, asked = map(np.stack, zip(*of_head, strict=True))
     rate = 2.0 / PERIOD * sigmoid(u @ params["gate_rate"]["kernel"] + params["gate_rate"]["bias"]).T
-    starts = [params[f"start_memory_{i}"].swapaxes(1, 2) for i in (0, 1)]
+    starts = [initial(params, "memory", i).swapaxes(1, 2) for i in (0, 1)]
     of_global = np.stack(
         [references_tnt.frozen(k[h], v[h], q[h], rate[h], [w[h] for w in starts], PERIOD) for h in range(HEADS)]
     )

@@ -12,7 +12,7 @@ import pytest
 from contexts import LIGHT, VOCAB, close, config, made, stream
 from drawn import drawn
 from jax.interpreters.partial_eval import dce_jaxpr
-from references import sigmoid
+from references import initial, sigmoid
 
 from hope_jax import context
 from hope_jax import trace as tracing
@@ -141,9 +141,9 @@ def test_gates_are_read_from_their_memories_at_the_anchor():
     found, x = sown(module, params, u), np.asarray(u).reshape(2, 11, 2, 4)
     x = x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
     for i, (name, size) in enumerate({"rate": 1.5, "retention": 1}.items()):
-        up, down, bias = params["start_gates_0"][:, i], params["start_gates_1"][:, i], params[f"{name}_bias"]
+        up, down = (initial(params, "gates", layer)[:, i] for layer in (0, 1))
         hidden = LIGHT.gate.activation(jnp.einsum("hkf,bthk->bhtf", up, x))
-        raw = np.einsum("hf,bhtf->bht", down[..., 0], hidden) + np.asarray(bias)[:, None]
+        raw = np.einsum("hf,bhtf->bht", down[..., 0], hidden) + np.asarray(params[f"{name}_bias"])[:, None]
         near = np.all(np.isclose(found[name], size * sigmoid(raw), rtol=1e-5, atol=0), axis=(0, 1))
         assert near[:8].all(), name  # until it moves, the anchor is the initial weights
         assert name == "retention" or not near[8:].any()

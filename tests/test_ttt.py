@@ -173,7 +173,7 @@ def test_layers_start_as_published():
     module = TTTConfig(4, "mlp", 0.1).build(256, jnp.float32)
     u = jnp.zeros((1, 1, 256))
     params = jax.jit(lambda key: module.init(key, u, method=run)["params"])(jax.random.key(0))
-    drawn = {path: leaf for path, leaf in paths_of(params).items() if path.endswith("['kernel']") or "memory" in path}
+    drawn = {path: leaf for path, leaf in paths_of(params).items() if path.endswith("['kernel']") or "weights" in path}
     for path, leaf in drawn.items():
         assert np.std(leaf) == pytest.approx(0.5 if "conv" in path else 0.02, rel=0.05), path
     for path, leaf in paths_of(params).items():

@@ -27,6 +27,10 @@ from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
 from hope_jax.nn.shards import over_shards
 from hope_jax.types import Array, Count, Float, Int, Stream
 
+# Initial weights of memories are parameters times this. An optimizer's step is as large for every parameter; the small
+# initial weights then move more slowly than the maps around them.
+START_GAIN = 0.1
+
 
 @dataclass(frozen=True)
 class MemoryMixerConfig:
@@ -115,7 +119,7 @@ def fresh_state(convs: Sequence[layers.ShortConv], start: Any, batch: int, width
 def learned_start(
     module: nn.Module, name: str, architecture: Architecture, copies: tuple[int, ...], sizes: tuple[int, int, int]
 ) -> tuple[Array, ...]:
-    """Parameters of ``module``, the initial weights of memories: per layer ``[*copies, in, out]``.
+    """The initial weights of memories, ``START_GAIN`` times parameters of ``module``: per layer ``[*copies, in, out]``.
 
     ``sizes`` are the features of keys and values, and the hidden ones.
     """
@@ -123,9 +127,10 @@ def learned_start(
     def draw(key: Array, layer: int) -> Array:
         keys = jax.random.split(key, math.prod(copies))
         weights = jax.vmap(lambda key: architecture.init(key, *sizes))(keys)[layer]
-        return weights.reshape(*copies, *weights.shape[1:]).astype(layers.param_dtype(module.dtype))
+        weights = weights.reshape(*copies, *weights.shape[1:]) / START_GAIN
+        return weights.astype(layers.param_dtype(module.dtype))
 
-    return tuple(module.param(f"start_{name}_{i}", draw, i) for i in range(architecture.layers))
+    return tuple(START_GAIN * module.param(f"start_{name}_{i}", draw, i) for i in range(architecture.layers))
 
 
 class MemoryMixer(nn.Module):

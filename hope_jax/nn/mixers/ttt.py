@@ -111,15 +111,15 @@ class TTT(nn.Module):
     def _start(self, layer: int, inputs: int, outputs: int) -> Float[Array, "H G V"]:
         """Initial weights of one layer of the inner models; the bias is the last row."""
         heads, wide = self.config.heads, layers.param_dtype(self.dtype)
-        weights = self.param(f"start_memory_{layer}", START, (heads, inputs, outputs), wide)
+        weights = self.param(f"start_weights_{layer}", START, (heads, inputs, outputs), wide)
         bias = self.param(f"start_bias_{layer}", nn.initializers.zeros, (heads, outputs), wide)
         return jnp.concatenate([weights, bias[:, None]], axis=1)
 
     @nn.nowrap
     def axes(self) -> Axes:
         count = self.config.rule.architecture.layers
-        starts = memory_axes("memory", count)
-        biases = {f"start_bias_{i}": ("heads", starts[f"start_memory_{i}"][-1]) for i in range(count)}
+        starts = memory_axes("weights", count)
+        biases = {f"start_bias_{i}": ("heads", starts[f"start_weights_{i}"][-1]) for i in range(count)}
         return {
             **{name: dense_axes("embed", "all_heads") for name in ("project_qk", "project_v", "gate")},
             "out": dense_axes("all_heads", "embed"),

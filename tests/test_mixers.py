@@ -115,7 +115,8 @@ def test_the_mixer_of_a_rule_is_its_equations(x64, name, unit_values):
         return sigmoid(u @ params[f"gate_{n}"]["kernel"] + params[f"gate_{n}"]["bias"]).T
 
     rate, retention, decay = 0.7 * gate("rate"), gate("retention"), gate("momentum")
-    starts = [params[key].swapaxes(1, 2) for key in sorted(params) if key.startswith("start_")]
+    layers = sum(key.startswith("start_memory") for key in params)
+    starts = [initial(params, "memory", layer).swapaxes(1, 2) for layer in range(layers)]
     rule = getattr(references, name)
     read = np.stack(
         [rule(k[h], v[h], q[h], rate[h], retention[h], decay[h], [w[h] for w in starts], 16)[0] for h in range(HEADS)]

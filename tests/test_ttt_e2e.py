@@ -159,7 +159,7 @@ def test_needles_and_samples_are_read_with_writes_where_training_was(x64, monkey
     text = object.__new__(TextData)
     for model in (MODEL, LanguageModel(plain)):
         evals.needle.answered(model, params, ByteTokenizer(), inputs, targets)
-        continued(model, params, ByteTokenizer(), text, T, 3, seed=0)
+        continued(model, params, ByteTokenizer(), text, T, 3, seed=0, whole=True)
     assert asked == [True, True, False, False]
 
 

@@ -62,7 +62,9 @@ def parted(a):
 PROGRAMS = {looped: 5, waited: 1, kernel: 6, solved: 1, parted: 3, jax.checkpoint(looped): 5}
 
 
-@pytest.mark.parametrize("program, products", PROGRAMS.items(), ids=str)
+@pytest.mark.parametrize(
+    "program, products", PROGRAMS.items(), ids=["scan", "while", "kernel", "solve", "parts", "remat"]
+)
 def test_every_kind_of_loop_counts_as_often_as_it_runs(program, products):
     assert forward_flops(program, SQUARE) == products * PRODUCT
 

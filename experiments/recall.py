@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.compare import MODELS_VERSION
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, known
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def recall(config: RecallConfig, results: Results) -> list[Row]:
     """The lines of all runs of ``config``."""
-    task = {name: getattr(config, name) for name in (*TASK, "writes")}
+    task = {name: getattr(config, name) for name in (*TASK, "writes")} | {"models": MODELS_VERSION}
     return [results.complete(one[0] | task, functools.partial(train, config, *one)) for one in config.runs()]
 
 
@@ -91,7 +92,8 @@ def train(config: RecallConfig, about: Row, optimizer: training.OptimizerConfig,
 
 def draw(config: RecallConfig, rows: Sequence[Row]) -> Path:
     """Accuracy against steps of the ``rows`` with this task, controls dashed, as a PNG; its path."""
-    same = [row for row in rows if all(row[name] == getattr(config, name) for name in TASK)]
+    new = [row for row in rows if row.get("models") == MODELS_VERSION]
+    same = [row for row in new if all(row[name] == getattr(config, name) for name in TASK)]
     with plot(path := config.results / f"recall-{config.length}-{config.pairs}.png") as axes:
         draw_curves(axes, same, list(ARCHITECTURES))
         axes.axhline(1 / config.pairs, color="black", linewidth=0.8, linestyle=":", label="one of the values seen")

@@ -73,7 +73,7 @@ def test_the_command_compiles_the_step_and_says_what_each_chip_needs(capsys):
         (["--topology", "cpu:2", "--remat-every", "5"], "--remat-every must divide --length, got 5 for 32"),
         (
             ["--topology", "cpu:2", "--impl", "pallas"],
-            "impl is 'pallas', a kernel for memories; the mixers are Attention",
+            "impl is 'pallas', of memories; the mixers are Attention",
         ),
     ],
     ids=str,

@@ -127,6 +127,16 @@ def test_an_output_depends_on_everything_before_it_and_on_nothing_after_it(x64, 
         assert np.all(moved[: t + 1] > 1e-12) and np.all(moved[t + 1 :] == 0), t
 
 
+def test_what_comes_later_leaves_nothing_behind_even_if_it_is_nan(x64):
+    params, pull = pulled("titans")
+    broken = inputs().copy()
+    broken[0, 13] = np.nan
+    zero = np.zeros((B, T, WIDTH))
+    before = slice(0, 13 // SEGMENT * SEGMENT)
+    good, found = (np.asarray(pull(params, u, zero)[0])[0, before] for u in (inputs(), broken))
+    np.testing.assert_array_equal(found, good)
+
+
 @pytest.mark.parametrize("leak", [False, True])
 def test_the_reference_looks_ahead_with_the_mean_of_a_whole_segment_and_only_then(x64, leak):
     _, params = drawn_layer(CONFIGS["titans"])

@@ -175,6 +175,14 @@ def started():
     return config, init(jax.random.key(0), jnp.zeros((1, 1, 400)))["params"]
 
 
+def test_memories_start_as_their_architecture_draws_them():
+    """A fresh memory is ``Architecture.init`` of one head, a tenth of its parameters."""
+    layer = MemoryMixerConfig(RULES["titans"], 1).build(32, jnp.float32)
+    params = layer.init(jax.random.key(0), 1, 4, method="init_state")["params"]
+    sizes = [np.std(initial(params, "memory", i)) * 32**0.5 for i in (0, 1)]
+    np.testing.assert_allclose(sizes, RULES["titans"].architecture.scales, rtol=0.1)
+
+
 def test_gates_start_where_the_configuration_says(x64):
     config, params = started()
     assert sigmoid(np.asarray(params["retention_bias"])) == pytest.approx(1 - 1 / 100)

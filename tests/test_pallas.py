@@ -108,9 +108,10 @@ def test_devices_share_sequences_and_heads(x64):
     [
         ("titans", 48, {}, None),
         ("titans", 40, {}, "40 tokens are no whole periods of the memories"),
-        pytest.param("titans", 32, {"remat_every": 16}, "-every 16 reads a sequence in pieces", marks=pytest.mark.slow),
+        ("titans_mag", 40, {}, "40 tokens are no whole periods"),
+        ("titans", 32, {"remat_every": 16}, "-every 16 reads a sequence in pieces"),
         pytest.param("hope", 32, {"levels": (8, 16)}, "context read a sequence in pieces", marks=pytest.mark.slow),
-        ("transformer_pp", 32, {}, "impl is 'pallas', a kernel for memories; the mixers are AttentionConfig"),
+        ("transformer_pp", 32, {}, "impl is 'pallas', of memories; the mixers are AttentionConfig"),
     ],
 )
 def test_a_kernel_that_is_asked_for_runs_or_is_refused(name, length, more, said):

@@ -44,7 +44,7 @@ class CompileConfig:
     remat: training.Remat = "auto"
     """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
     impl: Impl | None = None
-    """What computes the memories: auto, chunked: a loop over chunks; pallas: a kernel for TPUs that none has run yet;
+    """What computes the memories: auto, chunked: a loop over chunks; pallas: a TPU kernel that no TPU has run yet;
     sequential: token by token. None: as the model says, which is auto for all named ones."""
     mesh: training.MeshConfig = training.MeshConfig()
     optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)

@@ -68,7 +68,7 @@ class PretrainConfig:
     remat: training.Remat = "auto"
     """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
     impl: Impl | None = None
-    """What computes the memories: auto, chunked: a loop over chunks; pallas: a kernel for TPUs that none has run yet;
+    """What computes the memories: auto, chunked: a loop over chunks; pallas: a TPU kernel that no TPU has run yet;
     sequential: token by token. None: as the model says, which is auto for all named ones."""
     seed: int = 0  # Of the initial parameters, the order of the text and the sample.
     eval_every: int = 100  # Batches between measurements on held-out text; also measured before and after training.

@@ -65,13 +65,14 @@ def without_writes(config: ModelConfig) -> ModelConfig:
 def with_impl(config: ModelConfig, impl: Impl | None) -> ModelConfig:
     """The same model, parameters included, whose mixers are evaluated by ``impl`` (``memory/kernels``); None: as it is.
 
-    Raises UserError for an unknown word, and for "pallas" where there is no memory, or one of several periods.
+    Raises UserError for an unknown word, where there is no memory to choose for, and for "pallas" where one has several
+    periods.
     """
     if impl is None:
         return config
-    if impl == "pallas" and not impls(config):
+    if impl != "auto" and not impls(config):
         kinds = ", ".join(type(mixer).__name__ for mixer, _ in config.pattern)
-        raise UserError(f"impl is 'pallas', a kernel for memories; the mixers are {kinds}: leave it out")
+        raise UserError(f"impl is {impl!r}, of memories; the mixers are {kinds}: leave it out")
     return _with_field(config, "impl", impl)
 
 

@@ -73,7 +73,8 @@ class Block(nn.Module):
 
     def init_state(self, batch: int, capacity: int) -> BlockState:
         """State before the first token, of the static model: learning in context adds Delta (``context/writes.py``)."""
-        return BlockState(self.mixer.init_state(batch, capacity), ())
+        with mesh_of(self.sequences):
+            return BlockState(self.mixer.init_state(batch, capacity), ())
 
     def __call__(self, depth: Depth, state: BlockState | None, count: Count = None) -> tuple[Depth, BlockState]:
         x, passed = shared(depth.x, self.sequences), depth.passed
@@ -191,11 +192,11 @@ class LanguageModel(nn.Module):
         if batch < 1:
             raise UserError(f"batch is {batch}; expected at least one sequence")
         capacity = self.config.context if capacity is None else capacity
-
         body = body_of(self.config)
+        module = body(self.config, sequences=self.sequences, parent=None)
 
         def of_layer(block: Any) -> Any:
-            return body(self.config, parent=None).apply({"params": block}, batch, capacity, method=body.init_state)
+            return module.apply({"params": block}, batch, capacity, method=body.init_state)
 
         return jax.vmap(of_layer)(params["blocks"])
 

@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding, use_abstract_mesh
 
 from hope_jax.errors import check_seed
 from hope_jax.nn.axes import Axes
@@ -93,7 +94,8 @@ class Setup:
         if self.mesh is not None:
             where = self._share(batch)
             batch = jax.tree.map(functools.partial(shape_at, where), batch)
-        return step.lower(self.shapes(), batch)
+        with nullcontext() if self.mesh is None else use_abstract_mesh(self.mesh.abstract_mesh):
+            return step.lower(self.shapes(), batch)  # the mesh tells a kernel which chip it is for
 
     def temporary_bytes(self, batch: Any) -> int:
         """What the compiled step needs on each device besides its arguments and results; ``batch``: as in ``lower``.

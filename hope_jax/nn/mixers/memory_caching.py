@@ -189,6 +189,8 @@ class MemoryCaching(nn.Module):
         shares = jax.nn.softmax(self.width**-0.5 * jnp.concatenate([now, past], axis=-1), axis=-1)
         own = weights, jnp.swapaxes(queries, 1, 2)
         answers = over_heads(self._answers, (), own, self.config.memory.impl)
+        # A share of 0 is not enough: a memory that is to come may be NaN.
+        answers = jnp.where(jnp.swapaxes(filled, 1, 2)[:, None, :, :, None], answers, 0)
         return shares[..., :1, None] * reads + jnp.einsum("bts,bhstv->bthv", shares[..., 1:], answers)
 
     @nn.nowrap

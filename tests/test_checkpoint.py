@@ -88,6 +88,18 @@ def test_a_truncated_or_missing_file_is_found_and_named(run, cut):
         training.restore(run, 6, like(make_state(6)))
 
 
+def test_a_step_under_another_number_and_a_file_that_cannot_be_read_are_found(run):
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "3", folder / "9")
+    with pytest.raises(training.DamagedCheckpoint, match="step 9.*manifest.json was altered"):
+        training.restore(run, 9, like(make_state(9)))
+    path = files_of(run, 6)[0]
+    path.unlink()
+    path.mkdir()  # its bytes cannot be read
+    with pytest.raises(training.DamagedCheckpoint, match=path.name):
+        training.restore(run, 6, like(make_state(6)))
+
+
 def test_an_altered_manifest_is_found(run):
     path = run / "checkpoints" / "6" / "manifest.json"
     path.write_text(path.read_text().replace('"position": 6', '"position": 5'))

@@ -13,6 +13,7 @@ from drawn import drawn
 
 from experiments import recall
 from experiments.__main__ import main
+from experiments.compare import MODELS_VERSION
 from hope_jax import LanguageModel
 from hope_jax.cli.results import Results
 from hope_jax.cli.trials import at_best_rate, percent
@@ -82,10 +83,14 @@ def test_the_summary_takes_the_best_rate_by_its_mean_over_seeds():
 @pytest.mark.parametrize("other", [{"vocab": 32}, {"width": 32}, {"layers": 2}, {"pairs": 1}, {"heads": 4}], ids=str)
 def test_only_runs_of_the_same_task_and_size_are_drawn_together(other, tmp_path, monkeypatch):
     config = recall.RecallConfig(**TASK, results=tmp_path)
-    row = {name: getattr(config, name) for name in recall.TASK} | {"row": "hope", "curve": [[1, 0.5]]}
+    row = {name: getattr(config, name) for name in recall.TASK} | {
+        "row": "hope",
+        "models": MODELS_VERSION,
+        "curve": [[1, 0.5]],
+    }
     drawn = []
     monkeypatch.setattr(recall, "draw_curves", lambda axes, rows, order: drawn.extend(rows))
-    recall.draw(config, [row, row | other])
+    recall.draw(config, [row, row | other, row | {"models": 2}])
     assert drawn == [row]
 
 

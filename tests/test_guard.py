@@ -1,13 +1,16 @@
 """Steps that are not taken: what they change, what is counted, when the run stops."""
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_fit import HELDOUT, SETUP, LineConfig, fit, points
 
 from hope_jax import train as training
+from hope_jax.train.guard import is_sound, usual_norm
 
 
 def spoiled(add, at):
@@ -33,6 +36,17 @@ def test_steps_without_numbers_change_nothing_and_when_they_go_on_the_last_good_
         jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
+def test_a_rise_that_lasts_becomes_usual_and_the_first_norm_is_forgotten():
+    usual, norms = jnp.float32(0), [10.0] + 100 * [1.0] + 100 * [50.0] + [math.nan]
+    taken = []
+    for norm in map(jnp.float32, norms):
+        taken.append(bool(is_sound(norm, norm, usual, 3.0)))
+        usual = usual_norm(usual, norm, 3.0)
+        if len(taken) == 101:
+            assert usual < 1.1
+    assert not any(taken[101:120]) and all(taken[160:201]) and not taken[201] and 45 < usual <= 50
+
+
 def test_a_gradient_far_longer_than_usual_is_skipped_and_what_is_usual_is_saved_with_the_state(tmp_path):
     setup, run = dataclasses.replace(SETUP, spike=20.0), training.Run(tmp_path / "run", LineConfig())
     with training.open_run(run.folder) as folder:
@@ -42,8 +56,7 @@ def test_a_gradient_far_longer_than_usual_is_skipped_and_what_is_usual_is_saved_
     norms, usual = [row["gradient_norm"] for row in rows], 0.0
     for at, norm in enumerate(norms):
         assert rows[at]["skipped"] == (usual > 0 and norm > 20 * usual) == (at in (8, 14))
-        if at not in (8, 14):
-            usual = norm if usual == 0 else 0.99 * usual + 0.01 * norm
+        usual = norm if usual == 0 else 0.95 * usual + 0.05 * min(norm, 20 * usual)
     assert float(found.state.usual_norm) == pytest.approx(usual, rel=1e-5)
     clean = (index for index in range(20) if index not in (8, 14))
     good = fit(total=18, batches=training.ComputedBatches(lambda _: points(next(clean))))

@@ -15,6 +15,7 @@ from test_cli import FLAGS, MODELS, SMALL, logged
 from hope_jax import train as training
 from hope_jax.cli.main import main
 from hope_jax.errors import UserError
+from hope_jax.train import processes
 from hope_jax.train.checkpoint import check
 from hope_jax.train.processes import Agreement, ProcessesConfig
 
@@ -103,6 +104,15 @@ def test_a_process_alone_decides_for_itself_at_once():
     wishes = iter([False, True])
     agreed = Agreement(lambda: next(wishes))
     assert [agreed(), agreed()] == [False, True] and training.told(3) == 3 and training.is_first()
+
+
+def test_a_wish_that_was_granted_is_not_granted_again(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "_any", np.bool_)
+    agreed = Agreement(lambda: True)
+    assert [agreed(), agreed()] == [False, True]
+    agreed.forget()
+    assert not agreed()
 
 
 def test_slurm_and_tpus_name_several_processes(monkeypatch):

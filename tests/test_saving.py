@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from saved_steps import filled, like, make_state
 
 from hope_jax import train as training
@@ -35,12 +36,19 @@ def test_steps_whose_number_is_a_multiple_of_keep_every_stay(run):
     assert training.saved_steps(run) == [6, 9, 12]
 
 
-def test_training_goes_on_while_a_step_is_written_which_counts_when_it_is_sealed(run, monkeypatch):
+def everywhere(state, devices):
+    """A state that each of so many devices holds all of."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_training_goes_on_while_a_step_is_written_which_counts_when_it_is_sealed(run, monkeypatch, devices):
     sealing, force = threading.Event(), saving._force_to_disk
     monkeypatch.setattr(saving, "_force_to_disk", lambda folder: (sealing.wait(60), force(folder)))
     overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
     with training.Saver(run, keep=3) as saver:
-        saver.save(state := make_state(9), {}, {})
+        saver.save(state := everywhere(make_state(9), devices), {}, {})
         jax.block_until_ready(overwrite(state))
         saver.check()
         assert training.saved_steps(run) == [3, 6]

@@ -47,11 +47,15 @@ def digest_arrays(tree: Any) -> str:
 
 
 def changed_file(folder: Path, files: Mapping[str, str]) -> str | None:
-    """The first of ``files`` (see ``digest_files``) that is missing or differs from its digest; None: all are there."""
-    for name, expected in files.items():
-        if not (folder / name).is_file() or digest_file(folder / name) != expected:
-            return name
-    return None
+    """The first of ``files`` (see ``digest_files``) that has another digest or none; None: there is none."""
+    return next((name for name, expected in files.items() if _digest_or_none(folder / name) != expected), None)
+
+
+def _digest_or_none(path: Path) -> str | None:
+    try:
+        return digest_file(path)
+    except OSError:  # it is missing, or its place on the disk is damaged
+        return None
 
 
 def digest_files(folder: Path, skip: str) -> dict[str, str]:

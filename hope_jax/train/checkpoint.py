@@ -95,6 +95,8 @@ def read_manifest(run: Path, step: int) -> Manifest:
     try:
         body = digests.read_sealed(run / FOLDER / str(step) / MANIFEST)
         layout = body.get("layout", 1)
+        if layout == LAYOUT and body["step"] != step:
+            raise ValueError("step")  # the folder was given another number
         if layout == LAYOUT:
             return Manifest(**body)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -106,7 +106,7 @@ def fit(
             save=saving.save,
             monitor=monitor,
             stop=_Asked(stop, saving),
-            due=Agreement(saving.due),
+            due=saving.due,
             until=until,
         )
     result = Result(state, dict(sorted(record.heldout.items())))
@@ -182,14 +182,12 @@ class _Saving(contextlib.ExitStack):
         self._setup, self._batches, self._steps = setup, batches, steps
         self._saver = self.enter_context(Saver(run.folder, run.keep, run.keep_every)) if run else None
         self._alarm = Alarm(run and run.save_minutes)
-
-    def due(self) -> bool:
-        """Whether it is time to save, by the clock of process 0."""
-        return is_first() and self._alarm()
+        self.due = Agreement(lambda: is_first() and self._alarm())  # by the clock of process 0
 
     def save(self, state: TrainState) -> None:
         """Begin to save a state, see ``Saver``."""
         self._alarm.set()
+        self.due.forget()
         if self._saver:
             rate = float(self._setup.rate(int(state.step)))
             about = {"steps": self._steps.total, "devices": self._setup.devices, "learning_rate": rate}

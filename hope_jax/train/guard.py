@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from hope_jax.optim.checks import check
 from hope_jax.types import Array, Bool, Scalar
 
-RECENT = 0.01
-"""Weight of the last step in the usual norm."""
+RECENT = 0.05
+"""Weight of the last step in the usual norm: that of n steps before is (1 - RECENT)^n times as large."""
 
 
 def check_spike(spike: float | None) -> None:
@@ -30,7 +30,12 @@ def is_sound(loss: Scalar, norm: Scalar, usual: Any, spike: float | None) -> Boo
     return finite if spike is None else finite & ((usual == 0) | (norm <= spike * usual))
 
 
-def usual_norm(usual: Any, norm: Scalar, sound: Bool[Array, ""]) -> Scalar:
-    """The mean norm of the gradients up to this one, older ones with less weight; steps not taken do not count."""
-    mean = jnp.where(usual == 0, norm, (1 - RECENT) * usual + RECENT * norm)
-    return jnp.where(sound, mean, usual)
+def usual_norm(usual: Any, norm: Scalar, spike: float) -> Scalar:
+    """The moving mean of the norms of gradients up to this one.
+
+    One that is longer than ``spike`` allows counts as long as it may be, so that a rise that lasts becomes usual; one
+    that is not finite does not count.
+    """
+    counted = jnp.where(usual == 0, norm, jnp.minimum(norm, spike * usual))
+    mean = jnp.where(usual == 0, norm, (1 - RECENT) * usual + RECENT * counted)
+    return jnp.where(jnp.isfinite(norm), mean, usual)

@@ -167,6 +167,10 @@ class Agreement:
     def __init__(self, wish: Callable[[], bool]):
         self._wish, self._sent = wish, None
 
+    def forget(self) -> None:
+        """What was wished before was done. All call it."""
+        self._sent = None
+
     def __call__(self) -> bool:
         """Whether to do it."""
         if count() == 1:

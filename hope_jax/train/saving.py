@@ -149,15 +149,17 @@ def _copied(parts: Any) -> Any:
 
     Orbax copies what lies on accelerators itself.
     """
-    if count() == 1:
-        return jax.device_put(parts, _host(), may_alias=False)
     if jax.default_backend() == "cpu":
         return jax.tree.map(jnp.copy, parts)
-    return parts
+    return jax.device_put(parts, _host()) if count() == 1 else parts
 
 
 def _host() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    """The memory of this machine; the first device where JAX was told to leave the CPU alone (``JAX_PLATFORMS``)."""
+    try:
+        return jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    except RuntimeError:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _on_host(parts: Any) -> Any:

@@ -30,7 +30,7 @@ class TrainState(struct.PyTreeNode):
     """Everything that is trained or that training needs to go on. A pytree, so it can be sharded leaf by leaf.
 
     ``step``: batches trained on, int32 scalar. ``params``: nested dict of arrays. ``opt_state``: the optimizer's.
-    ``usual_norm``: mean norm of the gradients so far, float32 scalar; (): the run does not look for spikes.
+    ``usual_norm``: moving mean of the norms of gradients, float32 scalar; (): the run does not look for spikes.
     Leaves are arrays, or shapes or placements of arrays, hence the open types.
     """
 
@@ -224,7 +224,7 @@ def train_step(
         single = norm, optax.tree.norm(params), rate(state.step), 1 - sound.astype(jnp.float32)
         pairs = zip(MEASURED_BY_STEP, single, strict=True)
         metrics |= {name: Mean(value, jnp.float32(1)) for name, value in pairs}
-        usual = () if spike is None else usual_norm(state.usual_norm, norm, sound)
+        usual = () if spike is None else usual_norm(state.usual_norm, norm, spike)
         return TrainState(state.step + 1, params, opt_state, usual), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if placement is None else (placement, None))

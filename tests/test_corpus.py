@@ -16,8 +16,9 @@ from corpora import LETTERS, open_folder
 from hope_jax.data import (
     DataConfig,
 )
-from hope_jax.data.text import corpus
+from hope_jax.data.text import corpus, formats
 from hope_jax.data.text.files import from_files
+from hope_jax.data.text.formats import NotText, text_of
 from hope_jax.errors import UserError
 
 
@@ -164,6 +165,15 @@ def test_files_of_zstd_are_read_where_their_package_is_installed(tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(LINES)
     with pytest.raises(UserError, match="is damaged or no zstd"):
         from_files([str(tmp_path / "a.jsonl.zst")])
+    text = b"".join(b"line %d\n" % i for i in range(200_000))
+    first, second = zstandard.compress(text[:300]), zstandard.compress(text[300:])  # of more than one piece
+    assert len(second) > formats.PIECE
+    (tmp_path / "b.zst").write_bytes(first + second)
+    assert text_of(tmp_path / "b.zst") == text
+    for cut in (1, len(first) - 1, len(first) + 1, len(first + second) // 2, len(first + second) - 1):
+        (tmp_path / "b.zst").write_bytes((first + second)[:cut])
+        with pytest.raises(NotText, match="it ends too early"):
+            text_of(tmp_path / "b.zst")
 
 
 def test_zstd_without_its_package_is_one_sentence(tmp_path, monkeypatch):

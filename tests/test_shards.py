@@ -1,5 +1,6 @@
 """Tokens that are written once: what the shards hold, what a killed command leaves, what pretrain refuses to read."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from trained_run import mistake
 
 from hope_jax.cli.main import main
 from hope_jax.data import ByteTokenizer, DataConfig, JsonTokenizer, open_text
-from hope_jax.data.text import corpus, shards
+from hope_jax.data.text import building, corpus, shards
 from hope_jax.data.text.files import from_files
 from hope_jax.errors import UserError
 
@@ -68,6 +69,37 @@ def test_a_trained_tokenizer_is_kept_with_its_tokens_and_asked_for(folder, tmp_p
         opened(out, tokenizer, 8)
     assert "another length" in mistake(capfd, "tokenize", "--out", out, "--length", 8, "--data.path", folder,
                                        "--vocabulary", 300)  # fmt: skip
+
+
+def test_flags_of_another_tokenizer_are_refused_and_leave_the_folder_as_it_was(folder, tmp_path, capfd):
+    out, plain = tmp_path / "tokens", tmp_path / "bytes"
+    (folder / "more.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 30)
+    assert tokenize(folder, out, "--vocabulary", 270) == tokenize(folder, plain) == 0
+    assert tokenize(folder, out, "--vocabulary", 270) == 0, "the same flags go on"
+    kept = (out / "tokenizer.json").read_bytes()
+    same = ("--length", LENGTH, "--data.path", folder)
+    assert "another vocabulary" in mistake(capfd, "tokenize", "--out", out, *same, "--vocabulary", 400)
+    assert (out / "tokenizer.json").read_bytes() == kept
+    for flags in (("--vocabulary", 270), ("--data.tokenizer", out / "tokenizer.json")):
+        assert "tokens of another" in mistake(capfd, "tokenize", "--out", plain, *same, *flags)
+        assert sorted(path.suffix for path in plain.iterdir()) == [".array_record"] * 2 + [".json"] * 2
+    with building.locked(plain, fcntl.LOCK_EX):
+        flags = ("--out", plain, *same, "--vocabulary", 270)
+        assert "another process writes tokens" in mistake(capfd, "tokenize", *flags)
+
+
+def test_a_folder_of_tokens_is_not_read_as_text_and_its_held_out_part_is_what_it_is(folder, tmp_path, capfd):
+    out = tmp_path / "tokens"
+    assert tokenize(folder, out, "--data.heldout", "0.3") == 0
+    for given in (out, tmp_path, tmp_path / "tok*", out / "*.json"):
+        said = mistake(capfd, "tokenize", "--out", tmp_path / "twice", "--data.path", given)
+        assert "tokens' holds tokens that the command tokenize has written" in said
+    for unused in ({"heldout": 0.3}, {"seed": 1}):
+        config = DataConfig(path=(str(out),), **unused)
+        with pytest.raises(UserError, match=rf"--data.{next(iter(unused))} was chosen when .* was tokenized"):
+            open_text(config, ByteTokenizer(), length=LENGTH, cache_dir=out, progress=False)
+    (folder / "plan.json").write_text('{"shards": "of glass"}')
+    assert "plan.json" in from_files([str(folder)]).names
 
 
 def test_what_is_there_is_not_written_again_and_half_a_file_is_not_taken_for_a_whole_one(folder, tmp_path, small):

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from hope_jax.cli.checks import at_least
 from hope_jax.cli.main import say
@@ -20,9 +21,10 @@ from hope_jax.cli.parse import parse
 from hope_jax.data import DataConfig, make_tokenizer
 from hope_jax.data.text import corpus
 from hope_jax.data.text.bpe import MARKS, train_bpe
-from hope_jax.data.text.shards import TOKENIZER, plan_of, shards
+from hope_jax.data.text.corpus import Corpus
+from hope_jax.data.text.shards import PLAN, TOKENIZER, plan_of, shards, write_json
 from hope_jax.data.text.text_data import find
-from hope_jax.data.text.tokenizing import Work, make_folder, tokenize
+from hope_jax.data.text.tokenizing import Work, alone, check_plan, tokenize
 from hope_jax.errors import UserError
 
 
@@ -58,19 +60,35 @@ def run(flags: TokenizeConfig) -> None:
     """Fill the folder. Raises UserError for anything the caller can mend."""
     found = find(flags.data)
     say(found.left_out or f"{len(found.names):,} documents")
-    make_folder(flags.out)
-    pieces = corpus.split(found, flags.data.heldout, flags.data.seed)
+    with alone(flags.out):
+        count = _fill(flags, found)
     file = flags.out / TOKENIZER
-    if flags.vocabulary is not None:
-        train_bpe(found, pieces.train, flags.vocabulary, flags.sample, file)
-    elif flags.data.tokenizer is not None and not file.exists():
-        shutil.copyfile(Path(flags.data.tokenizer).expanduser(), file)
-    given = flags.data.tokenizer if flags.vocabulary is None else str(file)
-    tokenizer = make_tokenizer(replace(flags.data, tokenizer=given))
-    plan = plan_of(found, pieces, tokenizer, flags.length)
-    work = Work(flags.out, found, tokenizer, plan["dtype"], flags.length)
-    todo = shards(found, pieces)
-    tokenize(work, plan, todo, flags.processes or len(os.sched_getaffinity(0)), progress=True)
-    chosen = f" --data.tokenizer {file}" if given else ""
+    chosen = f" --data.tokenizer {file}" if flags.vocabulary or flags.data.tokenizer else ""
     how = f"--data.path {flags.out} --length {flags.length}{chosen}"
-    say(f"written: {len(todo)} files in {flags.out}; pretrain reads them with {how}")
+    say(f"written: {count} files in {flags.out}; pretrain reads them with {how}")
+
+
+def _fill(flags: TokenizeConfig, found: Corpus) -> int:
+    """The number of files that are now there."""
+    pieces = corpus.split(found, flags.data.heldout, flags.data.seed)
+    file, given = flags.out / TOKENIZER, flags.data.tokenizer
+    asked: dict[str, Any] = {}
+    if flags.vocabulary is not None:
+        given, asked = str(file), {"vocabulary": flags.vocabulary}  # a text may give fewer tokens than that
+        if not check_plan(flags.out, asked):
+            train_bpe(found, pieces.train, flags.vocabulary, flags.sample, file)
+    tokenizer = make_tokenizer(replace(flags.data, tokenizer=given))
+    plan, todo = plan_of(found, pieces, tokenizer, flags.length) | asked, shards(found, pieces)
+    if not check_plan(flags.out, plan):
+        write_json(flags.out / PLAN, plan)
+    if flags.data.tokenizer is not None:
+        _copy(Path(flags.data.tokenizer).expanduser(), file)
+    work = Work(flags.out, found, tokenizer, plan["dtype"], flags.length)
+    tokenize(work, plan, todo, flags.processes or len(os.sched_getaffinity(0)), progress=True)
+    return len(todo)
+
+
+def _copy(source: Path, file: Path) -> None:
+    part = file.with_name(f"{file.name}.part")
+    shutil.copyfile(source, part)
+    part.replace(file)

@@ -2,9 +2,10 @@
 
 A step is a folder ``checkpoints/<step>`` written by orbax, with the parameters and the rest of the state apart, plus
 ``manifest.json``: the data position, and digests of every array and every file. The manifest is written last,
-atomically, and only after the step was read back and found equal; a step without one was never finished. Orbax loads
-flipped bytes without a word and answers truncated files with pages of logs, so files are compared with their digests
-before orbax reads them, and arrays after. Read ``saving.py`` next: it writes what is read here.
+atomically, and only after the step was read back and found equal (where one process trains: of several none has the
+whole state); a step without one was never finished. Orbax loads flipped bytes without a word and answers truncated
+files with pages of logs, so files are compared with their digests before orbax reads them, and arrays after. Read
+``saving.py`` next: it writes what is read here.
 """
 
 import contextlib

@@ -29,7 +29,8 @@ SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
 
 @dataclass(frozen=True)
 class ProcessesConfig:
-    """Processes that train together. A task of SLURM (srun) and a worker of a Cloud TPU need no flags."""
+    """Processes that train together. A task of SLURM (srun) needs no flags, and a worker of a Cloud TPU none where
+    TPU_WORKER_HOSTNAMES names several hosts; elsewhere a worker needs --processes.coordinator auto."""
 
     coordinator: str | None = None
     """HOST:PORT where process 0 waits for the others; auto: find out, as on SLURM, Cloud TPU and Kubernetes. None: what

@@ -13,12 +13,10 @@ MARKS = 256
 
 
 def train_bpe(corpus: Corpus, pieces: Sequence[Piece], vocabulary: int, sample: int, file: Path) -> None:
-    """Train a tokenizer of at most ``vocabulary`` tokens and save it in ``file``; one that is there stays.
+    """Train a tokenizer of at most ``vocabulary`` tokens and save it in ``file``, which is whole or as it was before.
 
     ``sample``: bytes of text to train on, taken from the beginning of every so many-th piece.
     """
-    if file.exists():
-        return
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[reportAttributeAccessIssue]

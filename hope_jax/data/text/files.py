@@ -7,6 +7,7 @@ needs no download. Read tokenizers.py next.
 import glob
 import hashlib
 import itertools
+import json
 import os
 import re
 import stat
@@ -21,6 +22,8 @@ from hope_jax.data.text.formats import NotText, text_of
 from hope_jax.errors import UserError
 
 NOT_SOURCES = frozenset({"__pycache__", "site-packages", "dist-packages"})
+PLAN = "plan.json"
+"""The file that makes a folder one of tokens, see shards.py."""
 
 
 class _File(NamedTuple):
@@ -59,10 +62,12 @@ def from_files(paths: Sequence[str]) -> Corpus:
 
     Raises:
         UserError: a path is missing, a glob matches nothing, a file or folder cannot be read, a file given by name
-            is empty, no UTF-8 text, or a pipe or device, or nothing is left. ``read``: a file has changed since.
+            is empty, no UTF-8 text, or a pipe or device, a folder holds tokens, or nothing is left. ``read``: a file
+            has changed since.
     """
-    files = itertools.chain.from_iterable(map(_expand, paths)) if paths else _standard_library()
-    found = [_examine(file) for file in _unique(files)]
+    files = _unique(itertools.chain.from_iterable(map(_expand, paths)) if paths else _standard_library())
+    _check_folders(files)
+    found = [_examine(file) for file in files]
     texts = sorted(file for file in found if file.problem is None)
     left_out = [file for file in found if file.problem is not None]
     if not texts:
@@ -155,6 +160,25 @@ def _unique(files: Iterable[_File]) -> list[_File]:
     for file in sorted(files, key=lambda file: (not file.explicit, file.name)):
         chosen.setdefault(os.path.realpath(file.path), file)
     return list(chosen.values())
+
+
+def _check_folders(files: Iterable[_File]) -> None:
+    """UserError where a folder holds tokens: its plan and its tokenizer are files of text, but not what was meant."""
+    for folder in {file.path.parent for file in files}:
+        if _is_plan(folder / PLAN):
+            raise UserError(
+                f"{str(folder)!r} holds tokens that the command tokenize has written: give the texts themselves "
+                "(pretrain reads such a folder by its name, without * and beside no texts)"
+            )
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is the plan of tokens; another one may have its name."""
+    try:
+        plan = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(plan, dict) and {"tokenizer", "fingerprint", "shards"} <= plan.keys()
 
 
 def _examine(file: _File) -> _Read:

@@ -20,6 +20,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Integer
 
 from hope_jax.data.text.corpus import Corpus, Piece, Split
+from hope_jax.data.text.files import PLAN
 from hope_jax.data.text.tokenizers import Tokenizer
 from hope_jax.data.text.windows import Mixture, Windows
 from hope_jax.errors import UserError
@@ -30,7 +31,7 @@ SHARD_BYTES = 1 << 26
 """Text of one shard, where whole documents allow it."""
 SHARD_DOCUMENTS = 10_000
 """Documents of one shard where their sizes are not known."""
-PLAN, TOKENS, TOKENIZER = "plan.json", "tokens.json", "tokenizer.json"
+TOKENS, TOKENIZER = "tokens.json", "tokenizer.json"
 OPTIONS = "group_size:1,uncompressed"
 """Each record can be read alone; tokens hardly compress."""
 

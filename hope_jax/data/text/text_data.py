@@ -35,9 +35,9 @@ class DataConfig:
     """Path of a JSON file of the `tokenizers` library. None: bytes, 256 tokens."""
     heldout: float = 0.05
     """Fraction of the files, between 0 and 1, that is never trained on. Of a single file, or where one file is most of
-    the text: the last bytes of it. Of a folder that was tokenized it has been chosen there."""
+    the text: the last bytes of it. Of a folder that was tokenized it has been chosen there, and is left out here."""
     seed: int = 0
-    """Chooses which files are held out. The order of training windows has its own seed."""
+    """Chooses which files are held out, as heldout does how many. The order of training windows has its own seed."""
 
     def __post_init__(self):
         if isinstance(self.path, str):
@@ -89,6 +89,13 @@ def find(config: DataConfig) -> Corpus:
     return from_files(config.path) if config.tfds is None else documents(config.tfds)
 
 
+def _check_unused(config: DataConfig) -> None:
+    """UserError for choices that were made when the folder was tokenized."""
+    for name in ("heldout", "seed"):
+        if getattr(config, name) != getattr(DataConfig, name):
+            raise UserError(f"--data.{name} was chosen when {' '.join(config.path)} was tokenized: leave it out here")
+
+
 def open_text(
     config: DataConfig, tokenizer: Tokenizer, *, length: int, cache_dir: Path, progress: bool = True
 ) -> TextData:
@@ -106,6 +113,7 @@ def open_text(
     """
     length, cache_dir = whole("length", length), Path(cache_dir)
     if is_tokens(config.path):
+        _check_unused(config)
         splits, fingerprint = open_mixture(config.path, config.weights, tokenizer, length)
         return TextData(**splits, fingerprint=fingerprint, left_out="")
     found = find(config)

@@ -3,6 +3,7 @@
 A process that is killed leaves at most files in ``.part``, which nobody reads and which are written anew.
 """
 
+import contextlib
 import fcntl
 import json
 import multiprocessing
@@ -51,30 +52,37 @@ class Work:
         building.check_bytes(self.tokenizer, len(shard.pieces), read, kept)
 
 
-def tokenize(work: Work, plan: Mapping[str, Any], todo: list[Shard], processes: int, progress: bool) -> None:
-    """Fill the folder of ``work`` with the shards of ``plan`` (of ``shards.plan_of``).
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make a folder for tokens, and keep other processes that write tokens out of it.
 
-    Raises UserError where another process fills it, it has tokens of another plan, or it cannot be written.
+    Raises UserError where another process is in it, it holds something else, or it cannot be written.
     """
-    make_folder(work.folder)
+    _make_folder(folder)
     try:
-        with building.locked(work.folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
-            if not alone:
-                raise UserError(f"another process writes tokens into {work.folder}: wait or choose another --out")
-            _check_plan(work.folder, plan)
-            with building.bar(progress, "tokenizing", sum(_size(work, shard) for shard in todo), "B") as bar:
-                for shard in _written(work, todo, processes):
-                    bar.update(_size(work, shard))
-            _finish(work, plan, todo)
+        with building.locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
+            if not held:
+                raise UserError(f"another process writes tokens into {folder}: wait or choose another --out")
+            for part in folder.glob("*.part"):  # of a process that was killed
+                part.unlink()
+            yield
     except OSError as error:
-        raise UserError(f"cannot write tokens into {work.folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot write tokens into {folder}: {error.strerror or error}") from error
+
+
+def tokenize(work: Work, plan: Mapping[str, Any], todo: list[Shard], processes: int, progress: bool) -> None:
+    """Fill the folder of ``work`` with the shards of its ``plan``, inside ``alone``."""
+    with building.bar(progress, "tokenizing", sum(_size(work, shard) for shard in todo), "B") as bar:
+        for shard in _written(work, todo, processes):
+            bar.update(_size(work, shard))
+    _finish(work, plan, todo)
 
 
 def _size(work: Work, shard: Shard) -> int:
     return sum(shards.size_of(work.corpus, piece) for piece in shard.pieces)
 
 
-def make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     """Make a folder for tokens. UserError where that is impossible, or it holds something else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,15 +93,12 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"the folder {folder} holds {names[0]} but no tokens: choose another --out")
 
 
-def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
-    """The plan of the folder, which is this one; a new one is written down."""
-    for part in folder.glob("*.part"):  # of a process that was killed
-        part.unlink()
+def check_plan(folder: Path, plan: Mapping[str, Any]) -> bool:
+    """Whether the folder has a plan. UserError where the values of ``plan``, which may be some of all, are others."""
     try:
         there = json.loads((folder / PLAN).read_text())
     except FileNotFoundError:
-        shards.write_json(folder / PLAN, plan)
-        return
+        return False
     except ValueError as error:
         raise UserError(f"{folder / PLAN} is damaged: choose another --out") from error
     different = [name for name, value in plan.items() if there.get(name) != value]
@@ -102,6 +107,7 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
             f"the folder {folder} holds tokens of another {', '.join(different)}: give the same flags, or choose "
             "another --out"
         )
+    return True
 
 
 def _written(work: Work, todo: list[Shard], processes: int) -> Iterator[Shard]:

@@ -10,6 +10,7 @@
 ``export`` and ``import`` carry what using a model needs, and nothing of the optimizer.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,4 @@ def _steps(config: CheckpointConfig, needed: bool = True) -> list[int]:
 
 def _size(kind: str) -> int:
     """Numbers in an array whose dtype and shape are written like ``float32[3, 4]``."""
-    size = 1
-    for count in kind[kind.index("[") + 1 : -1].split(", "):
-        size *= int(count or 1)
-    return size
+    return math.prod(int(count or 1) for count in kind[kind.index("[") + 1 : -1].split(", "))

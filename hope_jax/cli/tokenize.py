@@ -9,7 +9,6 @@ both, or a dataset of TFDS. One file goes to one process, so many files are quic
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from hope_jax.data.text.shards import PLAN, TOKENIZER, plan_of, shards, write_js
 from hope_jax.data.text.text_data import find
 from hope_jax.data.text.tokenizing import Work, alone, check_plan, tokenize
 from hope_jax.errors import UserError
+from hope_jax.storage.digests import write_file
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,7 @@ def _fill(flags: TokenizeConfig, found: Corpus) -> int:
     if not check_plan(flags.out, plan):
         write_json(flags.out / PLAN, plan)
     if flags.data.tokenizer is not None:
-        _copy(Path(flags.data.tokenizer).expanduser(), file)
+        write_file(file, Path(flags.data.tokenizer).expanduser().read_bytes())
     work = Work(flags.out, found, tokenizer, plan["dtype"], flags.length)
     tokenize(work, plan, todo, flags.processes or len(os.sched_getaffinity(0)), progress=True)
     return len(todo)
-
-
-def _copy(source: Path, file: Path) -> None:
-    part = file.with_name(f"{file.name}.part")
-    shutil.copyfile(source, part)
-    part.replace(file)

@@ -143,7 +143,7 @@ def read_parts(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str,
         {name: entry for name, entry in entries.items() if name.split("/")[0] not in unread}
         for entries in (manifest.arrays, manifest.files)
     )
-    if any(not any(name.split("/")[0] == part for name in manifest.arrays) for part in like):
+    if like.keys() - {name.split("/")[0] for name in manifest.arrays}:
         raise UserError(
             f"The checkpoint of step {manifest.step} in {run} holds parameters alone, as imported models do: it can be "
             "used, but not trained on."

@@ -73,10 +73,11 @@ def text_setup(
     loss = next_token_loss(model, byte_lengths, remat_every, run.z_loss)
     more = {"mesh": mesh, "shape": run.schedule, "spike": run.spike} | more
     setup = model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)
+    # What rematerialisation computes again is no model FLOP: the count is of the model alone.
+    setup = dataclasses.replace(setup, counted=next_token_loss(LanguageModel(run.model), byte_lengths))
     batch = jax.ShapeDtypeStruct((run.batch, run.length + 1), jnp.int32)
     check_kernels(model, loss, setup.shapes().params, batch, remat_every)
-    # What rematerialisation computes again is no model FLOP: the count is of the model alone.
-    return dataclasses.replace(setup, counted=next_token_loss(LanguageModel(run.model), byte_lengths))
+    return setup
 
 
 def state_bytes(model: Any, params: Any, capacity: int) -> int:

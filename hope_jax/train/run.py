@@ -7,7 +7,6 @@ Read ``checkpoint.py`` next: it fills the folder.
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from hope_jax.config import TRUSTED, Json, check_same, flatten, flatten_json, fr
 from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
 from hope_jax.errors import UserError, whole
 from hope_jax.models import LanguageModel, ModelConfig
-from hope_jax.storage.digests import read_sealed
+from hope_jax.storage.digests import read_sealed, write_file
 from hope_jax.storage.locks import locked
 from hope_jax.train import checkpoint
 from hope_jax.train.checkpoint import DamagedCheckpoint, Manifest
@@ -223,6 +222,4 @@ def keep_tokenizer(run: Path, data: DataConfig) -> None:
     if data.tokenizer is None:
         kept.unlink(missing_ok=True)  # of an attempt that saved nothing
         return
-    part = kept.with_name(f"{TOKENIZER}.part")
-    shutil.copyfile(Path(data.tokenizer).expanduser(), part)
-    part.replace(kept)
+    write_file(kept, Path(data.tokenizer).expanduser().read_bytes())

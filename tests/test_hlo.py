@@ -71,12 +71,14 @@ def test_nested_loops_count_as_often_as_they_run_and_of_branches_the_larger():
     assert found.flops == 3 * 5 * ROUND + LARGE
     assert found.collectives == {"all-reduce": 15, "all-gather": 1}
     assert found.sent == {"all-reduce": 15 * 4 * 8 * 4, "all-gather": 2 * 8 * 2}
+    assert found.looped == found.nested == {"all-reduce": 15}
     assert found.calls == {"tpu_custom_call": 1} and (found.unknown, found.rounds) == (0, 3 + 3 * 5)
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_told():
     found = work(PROGRAM.replace(", KNOWN", ""))
     assert found.flops == 3 * ROUND + LARGE and found.unknown == 1
+    assert found.nested == {"all-reduce": 3}
 
 
 COUNTED = """%body (s.1: (s32[], f32[8,8], s32[])) -> (s32[], f32[8,8], s32[]) {

@@ -26,6 +26,9 @@ from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, LanguageModel, Size, with_impl, with_in_context
 from hope_jax.nn.axes import AXES, matrices
 from hope_jax.nn.mixers.gated_deltanet import GatedDeltaNetConfig
+from hope_jax.nn.mixers.lstm import LSTMConfig
+from hope_jax.nn.mixers.mamba2 import Mamba2Config
+from hope_jax.nn.mixers.srwm import SRWMConfig
 from hope_jax.optim import M3, AdamW, Muon, scale_by_m3
 from hope_jax.optim.m3_rules import MomentumScale
 from hope_jax.optim.newton_schulz import NewtonSchulz
@@ -40,11 +43,15 @@ from hope_jax.train.sharding import (
     placed,
     specs_of_parameters,
 )
+from hope_jax.train.work import work
 
-VOCAB, B, T = 48, 8, 16
+VOCAB, B, T = 48, 8, 64  # several chunks of every memory
 SIZE = Size(width=32, layers=2, heads=2, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
 MODELS = {name: ARCHITECTURES[name](SIZE) for name in ("transformer_pp", "hope", "titans", "gated_deltanet")}
 MODELS["gated_deltanet"] = replace(MODELS["gated_deltanet"], mixer=GatedDeltaNetConfig(2, 8, 16))  # not one head
+MODELS["mamba2"] = replace(MODELS["gated_deltanet"], mixer=Mamba2Config(16, 8))  # all heads share their keys
+MODELS["lstm"] = replace(MODELS["gated_deltanet"], mixer=LSTMConfig())
+MODELS["srwm"] = replace(MODELS["gated_deltanet"], mixer=SRWMConfig(2))
 MODELS["kernels"] = with_impl(MODELS["hope"], "pallas")
 MODELS["levels in context"] = with_in_context(ARCHITECTURES["hope_attention"](SIZE), (4, 8))
 MESHES = {"all": MeshConfig(2, 2, 2), "fsdp": MeshConfig(1, 8), "tensor": MeshConfig(4, 1, 2)}
@@ -56,6 +63,7 @@ ROWS = [
 ]
 
 
+@functools.cache
 def step_of(name, mesh):
     """State and metrics after one step of gradient descent with momentum, and the text of the program."""
     config = replace(MODELS[name], dtype=jnp.float64)
@@ -71,12 +79,9 @@ def step_of(name, mesh):
     return *program(state, batch), str(program.as_text())
 
 
-on_one_device = functools.cache(functools.partial(step_of, mesh=None))
-
-
 @pytest.mark.parametrize(("name", "mesh"), ROWS)
 def test_a_step_on_a_mesh_is_the_step_on_one_device(x64, name, mesh):
-    expected = jax.device_get(on_one_device(name)[:2])
+    expected = jax.device_get(step_of(name, None)[:2])
     state, metrics, _ = step_of(name, mesh)
     found = jax.device_get((state, metrics))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, expected)
@@ -89,14 +94,34 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(x64, name, mesh):
 
 
 @pytest.mark.slow
-def test_no_head_of_attention_is_gathered(x64):
-    assert "all-gather" not in step_of("transformer_pp", "tensor")[2]
+@pytest.mark.parametrize("name", ["transformer_pp", "gated_deltanet", "titans"])
+def test_no_head_is_gathered(x64, name):
+    assert "all-gather" not in step_of(name, "tensor")[2]
+
+
+RECURRENT = ("gated_deltanet", "hope", "titans", "mamba2", "lstm", "srwm")
+FAST_COUNT = ("gated_deltanet", "all")
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        pytest.param(name, mesh, marks=[] if (name, mesh) == FAST_COUNT else pytest.mark.slow)
+        for name in RECURRENT
+        for mesh in MESHES
+    ],
+)
+def test_devices_exchange_nothing_between_two_chunks_of_a_memory(x64, name, mesh):
+    """Nor between two tokens of a mixer without chunks; what heads start from is gathered before the loop over time."""
+    done = work(step_of(name, mesh)[2])
+    assert done.rounds > 2 * 2 * SIZE.layers  # besides those over the layers, forward and back
+    assert done.looped and not done.nested
 
 
 @pytest.mark.parametrize(("method", "copies"), [(AdamW(), 2), (Muon(), 1), (M3(), 4)], ids=["adamw", "muon", "m3"])
 def test_what_the_optimizer_keeps_of_a_parameter_lies_where_the_parameter_does(method, copies):
     mesh, model = MESHES["all"].make(B), LanguageModel(MODELS["transformer_pp"])
-    config = training.OptimizerConfig(method, 1e-3)
+    config = training.OptimizerConfig(method=method)
     tx = training.optimizer(config, 10, model.config.update_every(B * T), model.axes())
     params = training.abstract_params(model)
     trees = params, jax.eval_shape(tx.init, params)

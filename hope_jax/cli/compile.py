@@ -109,6 +109,7 @@ def _found(report: Report, flops: float) -> dict[str, str]:
         **({"not counted": ", ".join(left_out)} if left_out else {}),
         "loops": f"{done.rounds:,} rounds of all loops in a step",
         "collectives": ", ".join(sums) or "none",
+        "in inner loops": ", ".join(f"{kind} {count:,}" for kind, count in sorted(done.nested.items())) or "none",
         "bytes a chip": f"{report.bytes:,}: arguments {report.arguments:,}, results besides {besides:,}, "
         f"temporaries {report.temporaries:,}, code {report.code:,}",
         "compiled in": f"{report.seconds:.0f} s",

@@ -85,7 +85,7 @@ class Block(nn.Module):
                 y, mixer, passed = self.mixer(self.norm(x), state.mixer, count, passed)
             else:
                 y, mixer = self.mixer(self.norm(x), state.mixer, count)
-        x = x + y
+        x = shared(x + y, self.sequences)
         if "feed_forward" in self._parts():
             x = self.feed_forward(x, state.feed_forward)
         return Depth(x, passed), state._replace(mixer=mixer)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.memory.kernels import Impl
+from hope_jax.memory.mesh import on_each
 from hope_jax.nn.heads import over_heads
 from hope_jax.types import Array, Count, Float, Int
 
@@ -32,12 +33,20 @@ def over_shards(
     known = isinstance(position, np.ndarray) and count is None
     if shard is None or not known or position % shard or length % shard:
         return over_heads(functools.partial(head, position), shared, own, impl)
+    return on_each(functools.partial(_side_by_side, head, shard, impl), shared, own)
+
+
+def _side_by_side(head: Callable[..., Any], shard: int, impl: Impl, *given: Any) -> Any:
+    """``over_shards`` of whole shards, on one device."""
+    *shared, fast, tokens = given
+    count = jax.tree.leaves(tokens)[0].shape[2] // shard
     # What a shard starts from does not depend on the state, which is only repeated for its shapes.
-    fast = jax.tree.map(functools.partial(jnp.repeat, repeats=length // shard, axis=0), own[0])
-    tokens = jax.tree.map(functools.partial(_apart, shard), own[1])
-    ends, found = over_heads(functools.partial(head, np.zeros((), np.int32)), shared, (fast, tokens), impl)
-    last = jax.tree.map(lambda x: x[length // shard - 1 :: length // shard], ends)
-    return last, jax.tree.map(functools.partial(_together, length // shard), found)
+    fast = jax.tree.map(functools.partial(jnp.repeat, repeats=count, axis=0), fast)
+    tokens = jax.tree.map(functools.partial(_apart, shard), tokens)
+    start = functools.partial(head, np.zeros((), np.int32))
+    ends, found = over_heads(start, tuple(shared), (fast, tokens), impl)
+    last = jax.tree.map(lambda x: x[count - 1 :: count], ends)
+    return last, jax.tree.map(functools.partial(_together, count), found)
 
 
 def _apart(shard: int, x: Float[Array, "B H T *K"]) -> Float[Array, "N H S *K"]:

@@ -18,8 +18,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding, use_abstract_mesh
 
 from hope_jax.errors import check_seed
+from hope_jax.memory.mesh import SHARE_BATCH
 from hope_jax.nn.axes import Axes
-from hope_jax.nn.heads import SHARE_BATCH
 from hope_jax.train.devices import shape_at
 from hope_jax.train.flops import model_flops
 from hope_jax.train.guard import check_spike

@@ -21,9 +21,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from hope_jax.errors import UserError, closest, whole
+from hope_jax.memory.mesh import SHARE_BATCH, SHARE_HEADS
 from hope_jax.models import LanguageModel, ModelConfig
 from hope_jax.nn.axes import AXES, Axes, Names, matrices, of_parameters
-from hope_jax.nn.heads import SHARE_BATCH, SHARE_HEADS
 from hope_jax.optim.matrices import MATRIX, MuonDimensionNumbers
 from hope_jax.train import processes
 from hope_jax.train.devices import cores

@@ -7,9 +7,11 @@ calls. Read ``compile.py`` next.
 
 import functools
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from hope_jax.train.hlo import Computation, Instruction, numbers, parse, rounds, size, sizes
 
@@ -28,6 +30,8 @@ class Work:
       flops: of products and convolutions, 2 m n k each.
       collectives: how often each kind runs.
       sent: bytes that the device hands to each kind.
+      looped, nested: how often each kind runs inside a loop, and inside one that is inside another: in a step without
+        slices of batches, between two blocks and between two chunks of a memory.
       calls: custom calls by target, such as kernels; their arithmetic is not counted.
       unknown: loops whose number of rounds is not in the program; they count once.
       rounds: of loops, those inside others as often as they run.
@@ -36,23 +40,31 @@ class Work:
     flops: int = 0
     collectives: Counter[str] = field(default_factory=Counter)
     sent: Counter[str] = field(default_factory=Counter)
+    looped: Counter[str] = field(default_factory=Counter)
+    nested: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     unknown: int = 0
     rounds: int = 0
 
     def __add__(self, other: "Work") -> "Work":
-        counters = self.collectives + other.collectives, self.sent + other.sent, self.calls + other.calls
-        counts = self.unknown + other.unknown, self.rounds + other.rounds
-        return Work(self.flops + other.flops, *counters, *counts)
+        return Work(*map(operator.add, self._numbers, other._numbers))
+
+    @property
+    def _numbers(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, each.name) for each in fields(self))
 
     def times(self, count: int) -> "Work":
         """The same so many times; a loop of unknown length in it stays one loop."""
 
-        def scaled(counter: Counter[str]) -> Counter[str]:
-            return Counter({name: count * number for name, number in counter.items()})
+        def scaled(number: Any) -> Any:
+            return Counter({k: count * n for k, n in number.items()}) if isinstance(number, Counter) else count * number
 
-        counters = scaled(self.collectives), scaled(self.sent), scaled(self.calls)
-        return Work(count * self.flops, *counters, self.unknown, count * self.rounds)
+        return replace(Work(*map(scaled, self._numbers)), unknown=self.unknown)
+
+    def in_loop(self, count: int | None) -> "Work":
+        """A loop of so many rounds of this; None: of a number that is not known."""
+        once = replace(self, looped=self.collectives, nested=self.looped)
+        return once + Work(unknown=1, rounds=1) if count is None else once.times(count) + Work(rounds=count)
 
 
 def work(text: str) -> Work:
@@ -81,8 +93,7 @@ def _of_instruction(
         return Work()
     inside = sum(map(of, each.named(*CALLED)), Work())
     if kind == "while":
-        count = rounds(each, here, computations)
-        return inside + Work(unknown=1, rounds=1) if count is None else inside.times(count) + Work(rounds=count)
+        return inside.in_loop(rounds(each, here, computations))
     target = each.attribute("custom_call_target", '"[^"]+"').strip('"')
     return inside + Work(calls=Counter([target])) if target and target not in MARKS else inside
 

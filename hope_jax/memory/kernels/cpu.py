@@ -108,10 +108,7 @@ shifted_sum = _differentiable(products.shifted_sum, _shifted_sum_backward)
 
 
 def batch_and_heads_as_one(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...]) -> Any:
-    """``nn.heads.over_heads`` with batch and heads as one axis: an axis of length 1 would be slow (``by_rows``).
-
-    The price on a mesh: sequences may be spread over devices, but where heads are too, XLA gathers them first.
-    """
+    """``nn.heads.over_heads`` with batch and heads as one axis: an axis of length 1 would be slow (``by_rows``)."""
     batch, heads = jax.tree.leaves(own)[0].shape[:2]
     shared = jax.tree.map(lambda x: jnp.tile(x, (batch, *[1] * (x.ndim - 1))), shared)
     own = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), own)

@@ -10,6 +10,7 @@ Cells, start values and the two bias vectors are those of the LSTM baseline of I
 The gates of a token depend on the token before it, so tokens are computed one after another (``token_scan.py``).
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from hope_jax.memory.mesh import on_each
 from hope_jax.memory.products import by_rows
 from hope_jax.nn.axes import Axes
 from hope_jax.nn.layers import param_dtype
@@ -75,14 +77,21 @@ class LSTM(nn.Module):
         of_input, of_hidden = (kernel.astype(self.dtype) for kernel in self.kernels)
         given = self._product(u, of_input) + (self.biases[0] + self.biases[1])[None, None]
 
-        def step(state: LSTMState, given: Float[Array, "B gates"]) -> tuple[LSTMState, Float[Array, "B D"]]:
-            i, f, g, o = jnp.split(given + self._product(state.hidden, of_hidden), 4, axis=-1)
-            cell = nn.sigmoid(f) * state.cell + nn.sigmoid(i) * jnp.tanh(g)
-            hidden = nn.sigmoid(o) * jnp.tanh(cell)
-            return LSTMState(hidden, cell), hidden
+        def run(of_hidden: Array, state: LSTMState, given: Array) -> tuple[LSTMState, Array]:
+            return scan_tokens(functools.partial(self._step, of_hidden), state, given, count)
 
-        state, y = scan_tokens(step, state, given, count)
+        state, y = on_each(run, (of_hidden,), (state, given), share=())
         return y.astype(self.dtype), state
+
+    @nn.nowrap
+    def _step(
+        self, of_hidden: Float[Array, "D gates"], state: LSTMState, given: Float[Array, "B gates"]
+    ) -> tuple[LSTMState, Float[Array, "B D"]]:
+        """One token, ``given`` what comes of its input."""
+        i, f, g, o = jnp.split(given + self._product(state.hidden, of_hidden), 4, axis=-1)
+        cell = nn.sigmoid(f) * state.cell + nn.sigmoid(i) * jnp.tanh(g)
+        hidden = nn.sigmoid(o) * jnp.tanh(cell)
+        return LSTMState(hidden, cell), hidden
 
     @nn.nowrap
     def _product(self, x: Float[Array, "*batch D"], kernel: Float[Array, "D gates"]) -> Float[Array, "*batch gates"]:

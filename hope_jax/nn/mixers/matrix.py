@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError
 from hope_jax.memory import gated_delta
 from hope_jax.memory.kernels import Impl
+from hope_jax.memory.mesh import SHARE_HEADS, devices_along, of_context
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes
 from hope_jax.nn.heads import over_heads
@@ -135,9 +136,14 @@ def write_and_read(
 ) -> tuple[Float[Array, "B H V K"], Float[Array, "B H T V"]]:
     """``gated_delta`` of every head, read after the write: the memories after T tokens, and the reads.
 
-    The keys of a group are never copied: what depends on them alone, such as their Gram matrix, is computed once.
+    The keys of a group are not copied: what depends on them alone, such as their Gram matrix, is computed once. On a
+    mesh whose devices share the heads of a group, each device has the keys of its heads.
     """
-    groups, heads = keys.shape[1], memory.shape[1]
+    heads = memory.shape[1]
+    copies = math.lcm(keys.shape[1], devices_along(of_context(), SHARE_HEADS)) // keys.shape[1]
+    if copies > 1 and heads // keys.shape[1] % copies == 0:
+        keys, queries = (jnp.repeat(x, copies, axis=1) for x in (keys, queries))
+    groups = keys.shape[1]
     active = None if count is None else (jnp.arange(keys.shape[2]) < count).astype(keys.dtype)
     run = functools.partial(gated_delta, active=active, read="after", impl=impl)
 

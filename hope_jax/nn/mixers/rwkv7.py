@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.memory import Erase, gated_delta
 from hope_jax.memory.kernels import Impl
-from hope_jax.memory.products import by_rows
+from hope_jax.memory.products import merged_rows
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, dense_axes
 from hope_jax.nn.heads import over_heads
@@ -205,5 +205,5 @@ class RWKV7(nn.Module):
     def _out(self, reads: Float[Array, "B H T V"], streams: tuple[Array, Array, Array], gate: Stream) -> Stream:
         receptance, key, value = streams
         bonus = jnp.sum(receptance * key * self.bonus[None, :, None], axis=-1, keepdims=True) * value
-        y = by_rows(self.norm, layers.merge_heads(reads)) + layers.merge_heads(bonus)
+        y = merged_rows(self.norm, layers.merge_heads(reads)) + layers.merge_heads(bonus)
         return self.out(y.astype(self.dtype) * gate)

@@ -23,6 +23,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from hope_jax.errors import whole
+from hope_jax.memory.mesh import on_each
 from hope_jax.nn.axes import Axes, dense_axes
 from hope_jax.nn.layers import TORCH, check_heads, dense, param_dtype
 from hope_jax.nn.token_scan import scan_tokens
@@ -87,7 +88,13 @@ class SRWM(nn.Module):
 
     def __call__(self, u: Stream, state: SRWMState, count: Count = None) -> tuple[Stream, SRWMState]:
         x = u.reshape(*u.shape[:2], self.config.heads, -1).astype(param_dtype(self.dtype))
-        weights, y = scan_tokens(_step, state.weights, x, count)
+
+        def run(weights: Array, x: Float[Array, "B H T K"]) -> tuple[Array, Array]:
+            weights, y = scan_tokens(_step, weights, jnp.swapaxes(x, 1, 2), count)
+            return weights, jnp.swapaxes(y, 1, 2)
+
+        weights, y = on_each(run, (), (state.weights, jnp.swapaxes(x, 1, 2)))
+        y = jnp.swapaxes(y, 1, 2)
         return self.out(y.reshape(u.shape).astype(self.dtype)), SRWMState(weights)
 
 

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.memory import ttt
 from hope_jax.memory.kernels import Impl
-from hope_jax.memory.products import by_rows
+from hope_jax.memory.products import merged_rows
 from hope_jax.memory.rule import Rule
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
@@ -165,5 +165,5 @@ class TTT(nn.Module):
 
     @layers.light
     def _output(self, u: Stream, reads: Float[Array, "B H T K"]) -> Stream:
-        normed = by_rows(self.norm, layers.merge_heads(reads)).astype(self.dtype)
+        normed = merged_rows(self.norm, layers.merge_heads(reads)).astype(self.dtype)
         return self.out(normed * nn.gelu(self.gate(u)))

@@ -1,0 +1,52 @@
+"""The mesh of the devices that a program is for: the names of its axes, and what of an array each device has.
+
+The mesh is that of the context (``jax.set_mesh``; models enter theirs). Functions here change nothing where there is
+none, and nothing inside a part of a program that runs on each device for itself.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+SHARE_BATCH = ("data", "fsdp")  # axes of a mesh that batches lie along
+SHARE_HEADS = ("tensor",)
+
+
+def of_context() -> Any | None:
+    """The mesh whose devices share what is computed here; None: there is one device, or each is on its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or AxisType.Auto not in mesh.axis_types else mesh
+
+
+def devices_along(mesh: Any | None, names: tuple[str, ...]) -> int:
+    """How many devices there are along these axes; 1 for axes that the mesh does not have."""
+    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in names)
+
+
+def dividing(mesh: Any, names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """The axes of these names that the mesh has, where all of them together divide ``size``."""
+    there = tuple(name for name in names if name in mesh.shape)
+    return there if there and size % devices_along(mesh, there) == 0 else None
+
+
+def on_each(
+    run: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...], share: tuple[str, ...] = SHARE_HEADS
+) -> Any:
+    """``run(*shared, *own)`` on each device for its sequences and its heads.
+
+    ``shared`` is what the sequences of a batch share, leaves [H,...], ``own`` what each has, leaves [B,H,...]; so are
+    the results. What a device needs of them is moved to it once, before, and nothing is moved inside. An axis of the
+    mesh that does not divide the batch or the heads does not part them: its devices do the same work. ``share``: the
+    axes that heads lie along; (): there are no heads, leaves are [...] and [B,...].
+    """
+    mesh = of_context()
+    if mesh is None:
+        return run(*shared, *own)
+    batch, heads = jax.tree.leaves(own)[0].shape[:2]
+    along_batch, along_heads = dividing(mesh, SHARE_BATCH, batch), dividing(mesh, share, heads)
+    of_shared, of_own = PartitionSpec(along_heads), PartitionSpec(along_batch, along_heads)
+    specs = (of_shared,) * len(shared) + (of_own,) * len(own)
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=of_own, check_vma=False)(*shared, *own)

@@ -77,7 +77,7 @@ class CompareConfig(Trials):
         """How that row is trained; its programs serve all rates and seeds."""
         model = LanguageModel(self.model(row, tokenizer.vocab_size))
         loss = training.next_token_loss(model, tokenizer.byte_lengths)
-        return training.model_setup(model, loss, self.optimizer, self.steps, self.batch * self.length).for_any_rate()
+        return training.model_setup(model, loss, self.at_rate_1, self.steps, self.batch * self.length).for_any_rate()
 
     def setting(self, text: TextData) -> Row:
         """What must agree before two runs are compared."""

@@ -74,7 +74,7 @@ class DomainsConfig:
     table: bool = False  # Train nothing: print means and deviations over seeds of everything on file.
     results: Path = Path("experiments/results")  # Folder of domains.jsonl and the plot.
     cache: Path = Path("runs/.cache")  # Folder of prepared text, compiled programs and runs that were stopped.
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(final_fraction=1.0))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-3, final_fraction=1.0))
     """Anew for each text; with a final fraction below 1 the learning rate falls in each."""
     first: DataConfig = field(default_factory=DataConfig)
     second: DataConfig = field(default_factory=DataConfig)

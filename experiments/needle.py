@@ -89,7 +89,7 @@ class NeedleConfig(Trials):
         """How that row is trained; its programs serve all lengths, rates and seeds."""
         model, tokens = LanguageModel(self.model(row, vocab)), self.batch * self.shortest
         loss = training.answer_loss(model, IGNORE, self.prompt_weight)
-        return training.model_setup(model, loss, self.optimizer, self.steps, tokens).for_any_rate()
+        return training.model_setup(model, loss, self.at_rate_1, self.steps, tokens).for_any_rate()
 
     def sequences(self, length: int) -> int:
         """How many sequences of that length a batch has."""

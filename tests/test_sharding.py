@@ -121,7 +121,7 @@ def test_devices_exchange_nothing_between_two_chunks_of_a_memory(x64, name, mesh
 @pytest.mark.parametrize(("method", "copies"), [(AdamW(), 2), (Muon(), 1), (M3(), 4)], ids=["adamw", "muon", "m3"])
 def test_what_the_optimizer_keeps_of_a_parameter_lies_where_the_parameter_does(method, copies):
     mesh, model = MESHES["all"].make(B), LanguageModel(MODELS["transformer_pp"])
-    config = training.OptimizerConfig(method=method)
+    config = training.OptimizerConfig(method, 1e-3)
     tx = training.optimizer(config, 10, model.config.update_every(B * T), model.axes())
     params = training.abstract_params(model)
     trees = params, jax.eval_shape(tx.init, params)

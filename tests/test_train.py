@@ -132,7 +132,7 @@ RUNS += [pytest.param("hope-tiny", M3(), id="hope, m3", marks=pytest.mark.slow)]
 @pytest.mark.parametrize(("name", "method"), RUNS)
 def test_three_steps_a_save_a_restore_and_three_more_are_bit_for_bit_six(tmp_path, name, method):
     model, draw = narrow(name), np.random.default_rng(0)
-    config = training.OptimizerConfig(warmup=2, method=method)
+    config = training.OptimizerConfig(learning_rate=2e-3, warmup=2, method=method)
     tx = training.optimizer(config, 6, {"static": 1, "level_0": 2, "level_1": 3}, model.axes())
     rate, loss = training.schedule(config, 6), training.next_token_loss(model, BYTES)
     setup = training.Setup(functools.partial(training.init_params, model), loss, tx, rate)
@@ -159,6 +159,14 @@ def test_learning_rate_warms_up_linearly_peaks_and_ends_at_the_final_fraction():
     rate = training.schedule(training.OptimizerConfig(learning_rate=1.0, warmup=10, final_fraction=0.1), 110)
     assert [float(rate(n)) for n in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert [float(rate(n)) for n in (60, 110, 500)] == pytest.approx([0.55, 0.1, 0.1])
+
+
+def test_the_default_peak_falls_with_the_width_and_a_given_one_does_not():
+    default, given = training.OptimizerConfig(), training.OptimizerConfig(learning_rate=0.1)
+    assert [default.at_width(width).learning_rate for width in (16, 128, 2048)] == pytest.approx([5e-3, 5e-3, 3.125e-4])
+    assert given.at_width(2048) is given
+    with pytest.raises(UserError, match="no learning rate; give one"):
+        training.schedule(default, 100)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +229,9 @@ def test_a_field_of_the_schedule_out_of_range_is_named(field, value):
 def test_weight_decay_moves_matrices_only(small):
     """With a zero gradient the only thing that moves a parameter is its decay."""
     axes = small.model.axes()
-    tx = training.optimizer(training.OptimizerConfig(warmup=0), 10, {"static": 1, "level_0": 1, "level_1": 4}, axes)
+    tx = training.optimizer(
+        training.OptimizerConfig(learning_rate=2e-3, warmup=0), 10, {"static": 1, "level_0": 1, "level_1": 4}, axes
+    )
     zero = jax.tree.map(jnp.zeros_like, small.params)
     state, updates = tx.init(small.params), zero
     for _ in range(4):  # a slow level moves with the last of its batches
@@ -249,7 +259,7 @@ def test_levels_move_every_nth_batch_and_see_the_learning_rate_of_that_batch():
 
 
 def test_gradients_are_clipped_together_before_they_reach_the_levels():
-    config = training.OptimizerConfig(AdamW(b1=0.0), clip=0.5)
+    config = training.OptimizerConfig(AdamW(b1=0.0), 2e-3, clip=0.5)
     axes = {"static": {"kernel": ("embed",)}, "level_0": {"kernel": ("embed",)}}
     tx = training.optimizer(config, 10, {"static": 1, "level_0": 1}, axes)
     params = {"static": {"kernel": jnp.ones(2)}, "level_0": {"kernel": jnp.ones(2)}}

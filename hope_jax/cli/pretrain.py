@@ -199,7 +199,7 @@ def _prepare(flags: PretrainConfig) -> Job:
     # The text counts by its content, not by the path that it is found under.
     config = training.TextRun(
         model=dataclasses.replace(stage.model, vocab_size=tokenizer.vocab_size, dtype=dtype),
-        optimizer=flags.optimizer,
+        optimizer=flags.optimizer.at_width(stage.model.width),
         batch=flags.batch,
         length=flags.length,
         seed=flags.seed,

@@ -70,14 +70,19 @@ class Trials:
         del optimizer["optimizer.learning_rate"]
         return optimizer
 
+    @property
+    def at_rate_1(self) -> training.OptimizerConfig:
+        """The optimizer of the setups that ``fit_at_rate`` trains."""
+        return dataclasses.replace(self.optimizer, learning_rate=1.0)
+
     def fit_at_rate(
         self, setup: training.Setup, about: Row, batches: Any, heldout: Any, run: training.Run
     ) -> tuple[Any, Mapping[int, Mapping[str, float]]]:
-        """Train ``setup``, one ``for_any_rate``, at the rate and with the seed of ``about``.
+        """Train ``setup``, one of ``at_rate_1`` and ``for_any_rate``, at the rate and with the seed of ``about``.
 
         Returns the parameters, None if the run diverged, and the held-out means by step.
         """
-        start = training.at_rate(setup.start(about["seed"]), about["learning_rate"] / self.optimizer.learning_rate)
+        start = training.at_rate(setup.start(about["seed"]), about["learning_rate"])
         steps = training.Steps(self.steps, self.eval_every)
         try:
             found = training.fit(setup, batches, heldout, steps, start=start, run=run, label=label(about))

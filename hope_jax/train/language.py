@@ -40,12 +40,13 @@ def model_setup(
     """The setup of a language model with any loss.
 
     Args:
-      config: the training optimizer; the model's levels have a copy each.
+      config: the training optimizer, with or without a learning rate; the model's levels have a copy each.
       steps: batches in all, which the learning-rate schedule is for.
       every: batches between two updates of each level; None: as the model's levels say.
       shape: of the schedule after the warmup.
       model, loss, tokens, accumulate, mesh, spike: as in ``Setup``.
     """
+    config = config.at_width(model.config.width)
     every = model.config.update_every(tokens) if every is None else every
     tx, rate = optimizer(config, steps, every, model.axes(), shape), schedule(config, steps, shape)
     init, whole = functools.partial(init_params, model), config.method.by_matrix

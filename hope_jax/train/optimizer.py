@@ -8,7 +8,7 @@ from the model's axis names (``nn/axes.py``). Read ``step.py`` next: it takes th
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import optax
 import tyro
 
 from hope_jax import optim
-from hope_jax.errors import whole
+from hope_jax.errors import UserError, whole
 from hope_jax.nn import axes as logical
 from hope_jax.optim.checks import check
 from hope_jax.train.schedules import COSINE, Schedule
@@ -24,6 +24,9 @@ from hope_jax.types import Scalar
 
 Rate = Callable[[Any], Scalar]
 """Batch number -> learning rate."""
+NARROW, NARROW_RATE = 128, 5e-3
+"""The default peak learning rate up to this width. A step of Adam moves all entries alike, and in a wider layer more of
+them add up."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class OptimizerConfig:
         default=optim.AdamW(), metadata={"rows": optim.OPTIMIZERS}
     )
     """A row of ``optim.OPTIMIZERS``, or one of the same kind with other settings."""
-    learning_rate: float = 2e-3
-    """Peak learning rate, reached after the warmup; greater than 0."""
+    learning_rate: float | None = None
+    """Peak learning rate, reached after the warmup; greater than 0. None: 5e-3 for models up to a width of 128, less
+    in proportion for wider ones: 3.1e-4 at 2,048."""
     warmup: int = 20
     """Batches over which the learning rate grows linearly to its peak; 0 starts at the peak."""
     final_fraction: float = 0.1
@@ -47,21 +51,35 @@ class OptimizerConfig:
     """Largest global norm of a gradient; a longer one is scaled down to it. Greater than 0."""
 
     def __post_init__(self):
-        check("learning_rate", self.learning_rate, 0, open_low=True)
+        if self.learning_rate is not None:
+            check("learning_rate", self.learning_rate, 0, open_low=True)
         whole("warmup", self.warmup, 0, "batches")
         check("final_fraction", self.final_fraction, 0, 1, open_high=False)
         if self.clip != math.inf:
             check("clip", self.clip, 0, open_low=True)
 
+    def at_width(self, width: int) -> "OptimizerConfig":
+        """The same with the learning rate of a model of that width, unless there is one already."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=NARROW_RATE * NARROW / max(NARROW, width))
+
 
 def schedule(config: OptimizerConfig, steps: int, shape: Schedule = COSINE) -> Rate:
-    """Learning rate of batch 0, 1, ...: linear warmup, then ``shape``, which ends on batch number ``steps``."""
+    """Learning rate of batch 0, 1, ...: linear warmup, then ``shape``, which ends on batch number ``steps``.
+
+    Raises UserError for a configuration without a learning rate (``OptimizerConfig.at_width`` gives one).
+    """
+    if (peak := config.learning_rate) is None:
+        raise UserError(
+            "The optimizer has no learning rate; give one, or take that of a width: config.at_width(width)."
+        )
 
     def rate(count: Any) -> Scalar:
         count = jnp.asarray(count, jnp.float32)
         warm = jnp.minimum(1.0, (count + 1) / max(1, config.warmup))
         progress = jnp.clip((count - config.warmup) / max(1, steps - config.warmup), 0.0, 1.0)
-        return config.learning_rate * warm * shape.factor(progress, config.final_fraction)
+        return peak * warm * shape.factor(progress, config.final_fraction)
 
     return rate
 

@@ -1,6 +1,8 @@
-"""Two processes on this machine train as one: same numbers, one set of files, and none is left alone."""
+"""Several processes on this machine train as one: same numbers, one set of files, and none is left alone."""
 
+import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,20 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import FLAGS, MODELS, SMALL, logged
+from saved_steps import filled, like, make_state
+from test_cli import FLAGS, MODELS, SMALL, flip_a_bit, logged
 
 from hope_jax import train as training
 from hope_jax.cli.main import main
 from hope_jax.errors import UserError
-from hope_jax.train import processes
-from hope_jax.train.checkpoint import check
-from hope_jax.train.processes import Agreement, ProcessesConfig
+from hope_jax.train import processes, saving
+from hope_jax.train.checkpoint import check, find_step, latest_good
+from hope_jax.train.processes import Agreement, ProcessesConfig, found_by_first
 
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = [".", "tests"]
 import test_cli
 from hope_jax.cli.main import main
+from hope_jax.train import processes
+processes.SHARING = 3
 test_cli.MODELS["small"] = test_cli.SMALL
 if at := os.environ.get("STOP_AT"):
     test_cli.FIT.Monitor = test_cli.stop_at(int(at), signal.SIGTERM)
@@ -36,26 +41,30 @@ def flags(tmp_path, monkeypatch):
     """The arguments of a run on a small text, but for its folder."""
     monkeypatch.setitem(MODELS, "small", SMALL)
     (tmp_path / "text.txt").write_text("".join(f"{i} times {j} is {i * j}.\n" for i in range(60) for j in range(60)))
-    return ["pretrain", *FLAGS, "--batch", "4", "--data.path", str(tmp_path / "text.txt")]
+    return ["pretrain", *FLAGS, "--batch", "6", "--data.path", str(tmp_path / "text.txt")]
 
 
 @pytest.fixture
 def together(tmp_path):
-    """``together(arguments, stop_at)``: two processes of one device each; ``stop_at``: when the second gets SIGTERM."""
+    """``together(arguments, runs, stop_at)``: processes of one device each.
+
+    ``runs``: the folder of each; ``stop_at``: when the second one gets SIGTERM.
+    """
     running = []
 
-    def start(arguments, stop_at=None):
+    def start(arguments, runs, stop_at=None):
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
-        for index in range(2):
+        for index, run in enumerate(runs):
             environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
             environment |= {"STOP_AT": str(stop_at)} if index and stop_at else {}
-            which = ["--processes.coordinator", f"localhost:{port}", "--processes.count", "2"]
-            command = [sys.executable, "-c", SCRIPT, *arguments, *which, "--processes.index", str(index)]
+            which = ["--processes.coordinator", f"localhost:{port}", "--processes.count", str(len(runs))]
+            which += ["--processes.index", str(index), "--run", str(run)]
+            command = [sys.executable, "-c", SCRIPT, *arguments, *which]
             with (tmp_path / f"log-{index}.txt").open("w") as log:
                 where = {"cwd": Path(__file__).parent.parent, "env": environment, "stdout": log, "stderr": log}
                 running.append(subprocess.Popen(command, **where))
-        return running[-2:]
+        return running[-len(runs) :]
 
     yield start
     for process in running:
@@ -65,39 +74,105 @@ def together(tmp_path):
 
 
 def said(tmp_path):
-    """What the two processes wrote."""
-    return [(tmp_path / f"log-{index}.txt").read_text() for index in range(2)]
+    """What the processes wrote."""
+    return [path.read_text() for path in sorted(tmp_path.glob("log-*.txt"))]
+
+
+def losses(run):
+    """Step, kind and loss of everything that a run measured."""
+    return [(row["step"], row["split"], row["loss"]) for row in logged(run)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [["--mesh.data", "2"], ["--mesh.fsdp", "2"]], ids=["data", "fsdp"])
-def test_a_run_of_two_processes_is_stopped_by_one_and_goes_on_in_one(flags, together, tmp_path, mesh):
-    run, straight = tmp_path / "run", tmp_path / "straight"
-    both = together([*flags, "--run", str(run), *mesh], stop_at=2)
+@pytest.mark.parametrize("mesh", ["data", "fsdp"])
+def test_a_run_of_two_processes_is_stopped_by_one_and_goes_on_in_one_and_in_three(flags, together, tmp_path, mesh):
+    """The three skip its last step, which is damaged."""
+    run, straight, three = tmp_path / "run", tmp_path / "straight", tmp_path / "three"
+    both = together([*flags, f"--mesh.{mesh}", "2"], [run] * 2, stop_at=2)
     assert [process.wait(300) for process in both] == [143, 143], said(tmp_path)
     first, second = said(tmp_path)
     stopped = max(training.saved_steps(run))
     assert 3 <= stopped <= 4 and f"Stopped at step {stopped} of 6" in first and "Stopped" not in second
     assert check(run, stopped).about["devices"] == 2
-    assert main([*flags, "--run", str(run), "--mesh.data", "1"]) == 0
-    assert main([*flags, "--run", str(straight), "--mesh.data", "1"]) == 0
-    ours, theirs = logged(run), logged(straight)
-    assert [(row["step"], row["split"]) for row in ours] == [(row["step"], row["split"]) for row in theirs]
-    np.testing.assert_allclose([row["loss"] for row in ours], [row["loss"] for row in theirs], rtol=1e-6)
+    flip_a_bit(shutil.copytree(run, three), stopped)
+    assert [process.wait(300) for process in together([*flags, "--mesh.data", "3"], [three] * 3)] == [0] * 3, said(
+        tmp_path
+    )
+    first, *others = said(tmp_path)
+    assert "from step 2 of 6" in first and "It is skipped." in first and not any("skipped" in other for other in others)
+    for folder in (run, straight):
+        assert main([*flags, "--run", str(folder), "--mesh.data", "1"]) == 0
+    for folder in (run, three):
+        for ours, theirs in zip(losses(folder), losses(straight), strict=True):
+            assert ours[:2] == theirs[:2] and ours[2] == pytest.approx(theirs[2], rel=1e-6)
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_other_within_a_minute_with_one_sentence(flags, together, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others_within_a_minute_with_one_sentence(flags, together, tmp_path, victim):
     run = tmp_path / "run"
-    first, second = together([*flags, "--run", str(run), "--steps", "100000", "--mesh.data", "2"])
+    running = together([*flags, "--steps", "100000", "--mesh.data", "3"], [run] * 3)
     while not training.saved_steps(run):
-        assert first.poll() is None and second.poll() is None, said(tmp_path)
+        assert all(process.poll() is None for process in running), said(tmp_path)
         time.sleep(0.2)
-    second.send_signal(signal.SIGKILL)
-    assert first.wait(60) == 1, said(tmp_path)
-    error = said(tmp_path)[0]
-    assert "Traceback" not in error and "Process 1 of 2 has ended before its time, so this one ends, too" in error
+    running.pop(victim).send_signal(signal.SIGKILL)
+    before, until = said(tmp_path), time.monotonic() + 60
+    assert [process.wait(until - time.monotonic()) for process in running] == [1, 1], said(tmp_path)
+    added = [text.removeprefix(old) for text, old in zip(said(tmp_path), before, strict=True)]
+    del added[victim]
+    for error in added:
+        assert error.count("has ended before its time, so this one ends, too") == 1
+        assert "Traceback" not in error and "Terminating process" not in error and "stack trace" not in error, error
     check(run, max(training.saved_steps(run)))
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_the_run_folder_end_with_one_sentence_before_they_train(flags, together, tmp_path):
+    both = together([*flags, "--mesh.data", "2"], [tmp_path / "run", tmp_path / "other"])
+    assert [process.wait(120) for process in both] == [2, 2], said(tmp_path)
+    for text, who in zip(said(tmp_path), ("another", "this"), strict=True):
+        assert f"but not for {who} process: all processes need the same folder" in text and "Traceback" not in text
+    assert not training.saved_steps(tmp_path / "run")
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """``as_process(index)``: from here on this process is that one of two; process 1 hears what process 0 said."""
+    said = []
+
+    def be(index):
+        monkeypatch.setattr(processes, "is_first", lambda: index == 0)
+        hear = (lambda data: said.append(data) or data) if index == 0 else (lambda data: said.pop(0))
+        monkeypatch.setattr(processes, "_bytes_of_first", hear)
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "_any", np.bool_)
+    monkeypatch.setattr(processes, "SHARING", 0)
+    return be
+
+
+def test_all_processes_go_on_from_the_step_that_process_0_finds_or_say_that_they_do_not_see_it(tmp_path, as_process):
+    ours = filled(tmp_path / "ours")
+    stale, found = shutil.copytree(ours, tmp_path / "stale"), []
+    shutil.rmtree(stale / "checkpoints" / "6")
+    for index, run in enumerate((ours, stale)):
+        as_process(index)
+        with pytest.raises(UserError, match=r"no saved step 5 in .*ours; saved steps: \[3, 6\]"):
+            found_by_first(functools.partial(find_step, run, 5))
+        latest = found_by_first(functools.partial(find_step, run, None))
+        found.append((latest, latest_good(run, functools.partial(training.read_manifest, run))))
+    assert found[0] == found[1] and found[0][0] == found[0][1].step == 6
+    as_process(0)
+    training.restore(ours, 6, like(make_state(6)))
+    as_process(1)
+    with pytest.raises(UserError, match="step 6 in .*stale is there for process 0 but not for this process"):
+        training.restore(stale, 6, like(make_state(6)))
+
+
+def test_a_process_waits_for_the_seal_of_process_0_but_not_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "SEALING", 0)
+    with pytest.raises(TimeoutError, match="process 0 has not finished it .* all processes must share it"):
+        saving._wait_for(tmp_path / "manifest.json")
 
 
 def test_a_process_alone_decides_for_itself_at_once():

@@ -9,6 +9,7 @@ files with pages of logs, so files are compared with their digests before orbax 
 """
 
 import contextlib
+import functools
 import math
 import re
 import sys
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from hope_jax.errors import UserError
 from hope_jax.storage import digests
 from hope_jax.storage.array_digests import describe_parts
-from hope_jax.train.processes import is_first, told
+from hope_jax.train.processes import count, found_by_first, is_first, seen_by_all
 from hope_jax.train.step import TrainState
 
 FOLDER = "checkpoints"
@@ -73,9 +74,9 @@ def find_step(run: Path, wanted: int | None) -> int | None:
 def latest_good(run: Path, read: Callable[[int], Read]) -> Read | None:
     """What ``read`` returns for the latest step that is not damaged; None: no step is saved.
 
-    Damaged steps are named on stderr. Raises DamagedCheckpoint where all are.
+    Damaged steps are named on stderr. Raises DamagedCheckpoint where all are. Several processes try the same steps.
     """
-    saved, problem = saved_steps(run), None
+    saved, problem = found_by_first(functools.partial(saved_steps, run)), None
     for step in reversed(saved):
         try:
             return read(step)
@@ -89,10 +90,15 @@ def latest_good(run: Path, read: Callable[[int], Read]) -> Read | None:
 
 
 def read_manifest(run: Path, step: int) -> Manifest:
-    """The manifest of a saved step.
+    """The manifest of a saved step, as process 0 finds it.
 
     Raises DamagedCheckpoint if it does not parse or differs from its own digest, UserError if it has another layout.
     """
+    return found_by_first(functools.partial(_own_manifest, run, step))
+
+
+def _own_manifest(run: Path, step: int) -> Manifest:
+    """The manifest as this process finds it."""
     try:
         body = digests.read_sealed(run / FOLDER / str(step) / MANIFEST)
         layout = body.get("layout", 1)
@@ -149,6 +155,7 @@ def read_parts(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str,
             "used, but not trained on."
         )
     _check_files(run, manifest, files)
+    seen_by_all(functools.partial(_sees, run, manifest), f"The checkpoint of step {manifest.step} in {run}")
     saved_kinds = {name: entry.rsplit(" ", 1)[0] for name, entry in arrays.items()}  # without the digests
     if different := digests.first_difference(saved_kinds, digests.kinds(like)):
         path, there, here = different
@@ -160,7 +167,9 @@ def read_parts(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str,
         with plain_path(run / FOLDER / str(manifest.step)) as place:
             parts = ocp.load_checkpointables(place, like)
     except Exception as error:  # Orbax reports unreadable files by many classes; each means the same here.
-        raise _damaged(run, manifest.step, f"orbax cannot read it ({error})") from error
+        problem = _damaged(run, manifest.step, f"orbax cannot read it ({error})")
+        # Of several processes others may have read it: an earlier step would part this one from them.
+        raise (problem if count() == 1 else UserError(str(problem))) from error
     if different := digests.first_difference(arrays, describe_parts(parts)()):
         raise _damaged(run, manifest.step, f"{different[0]} differs from its digest")
     return parts
@@ -168,11 +177,24 @@ def read_parts(run: Path, manifest: Manifest, like: dict[str, Any]) -> dict[str,
 
 def _check_files(run: Path, manifest: Manifest, files: dict[str, str]) -> None:
     """Process 0 reads the files, and all hear what it found."""
-    folder, names = run / FOLDER / str(manifest.step), [*files, None]
-    changed = digests.changed_file(folder, files) if is_first() else None
-    if name := names[told(names.index(changed))]:
-        what = "differs from its digest" if (folder / name).is_file() else "is missing"
-        raise _damaged(run, manifest.step, f"{name} {what}")
+
+    def compare() -> None:
+        folder = run / FOLDER / str(manifest.step)
+        if name := digests.changed_file(folder, files):
+            what = "differs from its digest" if (folder / name).is_file() else "is missing"
+            raise _damaged(run, manifest.step, f"{name} {what}")
+
+    found_by_first(compare)
+
+
+def _sees(run: Path, manifest: Manifest) -> bool:
+    """Whether the step is on the disk as this process sees it."""
+    folder = run / FOLDER / str(manifest.step)
+    with contextlib.suppress(UserError):
+        return _own_manifest(run, manifest.step) == manifest and all(
+            (folder / name).exists() for name in manifest.files
+        )
+    return False
 
 
 def _damaged(run: Path, step: int, reason: str) -> DamagedCheckpoint:

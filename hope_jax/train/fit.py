@@ -25,7 +25,7 @@ from hope_jax.train.checkpoint import Manifest, find_step, set_aside
 from hope_jax.train.clock import full_speed
 from hope_jax.train.loop import Alarm, Steps, never, run_steps
 from hope_jax.train.monitor import Monitor
-from hope_jax.train.processes import Agreement, is_first, told
+from hope_jax.train.processes import Agreement, found_by_first, is_first, told
 from hope_jax.train.profile import PROFILE, Profiled
 from hope_jax.train.record import Means, Record
 from hope_jax.train.run import CONFIG_FILE, Run, resume
@@ -90,7 +90,8 @@ def fit(
     state = _state(setup, batches, steps, start, seed, run)
     with contextlib.ExitStack() as stack:
         stop, done = Interrupt(), int(state.step)
-        record = stack.enter_context(Record(run and run.folder, done, is_first()))
+        record = stack.enter_context(Record(run.folder if run and is_first() else None, done))
+        record.heldout = dict(found_by_first(lambda: record.heldout))
         closed = functools.partial(stop.request, signal.SIGPIPE) if run else None
         speed = functools.partial(full_speed, setup)
         monitor = stack.enter_context(Monitor(record, done, steps.total, setup.tokens, label, closed, speed))
@@ -123,13 +124,14 @@ def _state(
     """The state to begin with, with ``batches`` moved to its place: that of a saved step, or a fresh one."""
     if run is None:
         return setup.spread(start or setup.start(seed))
-    step, like = find_step(run.folder, run.resume_from), setup.shapes()
+    step = found_by_first(functools.partial(find_step, run.folder, run.resume_from))
     if (step or 0) > steps.total:
         raise UserError(
             f"The run in {run.folder} is at step {step} already, beyond --steps {steps.total}: raise --steps, or go "
             "back with --resume-from."
         )
-    check_room(run.folder, like, run.keep)
+    like = setup.shapes()
+    found_by_first(functools.partial(check_room, run.folder, like, run.keep))
     if step is None:
         state = start or setup.start(seed)
         if is_first():

@@ -2,17 +2,20 @@
 
 Every process runs the same program on devices of its own. A decision that depends on one process alone, such as a
 signal, the clock or a file, is made together (``told``, ``Agreement``): else the processes would wait for each other
-for ever. Process 0 alone writes files and prints. Read ``watch.py`` next: it ends the others when one dies.
+for ever. What is on the disk is what process 0 sees there (``found_by_first``): a network may show an older folder to
+others. Process 0 alone writes files and prints. Read ``watch.py`` next: it ends the others when one dies.
 """
 
 import atexit
 import contextlib
 import functools
 import os
+import pickle
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,10 @@ from hope_jax.errors import Stopped, UserError, whole
 from hope_jax.train.watch import Watch
 
 PATIENCE = 300  # seconds that processes wait for each other when they start
+SHARING = 60  # seconds that a file system may take to show all processes what process 0 has written
 SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class ProcessesConfig:
             yield
             return
         self._join()
-        with Watch(jax.process_index(), jax.process_count(), _host(), told) as watch:
+        with Watch(jax.process_index(), jax.process_count(), *_coordinator(), told) as watch:
             try:
                 yield
             except Stopped:  # all of them do
@@ -99,11 +105,12 @@ class ProcessesConfig:
             raise UserError(f"{what} ({' '.join(str(error).split())[:200]}); see --processes.* in --help.") from error
 
 
-def _host() -> str:
-    """Where process 0 is, as all processes know it."""
+def _coordinator() -> tuple[str, int]:
+    """Host and port where process 0 is, as all processes know it."""
     from jax._src.distributed import global_state  # the one place that knows what was found out
 
-    return str(global_state.coordinator_address).rpartition(":")[0]
+    host, _, port = str(global_state.coordinator_address).rpartition(":")
+    return host, int(port)
 
 
 def _leave_first(error: BaseException, watch: Watch) -> None:
@@ -136,6 +143,48 @@ def told(number: int) -> int:
     if count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def found_by_first(work: Callable[[], Found]) -> Found:
+    """What ``work`` returns in process 0, which alone calls it, such as what is on the disk; all processes call this.
+
+    Raises in all of them the UserError that it raises there.
+    """
+    if count() == 1:
+        return work()
+    found = error = None
+    if is_first():
+        try:
+            found = work()
+        except UserError as problem:
+            error = problem
+    found, error = pickle.loads(_bytes_of_first(pickle.dumps((found, error))))
+    if error is not None:
+        raise error
+    return found
+
+
+def _bytes_of_first(data: bytes) -> bytes:
+    size = told(len(data))
+    same_size = np.frombuffer(data[:size].ljust(size), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(same_size)).astype(np.uint8).tobytes()
+
+
+def seen_by_all(sees: Callable[[], bool], what: str) -> None:
+    """Return when every process ``sees`` on its disk ``what`` process 0 has written, which may be late.
+
+    Raises UserError in all where one does not in ``SHARING`` seconds.
+    """
+    if count() == 1:
+        return
+    until = time.monotonic() + SHARING
+    while not (seen := sees()) and time.monotonic() < until:
+        time.sleep(0.1)
+    if bool(np.asarray(_any(not seen))):
+        raise UserError(
+            f"{what} is there for process 0 but not for {'another' if seen else 'this'} process: all processes need "
+            "the same folder at the same path, on a file system that they share."
+        )
 
 
 @contextlib.contextmanager

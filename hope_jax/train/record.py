@@ -66,10 +66,9 @@ class Record(contextlib.AbstractContextManager["Record"]):
     """The open logs of a run that stands at ``step``, empty if that is 0; a context manager.
 
     ``heldout``: the means over held-out batches by step. ``folder``: of the run; None writes nothing down.
-    ``writes``: whether this process does; another one only reads what was measured before.
     """
 
-    def __init__(self, folder: Path | None, step: int, writes: bool = True):
+    def __init__(self, folder: Path | None, step: int):
         self.heldout: dict[int, Means] = {}
         self._file, self._board = None, None
         if folder is None:
@@ -79,8 +78,6 @@ class Record(contextlib.AbstractContextManager["Record"]):
         for row in kept:
             if row["split"] == "heldout":
                 self.heldout[row["step"]] = {name: row[name] for name in row if name not in OF_EVERY_ROW}
-        if not writes:
-            return
         part = path.with_suffix(".part")  # a kill leaves either the old file or the new one
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(part, path)

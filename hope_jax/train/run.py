@@ -7,6 +7,8 @@ Read ``checkpoint.py`` next: it fills the folder.
 """
 
 import contextlib
+import functools
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from hope_jax.storage.locks import locked
 from hope_jax.train import checkpoint
 from hope_jax.train.checkpoint import DamagedCheckpoint, Manifest
 from hope_jax.train.optimizer import OptimizerConfig
-from hope_jax.train.processes import is_first
+from hope_jax.train.processes import found_by_first, seen_by_all
 from hope_jax.train.record import METRICS_FILE
 from hope_jax.train.schedules import COSINE, Schedule
 from hope_jax.train.step import TrainState, abstract_params
@@ -90,25 +92,40 @@ def open_run(folder: Path, chosen: str = "run folder") -> Iterator[Path]:
     """Create or reopen a run folder and hold it for this process.
 
     ``chosen``: what the caller can choose another of, such as the flag that names the folder. Of several processes the
-    first one holds it for all.
+    first one holds it for all, and all see it.
 
-    Raises UserError where it cannot be written, holds something that is not a run, or another process trains in it.
+    Raises UserError where it cannot be written, holds something that is not a run, or another process trains in it, and
+    where processes do not share it.
     """
-    if not is_first():
+    with contextlib.ExitStack() as stack:
+        mark = found_by_first(functools.partial(_hold, folder, chosen, stack))
+        seen_by_all(functools.partial(_holds, folder / LOCK_FILE, mark), f"The run folder {folder}")
         yield folder
-        return
+
+
+def _hold(folder: Path, chosen: str, stack: contextlib.ExitStack) -> bytes:
+    """Create and lock the folder until the end of ``stack``; returns what is in its lock file from now on."""
+    mark = secrets.token_bytes(4096)  # a whole block, so that a full disk is noticed and not only a forbidden one
+    busy = f"Another process is training in {folder}; wait or choose another {chosen}."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         inside = {path.name for path in folder.iterdir()}
         if inside and not inside & {LOCK_FILE, checkpoint.FOLDER, METRICS_FILE, CONFIG_FILE}:
             raise UserError(f"The folder {folder} holds {min(inside)} but no run; choose an empty or new {chosen}.")
-        # A whole block, so that a full disk is noticed and not only a forbidden one.
-        (folder / LOCK_FILE).write_bytes(b"\0" * 4096)
+        stack.enter_context(locked(folder / LOCK_FILE, busy))
+        (folder / LOCK_FILE).write_bytes(mark)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"The run folder {folder} cannot be written ({reason}); choose another {chosen}.") from error
-    with locked(folder / LOCK_FILE, f"Another process is training in {folder}; wait or choose another {chosen}."):
-        yield folder
+    return mark
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether this is in the file, as this process sees it."""
+    try:
+        return path.read_bytes() == data
+    except OSError:
+        return False
 
 
 def read_config(folder: Path) -> Json:
@@ -132,7 +149,8 @@ def resume(run: Run, like: TrainState) -> tuple[TrainState, Manifest]:
     ``like``: as in ``restore``. Raises DamagedCheckpoint, naming what is damaged, where that step or every step is;
     UserError, naming the fields that differ, where the folder belongs to another configuration.
     """
-    check_same(flatten_json(read_config(run.folder)), flatten(run.config), run.folder)
+    saved = found_by_first(functools.partial(read_config, run.folder))
+    check_same(flatten_json(saved), flatten(run.config), run.folder)
 
     def read(step: int) -> tuple[TrainState, Manifest]:
         return checkpoint.restore(run.folder, step, like), checkpoint.read_manifest(run.folder, step)

@@ -31,6 +31,9 @@ from hope_jax.train.devices import shape_at
 from hope_jax.train.processes import count, is_first
 from hope_jax.train.step import TrainState, count_bytes
 
+SEALING = 1800
+"""Seconds that process 0 may take to digest what all have written, and the file system to show it."""
+
 
 class Saver(contextlib.AbstractContextManager["Saver"]):
     """Saves the steps of a run in the background; a context manager, at whose end all are saved.
@@ -129,7 +132,13 @@ def _begin(
 
 def _wait_for(manifest: Path) -> None:
     """Return when process 0 has sealed the step. If it cannot, it ends, and this process with it (``watch.py``)."""
+    until = time.monotonic() + SEALING
     while not manifest.exists():
+        if time.monotonic() > until:
+            raise TimeoutError(
+                f"process 0 has not finished it in {SEALING / 60:.0f} minutes, as this process sees the folder: all "
+                "processes must share it, at the same path"
+            )
         time.sleep(0.1)
 
 

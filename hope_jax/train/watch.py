@@ -2,12 +2,17 @@
 
 Every process holds a connection to process 0. The system closes it when a process dies, however it dies; a machine that
 is gone is noticed within ``IDLE + PROBES * EVERY`` seconds. A process that ends well says so before.
+
+JAX has connections of its own to process 0. It aborts a process, with pages of logs, at the moment when its own closes.
+So a small program holds these open until the sentence is said, see ``outlive``.
 """
 
 import contextlib
 import os
 import selectors
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +23,8 @@ IDLE, EVERY, PROBES = 15, 5, 3  # seconds without a word, seconds between questi
 GOODBYE, LOST = b".", b"!"
 GRACE = 0.2
 """Seconds in which this process may end by itself: all of them may have found the same mistake."""
+HELD = 10
+"""Seconds that the connections of JAX stay open after the end of process 0."""
 STATUS = 1
 """Exit status of a process that ends because another one did."""
 
@@ -25,15 +32,16 @@ STATUS = 1
 class Watch(contextlib.AbstractContextManager["Watch"]):
     """A thread of process ``index`` of ``count`` that ends this process when another one is lost; a context manager.
 
-    ``host``: where process 0 is. ``told``: gives all processes the number of process 0.
+    ``host``, ``port``: where process 0 listens for JAX. ``told``: gives all processes the number of process 0.
     """
 
-    def __init__(self, index: int, count: int, host: str, told: Callable[[int], int]):
+    def __init__(self, index: int, count: int, host: str, port: int, told: Callable[[int], int]):
         self._index, self._count, self._leaving = index, count, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         server = socket.create_server(("", 0)) if index == 0 else None
-        port = told(server.getsockname()[1] if server else 0)
-        self._peers = _accepted(server, count - 1) if server else {_connected(host, port, index): 0}
+        ours = told(server.getsockname()[1] if server else 0)
+        self._holder = outlive(port) if server else None
+        self._peers = _accepted(server, count - 1) if server else {_connected(host, ours, index): 0}
         for peer in self._peers:
             _probe(peer)
 
@@ -42,6 +50,9 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._holder and not self._leaving.is_set():  # no one is left to be aborted
+            self._holder.kill()
+            self._holder.wait()
         self._tell(GOODBYE)
 
     def fail(self) -> None:
@@ -85,6 +96,34 @@ def end(index: int, count: int) -> None:
     with contextlib.suppress(OSError):
         os.write(STDERR, f"\n{sentence}\n".encode())
     os._exit(STATUS)
+
+
+def outlive(port: int) -> subprocess.Popen:
+    """Start a program that holds the connections to ``port`` of this process until ``HELD`` seconds after its end."""
+    program = f"import sys, time; sys.stdin.read(); time.sleep({HELD})"  # the system closes its input at that end
+    return subprocess.Popen(
+        [sys.executable, "-ISc", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[number for number in map(int, os.listdir("/dev/fd")) if _is_connection(number, port)],
+        start_new_session=True,  # Ctrl-C is not for it
+    )
+
+
+def _is_connection(number: int, port: int) -> bool:
+    """Whether a descriptor of this process is a connection to its ``port``."""
+    try:
+        found = socket.socket(fileno=number)
+    except OSError:  # it is no socket
+        return False
+    try:
+        found.getpeername()  # one that only listens has none
+        return found.family in (socket.AF_INET, socket.AF_INET6) and found.getsockname()[1] == port
+    except OSError:
+        return False
+    finally:
+        found.detach()
 
 
 def _accepted(server: socket.socket, count: int) -> dict[socket.socket, int]:

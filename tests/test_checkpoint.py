@@ -15,7 +15,7 @@ from hope_jax.config import check_same, flatten
 from hope_jax.errors import UserError
 from hope_jax.storage.digests import read_sealed, write_sealed
 from hope_jax.train import checkpoint
-from hope_jax.train.run import open_run
+from hope_jax.train.folder import open_run
 
 
 @pytest.fixture
@@ -41,6 +41,12 @@ def test_a_state_comes_back_bit_for_bit_with_its_dtypes_and_the_data_position(ru
 
 NAMES = ("lr [0.1]", "a*b", "a?", "{a,b}", "50%", "back\\slash", "späß 日本", "new\nline", "$HOME ~", "bytes \udcff")
 """Of folders, with characters that patterns, shells and encodings know."""
+
+
+def test_a_step_of_a_version_that_did_not_count_skipped_batches_is_gone_on_from_with_none(run):
+    now = make_state(6).replace(usual_norm=jnp.float32(2), skipped=jnp.int32(3))
+    found = training.restore(run, 6, like(now))
+    assert (found.usual_norm, found.skipped) == (0, 0) and like(found) == like(now)
 
 
 def test_every_path_of_a_run_works(tmp_path):

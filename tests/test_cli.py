@@ -20,7 +20,7 @@ from hope_jax.cli import pretrain
 from hope_jax.cli.main import main, without
 from hope_jax.cli.parse import parse
 from hope_jax.levels import Level
-from hope_jax.train.run import load_run
+from hope_jax.train.run import load_config, load_run
 
 ROW = MODELS["hope_attention-tiny"]
 FIT = importlib.import_module("hope_jax.train.fit")  # the package has the function under this name
@@ -169,13 +169,14 @@ def test_a_finished_run_has_its_curve_sample_and_logs_and_says_what_it_reached(c
     assert f"held-out bits per byte: {first:.3f} before -> {last:.3f}" in output
 
 
-def test_raising_steps_goes_on_and_says_what_happens_to_the_learning_rate(command, copied, capsys):
-    assert main(command(copied, "--steps", "8", "--sample-tokens", "0")) == 0
+def test_more_steps_and_other_flags_of_operation_go_on_and_the_learning_rate_is_told(command, copied, capsys):
+    others = "--save-every 1 --save-minutes 9 --keep 2 --keep-every 4 --eval-every 4 --most-skipped 1 --spike 50"
+    assert main(command(copied, "--steps", "8", "--sample-tokens", "0", *others.split())) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "planned for 6 steps" in line)
     rates = {row["step"]: row["learning_rate"] for row in logged(copied) if row["split"] == "train"}
     assert list(rates) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert load_config(copied).spike == 50 and training.saved_steps(copied) == [4, 7, 8]
     assert f"goes on at {rates[7]:.2e} instead of" in line
-    assert training.saved_steps(copied)[-1] == 8
 
 
 def test_fewer_steps_than_done_is_refused(command, finished, capfd):
@@ -290,8 +291,7 @@ def test_a_tokenizer_bfloat16_and_accumulation_train_together(command, bpe, tmp_
 
 
 def test_the_command_to_go_on_drops_resume_from():
-    given = ["--run", "a", "--resume-from", "4", "--steps", "6", "--resume_from=3"]
-    assert without(given, "--resume-from") == ["--run", "a", "--steps", "6"]
+    assert without(["--resume-from", "4", "--steps", "6", "--resume_from=3"], "--resume-from") == ["--steps", "6"]
 
 
 def test_the_default_run_needs_no_flags_but_the_folder():

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_fit import HELDOUT, SETUP, LineConfig, fit, points
 
@@ -47,17 +48,26 @@ def test_a_rise_that_lasts_becomes_usual_and_the_first_norm_is_forgotten():
     assert not any(taken[101:120]) and all(taken[160:201]) and not taken[201] and 45 < usual <= 50
 
 
-def test_a_gradient_far_longer_than_usual_is_skipped_and_what_is_usual_is_saved_with_the_state(tmp_path):
-    setup, run = dataclasses.replace(SETUP, spike=20.0), training.Run(tmp_path / "run", LineConfig())
+def falling(count):
+    """A learning rate that is another one for every batch."""
+    return 0.1 / (1 + count)
+
+
+def test_a_gradient_far_longer_than_usual_is_skipped_and_the_schedule_waits_also_in_a_run_that_goes_on(tmp_path):
+    plain = dataclasses.replace(SETUP, tx=optax.adam(falling), rate=falling)
+    run = training.Run(tmp_path / "run", LineConfig())
     with training.open_run(run.folder) as folder:
-        for total in (9, 20):  # the second one goes on from the first
+        for total, spike in ((5, None), (9, 20.0), (20, 20.0)):  # each goes on from the one before
+            setup = dataclasses.replace(plain, spike=spike)
             found = training.fit(setup, spoiled(1e4, {8, 14}), HELDOUT, training.Steps(total), run=run)
     rows = [row for row in training.read_rows(folder / "metrics.jsonl") if row["split"] == "train"]
     norms, usual = [row["gradient_norm"] for row in rows], 0.0
     for at, norm in enumerate(norms):
         assert rows[at]["skipped"] == (usual > 0 and norm > 20 * usual) == (at in (8, 14))
+        assert rows[at]["learning_rate"] == pytest.approx(falling(at - (at > 8) - (at > 14)))
         usual = norm if usual == 0 else 0.95 * usual + 0.05 * min(norm, 20 * usual)
-    assert float(found.state.usual_norm) == pytest.approx(usual, rel=1e-5)
+    assert float(found.state.usual_norm) == pytest.approx(usual, rel=1e-5) and int(found.state.skipped) == 2
+    assert training.read_manifest(folder, 20).about["learning_rate"] == pytest.approx(falling(18))
     clean = (index for index in range(20) if index not in (8, 14))
-    good = fit(total=18, batches=training.ComputedBatches(lambda _: points(next(clean))))
+    good = fit(total=18, setup=plain, batches=training.ComputedBatches(lambda _: points(next(clean))))
     np.testing.assert_allclose(found.params["slope"], good.params["slope"], rtol=1e-6)

@@ -141,17 +141,18 @@ def as_process(monkeypatch):
     said = []
 
     def be(index):
+        monkeypatch.setattr(processes, "count", lambda: 2)
         monkeypatch.setattr(processes, "is_first", lambda: index == 0)
         hear = (lambda data: said.append(data) or data) if index == 0 else (lambda data: said.pop(0))
         monkeypatch.setattr(processes, "_bytes_of_first", hear)
 
-    monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "_any", np.bool_)
     monkeypatch.setattr(processes, "SHARING", 0)
     return be
 
 
 def test_all_processes_go_on_from_the_step_that_process_0_finds_or_say_that_they_do_not_see_it(tmp_path, as_process):
+    (tmp_path / "ours").mkdir()
     ours = filled(tmp_path / "ours")
     stale, found = shutil.copytree(ours, tmp_path / "stale"), []
     shutil.rmtree(stale / "checkpoints" / "6")

@@ -1,6 +1,8 @@
 """Steps are written while training goes on, count when they are whole, and are removed when there are newer ones."""
 
+import os
 import shutil
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from saved_steps import filled, like, make_state
+from test_fit import assert_equal, fit
 
 from hope_jax import train as training
-from hope_jax.errors import UserError
+from hope_jax.errors import Stopped, UserError
 from hope_jax.train import checkpoint, saving
 
 
@@ -74,6 +77,32 @@ def test_an_error_in_the_background_is_told_at_the_next_step_and_leaves_the_save
                 time.sleep(0.01)
     checkpoint.check(run, 6)
     assert training.saved_steps(run) == [3, 6]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["3", "6"]  # a full disk keeps its room
+
+
+def test_what_a_killed_save_left_is_removed_before_room_is_asked_for(run, monkeypatch):
+    part = run / "checkpoints" / "7.orbax-checkpoint-tmp"
+    part.mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if part.exists() else 2**30))
+    saving.check_room(run, make_state(6), keep=2)
+
+
+def test_sigterm_while_a_step_is_saved_loses_nothing(tmp_path, monkeypatch):
+    force, forced = saving._force_to_disk, []
+
+    def terminated(folder):
+        if not forced:
+            os.kill(os.getpid(), signal.SIGTERM)
+        forced.append(folder.name)
+        force(folder)
+
+    monkeypatch.setattr(saving, "_force_to_disk", terminated)
+    with training.open_run(tmp_path / "run") as folder:
+        with pytest.raises(Stopped) as caught:
+            fit(folder=folder)
+        assert caught.value.signal == signal.SIGTERM and forced[0] == "5"
+        assert [str(checkpoint.check(folder, step).step) for step in training.saved_steps(folder)] == forced
+        assert_equal(fit(folder=folder), fit())
 
 
 def test_a_save_that_reads_otherwise_than_it_was_written_is_told_at_once_and_not_finished(run, monkeypatch):

@@ -105,7 +105,7 @@ def test_a_second_step_reuses_the_compiled_program_and_the_loss_falls(small, met
     tx = training.optimizer(config, 20, small.config.update_every(4096), small.model.axes())
     step = training.train_step(training.next_token_loss(small.model, BYTES), tx, training.schedule(config, 20))
     params = jax.tree.map(jnp.copy, small.params)  # the step donates its state
-    state = training.TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+    state = training.TrainState.first(params, tx.init(params))
     losses = []
     for _ in range(20):
         state, metrics = step(state, small.batch)
@@ -138,7 +138,7 @@ def test_three_steps_a_save_a_restore_and_three_more_are_bit_for_bit_six(tmp_pat
     setup = training.Setup(functools.partial(training.init_params, model), loss, tx, rate)
     step, like = setup.step, setup.shapes()
     params = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0, 0.02, leaf.shape), leaf.dtype), like.params)
-    start = training.TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+    start = training.TrainState.first(params, tx.init(params))
 
     def advance(state):
         for _ in range(3):

@@ -16,6 +16,7 @@ with extra("train"):
     from hope_jax.train.devices import cores, split_host
     from hope_jax.train.fit import Result, fit
     from hope_jax.train.flops import flops_per_token
+    from hope_jax.train.folder import open_run
     from hope_jax.train.language import model_setup, state_bytes, text_setup
     from hope_jax.train.loop import Steps
     from hope_jax.train.monitor import Diverged, progress
@@ -23,7 +24,7 @@ with extra("train"):
     from hope_jax.train.processes import ProcessesConfig, is_first, told
     from hope_jax.train.record import median_speed, read_rows
     from hope_jax.train.remat import Remat
-    from hope_jax.train.run import Run, TextRun, open_run
+    from hope_jax.train.run import Run, TextRun
     from hope_jax.train.saving import Saver, save
     from hope_jax.train.schedules import SCHEDULES, Schedule
     from hope_jax.train.setup import Setup, at_rate

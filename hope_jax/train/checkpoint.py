@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
@@ -128,8 +130,15 @@ def restore(run: Path, step: int, like: TrainState) -> TrainState:
     Raises DamagedCheckpoint where a file or an array differs from its digest, UserError where the arrays are not those
     of ``like`` (another model or optimizer).
     """
-    parts = read_parts(run, read_manifest(run, step), parted(like))
-    return TrainState(params=parts[PARAMS], **parts[REST])
+    manifest = read_manifest(run, step)
+    later = [name for name in ("usual_norm", "skipped") if f"{REST}/{name}" not in manifest.arrays]  # versions before
+    parts = read_parts(run, manifest, parted(like.replace(**dict.fromkeys(later, ()))))
+    missing = {name: jax.tree.map(_zeros, getattr(like, name)) for name in later}
+    return TrainState(params=parts[PARAMS], **parts[REST] | missing)
+
+
+def _zeros(like: Any) -> jax.Array:
+    return jnp.zeros(like.shape, like.dtype, device=like.sharding)
 
 
 def restore_params(run: Path, step: int, like: Any) -> Any:
@@ -191,9 +200,8 @@ def _sees(run: Path, manifest: Manifest) -> bool:
     """Whether the step is on the disk as this process sees it."""
     folder = run / FOLDER / str(manifest.step)
     with contextlib.suppress(UserError):
-        return _own_manifest(run, manifest.step) == manifest and all(
-            (folder / name).exists() for name in manifest.files
-        )
+        same = _own_manifest(run, manifest.step) == manifest
+        return same and all((folder / name).exists() for name in manifest.files)
     return False
 
 

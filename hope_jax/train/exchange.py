@@ -18,7 +18,8 @@ from hope_jax.models import LanguageModel
 from hope_jax.storage.digests import first_difference, kinds, leaves, write_file, write_sealed
 from hope_jax.storage.tensor_file import Foreign, NotWhole, read_tensors, write_tensors
 from hope_jax.train.checkpoint import saved_steps
-from hope_jax.train.run import CONFIG_FILE, TOKENIZER, TextRun, Trained, load_config, open_run
+from hope_jax.train.folder import open_run
+from hope_jax.train.run import CONFIG_FILE, TOKENIZER, TextRun, Trained, load_config
 from hope_jax.train.saving import save_params
 from hope_jax.train.step import abstract_params
 

@@ -90,8 +90,7 @@ def fit(
     state = _state(setup, batches, steps, start, seed, run)
     with contextlib.ExitStack() as stack:
         stop, done = Interrupt(), int(state.step)
-        record = stack.enter_context(Record(run.folder if run and is_first() else None, done))
-        record.heldout = dict(found_by_first(lambda: record.heldout))
+        record = stack.enter_context(_record(run, done))
         closed = functools.partial(stop.request, signal.SIGPIPE) if run else None
         speed = functools.partial(full_speed, setup)
         monitor = stack.enter_context(Monitor(record, done, steps.total, setup.tokens, label, closed, speed))
@@ -118,6 +117,13 @@ def fit(
     return result
 
 
+def _record(run: Run | None, done: int) -> Record:
+    """The record, which process 0 alone writes; all know what was measured before."""
+    record = Record(run.folder if run and is_first() else None, done)
+    record.heldout = dict(found_by_first(lambda: record.heldout))
+    return record
+
+
 def _state(
     setup: Setup, batches: Batches, steps: Steps, start: TrainState | None, seed: int, run: Run | None
 ) -> TrainState:
@@ -134,15 +140,15 @@ def _state(
     found_by_first(functools.partial(check_room, run.folder, like, run.keep))
     if step is None:
         state = start or setup.start(seed)
-        if is_first():
-            write_sealed(run.folder / CONFIG_FILE, to_json(run.config))
     else:
         state, manifest = resume(run, like)
         batches.set_state(manifest.data)
-        tqdm.write(_continuation(setup, run, steps, manifest))
+        tqdm.write(_continuation(setup, run, steps, state, manifest))
     done = told(int(state.step))  # all processes have read the folder
-    for place in set_aside(run.folder, done) if is_first() else []:
-        tqdm.write(f"Moved what does not lead to step {done} to {place}.")
+    if is_first():
+        write_sealed(run.folder / CONFIG_FILE, to_json(run.config))
+        for place in set_aside(run.folder, done):
+            tqdm.write(f"Moved what does not lead to step {done} to {place}.")
     told(done)  # the folder is as it should be
     return setup.spread(state)
 
@@ -158,7 +164,7 @@ def _step(setup: Setup, run: Run | None, done: int, stack: contextlib.ExitStack)
     return stack.enter_context(Profiled(step, run.folder / PROFILE, run.profile, done))
 
 
-def _continuation(setup: Setup, run: Run, steps: Steps, manifest: Manifest) -> str:
+def _continuation(setup: Setup, run: Run, steps: Steps, state: TrainState, manifest: Manifest) -> str:
     """Where the run goes on, and what another number of devices or steps than before changes; one line."""
     step, planned, devices = manifest.step, manifest.about["steps"], manifest.about["devices"]
     if step == steps.total:
@@ -171,7 +177,7 @@ def _continuation(setup: Setup, run: Run, steps: Steps, manifest: Manifest) -> s
     if planned != steps.total:
         line += (
             f" It was planned for {planned} steps: the learning-rate schedule now ends at {steps.total}, and the "
-            f"learning rate goes on at {float(setup.rate(step)):.2e} instead of {manifest.about['learning_rate']:.2e}."
+            f"learning rate goes on at {setup.rate_at(state):.2e} instead of {manifest.about['learning_rate']:.2e}."
         )
     return line
 
@@ -191,7 +197,7 @@ class _Saving(contextlib.ExitStack):
         self._alarm.set()
         self.due.forget()
         if self._saver:
-            rate = float(self._setup.rate(int(state.step)))
+            rate = self._setup.rate_at(state)
             about = {"steps": self._steps.total, "devices": self._setup.devices, "learning_rate": rate}
             self._saver.save(state, self._batches.get_state(), about)
 

@@ -30,12 +30,13 @@ def is_sound(loss: Scalar, norm: Scalar, usual: Any, spike: float | None) -> Boo
     return finite if spike is None else finite & ((usual == 0) | (norm <= spike * usual))
 
 
-def usual_norm(usual: Any, norm: Scalar, spike: float) -> Scalar:
-    """The moving mean of the norms of gradients up to this one.
+def usual_norm(usual: Any, norm: Scalar, spike: float | None) -> Scalar:
+    """The moving mean of the norms of gradients up to this one; ``spike`` as in ``is_sound``.
 
     One that is longer than ``spike`` allows counts as long as it may be, so that a rise that lasts becomes usual; one
     that is not finite does not count.
     """
-    counted = jnp.where(usual == 0, norm, jnp.minimum(norm, spike * usual))
+    most = jnp.inf if spike is None else spike * usual
+    counted = jnp.where(usual == 0, norm, jnp.minimum(norm, most))
     mean = jnp.where(usual == 0, norm, (1 - RECENT) * usual + RECENT * counted)
     return jnp.where(jnp.isfinite(norm), mean, usual)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
 import statistics
 import sys
@@ -100,6 +101,12 @@ class Record(contextlib.AbstractContextManager["Record"]):
             self._board.add(step, {f"{split}/{name}": value for name, value in known.items()})
 
 
+def _later_than_all(folder: Path) -> float:
+    """Seconds since 1970, for the name of a file: TensorBoard reads files in that order, though a clock is set back."""
+    names = (re.match(r"events\.out\.tfevents\.(\d+\.\d+)\.", path.name) for path in folder.iterdir())
+    return max([time.time(), *(float(name[1]) + 1e-6 for name in names if name)])
+
+
 class Board:
     """TensorBoard events of a run, written by whoever adds them: a thread of its own could die unseen.
 
@@ -109,7 +116,7 @@ class Board:
 
     def __init__(self, folder: Path, start: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, now = folder, time.time()
+        self._folder, now = folder, _later_than_all(folder)
         name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}"
         self._writer: RecordWriter | None = RecordWriter(str(folder / name))
         session = SessionLog(status=SessionLog.START)

@@ -1,16 +1,15 @@
-"""The folder of a run: one writer at a time, writable before training starts, and belonging to one configuration.
+"""The folder of a run, which belongs to one configuration, and the model that was trained in it.
 
     model, params, tokenizer, *_ = load_run(Path("runs/hope-tiny"))
 
 ``config.json`` holds the whole configuration, so that the folder is all that one needs to go on or to use the model.
-Read ``checkpoint.py`` next: it fills the folder.
+Read ``folder.py`` next: one program at a time writes there; and ``checkpoint.py``: it fills the folder.
 """
 
-import contextlib
+import dataclasses
 import functools
-import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,23 +18,25 @@ from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
 from hope_jax.errors import UserError, whole
 from hope_jax.models import LanguageModel, ModelConfig
 from hope_jax.storage.digests import read_sealed, write_file
-from hope_jax.storage.locks import locked
 from hope_jax.train import checkpoint
 from hope_jax.train.checkpoint import DamagedCheckpoint, Manifest
 from hope_jax.train.optimizer import OptimizerConfig
-from hope_jax.train.processes import found_by_first, seen_by_all
-from hope_jax.train.record import METRICS_FILE
+from hope_jax.train.processes import found_by_first
 from hope_jax.train.schedules import COSINE, Schedule
 from hope_jax.train.step import TrainState, abstract_params
 
-LOCK_FILE, CONFIG_FILE = ".lock", "config.json"
+CONFIG_FILE = "config.json"
 TOKENIZER = "tokenizer.json"  # runs on bytes have none
+MAY_CHANGE = "may_change"
+"""Metadata of a configuration's field that may have another value when a run goes on."""
 Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
 class TextRun:
     """All that decides what a language model learns, up to rounding, but for the number of steps.
+
+    A run goes on with equal values of all but ``spike``, which somebody who watches it may want to change.
 
     ``batch`` sequences of ``length`` tokens; ``seed``: of the initial parameters and the order of the text;
     ``text_fingerprint``: of the text and its held-out part; ``stage_one``: the saved step of another run that
@@ -53,7 +54,7 @@ class TextRun:
     stage_one: str | None = None
     schedule: Schedule = COSINE
     z_loss: float = 0.0
-    spike: float | None = None
+    spike: float | None = field(default=None, metadata={MAY_CHANGE: True})
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Run:
     """Where a run is kept, and what it is.
 
     Attributes:
-      folder: held by ``open_run``.
+      folder: held by ``open_run`` (``folder.py``).
       config: all that decides what is learned, but for the number of steps; anything that ``hope_jax.config`` can
-        write. A run is continued with an equal one only.
+        write. A run is continued with an equal one only, but for fields whose metadata have ``MAY_CHANGE``.
       keep: checkpoints to keep, at least 2, so that a damaged one has a good one before it.
       keep_every: steps whose number is a multiple of it are kept besides; None: no others are.
       save_minutes: minutes between two checkpoints at most, by a clock that is never set back; None: any.
@@ -87,47 +88,6 @@ class Run:
             raise UserError(f"save_minutes is {self.save_minutes}; give a number above 0.")
 
 
-@contextlib.contextmanager
-def open_run(folder: Path, chosen: str = "run folder") -> Iterator[Path]:
-    """Create or reopen a run folder and hold it for this process.
-
-    ``chosen``: what the caller can choose another of, such as the flag that names the folder. Of several processes the
-    first one holds it for all, and all see it.
-
-    Raises UserError where it cannot be written, holds something that is not a run, or another process trains in it, and
-    where processes do not share it.
-    """
-    with contextlib.ExitStack() as stack:
-        mark = found_by_first(functools.partial(_hold, folder, chosen, stack))
-        seen_by_all(functools.partial(_holds, folder / LOCK_FILE, mark), f"The run folder {folder}")
-        yield folder
-
-
-def _hold(folder: Path, chosen: str, stack: contextlib.ExitStack) -> bytes:
-    """Create and lock the folder until the end of ``stack``; returns what is in its lock file from now on."""
-    mark = secrets.token_bytes(4096)  # a whole block, so that a full disk is noticed and not only a forbidden one
-    busy = f"Another process is training in {folder}; wait or choose another {chosen}."
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        inside = {path.name for path in folder.iterdir()}
-        if inside and not inside & {LOCK_FILE, checkpoint.FOLDER, METRICS_FILE, CONFIG_FILE}:
-            raise UserError(f"The folder {folder} holds {min(inside)} but no run; choose an empty or new {chosen}.")
-        stack.enter_context(locked(folder / LOCK_FILE, busy))
-        (folder / LOCK_FILE).write_bytes(mark)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"The run folder {folder} cannot be written ({reason}); choose another {chosen}.") from error
-    return mark
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    """Whether this is in the file, as this process sees it."""
-    try:
-        return path.read_bytes() == data
-    except OSError:
-        return False
-
-
 def read_config(folder: Path) -> Json:
     """The configuration of a run that has saved steps, as JSON. Raises UserError where it is missing or damaged."""
     try:
@@ -149,13 +109,21 @@ def resume(run: Run, like: TrainState) -> tuple[TrainState, Manifest]:
     ``like``: as in ``restore``. Raises DamagedCheckpoint, naming what is damaged, where that step or every step is;
     UserError, naming the fields that differ, where the folder belongs to another configuration.
     """
-    saved = found_by_first(functools.partial(read_config, run.folder))
-    check_same(flatten_json(saved), flatten(run.config), run.folder)
+    saved = flatten_json(found_by_first(functools.partial(read_config, run.folder)))
+    saved, now = (_without_changes(run.config, values) for values in (saved, flatten(run.config)))
+    check_same(saved, now, run.folder)
 
     def read(step: int) -> tuple[TrainState, Manifest]:
         return checkpoint.restore(run.folder, step, like), checkpoint.read_manifest(run.folder, step)
 
     return _read_step(run.folder, run.resume_from, read, "Leave out --resume-from to go on from the latest good step.")
+
+
+def _without_changes(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The ``flatten``ed values but for those that may change."""
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    changing = {field.name for field in fields if MAY_CHANGE in field.metadata}
+    return {name: value for name, value in values.items() if name not in changing}
 
 
 def _read_step(run: Path, wanted: int | None, read: Callable[[int], Read], advice: str) -> Read:

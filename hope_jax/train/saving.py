@@ -147,6 +147,8 @@ def _plain_errors(run: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
+        if is_first():
+            _remove_unfinished(run, step)  # on a full disk, what is left of it leaves no room to go on
         raise UserError(
             f"Step {step} could not be saved in {run} ({error}); saved steps: {saved_steps(run)}. "
             "Make room or repair the folder, then run the same command again."
@@ -198,12 +200,27 @@ def _prune(run: Path, keep: int, keep_every: int | None) -> None:
         folder = run / FOLDER / str(step)
         (folder / MANIFEST).unlink()  # first: what is half removed is not a saved step
         shutil.rmtree(folder, ignore_errors=True)
-    for part in (run / FOLDER).glob("*.orbax-checkpoint-tmp"):
+    _remove_parts(run)
+
+
+def _remove_parts(run: Path, step: int | str = "*") -> None:
+    """Remove what orbax was writing when it was killed or failed."""
+    for part in (run / FOLDER).glob(f"{step}.orbax-checkpoint-tmp"):
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _remove_unfinished(run: Path, step: int) -> None:
+    """Remove what this process wrote of a step that it cannot finish."""
+    _remove_parts(run, step)
+    folder = run / FOLDER / str(step)
+    if not (folder / MANIFEST).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_room(run: Path, state: TrainState, keep: int) -> None:
-    """Raise UserError unless ``keep`` checkpoints (and the one being written) of ``state`` fit on the disk."""
+    """Remove parts of saves that were killed, and raise UserError unless ``keep`` checkpoints of ``state``, and the one
+    being written, fit on the disk."""
+    _remove_parts(run)
     each = count_bytes(state)
     need, free = each * max(1, keep + 1 - len(saved_steps(run))), shutil.disk_usage(run).free
     if free < need + 2**24:

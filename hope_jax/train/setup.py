@@ -114,8 +114,7 @@ class Setup:
 
     def _fresh(self, key: PRNGKeyArray, params: Any = None) -> TrainState:
         params = self.init(key) if params is None else jax.tree.map(jnp.copy, params)
-        usual = () if self.spike is None else jnp.zeros((), jnp.float32)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params), usual)
+        return TrainState.first(params, self.tx.init(params))
 
     @functools.cached_property
     def _start(self) -> Callable[[PRNGKeyArray, Any], TrainState]:
@@ -133,8 +132,8 @@ class Setup:
             return jax.tree.map(lambda _: one, self._shapes)
         place = functools.partial(placed, self.mesh)
         params, rest = place(self._specs[0], self._shapes.params), place(self._specs[1], self._shapes.opt_state)
-        step, usual = (place({}, part) for part in (self._shapes.step, self._shapes.usual_norm))
-        return TrainState(step, params, rest, usual)
+        step, *guard = (place({}, getattr(self._shapes, name)) for name in ("step", "usual_norm", "skipped"))
+        return TrainState(step, params, rest, *guard)
 
     @functools.cached_property
     def _specs(self) -> tuple[Specs, Specs]:
@@ -158,6 +157,10 @@ class Setup:
         if params is not None and self.mesh is not None:
             params = jax.device_put(params, self.placement.params)
         return self._start(jax.random.key(check_seed(seed)), params)
+
+    def rate_at(self, state: TrainState) -> float:
+        """The learning rate of the next step: the schedule stands still where a step was skipped."""
+        return float(self.rate(int(state.step) - int(state.skipped)))
 
     def shapes(self) -> TrainState:
         """Shapes, dtypes and placement of ``start`` without computing it: what a checkpoint is restored into."""

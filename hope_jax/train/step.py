@@ -30,7 +30,8 @@ class TrainState(struct.PyTreeNode):
     """Everything that is trained or that training needs to go on. A pytree, so it can be sharded leaf by leaf.
 
     ``step``: batches trained on, int32 scalar. ``params``: nested dict of arrays. ``opt_state``: the optimizer's.
-    ``usual_norm``: moving mean of the norms of gradients, float32 scalar; (): the run does not look for spikes.
+    ``usual_norm``: moving mean of the norms of gradients, float32 scalar. ``skipped``: batches that changed nothing,
+    int32 scalar; the optimizer has not seen them, see ``guard.py``. Both are (): nobody trains this state.
     Leaves are arrays, or shapes or placements of arrays, hence the open types.
     """
 
@@ -38,6 +39,13 @@ class TrainState(struct.PyTreeNode):
     params: Any
     opt_state: Any
     usual_norm: Any = ()
+    skipped: Any = ()
+
+    @classmethod
+    def first(cls, params: Any, opt_state: Any) -> "TrainState":
+        """The state before the first batch."""
+        step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))  # each its own: all are donated
+        return cls(step, params, opt_state, jnp.zeros((), jnp.float32), skipped)
 
 
 def init_params(model: Any, key: PRNGKeyArray) -> Any:
@@ -211,7 +219,8 @@ def train_step(
     but ``step``. ``placement``: where the outgoing state lies, shardings shaped like it; None: where JAX puts it.
 
     Metrics beside those of the loss: ``gradient_norm`` before clipping, ``parameter_norm`` after the update (finite
-    exactly as long as the run is sound), ``learning_rate`` of this update, and ``skipped``, 1 where nothing changed.
+    exactly as long as the run is sound), ``learning_rate`` of this update (its schedule waits while batches are
+    skipped), and ``skipped``, 1 where nothing changed.
     """
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -221,11 +230,11 @@ def train_step(
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         new = optax.apply_updates(state.params, updates), opt_state
         params, opt_state = jax.tree.map(functools.partial(jnp.where, sound), new, (state.params, state.opt_state))
-        single = norm, optax.tree.norm(params), rate(state.step), 1 - sound.astype(jnp.float32)
+        single = norm, optax.tree.norm(params), rate(state.step - state.skipped), 1 - sound.astype(jnp.float32)
         pairs = zip(MEASURED_BY_STEP, single, strict=True)
         metrics |= {name: Mean(value, jnp.float32(1)) for name, value in pairs}
-        usual = () if spike is None else usual_norm(state.usual_norm, norm, spike)
-        return TrainState(state.step + 1, params, opt_state, usual), metrics
+        usual = usual_norm(state.usual_norm, norm, spike)
+        return TrainState(state.step + 1, params, opt_state, usual, state.skipped + ~sound), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if placement is None else (placement, None))
 

@@ -1,5 +1,7 @@
 """Delta gradient descent against its definition, and mistakes in it and in the layer of ``test_delta_dense.py``."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +14,14 @@ from hope_jax.optim.dgd import DeltaDot
 
 FORMS = ["exact", "cheap", "spectral"]
 ROWS_IN_OUT = [(1, 4, 3), (3, 8, 2), (8, 3, 5), (4, 4, 4)]
+step = functools.partial(jax.jit, static_argnames="form")(dgd_update)
 
 
 def problem(rows, inputs, outputs, scale=1.7):
     """Kernel [in, out], X [rows, in], dY [rows, out] with keys far from unit length."""
     draw = np.random.default_rng(rows * 100 + inputs)
     shapes = (inputs, outputs), (rows, inputs), (rows, outputs)
-    return tuple(jnp.asarray(scale * draw.normal(size=shape)) for shape in shapes)
+    return tuple(scale * draw.normal(size=shape) for shape in shapes)
 
 
 def minimiser(kernel, x, dy, rate):
@@ -34,52 +37,53 @@ def printed(weights, x, gradient, rate):
     return weights @ (np.eye(len(x)) - r * np.outer(x, x)) - r * np.outer(gradient, x)
 
 
-@pytest.mark.parametrize("rate", [0.05, 3.0])
 @pytest.mark.parametrize("shape", ROWS_IN_OUT, ids=str)
-def test_the_exact_form_is_the_minimiser_on_both_sides_of_woodbury(shape, rate, x64):
+def test_the_exact_form_is_the_minimiser_on_both_sides_of_woodbury(shape, x64):
     kernel, x, dy = problem(*shape)
-    expected = minimiser(kernel, x, dy, rate)
-    np.testing.assert_allclose(dgd_update(kernel, x, dy, rate), expected, rtol=1e-9, atol=1e-9)
+    for rate in (0.05, 3.0):
+        expected = minimiser(kernel, x, dy, rate)
+        np.testing.assert_allclose(step(kernel, x, dy, rate), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(1024, 64, 8), (48, 64, 8)], ids=str)
-@pytest.mark.parametrize("rate", [1.0, 100.0])
-def test_equal_rows_do_not_break_the_exact_form_in_float32(shape, rate):
-    kernel, x, dy = (np.asarray(a, np.float64) for a in problem(*shape, scale=1.0))
+@pytest.mark.parametrize("shape", [(256, 64, 8), (48, 64, 8)], ids=str)
+def test_equal_rows_do_not_break_the_exact_form_in_float32(shape):
+    kernel, x, dy = problem(*shape, scale=1.0)
     x = np.repeat(x[:4], shape[0] // 4, axis=0)
-    expected = minimiser(kernel, x, dy, rate)
-    found = dgd_update(*(jnp.asarray(a, jnp.float32) for a in (kernel, x, dy)), rate)
-    assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+    for rate in (1.0, 100.0):
+        expected = minimiser(kernel, x, dy, rate)
+        found = step(*map(np.float32, (kernel, x, dy)), rate)
+        assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_one_row_is_the_printed_equation_in_the_flax_orientation(form, x64):
     kernel, x, dy = problem(1, 4, 3)
     expected = printed(kernel.T, x[0], dy[0], 0.7).T
-    np.testing.assert_allclose(dgd_update(kernel, x, dy, 0.7, form=form), expected, rtol=1e-11, atol=1e-11)
-    np.testing.assert_allclose(dgd_update(kernel, x[0], dy[0], 0.7, form=form), expected, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(step(kernel, x, dy, 0.7, form=form), expected, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(step(kernel, x[0], dy[0], 0.7, form=form), expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("shape", ROWS_IN_OUT, ids=str)
+@pytest.mark.parametrize("shape", [(3, 8, 2), (8, 3, 5)], ids=str)
 @pytest.mark.parametrize("form", ["cheap", "spectral"])
 def test_the_short_forms_are_one_gradient_step_and_never_raise_the_objective(form, shape, x64):
     kernel, x, dy = problem(*shape)
     for rate in (1e-2, 1.0, 1e4):
         size = np.sum(x * x) if form == "cheap" else np.linalg.norm(x, 2) ** 2
-        step = rate / (1 + rate * size)
+        length = rate / (1 + rate * size)
 
         def objective(k, rate=rate):
-            return jnp.sum((x @ k + dy) ** 2) / 2 + jnp.sum((k - kernel) ** 2) / (2 * rate)
+            return np.sum((x @ k + dy) ** 2) / 2 + np.sum((k - kernel) ** 2) / (2 * rate)
 
-        moved = dgd_update(kernel, x, dy, rate, form=form)
-        np.testing.assert_allclose(moved, kernel - step * jax.grad(objective)(kernel), rtol=1e-10, atol=1e-10)
+        moved = step(kernel, x, dy, rate, form=form)
+        slope = x.T @ (x @ kernel + dy)
+        np.testing.assert_allclose(moved, kernel - length * slope, rtol=1e-10, atol=1e-10)
         assert objective(moved) < objective(kernel)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_without_surprise_the_kernel_shrinks_along_its_inputs_and_nowhere_else(form, x64):
     kernel, x, dy = problem(3, 8, 2)
-    moved = np.asarray(dgd_update(kernel, x, 0 * dy, 1e6, form=form))
+    moved = np.asarray(step(kernel, x, 0 * dy, 1e6, form=form))
     seen = np.linalg.pinv(x) @ x
     np.testing.assert_allclose(moved - seen @ moved, kernel - seen @ kernel, atol=1e-9)
     assert np.linalg.norm(x @ moved) < (1e-4 if form == "exact" else 1.0) * np.linalg.norm(x @ kernel)
@@ -87,13 +91,11 @@ def test_without_surprise_the_kernel_shrinks_along_its_inputs_and_nowhere_else(f
 
 @pytest.mark.parametrize("form", FORMS)
 def test_leading_axes_are_rows_and_bfloat16_stays_bfloat16(form):
-    kernel, x, dy = (jnp.asarray(a, jnp.bfloat16) for a in problem(8, 3, 5))
-    moved = jax.jit(dgd_update, static_argnames="form")(
-        kernel, x.reshape(2, 4, 3), dy.reshape(2, 4, 5), jnp.float32(0.3), form=form
-    )
-    expected = dgd_update(*(a.astype(jnp.float32) for a in (kernel, x, dy)), 0.3, form=form)
+    kernel, x, dy = (np.asarray(a, jnp.bfloat16) for a in problem(8, 3, 5))
+    moved = step(kernel, x.reshape(2, 4, 3), dy.reshape(2, 4, 5), np.float32(0.3), form=form)
+    expected = step(*(a.astype(np.float32) for a in (kernel, x, dy)), 0.3, form=form)
     assert moved.dtype == jnp.bfloat16
-    np.testing.assert_allclose(moved.astype(jnp.float32), expected, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(np.asarray(moved, np.float32), expected, rtol=1e-2, atol=1e-2)
 
 
 def proximal(rate):

@@ -55,8 +55,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("shape", [(4, 3), (5,)], ids=["kernel", "vector"])
+@pytest.mark.parametrize(("shape", "target"), [((4, 3), "precond"), ((5,), "momentum")], ids=str)
 def test_the_network_is_the_one_of_the_equations(shape, target, x64):
     given = gradients(*shape)
     tx = scale_by_dmgd(MLPMemory(hidden=7, seed=3), decay=0.9, inner_rate=0.3, target=target)
@@ -133,11 +132,10 @@ def test_the_state_is_as_large_as_documented():
 
 
 def test_powers_of_the_gradient_by_hand():
-    g = jnp.array([3.0, -4.0, 0.0])
-    rms = (25 / 3) ** 0.5
-    found, _ = optim.signed_powers((1.0, 0.0, 2.0)).update(g, optax.EmptyState())
+    g, rms = np.array([3.0, -4.0, 0.0], np.float32), (25 / 3) ** 0.5
+    found, _ = jax.jit(optim.signed_powers((1.0, 0.0, 2.0)).update)(g, optax.EmptyState())
     np.testing.assert_allclose(found, g + 2 * g**3 / rms**2, rtol=1e-6)
-    zero, _ = optim.signed_powers((0.0, 1.0)).update(0 * g, optax.EmptyState())
+    zero, _ = jax.jit(optim.signed_powers((0.0, 1.0)).update)(0 * g, optax.EmptyState())
     np.testing.assert_array_equal(zero, 0)
 
 
@@ -145,9 +143,8 @@ def test_features_are_what_the_memory_is_written_with(x64):
     given = gradients(4, 3)
     phi = optim.signed_powers((0.0, 1.0))
     squared = np.stack([g * np.abs(g) / np.sqrt(np.mean(g**2)) for g in given])
-    for memory in ("linear", "mlp"):
-        expected = directions(scale_by_dmgd(memory), squared)
-        np.testing.assert_allclose(directions(optax.chain(phi, scale_by_dmgd(memory)), given), expected, rtol=1e-11)
+    expected = directions(scale_by_dmgd("mlp"), squared)
+    np.testing.assert_allclose(directions(optax.chain(phi, scale_by_dmgd("mlp")), given), expected, rtol=1e-11)
 
 
 MISTAKES = {

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from optimizer_rows import compiled, gradient, parameters, plain_run, program, walk, wrapped
@@ -123,9 +124,9 @@ MAKES = [optim.delta_momentum, *(pytest.param(make, marks=pytest.mark.slow) for 
 
 @pytest.mark.parametrize("make", MAKES, ids=lambda make: make.__name__)
 def test_a_flax_train_state_takes_them_as_it_takes_adamw(make):
-    x = jax.random.normal(jax.random.key(0), (64, 8))
-    y, model = jnp.sin(x[:, :2]), TwoLayers()
-    state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(1), x)["params"], tx=make(1e-2))
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    y, model = np.sin(x[:, :2]), TwoLayers()
+    state = TrainState.create(apply_fn=model.apply, params=drawn(model.init, x), tx=make(1e-2))
 
     @jax.jit
     def step(state):

@@ -2,7 +2,8 @@
 
 Further properties, of an optimizer inside optax's wrappers, are in ``test_optimizer_wrappers.py``; when the levels of
 ``by_level`` move and by which gradient is in ``test_by_level.py``. Compiling is what costs here: a row's update at the
-rate 0.01 is one program for all tests (``optimizer_rows.compiled``), and wrappers call it as they are.
+rate 0.01 is one program for all tests (``optimizer_rows.compiled``), and wrappers call it as they are. What a row
+computes is tested for every row; what depends on the kind of its state alone, for one row of each kind (``kinds``).
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from optimizer_rows import compiled, descend, gradient, parameters, plain_run, program, run, table, walk
+from optimizer_rows import compiled, descend, gradient, kinds, parameters, plain_run, program, run, table, walk, wrapped
 
 
 @functools.cache
@@ -22,7 +23,7 @@ def compiled_run(tx):
     return run(tx, parameters())[0]
 
 
-@table
+@kinds
 def test_the_state_can_be_planned_without_computing_it(row):
     params, tx = parameters(), row.make(1e-2)
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
@@ -32,20 +33,20 @@ def test_the_state_can_be_planned_without_computing_it(row):
     chex.assert_trees_all_equal(tx.init(shapes), tx.init(params))
 
 
-@table
+@kinds
 def test_an_update_leaves_the_kind_of_its_state_alone_and_never_compiles_twice(row):
     _, state, programs = plain_run(row.make)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.tree.map(jnp.asarray, row.make(1e-2).init(parameters())))
     assert programs == 1
 
 
-@table
+@kinds
 def test_arguments_that_nobody_asked_for_change_nothing(row):
     tx, params = row.make(1e-2), parameters()
     assert program(tx, params, value=jnp.float32(3.0), unheard_of=jnp.ones(2)) == program(tx, params)
 
 
-@table
+@kinds
 def test_updates_have_the_dtype_of_bfloat16_parameters(row):
     params, tx = parameters(jnp.bfloat16), row.make(1e-2)
     moved, _, update = run(tx, params)
@@ -117,12 +118,12 @@ def hillside():
     return {"level_0": {"kernel": jnp.array([[-1.2, 1.0], [0.0, 1.2]])}, "level_1": {"unused": jnp.zeros(2)}}
 
 
-@table
+@kinds
 def test_it_goes_down_the_valley_of_rosenbrock(row):
     assert rosenbrock(descend(row.make, *row.valley, rosenbrock, hillside)) < 0.1 < rosenbrock(hillside())
 
 
-@table
+@wrapped
 def test_the_learning_rate_can_be_injected_and_then_changed(row):
     params = parameters()
     moved, state, update = run(optax.inject_hyperparams(row.make)(1e-2), params)
@@ -133,7 +134,7 @@ def test_the_learning_rate_can_be_injected_and_then_changed(row):
     assert update._cache_size() == 1
 
 
-@table
+@wrapped
 def test_under_multi_steps_it_sees_the_mean_of_the_gradients(row):
     params, tx = parameters(), compiled(row.make)
     every = optax.MultiSteps(row.make(1e-2), 2)
@@ -147,7 +148,7 @@ def test_under_multi_steps_it_sees_the_mean_of_the_gradients(row):
     chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
 
 
-@table
+@wrapped
 def test_it_can_be_a_link_of_a_chain_and_be_masked(row):
     params, tx = parameters(), compiled(row.make)
     plain, *_ = plain_run(row.make)
@@ -159,7 +160,7 @@ def test_it_can_be_a_link_of_a_chain_and_be_masked(row):
     chex.assert_trees_all_close(masked["embedding"], params["embedding"] + summed, rtol=1e-5)
 
 
-@table
+@kinds
 def test_eight_devices_hold_the_state_as_they_hold_the_parameters_and_reach_the_same(row):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     place = NamedSharding(mesh, PartitionSpec("data"))

@@ -26,7 +26,7 @@ from trained_run import document, learned, learned_once, short_pieces, trained, 
 from hope_jax.storage import programs
 
 # Files in which programs are stored traced, as users do.
-STORING = ("test_programs", "test_learn", "test_context")
+STORING = ("test_programs", "test_learn")
 MEMORY_MAPS = Path("/proc/self/maps")
 # Files that take longest, longest first: two workers then end together. The rest follow in the order of their names.
 LONGEST = ("test_self_modifying", "test_models", "test_learn", "test_writes", "test_tnt", "test_context", "test_cli")

@@ -12,7 +12,7 @@ from drawn import drawn
 
 from hope_jax import context
 from hope_jax.levels import Level
-from hope_jax.memory.architectures import Architecture
+from hope_jax.memory.architectures import Architecture, matrix
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.nn.feed_forward.fast import Writes
@@ -27,7 +27,7 @@ WIDTH, VOCAB = 8, 11
 HOPE = SelfModifyingConfig(2, conv=2, c_memory=4, c_projections=4)
 # Compiles fast.
 LIGHT = replace(HOPE, inner_projection=(), momentum="none", dgd_scope="none", rate_max=1.5)
-LIGHTER = replace(LIGHT, gate=Architecture(1, residual=False, scales=(1.0,)))
+LIGHTER = replace(LIGHT, memory=matrix, gate=Architecture(1, residual=False, scales=(1.0,)))
 MIXERS = [pytest.param(HOPE, marks=pytest.mark.slow, id="hope"), pytest.param(LIGHTER, id="light")]
 
 

@@ -36,8 +36,9 @@ CONFIGS = {
         NANO["transformer_pp"], {"norm": {"scale": jnp.ones(16)}, "blocks": {"feed_forward": {}}}, [4]
     )[0],
 }
-# Where something follows from names, and where Hope and attention have settings of their own; the others are slow.
-QUICK = {*CONFIGS} - {*NANO} | {"hope", "titans", "gated_deltanet"}
+# Where something follows from names, and where Hope and attention have settings of their own; the others are slow. The
+# mixer of "levels in context" is that of "hope".
+QUICK = {*CONFIGS} - {*NANO} | {"titans", "gated_deltanet"}
 rows = pytest.mark.parametrize(
     "row", [pytest.param(row, marks=() if row in QUICK else pytest.mark.slow) for row in CONFIGS]
 )
@@ -91,7 +92,8 @@ def test_the_list_has_nothing_that_no_model_has():
 
 def test_m3_sees_every_layer_and_head_of_hope_as_a_matrix_of_its_own():
     layers, heads, size = 2, HOPE.mixer.heads, 8
-    views = matrix_views(shapes("hope"), logical.matrices(LanguageModel(HOPE).axes()))["blocks"]["mixer"]
+    row = "levels in context"
+    views = matrix_views(shapes(row), logical.matrices(LanguageModel(CONFIGS[row]).axes()))["blocks"]["mixer"]
     seen = {name: view.matrix_shape for name, view in views.items() if isinstance(view, MatrixView)}
     assert seen == {
         **{f"start_memory_{i}": (layers, heads, size, size) for i in (0, 1)},
@@ -101,7 +103,12 @@ def test_m3_sees_every_layer_and_head_of_hope_as_a_matrix_of_its_own():
     }
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-tiny")])
+# One of each family of mixers; that every parameter decays as it is listed is tested above.
+MOST = ("hope-tiny", "titans_mac-tiny", "gated_deltanet-tiny", "rwkv7-tiny", "ttt_mlp-tiny", "transformer_pp-tiny")
+TINY = [name for name in MODELS if name.endswith("-tiny")]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in MOST else pytest.mark.slow) for n in TINY])
 def test_most_of_the_parameters_of_every_model_decay(name):
     model = LanguageModel(MODELS[name])
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

@@ -176,7 +176,8 @@ def test_generation_reads_with_what_was_learned_and_writes_nothing():
 
 
 def test_generation_that_learns_is_learning_token_by_token():
-    model, params, tokens = made(dtype=jnp.float32, rate=10.0)
+    model, params, tokens = made(dtype=jnp.float32)
+    params["blocks"]["feed_forward"]["rate"] *= 20
     params["embedding"] *= 3  # opinions that the writes change
     _, state = stream(model, params, tokens[:, :5], (4, 1))
     how: Any = {"steps": 9, "temperature": 0.0, "key": jax.random.key(0), "learn": True}
@@ -196,8 +197,8 @@ def test_generation_that_learns_is_learning_token_by_token():
         generate.sample(other, params, state, tokens, **how)
 
 
-def test_a_cleared_context_is_an_empty_one_with_the_levels_as_they_are(x64):
-    model, params, tokens = made()
+def test_a_cleared_context_is_an_empty_one_with_the_levels_as_they_are():
+    model, params, tokens = made(dtype=jnp.float32)
     _, state = stream(model, params, tokens[:, :5], (5,))  # 4 taken up, the unfinished chunk has 1 token: no label
     after = context.clear(model, params, state, capacity=40)
     close(after.blocks.feed_forward, state.blocks.feed_forward, rtol=0)
@@ -205,14 +206,14 @@ def test_a_cleared_context_is_an_empty_one_with_the_levels_as_they_are(x64):
     fresh = context.start(model, params, 2, 40)
     fresh = fresh._replace(levels=state.levels)
     logits, _ = read(model, params, tokens[:, 13:], after)
-    np.testing.assert_allclose(logits, read(model, params, tokens[:, 13:], fresh)[0], rtol=1e-12)
+    np.testing.assert_array_equal(logits, read(model, params, tokens[:, 13:], fresh)[0])
     # With labels in the unfinished chunk it is an interruption: the same is written as before a text read on.
     _, state = stream(model, params, tokens[:, :8], (1, 7))
     _, later = read(model, params, tokens[:, 8:11], state)
     _, interrupted = context.learn(model, params, later, tokens[:, 11:12])
     after = context.clear(model, params, state)
-    close(after.blocks.feed_forward, interrupted.blocks.feed_forward, rtol=1e-10)
-    close((after.levels, after.position), (interrupted.levels, interrupted.position), rtol=1e-10)
+    close(after.blocks.feed_forward, interrupted.blocks.feed_forward, rtol=1e-4, atol=1e-7)
+    close((after.levels, after.position), (interrupted.levels, interrupted.position), rtol=1e-4, atol=1e-7)
     nats, _ = context.surprise(model, params, after, tokens[:, 8:13])
     assert nats.shape == (2, 4), "the first token of an empty context is not predicted"
 

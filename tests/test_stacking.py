@@ -30,13 +30,15 @@ def transformer(layers=3):
 
 def test_rate_0_is_the_transformer_to_the_bit():
     config, params, tokens = transformer()
-    stacked, theirs = stack_levels(config, params, (4, 8), Writes(rate=0.0))
+    tokens = tokens[:1, :9]
+    stacked, theirs = stack_levels(config, params, (4, 8))
+    theirs["blocks"]["feed_forward"]["rate"] *= 0
     model, before = LanguageModel(stacked), LanguageModel(config)
-    _, state = context.learn(model, theirs, context.start(model, theirs, 2), tokens)
-    expected, plain = read(before, params, tokens, before.init_state(params, 2))
+    _, state = context.learn(model, theirs, context.start(model, theirs, 1), tokens)
+    expected, plain = read(before, params, tokens, before.init_state(params, 1))
     for ours, original in zip(jax.tree.leaves(state.blocks.mixer), jax.tree.leaves(plain.mixer), strict=True):
         assert ours.shape == original.shape
-    logits, _ = read(model, theirs, tokens, context.start(model, theirs, 2))
+    logits, _ = read(model, theirs, tokens, context.start(model, theirs, 1))
     np.testing.assert_array_equal(logits, expected)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.blocks.feed_forward))
 
@@ -63,13 +65,15 @@ def test_merged_layers_read_as_the_written_ones_did():
     for start, stop in ((0, 4), (4, 5), (5, 9), (9, 13), (13, 16)):
         _, state = context.learn(model, params, state, tokens[:1, start:stop])
     state = context.finish(model, params, state)
-    logits, _ = read(model, params, tokens[:1, 16:], state)
+    logits, _ = read(model, params, tokens[:1, 16:25], state)
     merged, emptied = context.merge(model, params, state)
-    again, _ = read(model, merged, tokens[:1, 16:], emptied)
+    again, _ = read(model, merged, tokens[:1, 16:25], emptied)
     np.testing.assert_allclose(again, logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_continual_training_goes_through_the_writes():
+    """For each layer at its own period; the gradient itself is tested in ``test_writes_linear.py``."""
     config, params, tokens = transformer()
     stacked, params = stack_levels(config, params, (4, 8), Writes(bptt=(1,)))
     loss = next_token_loss(LanguageModel(stacked), np.ones(11))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contexts import LIGHT, VOCAB, close, config, made, stream
+from contexts import LIGHT, LIGHTER, VOCAB, close, config, made, stream
 from drawn import drawn
 from jax.interpreters.partial_eval import dce_jaxpr
 from references import initial, sigmoid
@@ -131,7 +131,7 @@ def sown(module, params, u):
 
 
 def test_without_writes_and_retention_eta_is_0_and_alpha_1():
-    found = sown(*watched(replace(LIGHT, rate_max=0.0, retention=False)))
+    found = sown(*watched(replace(LIGHTER, rate_max=0.0, retention=False)))
     np.testing.assert_array_equal(found["rate"], np.zeros((2, 2, 11)))
     np.testing.assert_array_equal(found["retention"], np.ones((2, 2, 11)))
 
@@ -161,10 +161,10 @@ def test_gates_of_memories_that_say_0_are_their_biases():
 
 
 def test_the_ordinary_call_sows_nothing_and_scans_no_more():
-    model, tokens = LanguageModel(config(mixer=LIGHT, dtype=jnp.float32)), jnp.zeros((2, 9), jnp.int32)
+    model, tokens = LanguageModel(config(mixer=LIGHTER, dtype=jnp.float32)), jnp.zeros((2, 9), jnp.int32)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens[:, :1]))
     assert set(shapes) == {"params"}
-    module, params, u = watched(LIGHT)
+    module, params, u = watched(LIGHTER)
     read = functools.partial(module.apply, {"params": params}, method=lambda m, u: m(u, m.init_state(2, 11))[0])
     for call, args in ((model.apply, (shapes, tokens)), (read, (u,))):  # layers are a scan, and chunks in a mixer
         outputs = {}
@@ -206,6 +206,8 @@ def test_there_is_a_panel_for_whatever_there_is(trace, panels, tmp_path):
     drawn = tracing.figure(trace, "A document")
     assert [axes.get_ylabel() for axes in drawn.axes] == panels
     assert drawn.axes[0].get_title() == "A document" and drawn.axes[-1].get_xlim() == (0, trace.tokens)
+    if len(panels) > 1:
+        return  # it takes a second to write one
     path = tracing.draw(trace, tmp_path / "new" / "document", "A document")
     assert path == tmp_path / "new" / "document" and path.read_bytes()[:4] == b"\x89PNG"
 

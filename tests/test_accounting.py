@@ -40,6 +40,7 @@ def test_steps_to_profile_that_cannot_be_are_named(steps, command, capfd):
     assert said == f"--profile is {steps!r}; give START:STOP with START < STOP <= --steps, such as 10:12."
 
 
+@pytest.mark.slow
 def test_the_steps_that_are_asked_for_are_profiled(command, tmp_path, capfd):
     assert main(command("--profile", "2:4", "--sample-tokens", "0")) == 0
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

@@ -25,6 +25,7 @@ def test_an_unknown_model_is_answered_with_the_closest_name():
         benchmark.BenchmarkConfig(models=("transformer",))
 
 
+@pytest.mark.slow
 def test_a_benchmark_step_trains_and_reports_what_it_measured():
     config = benchmark.BenchmarkConfig(models=("deltanet",), width=16, layers=1, heads=2, length=16, batch=1, repeats=1)
     (row,) = benchmark.train(config)
@@ -33,7 +34,7 @@ def test_a_benchmark_step_trains_and_reports_what_it_measured():
 
 
 MEASURED = {"train": 1, "chunked": 2, "length": 3, "decode": 2, "products": 6}
-QUICK = ("products",)  # the test above trains
+QUICK = ("products",)  # one of them from end to end
 PARTS = [part if part in QUICK else pytest.param(part, marks=pytest.mark.slow) for part in benchmark.PARTS]
 
 

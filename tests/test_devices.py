@@ -34,7 +34,7 @@ MODELS = {
     [
         pytest.param("hope", 1, marks=pytest.mark.slow),
         pytest.param("levels in context", 1, marks=pytest.mark.slow),
-        ("transformer_pp", 1),
+        pytest.param("transformer_pp", 1, marks=pytest.mark.slow),  # one slice is tested in test_sharding.py
         ("transformer_pp", 2),
     ],
 )
@@ -55,14 +55,25 @@ def test_a_step_on_two_devices_is_the_step_on_one_and_only_sums_move_between_the
     assert not any(f"{name}(" in program for name in ("all-gather", "all-to-all", "collective-permute"))
 
 
-def test_each_core_is_a_device_if_asked_before_anything_is_computed_and_no_flag_says_otherwise():
-    script = "from hope_jax import train; train.split_host(3); import jax; n = jax.device_count(); train.split_host(5)"
-    found = []
-    for flags in ("", "--xla_force_host_platform_device_count=2"):
-        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", f"{script}; print(n, jax.device_count())"]
-        found.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert found == ["3 3\n", "2 2\n"]
+SEVERAL = "--xla_force_host_platform_device_count=2"
+
+
+@pytest.mark.parametrize(("flags", "count"), [("", 3), pytest.param(SEVERAL, 2, marks=pytest.mark.slow)])
+def test_each_core_is_a_device_if_asked_before_anything_is_computed_and_no_flag_says_otherwise(flags, count):
+    script = "from hope_jax.train.devices import split_host as split; split(3); import jax; n = jax.device_count()"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", f"{script}; split(5); print(n, jax.device_count())"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert found == f"{count} {count}\n"
+
+
+def test_devices_that_a_flag_has_made_stay_as_they_are(monkeypatch):
+    changed = []
+    monkeypatch.setattr(jax.config, "update", lambda *setting: changed.append(setting))
+    training.split_host(3)  # the tests have eight by a flag
+    monkeypatch.setenv("XLA_FLAGS", "")
+    training.split_host(6, 2)
+    assert changed == [("jax_num_cpu_devices", 3)]
 
 
 @pytest.mark.slow

@@ -94,7 +94,10 @@ def test_a_line_is_learned_and_held_out_means_are_measured_before_during_and_aft
 
 
 # Step 20 is measured on held-out batches: by the run that goes on, since the one that is asked to stop leaves at once.
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 13), (signal.SIGTERM, 20), (signal.SIGHUP, 1)])
+SIGNALS = [(signal.SIGINT, 13), (signal.SIGTERM, 20), pytest.param(signal.SIGHUP, 1, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("number", "step"), SIGNALS)
 def test_a_run_that_is_stopped_and_gone_on_with_is_the_run_without_a_stop(straight, tmp_path, number, step):
     with training.open_run(tmp_path / "run") as folder:
         with pytest.raises(Stopped, match=f"Stopped at step {step} of 30") as caught:
@@ -148,7 +151,7 @@ class Broken:
         return True
 
 
-@pytest.mark.parametrize("count", [0, 8])
+@pytest.mark.parametrize("count", [pytest.param(0, marks=pytest.mark.slow), 8])
 def test_a_terminal_that_is_closed_saves_and_stops_as_sigterm_does(straight, tmp_path, monkeypatch, count):
     with training.open_run(tmp_path / "run") as folder:
         with monkeypatch.context() as patch:

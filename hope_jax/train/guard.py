@@ -39,4 +39,4 @@ def usual_norm(usual: Any, norm: Scalar, spike: float | None) -> Scalar:
     most = jnp.inf if spike is None else spike * usual
     counted = jnp.where(usual == 0, norm, jnp.minimum(norm, most))
     mean = jnp.where(usual == 0, norm, (1 - RECENT) * usual + RECENT * counted)
-    return jnp.where(jnp.isfinite(norm), mean, usual)
+    return jnp.where(jnp.isfinite(norm), mean, usual).astype(jnp.float32)  # where gradients are float64, too

@@ -1,4 +1,4 @@
-"""What is made once for all the workers of a run."""
+"""What is made once: for all the workers of a run, or for all the commands of a file."""
 
 import fcntl
 import os
@@ -15,3 +15,16 @@ def once(tmp_path_factory, name, make):
             make(folder)
             (folder / "made").touch()
     return folder
+
+
+def setups_made_once(make):
+    """``text_setup`` whose result, and with it the programs, is the same for the same configuration."""
+    setups = {}
+
+    def made(config, steps, byte_lengths, **how):
+        key = config, steps, tuple(how.items())
+        if key not in setups:
+            setups[key] = make(config, steps, byte_lengths, **how)
+        return setups[key]
+
+    return made

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from made_once import setups_made_once
 
 from experiments import __main__ as experiments
 from hope_jax import MODELS
@@ -37,9 +38,10 @@ FLAGS += ["--steps", "6", "--eval-batches", "1", "--sample-tokens", "8", "--no-c
 
 @pytest.fixture(scope="module", autouse=True)
 def rows():
-    """A small model, known to the command line by name."""
+    """A small model, known to the command line by name; commands of the same configuration share their programs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "small", SMALL)
+        patch.setattr(training, "text_setup", setups_made_once(training.text_setup))
         yield
 
 
@@ -201,27 +203,25 @@ def test_a_missing_step_to_resume_from_is_answered_with_those_that_exist(command
 
 def test_nan_stops_with_the_step_named_and_the_last_good_step_intact(command, finished, tmp_path, capfd, monkeypatch):
     run = tmp_path / "run"
-    real = training.train_step
+    real = vars(training.Setup)["step"]
 
-    def poisoned(*args):
-        step = real(*args)
-
-        def poisoned_step(state, batch):
+    def poisoned(setup):
+        def step(state, batch):
             if int(state.step) == 4:
                 state = state.replace(params=jax.tree.map(lambda p: p * jnp.nan, state.params))
-            return step(state, batch)
+            return real.__get__(setup)(state, batch)
 
-        return poisoned_step
+        return step
 
-    with monkeypatch.context() as patch:
-        patch.setattr("hope_jax.train.setup.train_step", poisoned)
-        message = mistake(capfd, command(run))
+    monkeypatch.setattr(training.Setup, "step", property(poisoned))
+    message = mistake(capfd, command(run))
     assert "step 5: the parameter norm became nan" in message
     assert training.saved_steps(run) == [2, 4]
     saved, expected = (training.read_manifest(folder, 4) for folder in (run, finished))
     assert saved.arrays == expected.arrays and saved.data == expected.data
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_blows_up_ends_with_a_sentence_not_with_a_saved_nan(command, tmp_path, capfd):
     message = mistake(capfd, command(tmp_path / "run", "--optimizer.learning-rate", "1e38"))
     assert "Training stopped at step" in message and "--optimizer.learning-rate" in message

@@ -83,7 +83,10 @@ def test_slow_levels_have_the_periods_of_every_in_batches():
     assert [len(part.levels) * part.hidden for part in parts if isinstance(part, CMSConfig)] == [480] * 4
 
 
-@pytest.mark.parametrize("periods, moves", [(True, [False, True, False, True]), (False, [True] * 4)])
+TOGETHER = pytest.param(False, [True] * 4, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("periods, moves", [(True, [False, True, False, True]), TOGETHER])
 def test_a_slow_level_moves_only_once_per_period_unless_all_move_together(learner, periods, moves):
     state = learner.setups[periods].start(0)
     for number, expected in enumerate(moves):
@@ -106,14 +109,14 @@ def test_what_each_part_forgets_is_measured_with_the_others_set_back(learner):
     alone = learner.parts(first.params, second.params)["alone"]
     assert set(alone) == {"embedding", "mixer", "level_0", "level_1"}
     mixed = {**first.params, "embedding": second.params["embedding"]}
-    measured = learner.setups[False].evaluator(learner._heldout)(mixed)
+    measured = learner.setups[True].evaluator(learner._heldout)(mixed)
     assert alone["embedding"] == pytest.approx(measured["first/bits_per_byte"])
     before = second.heldout[0]["first/bits_per_byte"]
     assert len({*alone.values(), before}) == 5, "every part was moved, and makes a difference"
 
 
 def test_a_lower_rate_on_the_second_text_scales_every_step(learner):
-    went, setup = {}, learner.setups[False]
+    went, setup = {}, learner.setups[True]
     for rate in (1.0, 0.25):
         state = setup.start(0)
         before = jax.device_get(jax.tree.leaves(state.params))

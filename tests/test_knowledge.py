@@ -69,8 +69,7 @@ def test_what_is_stored_is_what_a_stream_left_in_the_levels(read):
     merged = [context.merge(model, params, jax.tree.map(lambda x, i=i: one(x, i), state))[0] for i in range(2)]
     expected = [predicted(model, merged[i], question[i : i + 1])[0] for i in range(2)]
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-3, atol=1e-5)
-    plain = incorporation.untouched(model, params, 2)(question)
-    assert np.any(np.abs(found - plain) > 1e-4)
+    assert np.any(np.abs(found[:1] - predicted(model, params, question[:1])) > 1e-4)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -92,12 +91,14 @@ def test_fine_tuning_takes_a_step_for_each_chunk_with_the_context_before_it(read
     tokens, tuned, state = jnp.asarray(told[:1]), params, model.init_state(params, 1)
 
     @functools.partial(jax.grad, has_aux=True)
-    def slope(params, inputs, labels, state):
+    def slope(params, inputs, labels, known, state):
         logits, after = model.apply({"params": params}, inputs, state)
-        return cross_entropy(logits, labels).sum() / 16, after
+        return (cross_entropy(logits, labels) * known).sum() / 16, after
 
-    for start, end in ((0, 16), (16, 31)):
-        slopes, state = jax.jit(slope)(tuned, tokens[:, start:end], tokens[:, start + 1 : end + 1], state)
+    slope, labels = jax.jit(slope), jnp.roll(tokens, -1, axis=1)
+    for start, last in ((0, 16), (16, 15)):  # nothing comes after the last token
+        now = slice(start, start + 16)
+        slopes, state = slope(tuned, tokens[:, now], labels[:, now], jnp.arange(16)[None] < last, state)
         tuned = jax.tree.map(lambda p, g: p - 0.5 * g, tuned, slopes)
     np.testing.assert_allclose(found[:1], predicted(model, tuned, question[:1]), rtol=1e-3, atol=1e-4)
 
@@ -107,8 +108,8 @@ def test_recall_and_bits_are_those_of_the_predictions():
     knows = {text(line[: facts.ASKED]): line[facts.ASKED] for line in drawn.told.reshape(-1, 16)[:4]}
 
     def predict(tokens):
-        named = [knows.get(text(row), 0) for row in tokens]
-        return jax.nn.one_hot(jnp.asarray(named)[:, None].repeat(tokens.shape[1], 1), 256)
+        named = np.array([knows.get(text(row), 0) for row in tokens])
+        return np.eye(256)[named[:, None].repeat(tokens.shape[1], 1)]
 
     assert incorporation.recall(predict, drawn) == pytest.approx(4 / 6)
 

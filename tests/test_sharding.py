@@ -158,11 +158,11 @@ def orthogonal_step(mesh, steps, by_matrix=True):
 
 
 def test_matrices_are_orthogonalised_each_in_one_place(x64):
-    expected, _ = orthogonal_step(None, 5)
-    found, few = orthogonal_step(MESHES["all"], 5)
+    expected, _ = orthogonal_step(None, 2)
+    found, few = orthogonal_step(MESHES["all"], 2)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, expected)
     assert few == orthogonal_step(MESHES["all"], 1)[1]  # none inside the iteration
-    assert few < orthogonal_step(MESHES["all"], 5, by_matrix=False)[1]
+    assert few < orthogonal_step(MESHES["all"], 2, by_matrix=False)[1]
 
 
 def line(mesh):

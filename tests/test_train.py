@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,10 @@ def small():
     return build("hope_attention-tiny")
 
 
-@pytest.fixture(scope="module", params=["small", "titans-tiny", pytest.param("hope-tiny", marks=pytest.mark.slow)])
+DEEP = [pytest.param(name, marks=pytest.mark.slow) for name in ("titans-tiny", "hope-tiny")]
+
+
+@pytest.fixture(scope="module", params=["small", "titans_linear-tiny", *DEEP])
 def each(request, small):
     """The same, and models whose memories are written in context from learned initial states."""
     return small if request.param == "small" else build(request.param)
@@ -99,18 +103,27 @@ def test_evaluation_in_parts_is_the_mean_over_all_tokens_not_over_batches(small)
         assert value == pytest.approx(float(whole[name].value), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", [AdamW(), M3()], ids=["adamw", "m3"])
+@functools.cache
+def setup_of(name, method):
+    """How a narrow model is trained: levels that move every second and third batch, at a rate that warms up."""
+    model = narrow(name)
+    config = training.OptimizerConfig(learning_rate=3e-3, warmup=2, method=method)
+    tx = training.optimizer(config, 20, {"static": 1, "level_0": 2, "level_1": 3}, model.axes())
+    init, loss = functools.partial(training.init_params, model), training.next_token_loss(model, BYTES)
+    return training.Setup(init, loss, tx, training.schedule(config, 20))
+
+
+@pytest.mark.parametrize("method", [AdamW(), pytest.param(M3(), marks=pytest.mark.slow)], ids=["adamw", "m3"])
 def test_a_second_step_reuses_the_compiled_program_and_the_loss_falls(small, method):
-    config = training.OptimizerConfig(learning_rate=3e-3, warmup=0, method=method)
-    tx = training.optimizer(config, 20, small.config.update_every(4096), small.model.axes())
-    step = training.train_step(training.next_token_loss(small.model, BYTES), tx, training.schedule(config, 20))
+    setup = setup_of("hope_attention-tiny", method)
+    step: Any = setup.step
     params = jax.tree.map(jnp.copy, small.params)  # the step donates its state
-    state = training.TrainState.first(params, tx.init(params))
-    losses = []
+    state = training.TrainState.first(params, setup.tx.init(params))
+    state, losses = setup.spread(state), []
     for _ in range(20):
         state, metrics = step(state, small.batch)
         losses.append(float(metrics["loss"].value))
-    assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert step._cache_size() == 1
     assert int(state.step) == 20 and losses[-1] < losses[0] - 0.3
 
 
@@ -131,18 +144,14 @@ RUNS += [pytest.param("hope-tiny", M3(), id="hope, m3", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize(("name", "method"), RUNS)
 def test_three_steps_a_save_a_restore_and_three_more_are_bit_for_bit_six(tmp_path, name, method):
-    model, draw = narrow(name), np.random.default_rng(0)
-    config = training.OptimizerConfig(learning_rate=2e-3, warmup=2, method=method)
-    tx = training.optimizer(config, 6, {"static": 1, "level_0": 2, "level_1": 3}, model.axes())
-    rate, loss = training.schedule(config, 6), training.next_token_loss(model, BYTES)
-    setup = training.Setup(functools.partial(training.init_params, model), loss, tx, rate)
+    setup, draw = setup_of(name, method), np.random.default_rng(0)
     step, like = setup.step, setup.shapes()
     params = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0, 0.02, leaf.shape), leaf.dtype), like.params)
-    start = training.TrainState.first(params, tx.init(params))
+    start = setup.spread(training.TrainState.first(params, setup.tx.init(params)))
 
     def advance(state):
         for _ in range(3):
-            batch = jax.random.randint(jax.random.key(int(state.step)), (2, 33), 0, 256)
+            batch = jax.random.randint(jax.random.key(int(state.step)), (4, 33), 0, 256)
             state, metrics = step(state, batch)
         return state, jax.device_get(metrics)
 
@@ -205,7 +214,7 @@ def test_the_gradient_of_the_z_loss_is_that_of_its_formula(x64, every):
     draw, z = np.random.default_rng(0), 0.3
     table, batch = draw.normal(0, 2, (5, 5)), draw.integers(0, 5, (2, 9))
     loss = training.next_token_loss(Table(), np.ones(5), every, z_loss=z)
-    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(table), jnp.asarray(batch))
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(table, batch)
     inputs, targets = batch[:, :-1].ravel(), batch[:, 1:].ravel()
     logits = table[inputs]
     logs = np.log(np.exp(logits).sum(-1))
@@ -229,15 +238,14 @@ def test_a_field_of_the_schedule_out_of_range_is_named(field, value):
 def test_weight_decay_moves_matrices_only(small):
     """With a zero gradient the only thing that moves a parameter is its decay."""
     axes = small.model.axes()
-    tx = training.optimizer(
-        training.OptimizerConfig(learning_rate=2e-3, warmup=0), 10, {"static": 1, "level_0": 1, "level_1": 4}, axes
-    )
-    zero = jax.tree.map(jnp.zeros_like, small.params)
-    state, updates = tx.init(small.params), zero
+    config = training.OptimizerConfig(learning_rate=2e-3, warmup=0)
+    tx = training.optimizer(config, 10, {"static": 1, "level_0": 1, "level_1": 4}, axes)
+    zero = jax.tree.map(np.zeros_like, small.params)
+    state, updates, step = tx.init(small.params), zero, jax.jit(tx.update)
     for _ in range(4):  # a slow level moves with the last of its batches
-        update, state = tx.update(zero, state, small.params)
-        updates = jax.tree.map(jnp.add, updates, update)
-    moved = [path for path, update in jax.tree_util.tree_leaves_with_path(updates) if jnp.any(update != 0)]
+        update, state = step(zero, state, small.params)
+        updates = jax.tree.map(np.add, updates, update)
+    moved = [path for path, update in jax.tree_util.tree_leaves_with_path(updates) if np.any(update != 0)]
     decayed = decays(axes)(small.params)
     expected = [path for path, decays in jax.tree_util.tree_leaves_with_path(decayed) if decays]
     assert moved == expected and len(moved) > 5
@@ -248,10 +256,10 @@ def test_levels_move_every_nth_batch_and_see_the_learning_rate_of_that_batch():
     axes = {"static": {"kernel": ()}, "level_0": {"kernel": ()}}
     tx = training.optimizer(config, 100, {"static": 1, "level_0": 2}, axes)
     params = {"static": {"kernel": jnp.zeros(())}, "level_0": {"kernel": jnp.zeros(())}}
-    gradient, state = jax.tree.map(jnp.ones_like, params), tx.init(params)
+    gradient, state, update = jax.tree.map(jnp.ones_like, params), tx.init(params), jax.jit(tx.update)
     seen = []
     for _ in range(4):
-        updates, state = tx.update(gradient, state, params)
+        updates, state = update(gradient, state, params)
         seen.append([float(update) for update in jax.tree.leaves(updates)])
     slow, fast = zip(*seen, strict=True)
     assert fast == pytest.approx((-0.25, -0.5, -0.75, -1.0), rel=1e-3)
@@ -263,6 +271,6 @@ def test_gradients_are_clipped_together_before_they_reach_the_levels():
     axes = {"static": {"kernel": ("embed",)}, "level_0": {"kernel": ("embed",)}}
     tx = training.optimizer(config, 10, {"static": 1, "level_0": 1}, axes)
     params = {"static": {"kernel": jnp.ones(2)}, "level_0": {"kernel": jnp.ones(2)}}
-    _, state = tx.update(jax.tree.map(lambda p: 1000 * p, params), tx.init(params), params)
+    _, state = jax.jit(tx.update)(jax.tree.map(lambda p: 1000 * p, params), tx.init(params), params)
     moments = [value for _, value in optax.tree_utils.tree_get_all_with_path(state, "mu")]
     assert float(optax.tree.norm(moments)) == pytest.approx(0.5, rel=1e-5)

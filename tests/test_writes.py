@@ -39,7 +39,7 @@ def test_training_reads_as_the_stream_does_and_learns_the_rates(x64):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_hope_can_be_differentiated_through_the_writes_of_its_levels(mixer, x64):
+def test_a_hope_can_be_differentiated_through_the_writes_of_its_levels(mixer, untyped, x64):
     """Traced only: compiling it takes minutes. Values are those of the parts, each tested where it is."""
     model, params, tokens = made((4,), in_context=1, mixer=mixer)
     slope = jax.eval_shape(

@@ -30,7 +30,7 @@ SMALL = dataclasses.replace(
     layers=1,
     context=64,
     mixer=dataclasses.replace(ROW.mixer, heads=2),
-    feed_forward=dataclasses.replace(ROW.feed_forward, hidden=48, levels=(Level(64), Level(192))),
+    feed_forward=dataclasses.replace(ROW.feed_forward, hidden=48, levels=(Level(64),)),
 )
 
 
@@ -49,7 +49,8 @@ def train(place, bpe):
     data = DataConfig(path=(str(path),), tokenizer=str(bpe))
     tokenizer = make_tokenizer(data)
     text = open_text(data, tokenizer, length=32, cache_dir=place / "cache")
-    model = dataclasses.replace(with_in_context(SMALL, (16,), writes=Writes(2.0)), vocab_size=tokenizer.vocab_size)
+    small = with_in_context(SMALL, (16,), writes=Writes(2.0, bptt=(0,)))  # first order is quick to compile
+    model = dataclasses.replace(small, vocab_size=tokenizer.vocab_size)
     config = training.TextRun(model, training.OptimizerConfig(), 2, 32, 0, text.fingerprint, tokenizer.fingerprint)
     heldout = text.heldout_batches(batch=2, limit=1)
     with training.open_run(place / "run") as folder:

@@ -113,8 +113,8 @@ def test_every_optimizer_can_be_that_of_a_level(alias):
         g = PARAMS | {"kernel": g}
         updates, state = update({"fast": g, "slow": g}, state, params)
         params = optax.apply_updates(params, updates)
-    near(params["fast"], alone(alias, 0.1, given))
-    near(params["slow"], alone(alias, 0.2, given.reshape(2, 2, 3, 4).mean(1)))
+    slow = alone(alias, 0.2, given.reshape(2, 2, 3, 4).mean(1))
+    near(params, {"fast": alone(alias, 0.1, given), "slow": slow})
 
 
 def alone(alias, rate, given):

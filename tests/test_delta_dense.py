@@ -25,8 +25,8 @@ def layers(dtype=jnp.float64, **fields):
     draw = np.random.default_rng(0)
     x, target = (jnp.asarray(draw.normal(size=(2, 5, n)), dtype) for n in (4, 3))
     delta, dense = optim.delta_dense(3, **fields, param_dtype=dtype), nn.Dense(3, param_dtype=dtype)
-    params = dense.init(jax.random.key(0), x)
-    return delta, dense, params, x, target
+    shapes = jax.eval_shape(dense.init, jax.random.key(0), x)
+    return delta, dense, jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape), p.dtype), shapes), x, target
 
 
 def test_the_gradient_is_that_of_the_loss_with_the_delta_term_added(x64):
@@ -36,9 +36,12 @@ def test_the_gradient_is_that_of_the_loss_with_the_delta_term_added(x64):
         read = jax.lax.stop_gradient(x) @ params["params"]["kernel"]
         return losses(dense, x, target)(params, x) + 0.6 / (2 * 10) * jnp.sum(read**2)
 
-    found = jax.jit(jax.value_and_grad(losses(delta, x, target), argnums=(0, 1)))(params, x)
-    plain = jax.value_and_grad(losses(dense, x, target), argnums=(0, 1))(params, x)
-    expected = jax.grad(longer)(params, x)
+    @jax.jit
+    def all_three(params, x):
+        both = (jax.value_and_grad(losses(layer, x, target), argnums=(0, 1))(params, x) for layer in (delta, dense))
+        return *both, jax.grad(longer)(params, x)
+
+    found, plain, expected = all_three(params, x)
     assert found[0] == pytest.approx(float(plain[0]), rel=1e-14)
     np.testing.assert_allclose(found[1][1], plain[1][1], rtol=1e-13, atol=1e-15)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), found[1][0], expected)
@@ -58,7 +61,8 @@ def test_the_gradient_of_a_complex_kernel_is_that_of_the_loss_with_the_term_adde
     def plain(kernel):
         return size(x @ kernel - target) / 6 + 0.5 / (2 * 6) * size(x @ kernel)
 
-    np.testing.assert_allclose(jax.grad(mean)(kernel), jax.grad(plain)(kernel), rtol=1e-12)
+    found, expected = jax.jit(lambda kernel: (jax.grad(mean)(kernel), jax.grad(plain)(kernel)))(kernel)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("strength", [np.float32(0.5), jnp.float32(0.5), np.int64(1)])
@@ -71,7 +75,7 @@ def test_strength_may_be_any_real_scalar(strength, untyped):
 def test_strength_0_is_dense_to_the_bit(dtype):
     delta, dense, params, x, target = layers(jnp.float32, strength=0.0)
     delta, dense = (module.clone(dtype=dtype) for module in (delta, dense))
-    assert jax.tree.structure(delta.init(jax.random.key(0), x)) == jax.tree.structure(params)
+    assert jax.tree.structure(jax.eval_shape(delta.init, jax.random.key(0), x)) == jax.tree.structure(params)
     found, expected = (
         jax.jit(jax.value_and_grad(losses(layer, x, target), argnums=(0, 1)))(params, x) for layer in (delta, dense)
     )
@@ -83,16 +87,19 @@ def test_sgd_on_the_layer_is_the_cheap_step(x64):
     delta, _, params, x, target = layers(strength=1.0, use_bias=False)
     kernel, rows = jnp.asarray(params["params"]["kernel"]), x.reshape(10, 4)
     lr = 0.05
-    grads = jax.grad(losses(delta, x, target))(params)
-    moved: Any = optax.apply_updates(params, optax.sgd(lr).update(grads, optax.sgd(lr).init(params))[0])
 
     def of_sum(y):
         return jnp.sum((jnp.sin(y) - target) ** 2)
 
-    dy = jax.grad(of_sum)(x @ kernel)
-    rate = (lr / 10) / (1 - (lr / 10) * float(jnp.sum(rows**2)))
-    expected = dgd_update(kernel, x, dy, rate, form="cheap")
-    np.testing.assert_allclose(moved["params"]["kernel"], expected, rtol=1e-11, atol=1e-13)
+    @jax.jit
+    def moved_and_cheap(params):
+        grads = jax.grad(losses(delta, x, target))(params)
+        moved: Any = optax.apply_updates(params, optax.sgd(lr).update(grads, optax.sgd(lr).init(params))[0])
+        dy = jax.grad(of_sum)(x @ kernel)
+        rate = (lr / 10) / (1 - (lr / 10) * jnp.sum(rows**2))
+        return moved["params"]["kernel"], dgd_update(kernel, x, dy, rate, form="cheap")
+
+    np.testing.assert_allclose(*moved_and_cheap(params), rtol=1e-11, atol=1e-13)
 
 
 def test_rows_tells_the_layer_what_it_cannot_see_under_vmap(x64):
@@ -103,8 +110,8 @@ def test_rows_tells_the_layer_what_it_cannot_see_under_vmap(x64):
     def mean(layer):
         return lambda params: jnp.mean(jax.vmap(lambda x, t: losses(layer, x, t)(params))(x[0], target[0]))
 
-    expected = jax.grad(losses(delta, x[0], target[0]))(params)
-    found, unaware = jax.grad(mean(five))(params), jax.grad(mean(delta))(params)
+    functions = losses(delta, x[0], target[0]), mean(five), mean(delta)
+    expected, found, unaware = jax.jit(lambda params: [jax.grad(f)(params) for f in functions])(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), found, expected)
     assert jnp.abs(unaware["params"]["kernel"] - expected["params"]["kernel"]).max() > 0.1
 
@@ -133,13 +140,15 @@ class Stack(nn.Module):
 def test_scan_and_remat_leave_the_delta_term_alone(x64):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)))
     scanned, loop = Stack(True), Stack(False)
-    params = scanned.init(jax.random.key(0), x)["params"]
+    params = jax.jit(scanned.init)(jax.random.key(0), x)["params"]
     apart = {f"layer_{i}": jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(3)}
 
     def loss(model):
         return lambda params: jnp.mean(model.apply({"params": params}, x) ** 2)
 
-    found, expected = jax.jit(jax.grad(loss(scanned)))(params), jax.grad(loss(loop))(apart)
+    found, expected = jax.jit(lambda *both: (jax.grad(loss(scanned))(both[0]), jax.grad(loss(loop))(both[1])))(
+        params, apart
+    )
     for i in range(3):
         one = jax.tree.map(lambda p, i=i: p[i], found["layers"])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), one, expected[f"layer_{i}"])
@@ -152,14 +161,17 @@ def test_other_linen_layers_take_the_same_product(x64):
         nn.DenseGeneral(4, axis=(-2, -1), use_bias=False, param_dtype=jnp.float64, dot_general=dot)
         for dot in (DeltaDot(0.6), jax.lax.dot_general)
     )
-    params = plain.init(jax.random.key(0), x)
+    params = jax.jit(plain.init)(jax.random.key(0), x)
 
     def longer(p):
         return jnp.mean(jnp.sin(plain.apply(p, x))) + 0.6 / (2 * 5) * jnp.sum(
             (jax.lax.stop_gradient(x).reshape(5, 6) @ p["params"]["kernel"].reshape(6, 4)) ** 2
         )
 
-    found, expected = jax.grad(lambda p: jnp.mean(jnp.sin(delta.apply(p, x))))(params), jax.grad(longer)(params)
+    def written(p):
+        return jnp.mean(jnp.sin(delta.apply(p, x)))
+
+    found, expected = jax.jit(lambda p: (jax.grad(written)(p), jax.grad(longer)(p)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
 
 

@@ -18,11 +18,13 @@ from hope_jax.nn.mixers.mamba2 import Mamba2Config
 from hope_jax.nn.mixers.retnet import RetNetConfig
 
 B, T, WIDTH = 2, 40, 12  # more tokens than a block of the chunked form has
+# In plain products but for one, which compile sooner: ``test_recurrence.py`` holds both forms against each other.
+PLAIN = dict(impl="chunked")
 CASES = {
     "gated_deltanet": (GatedDeltaNetConfig(2, 3, 5, values_per_key=2), references.gated_deltanet),
-    "comba": (GatedDeltaNetConfig(2, 3, 5, values_per_key=2, form="comba"), references.gated_deltanet),
-    "retnet": (RetNetConfig(heads=2), references.retnet),
-    "mamba2": (Mamba2Config(head_size=4, state=3, groups=2, step_limits=(0.0, 1.5)), references.mamba2),
+    "comba": (GatedDeltaNetConfig(2, 3, 5, values_per_key=2, form="comba", **PLAIN), references.gated_deltanet),
+    "retnet": (RetNetConfig(heads=2, **PLAIN), references.retnet),
+    "mamba2": (Mamba2Config(head_size=4, state=3, groups=2, step_limits=(0.0, 1.5), **PLAIN), references.mamba2),
 }
 MAPS = {
     "gated_deltanet": "query/project key/project value/project out/gate out/down",
@@ -110,11 +112,11 @@ def test_any_cut_is_the_whole_and_padding_leaves_no_trace(x64, name):
     y, end, _ = pulled(name)(params, u, np.zeros_like(u))
     step = jax.jit(lambda u, state, count: module.apply({"params": params}, u, state, count))
     pieces = []
-    for start, stop in ((0, 9), (9, 10), (10, 12), (12, T)):
+    for start, stop in ((0, 9), (9, 10), (10, 12), (12, T)):  # of 40 tokens each, as the whole
         padded = np.full_like(u, 7.0)
         padded[:, : stop - start] = u[:, start:stop]
         out, state = step(padded, state, np.int32(stop - start))
-        pieces.append(out[:, : stop - start])
+        pieces.append(np.asarray(out)[:, : stop - start])
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), y, rtol=1e-9, atol=1e-11)
     for ours, theirs in zip(*map(jax.tree.leaves, (state, end)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -122,11 +124,13 @@ def test_any_cut_is_the_whole_and_padding_leaves_no_trace(x64, name):
 
 def test_a_retnet_in_float32_reads_a_million_tokens_in_as_at_the_start():
     module = CASES["retnet"][0].build(WIDTH, jnp.float32)
-    u, state = jax.random.normal(jax.random.key(1), (B, T, WIDTH)), module.init_state(B, T)
-    variables = jax.jit(module.init)(jax.random.key(0), u, state)
-    step = jax.jit(lambda state: module.apply(variables, u, state)[0])
-    late = step(state._replace(position=np.int32(10**6)))
-    np.testing.assert_allclose(late, step(state), rtol=1e-4, atol=2e-5 * np.abs(late).max())
+    u, state = np.random.default_rng(1).normal(size=(B, T, WIDTH)).astype(np.float32), module.init_state(B, T)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), u, state)
+    draw = np.random.default_rng(2)
+    variables = jax.tree.map(lambda x: np.float32(0.3 * draw.normal(size=x.shape)), shapes)
+    step = jax.jit(lambda u, state: module.apply(variables, u, state)[0])
+    late, early = (np.asarray(step(u, state._replace(position=np.int32(at)))) for at in (10**6, 0))
+    np.testing.assert_allclose(late, early, rtol=1e-4, atol=2e-5 * np.abs(late).max())
 
 
 def test_a_mamba_whose_steps_vanish_is_a_gated_convolution(x64):
@@ -171,7 +175,7 @@ def test_a_bfloat16_layer_has_float32_parameters_and_memories(name):
 
 def test_decays_start_as_published():
     gate = matrix.DecayGate(4096, layers.TORCH, slowest=1.0)
-    params = gate.init(jax.random.key(0), jnp.zeros((1, 1, 4)))["params"]
+    params = jax.jit(gate.init)(jax.random.key(0), np.zeros((1, 1, 4)))["params"]
     rates, steps = np.exp(params["log_decay"]), np.asarray(jax.nn.softplus(params["step_bias"]))
     for values, low, high, middle in ((rates, 1, 16, 8.5), (steps, 0.001, 0.1, 0.01)):
         assert low <= values.min() < 1.1 * low and 0.9 * high < values.max() <= high * (1 + 1e-5)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references_miras as ref
+from drawn import drawn
 
 from hope_jax.errors import UserError
 from hope_jax.memory import RULES, architectures, objectives, omega
@@ -70,9 +71,14 @@ def close(ours, theirs):
 )  # fmt: skip
 def test_an_error_is_its_formula_on_both_sides_of_its_bound_and_has_a_finite_slope_at_zero(x64, objective, by_hand):
     errors = of_length_one(RNG.normal(size=(4, D))) * np.array([[0.0], [0.5], [1.9], [3.0]])
-    found = objectives.error(objective, *arrays(V[:4] + errors, V[:4]))
+
+    @jax.jit
+    def error_and_slope(*given):
+        error = functools.partial(objectives.error, objective)
+        return error(*given), jax.jacobian(error)(*given)
+
+    found, slope = error_and_slope(V[:4] + errors, V[:4])
     np.testing.assert_allclose(found, [by_hand(e) for e in errors], rtol=1e-9, atol=1e-12)
-    slope = jax.jacobian(functools.partial(objectives.error, objective))(*arrays(V[:4] + errors, V[:4]))
     assert np.all(np.isfinite(slope))
 
 
@@ -116,6 +122,7 @@ def test_every_token_reads_through_the_link_of_its_own_time(x64, read):
 
 def test_weights_of_a_softmax_are_positive_and_sum_to_the_scale(x64):
     w = SoftmaxLink(0.5)(jnp.asarray(np.stack(KERNELS[:1] * 2)))
+    w = np.asarray(w)
     assert np.all(w > 0)
     np.testing.assert_allclose(np.sum(w, axis=-2), 0.5 * D**0.5)
 
@@ -125,7 +132,8 @@ def test_written_weights_answer_as_the_last_read(x64, name):
     rule = replace(RULES[name], period=PERIOD)
     weights = arrays(*(KERNELS if rule.learned_start else [np.zeros((D, D))]))
     fast, found = reads_of(rule, "auto", weights, *arrays(K, V, Q, RATE, KEEP))
-    close(rule.apply(fast.running, jnp.asarray(Q[-1:]), PLAIN_PRODUCTS)[0], found[-1])
+    answer = jax.jit(lambda weights, query: rule.apply(weights, query, PLAIN_PRODUCTS))
+    close(answer(fast.running, Q[-1:])[0], found[-1])
 
 
 # ---------------------------------------------------------------- Omega
@@ -156,9 +164,9 @@ def test_cuts_and_padding_leave_no_trace_in_omega(x64):
     end, whole = omega_of(OMEGA, kernels, OMEGA.start(kernels, D), tokens, jnp.zeros((), jnp.int32))
     state, at, found = OMEGA.start(kernels, D), 0, []
     for count in (5, 1, 5):
-        piece = [jnp.concatenate([x[at : at + count], 9 + 0 * x[: 5 - count]]) for x in tokens]
-        state, out = omega_of(OMEGA, kernels, state, piece, jnp.asarray(at), jnp.asarray(count))
-        found.append(out[:count])
+        piece = [np.concatenate([x[at : at + count], 9 + 0 * x[: 5 - count]]) for x in STREAMS]
+        state, out = omega_of(OMEGA, kernels, state, piece, np.array(at), np.array(count))
+        found.append(np.asarray(out)[:count])
         at += count
     close(np.concatenate(found), whole)
     for ours, theirs in zip(*map(jax.tree.leaves, (state, end)), strict=True):
@@ -192,21 +200,21 @@ def call(m, u, state, count=None):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_layer_reads_pieces_and_padding_as_the_whole_and_no_other_sequence(x64, name):
-    config = MIXERS[name]
-    module, u = config.build(2 * D, jnp.float64), jnp.asarray(RNG.normal(size=(2, T, 2 * D)))
-
-    params = jax.jit(functools.partial(module.init, method=call))(jax.random.key(0), u[:, :1], None, None)
-    step = jax.jit(functools.partial(module.apply, params, method=call))
-    y, end = step(u, None, None)
-    state, pieces = module.apply(params, 2, T, method="init_state"), []
+    """One program reads 11 tokens, and 5, 1 and 5 of them, padded to 11."""
+    module, u = MIXERS[name].build(2 * D, jnp.float64), RNG.normal(size=(2, T, 2 * D))
+    params = drawn(lambda key, u: module.init(key, u, None, method=call), u[:, :1])
+    step = jax.jit(lambda *given: module.apply({"params": params}, *given, method=call))
+    fresh = jax.jit(lambda: module.apply({"params": params}, 2, T, method="init_state"))()
+    y, end = step(u, fresh, np.int32(T))
+    state, pieces = fresh, []
     for at, count in ((0, 5), (5, 1), (6, 5)):
-        piece = jnp.concatenate([u[:, at : at + count], jnp.full((2, 5 - count, 2 * D), 9.0)], axis=1)
-        out, state = step(piece, state, jnp.asarray(count, jnp.int32))
-        pieces.append(out[:, :count])
+        piece = np.concatenate([u[:, at : at + count], np.full((2, T - count, 2 * D), 9.0)], axis=1)
+        out, state = step(piece, state, np.int32(count))
+        pieces.append(np.asarray(out)[:, :count])
     close(np.concatenate(pieces, axis=1), y)
     for ours, theirs in zip(*map(jax.tree.leaves, (state, end)), strict=True):
         close(ours, theirs)
-    close(step(u.at[0].set(0.0), None, None)[0][1], y[1])
+    close(step(np.stack([0 * u[0], u[1]]), fresh, np.int32(T))[0][1], y[1])
 
 
 def test_memory_as_context_may_be_omega():

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from parameter_counts import PARAMETERS
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
+from hope_jax.memory.architectures import Architecture
 from hope_jax.models import ARCHITECTURES, MODELS, SIZES, LanguageModel, ModelConfig, Size, model_named
 from hope_jax.nn.language_model import body_of, entry
 from hope_jax.nn.mixers.attention import AttentionConfig
@@ -23,7 +25,8 @@ B, T, VOCAB = 2, 20, 48
 SMALL = Size(width=32, layers=2, heads=2, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
 # The blocks around a mixer are the same for all; what each of the other mixers does is tested where its layer is.
 QUICK = ("hope", "transformer_conv")
-ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
+SLOW = pytest.mark.slow
+ROWS = [pytest.param(name, marks=() if name in QUICK else SLOW) for name in ARCHITECTURES]
 architectures = pytest.mark.parametrize("name", ROWS)
 
 
@@ -54,7 +57,7 @@ def test_the_parameter_count_is_the_pinned_one(name):
     assert blocks + outside(model) * model.width == COUNTS[name]
 
 
-@architectures
+@pytest.mark.parametrize("name", [n if n == "transformer_conv" else pytest.param(n, marks=SLOW) for n in ARCHITECTURES])
 def test_a_whole_model_has_the_pinned_parameters(name):
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     variables = jax.eval_shape(LanguageModel(MODELS[f"{name}-tiny"]).init, jax.random.key(0), tokens)
@@ -74,33 +77,43 @@ def test_baselines_are_within_three_percent_of_hope(size):
 def started(name):
     """Tokens that differ from one another inside a row; of a bfloat16 model: logits of them, and its parameters.
 
-    Parameters are made for one token, which is a smaller program.
+    Parameters are made for one token, which is a smaller program. Logits where float64 is enabled, too: there a model
+    of narrow types meets positions of other types. Without it narrow models are trained in many other tests.
     """
     tokens = np.stack([np.random.default_rng(i).permutation(VOCAB - 1)[:T] + 1 for i in range(B)]).astype(np.int32)
     model = LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.bfloat16))
     with jax.enable_x64(False):
         variables = jax.jit(model.init)(jax.random.key(0), tokens[:, :1])
+    with jax.enable_x64(True):
         logits, _ = jax.jit(model.apply)(variables, tokens)
     return tokens, logits, variables["params"]
 
 
 @functools.cache
 def small(name):
-    """The float64 model, parameters and tokens."""
+    """The float64 model, parameters and tokens.
+
+    Of Hope in plain products, and projections and gates have one layer: ``test_self_modifying.py`` and
+    ``test_mixers.py`` have the others, which take long to compile.
+    """
     tokens, _, params = started(name)
-    in_float64 = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
-    return LanguageModel(replace(ARCHITECTURES[name](SMALL), dtype=jnp.float64)), in_float64, jnp.asarray(tokens)
+    config: Any = replace(ARCHITECTURES[name](SMALL), dtype=jnp.float64)
+    if name != "hope":
+        return LanguageModel(config), jax.tree.map(lambda p: np.asarray(p, np.float64), params), tokens
+    boxes = dict(projection=Architecture(1, True, (0.5,)), gate=Architecture(1, False, (1.0,)))
+    model = LanguageModel(replace(config, mixer=replace(config.mixer, impl="chunked", **boxes)))
+    return model, drawn(model.init, tokens[:, :1]), tokens
 
 
 @functools.cache
 def pulled(name):
-    """Compiled (parameters, tokens, cotangent of the logits) -> (logits, gradients, final state), fresh sequence."""
+    """Compiled (parameters, tokens, cotangent of the logits) -> (logits, gradients, (first, last state)), fresh."""
     model = small(name)[0]
 
     @jax.jit
     def pulled(params, tokens, cotangent):
         logits, pull, state = jax.vjp(lambda p: model.apply({"params": p}, tokens), params, has_aux=True)
-        return logits, pull(cotangent)[0], state
+        return logits, pull(cotangent)[0], (model.init_state(params, batch=B, capacity=T), state)
 
     return pulled
 
@@ -108,13 +121,13 @@ def pulled(name):
 @architectures
 def test_any_cut_with_any_padding_gives_the_same_logits_and_final_state_and_no_state_is_a_fresh_one(x64, name):
     model, params, tokens = small(name)
-    fresh, _, end = pulled(name)(params, tokens, jnp.zeros((B, T, VOCAB)))
-    step = jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))
-    state, at, logits = model.init_state(params, batch=B, capacity=T), 0, []
-    for count in (9, None, 6, 3, None):  # nine tokens, of which the first ones are read, or one token
+    fresh, _, (state, end) = pulled(name)(params, tokens, np.zeros((B, T, VOCAB)))
+    step, at, logits = jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs)), 0, []
+    # Nine tokens, of which the first ones are read, or one token; Hope's single one is in ``test_self_modifying.py``.
+    for count in (9, 6, 5) if name == "hope" else (9, None, 6, 3, None):
         piece = np.roll(tokens, -at, axis=1)[:, : 9 if count else 1]
         out, state = step(params, piece, state, *([np.int32(count)] if count else []))
-        logits.append(out[:, :count])
+        logits.append(np.asarray(out)[:, :count])
         at += count or 1
     assert fresh.dtype == jnp.float64
     np.testing.assert_allclose(np.concatenate(logits, axis=1), fresh, rtol=1e-9, atol=1e-9)
@@ -142,9 +155,10 @@ def test_the_loss_falls_over_twenty_steps(x64, name):
     _, params, tokens = small(name)
     targets, losses = np.eye(VOCAB)[np.roll(tokens, -1, axis=1)], []
     for _ in range(20):
-        logits, *_ = pulled(name)(params, tokens, np.zeros((B, T, VOCAB)))
-        losses.append(-np.mean(np.sum(targets * np.array(jax.nn.log_softmax(logits)), axis=-1)))
-        _, gradients, _ = pulled(name)(params, tokens, (np.array(jax.nn.softmax(logits)) - targets) / (B * T))
+        logits = np.asarray(pulled(name)(params, tokens, np.zeros((B, T, VOCAB)))[0])
+        logs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        losses.append(-np.mean(np.sum(targets * logs, axis=-1)))
+        _, gradients, _ = pulled(name)(params, tokens, (np.exp(logs) - targets) / (B * T))
         gradients = jax.tree.map(np.asarray, gradients)
         norm = math.sqrt(sum(np.sum(g * g) for g in jax.tree.leaves(gradients)))
         scale = 0.3 / max(norm, 0.3)
@@ -173,7 +187,7 @@ def test_an_untrained_model_starts_at_the_uniform_loss(name):
     assert 0 <= bits_over_uniform(started(name)[1]) < 0.1
 
 
-@pytest.mark.parametrize(("vocab", "width"), [(256, 192), (256, 1024), (8192, 512)])
+@pytest.mark.parametrize(("vocab", "width"), [(256, 1024), (8192, 512), pytest.param(256, 192, marks=SLOW)])
 def test_a_token_hardly_scores_itself_at_the_start_whatever_the_vocabulary_and_width(vocab, width):
     model, tokens = LanguageModel(ModelConfig(AttentionConfig(1), None, width, 1, vocab)), jnp.arange(64)[None]
 
@@ -185,6 +199,7 @@ def test_a_token_hardly_scores_itself_at_the_start_whatever_the_vocabulary_and_w
     assert 0 <= bits_over_uniform(jax.jit(without_blocks)(jax.random.key(0))) < 0.1
 
 
+@pytest.mark.slow
 def test_a_float32_hope_reads_any_length_where_float64_is_enabled(x64):
     tokens, _, params = started("hope")
     logits, _ = jax.jit(LanguageModel(ARCHITECTURES["hope"](SMALL)).apply)({"params": params}, tokens)
@@ -194,7 +209,9 @@ def test_a_float32_hope_reads_any_length_where_float64_is_enabled(x64):
 @architectures
 def test_an_unknown_id_in_a_compiled_program_gives_nan_and_not_a_number_that_looks_right(x64, name):
     _, params, tokens = small(name)
-    logits = [pulled(name)(params, ids, np.zeros((B, T, VOCAB)))[0] for ids in (tokens, tokens.at[0, 1].set(VOCAB))]
+    wrong = tokens.copy()
+    wrong[0, 1] = VOCAB
+    logits = [np.asarray(pulled(name)(params, ids, np.zeros((B, T, VOCAB)))[0]) for ids in (tokens, wrong)]
     assert np.all(np.isfinite(logits[0])) and np.all(np.isfinite(logits[1][1]))
     assert np.all(np.isnan(logits[1][0, 1:]))
 

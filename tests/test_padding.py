@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from contexts import HOPE, close, config
@@ -25,26 +24,23 @@ MIXERS = {
 }
 
 
-# For the others ``test_models.py`` has a fast test.
-QUICK = ("window", "linear memory", "memory with anchors")
+# Anchors: ``test_miras.py``. For the others ``test_models.py`` has a fast test.
+QUICK = ("window", "linear memory")
 
 
 @pytest.mark.parametrize("mixer", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MIXERS])
 def test_padding_is_not_read(mixer, x64):
-    """One program reads 3, 6 and 1 tokens, as others do that know how many they are."""
+    """One program reads 10 tokens, and 3, 6 and 1 of them, as others do that know how many they are."""
     model = LanguageModel(config(mixer=MIXERS[mixer], in_context=0))
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 10)))
+    tokens = np.random.default_rng(0).integers(0, 11, (2, 10))
     params = drawn(model.init, tokens[:, :1])
-
-    @jax.jit
-    def padded(tokens, state, count):
-        return model.apply({"params": params}, tokens, state, count)
-
-    whole, end = jax.jit(functools.partial(model.apply, {"params": params}))(tokens, model.init_state(params, 2, 10))
-    state, at = model.init_state(params, 2, 10), 0
+    read = jax.jit(functools.partial(model.apply, {"params": params}))
+    fresh = jax.jit(lambda: model.init_state(params, 2, 10))()
+    whole, end = read(tokens, fresh, np.int32(10))
+    state, at = fresh, 0
     for count in (3, 6, 1):
-        piece = jnp.concatenate([tokens[:, at : at + count], jnp.full((2, 6 - count), 7)], axis=1)
-        logits, state = padded(piece, state, jnp.asarray(count, jnp.int32))
+        piece = np.concatenate([tokens[:, at : at + count], np.full((2, 10 - count), 7)], axis=1)
+        logits, state = read(piece, state, np.int32(count))
         np.testing.assert_allclose(logits[:, :count], whole[:, at : at + count], rtol=1e-9, atol=1e-12)
         at += count
     close(state, end, rtol=1e-9, atol=1e-12)

@@ -1,5 +1,7 @@
 """Time mix and channel mix of RWKV-7: against numpy, in any cut, with padding, by gradients, and at their start."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from hope_jax.nn.mixers.rwkv7 import RWKV7Config
 
 B, T, D, HEADS = 2, 21, 8, 2
 MIXERS = {
-    "time mix": RWKV7Config(head_dim=D // HEADS, decay_rank=2, rate_rank=3, share_rank=2, gate_rank=2),
+    "time mix": RWKV7Config(D // HEADS, decay_rank=2, rate_rank=3, share_rank=2, gate_rank=2, impl="chunked"),
     "channel mix": ChannelMixConfig(hidden=12),
 }
 
@@ -26,8 +28,7 @@ def drawn(config):
     u = jnp.zeros((1, 1, D), jnp.float64)
     given = u, module.init_state(1, 1), None, *passed(config, u)
     shapes = jax.eval_shape(module.init, jax.random.key(0), *given)["params"]
-    params = jax.tree.map(lambda x: jnp.asarray(0.6 * rng.normal(size=x.shape)), shapes)
-    return module, params, rng.normal(size=(B, T, D))
+    return module, jax.tree.map(lambda x: 0.6 * rng.normal(size=x.shape), shapes), rng.normal(size=(B, T, D))
 
 
 def passed(config, u):
@@ -37,7 +38,6 @@ def passed(config, u):
 
 def expected(name, params, u):
     """Outputs of each sequence alone, and the final memories where there are some."""
-    params = jax.tree.map(np.asarray, params)
     if name == "channel mix":
         return np.stack([reference.channel_mix(params, x) for x in u]), None
     return (np.stack(parts) for parts in list(zip(*(reference.time_mix(params, x, HEADS) for x in u), strict=True))[:2])
@@ -52,7 +52,7 @@ def test_the_layer_is_its_equations_in_any_cut_and_padding_leaves_no_trace(x64, 
     for count in (7, 1, 0, 8, 5):
         padded = np.full((B, 8, D), 7.0)
         padded[:, :count] = u[:, at : at + count]
-        y, state = call(padded, state, jnp.asarray(count, jnp.int32))
+        y, state = call(padded, state, np.int32(count))
         np.testing.assert_allclose(y[:, :count], outputs[:, at : at + count], rtol=1e-9, atol=1e-9)
         at += count
     np.testing.assert_array_equal(state.last[:, 0], u[:, -1])
@@ -60,19 +60,27 @@ def test_the_layer_is_its_equations_in_any_cut_and_padding_leaves_no_trace(x64, 
         np.testing.assert_allclose(state.memory, memory, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_an_output_depends_on_its_own_past_alone_by_gradients(x64, name):
-    module, params, u = drawn(MIXERS[name])
-    t, u = 5, jnp.asarray(u[:, :8])
+@functools.cache
+def pulled(name):
+    """Compiled (parameters, input, weights of the outputs) -> (outputs, gradient of the input), fresh sequences."""
+    module = drawn(MIXERS[name])[0]
 
     @jax.jit
-    def pulled(u, weights):
-        fresh = module.init_state(B, 8), None, *passed(MIXERS[name], u)
+    def pulled(params, u, weights):
+        fresh = module.init_state(*u.shape[:2]), None, *passed(MIXERS[name], u)
         y, pull = jax.vjp(lambda u: module.apply({"params": params}, u, *fresh)[0], u)
         return y, pull(weights)[0]
 
-    outputs, gradient = pulled(u, jnp.zeros((B, 8, D)).at[0, t].set(jnp.arange(1.0, D + 1)))
-    np.testing.assert_allclose(outputs, next(iter(expected(name, params, np.asarray(u)))), rtol=1e-9, atol=1e-9)
+    return pulled
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_an_output_depends_on_its_own_past_alone_by_gradients(x64, name):
+    _, params, u = drawn(MIXERS[name])
+    t, u, weights = 5, u[:, :8], np.zeros((B, 8, D))
+    weights[0, t] = np.arange(1.0, D + 1)
+    outputs, gradient = pulled(name)(params, u, weights)
+    np.testing.assert_allclose(outputs, next(iter(expected(name, params, u))), rtol=1e-9, atol=1e-9)
     reach = np.max(np.abs(np.asarray(gradient)), axis=2)
     first = t - 1 if name == "channel mix" else 0
     assert np.all(reach[0, first : t + 1] > 1e-9)
@@ -81,12 +89,11 @@ def test_an_output_depends_on_its_own_past_alone_by_gradients(x64, name):
 
 def test_without_rate_it_is_gated_linear_attention(x64):
     """a = 0 erases nothing; then every read is a plain sum over the past."""
-    layer, params, u = drawn(MIXERS["time mix"])
-    params, u = jax.tree.map(np.asarray, params), u[:, :7]
+    _, params, u = drawn(MIXERS["time mix"])
+    u = u[:, :8]
     params["rate"]["offset"] = np.full(D, -1e9)
     params["bonus"], params["out"]["kernel"] = np.zeros((HEADS, D // HEADS)), np.eye(D)
-    given = jnp.asarray(u), layer.init_state(B, 7), None, MIXERS["time mix"].nothing_passed(jnp.asarray(u))
-    y, *_ = jax.jit(layer.apply)({"params": params}, *given)
+    y, _ = pulled("time mix")(params, u, np.zeros_like(u))
     x = {n: u[1] + (reference.shifted(u[1]) - u[1]) * params[f"mix_{n}"] for n in ("receptance", "key", "value")}
     q, k, v = (x[n] @ params[n]["kernel"] for n in x)
     decayed = u[1] + (reference.shifted(u[1]) - u[1]) * params["mix_decay"]
@@ -94,13 +101,13 @@ def test_without_rate_it_is_gated_linear_attention(x64):
     heads = zip(*(np.split(z, HEADS, axis=1) for z in (k * (1 - params["key_scale"]), v, q, w)), strict=True)
     reads = np.stack([reference.gated_linear_attention(*head) for head in heads], axis=1)
     normed = (reads - reads.mean(2, keepdims=True)) / np.sqrt(reads.var(2, keepdims=True) + 64e-5)
-    normed = normed.reshape(7, D) * params["norm"]["scale"] + params["norm"]["bias"]
+    normed = normed.reshape(8, D) * params["norm"]["scale"] + params["norm"]["bias"]
     g = reference.low_rank(params["gate"], u[1] + (reference.shifted(u[1]) - u[1]) * params["mix_gate"], sigmoid)
     np.testing.assert_allclose(y[1], normed * g, rtol=1e-9, atol=1e-9)
 
 
 def started(config):
-    """The layer in bfloat16, its parameters at their start, and what two tokens make of them."""
+    """The layer in bfloat16, and its parameters at their start."""
     module = config.build(D, jnp.bfloat16)
     u, fresh = jnp.ones((1, 2, D), jnp.bfloat16), module.init_state(1, 2)
     given = u, fresh, None, *passed(config, u)

@@ -37,6 +37,8 @@ LOCAL = {  # in plain products, which compile sooner
 }
 ROWS = {name: TNTConfig(local, PERIOD) for name, local in LOCAL.items()}
 rows = pytest.mark.parametrize("name", ROWS)
+# Shards are laid side by side by one function, whatever the local memory is; Hope's gradients take long to compile.
+by_titans = pytest.mark.parametrize("name", ["titans", pytest.param("hope", marks=pytest.mark.slow)])
 
 
 def fresh(module, u):
@@ -60,8 +62,8 @@ def drawn(name):
     """The layer, its parameters, all drawn, and an input."""
     module, rng = ROWS[name].build(WIDTH, jnp.float64), np.random.default_rng(0)
     shapes = jax.eval_shape(functools.partial(module.init, method=fresh), jax.random.key(0), jnp.zeros((1, 1, WIDTH)))
-    params = enlarged(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.5)), shapes))
-    return module, params, jnp.asarray(rng.normal(size=(B, T, WIDTH)))
+    params = enlarged(jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.5), shapes))
+    return module, params, rng.normal(size=(B, T, WIDTH))
 
 
 @functools.cache
@@ -78,21 +80,30 @@ def pulled(name):
 
 
 @functools.cache
+def whole(name):
+    """Compiled (parameters, input) -> output, state; of Titans the program that has gradients."""
+    if name == "hope":
+        return jax.jit(functools.partial(drawn(name)[0].apply, method=fresh))
+    return lambda params, u: pulled(name)(params, u, np.zeros_like(u))[::2]
+
+
+@functools.cache
 def piece(name):
     """Compiled (parameters, input, state, count) -> output, state: nobody knows the position beforehand."""
     return jax.jit(drawn(name)[0].apply)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def start(name, params):
     """The state before the first token."""
-    return jax.tree.map(jnp.asarray, drawn(name)[0].apply(params, B, T, method="init_state"))
+    return drawn(name)[0].apply(params, B, T, method="init_state")
 
 
 def assert_equal(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), found, expected)
 
 
-@rows
+@by_titans
 def test_shards_side_by_side_give_what_shards_one_after_another_give(x64, name):
     """Outputs, state, and the slope along a random direction: in the other form by differences."""
     _, params, u = drawn(name)
@@ -104,7 +115,7 @@ def test_shards_side_by_side_give_what_shards_one_after_another_give(x64, name):
 
     def after(step):
         moved = jax.tree.map(lambda x, d: x + step * d, (params, u), tuple(direction))
-        return piece(name)(*moved, start(name, moved[0]), jnp.int32(T))
+        return piece(name)(*moved, start(name, moved[0]), np.int32(T))
 
     assert_equal(after(0.0), (y, state))
     values = [np.sum(weight * after(step)[0]) for step in (1e-6, -1e-6)]
@@ -114,25 +125,29 @@ def test_shards_side_by_side_give_what_shards_one_after_another_give(x64, name):
 
 @rows
 def test_any_cut_with_any_padding_gives_the_same_outputs_and_state(x64, name):
-    module, params, u = drawn(name)
-    expected, _, end = pulled(name)(params, u, jnp.zeros_like(u))
-    state, parts = start(name, params), []
+    _, params, u = drawn(name)
+    expected, state, parts = whole(name)(params, u), start(name, params), []
     for begin, stop in ((0, 5), (5, 8), (8, 9), (9, 22), (22, 24)):
-        y, state = piece(name)(params, jnp.roll(u, -begin, axis=1), state, jnp.int32(stop - begin))
-        parts.append(y[:, : stop - begin])
-    assert_equal((jnp.concatenate(parts, axis=1), state), (expected, end))
-    found = jax.jit(functools.partial(module.apply, method=token_by_token))(params, u)
-    assert_equal(found, (expected, end))
+        y, state = piece(name)(params, np.roll(u, -begin, axis=1), state, np.int32(stop - begin))
+        parts.append(np.asarray(y)[:, : stop - begin])
+    assert_equal((np.concatenate(parts, axis=1), state), expected)
 
 
-@rows
+@by_titans
+def test_one_token_per_call_gives_the_same_outputs_and_state(x64, name):
+    module, params, u = drawn(name)
+    assert_equal(jax.jit(functools.partial(module.apply, method=token_by_token))(params, u), whole(name)(params, u))
+
+
+@by_titans
 def test_only_the_global_memory_and_the_convolutions_see_an_earlier_shard(x64, name):
     _, params, u = drawn(name)
 
     def moved(t):
         """Whether each token of each sequence matters for the first sequence's output at t."""
-        inputs = pulled(name)(params, u, jnp.zeros_like(u).at[0, t].set(1.0))[1][1]
-        return np.max(np.abs(inputs), axis=-1)
+        cotangent = np.zeros_like(u)
+        cotangent[0, t] = 1
+        return np.max(np.abs(pulled(name)(params, u, cotangent)[1][1]), axis=-1)
 
     early, late = moved(PERIOD - 1), moved(PERIOD + 4)
     first = PERIOD // SHARD * SHARD - (LOCAL[name].conv - 1)
@@ -185,7 +200,7 @@ def static(x, kernel):
 @rows
 def test_the_layer_is_its_equations(x64, name):
     _, variables, inputs = drawn(name)
-    y = pulled(name)(variables, inputs, jnp.zeros_like(inputs))[0][1]
+    y = whole(name)(variables, inputs)[0][1]
     params, u = jax.tree.map(np.asarray, variables["params"]), np.asarray(inputs[1])
     (q, k, v), of_head = read_by_numpy(name, params, u)
     local, asked = map(np.stack, zip(*of_head, strict=True))
@@ -213,7 +228,7 @@ def with_shard(config, shard):
     return replace(config, shard=shard)
 
 
-@pytest.mark.parametrize("name", ["titans", pytest.param("hope", marks=pytest.mark.slow)])
+@by_titans
 def test_a_shard_as_long_as_the_text_changes_nothing(x64, name):
     plain, (_, params, u) = without_shards(LOCAL[name]), drawn(name)
     local = {"params": params["params"]["local"]}
@@ -233,7 +248,7 @@ def steps(jaxpr):
     return total
 
 
-@rows
+@by_titans
 def test_sequential_steps_are_those_of_one_shard(x64, name):
     params = drawn(name)[1]["params"]
 

@@ -1,5 +1,6 @@
 """TTT layers and the convolution in front of them: against numpy, in any cut, and what they must not do."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references_ttt
+from drawn import drawn
 from references import derivative
 
 from hope_jax.errors import UserError
@@ -14,10 +16,10 @@ from hope_jax.nn.axes import decays, flat
 from hope_jax.nn.mixers.convolution import ConvolutionConfig
 from hope_jax.nn.mixers.ttt import TTTConfig
 
-WIDTH, HEADS, T, PERIOD = 12, 2, 22, 4
+WIDTH, HEADS, T, PERIOD = 12, 2, 20, 4
 SIZE = WIDTH // HEADS
 LINEAR = TTTConfig(HEADS, "linear", rate_max=0.9, mini_batch=PERIOD)
-MLP = TTTConfig(HEADS, "mlp", rate_max=0.7, mini_batch=PERIOD, hidden=2)
+MLP = TTTConfig(HEADS, "mlp", rate_max=0.7, mini_batch=PERIOD, hidden=2, impl="chunked")
 
 
 def run(module, u):
@@ -25,20 +27,25 @@ def run(module, u):
 
 
 def layer(config):
-    """A layer, its parameters moved away from their starts (zeros and ones would hide mistakes), two sequences.
+    """A layer, its parameters away from their starts (zeros and ones would hide mistakes), two sequences.
 
     One of the factors is below 0, where it is cut off.
     """
-    module = config.build(WIDTH, jnp.float64)
-    u = jax.random.normal(jax.random.key(1), (2, T, WIDTH), jnp.float64)
-    params = jax.jit(lambda key: module.init(key, u[:, :1], method=run)["params"])(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [w + 0.4 * jax.random.normal(k, w.shape, w.dtype) for w, k in zip(leaves, keys, strict=True)]
-    params = jax.tree.unflatten(tree, moved)
-    if "gain" in params and len(params["gain"]) > 2:
-        params["gain"] = params["gain"].at[2].set(-1.0)
+    module, u = config.build(WIDTH, jnp.float64), np.random.default_rng(1).normal(size=(2, T, WIDTH))
+    params: Any = drawn(functools.partial(module.init, method=run), u[:, :1], inner_scale=1.0)
+    if "gain" in params and len(params["gain"]) == PERIOD:
+        params["gain"] = jnp.asarray([0.1, -0.05, -1.0, 0.2])
     return module, params, u
+
+
+def fresh(module, params):
+    """The state before the first token, whose position is known."""
+    return module.apply({"params": params}, 2, 0, method="init_state")
+
+
+def reader(module):
+    """Compiled (parameters, input) -> (output, state) of fresh sequences."""
+    return jax.jit(lambda params, u: module.apply({"params": params}, u, fresh(module, params)))
 
 
 def published(axes, params):
@@ -87,46 +94,60 @@ def test_the_inner_gradient_of_the_reference_is_that_of_its_loss():
     np.testing.assert_allclose(slope, derivative(loss, point, toward), rtol=1e-12)
 
 
+@functools.cache
+def pulled():
+    """The layer of MLPs, and compiled (parameters, input, weight [T,D]) -> (weighted sum of the second sequence's
+    outputs, (outputs, first and last state)), gradients."""
+    module, params, u = layer(MLP)
+
+    def value(params, u, weight):
+        start = fresh(module, params)
+        y, end = module.apply({"params": params}, u, start)
+        return jnp.sum(y[1] * weight), (y, start, end)
+
+    return module, params, u, jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
+
+
 def test_the_layer_is_its_equations_and_a_token_knows_its_own_past_only(x64):
     """Values, and the derivative along a direction of all parameters, of the second sequence's first 14 tokens."""
-    module, params, u = layer(MLP)
-    weight = jax.random.normal(jax.random.key(3), u[1].shape, u.dtype).at[14:].set(0.0)
-
-    def value(params, u):
-        y: Any = module.apply({"params": params}, u, method=run)
-        return jnp.sum(y[1] * weight), y
-
-    (_, y), (gradient, of_inputs) = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(params, u)
+    module, params, u, pull = pulled()
+    weight = np.random.default_rng(3).normal(size=u[1].shape)
+    weight[14:] = 0
+    (_, (y, *_)), (gradient, of_inputs) = pull(params, u, weight)
     leaves = paths(published(module.axes(), params))
 
     def reference(**leaves):
-        return references_ttt.layer(nested(leaves), np.asarray(u[1]), HEADS, PERIOD, MLP.rate_max)
+        return references_ttt.layer(nested(leaves), u[1], HEADS, PERIOD, MLP.rate_max)
 
     np.testing.assert_allclose(y[1], reference(**leaves), rtol=1e-9, atol=1e-10)
     rng = np.random.default_rng(1)
     toward = {name: rng.normal(size=leaf.shape) for name, leaf in leaves.items()}
     found = paths(published(module.axes(), gradient))
-    expected = np.sum(derivative(reference, leaves, toward) * np.asarray(weight))
+    expected = np.sum(derivative(reference, leaves, toward) * weight)
     np.testing.assert_allclose(sum(np.sum(found[n] * toward[n]) for n in found), expected, rtol=1e-9)
+    of_inputs = np.asarray(of_inputs)
     assert not np.any(of_inputs[0]) and not np.any(of_inputs[1, 14:])
     assert np.all(np.any(of_inputs[1, :14] != 0, axis=-1))
 
 
-@pytest.mark.parametrize("config", [MLP, ConvolutionConfig()])
-def test_any_cut_is_the_whole_and_padding_leaves_no_trace(x64, config):
-    module, params, u = layer(config)
-    u = u[:, :20]  # whole mini-batches when read at once
-    start = module.apply({"params": params}, 2, 0, method="init_state")
-    whole, end = jax.jit(lambda u: module.apply({"params": params}, u, start))(u)
-    call = jax.jit(lambda u, state, count: module.apply({"params": params}, u, state, count))
-    read, pieces, state = 0, [], start
+@pytest.mark.parametrize("name", ["mlp", "convolution"])
+def test_any_cut_is_the_whole_and_padding_leaves_no_trace(x64, name):
+    if name == "mlp":
+        module, params, u, pull = pulled()
+        (_, (whole, state, end)), _ = pull(params, u, np.zeros_like(u[0]))
+    else:
+        module, params, u = layer(ConvolutionConfig())
+        state, (whole, end) = fresh(module, params), reader(module)(params, u)
+    call = jax.jit(lambda u, state, count=None: module.apply({"params": params}, u, state, count))
+    read, pieces = 0, []
     for count in (6, 1, 5, 4, 3):
-        padded = jnp.concatenate([u[:, read : read + count], jnp.full((2, 6 - count, WIDTH), 1e3)], axis=1)
-        y, state = call(padded, state, count)
+        padded = np.full((2, 6, WIDTH), 1e3)
+        padded[:, :count] = u[:, read : read + count]
+        y, state = call(padded, state, np.int32(count))
         pieces.append(y[:, :count])
         read += count
-    y, state = jax.jit(lambda u, state: module.apply({"params": params}, u, state))(u[:, read:], state)
-    np.testing.assert_allclose(jnp.concatenate([*pieces, y], axis=1), whole, rtol=1e-9, atol=1e-11)
+    y, state = call(u[:, read:], state)
+    np.testing.assert_allclose(np.concatenate([*pieces, y], axis=1), whole, rtol=1e-9, atol=1e-11)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), state, end)
 
 
@@ -138,19 +159,20 @@ STILL = TTTConfig(HEADS, "linear", 0.0, mini_batch=PERIOD, impl="chunked")
 def test_other_forms_and_the_limits_are_the_same_equations(x64, config):
     """A mini-batch of 1 is plain gradient descent, token by token; a rate of 0 leaves the inner weights as they are."""
     module, params, u = layer(config)
-    start = module.apply({"params": params}, 2, 0, method="init_state")
-    y, end = jax.jit(lambda u: module.apply({"params": params}, u, start))(u)
+    u = u[:, :18]  # no whole mini-batches of 4
+    y, end = reader(module)(params, u)
     known = published(module.axes(), params)
-    expected = references_ttt.layer(known, np.asarray(u[1]), HEADS, config.mini_batch, config.rate_max)
+    expected = references_ttt.layer(known, u[1], HEADS, config.mini_batch, config.rate_max)
     np.testing.assert_allclose(y[1], expected, rtol=1e-9, atol=1e-10)
-    moved = [np.any(a != b) for a, b in zip(start.inner.anchor, end.inner.anchor, strict=True)]
+    start = fresh(module, params)
+    moved = [np.any(np.asarray(a) != b) for a, b in zip(start.inner.anchor, end.inner.anchor, strict=True)]
     assert moved == [config.rate_max > 0] * len(moved)
 
 
 def test_the_convolution_is_its_equation(x64):
     module, params, u = layer(ConvolutionConfig())
-    y = jax.jit(lambda u: module.apply({"params": params}, u, method=run))(u)
-    expected = references_ttt.convolved(np.asarray(u[1]), jax.tree.map(np.asarray, params["conv"]))
+    y, _ = reader(module)(params, u)
+    expected = references_ttt.convolved(u[1], jax.tree.map(np.asarray, params["conv"]))
     np.testing.assert_allclose(y[1], expected, rtol=1e-12, atol=1e-14)
 
 

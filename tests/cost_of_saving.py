@@ -1,6 +1,6 @@
 """What saving in the background costs: blocks of training steps of hope-tiny, with a save in every second one.
 
-    PYTHONPATH=. python tests/cost_of_saving.py 5 6    # steps of a block, blocks of each kind
+    PYTHONPATH=. python tests/cost_of_saving.py 5 4    # steps of a block, blocks of each kind
 
 Reading back and sealing included; a block ends when its step is saved.
 """

@@ -52,6 +52,7 @@ MODELS["gated_deltanet"] = replace(MODELS["gated_deltanet"], mixer=GatedDeltaNet
 MODELS["mamba2"] = replace(MODELS["gated_deltanet"], mixer=Mamba2Config(16, 8))  # all heads share their keys
 MODELS["lstm"] = replace(MODELS["gated_deltanet"], mixer=LSTMConfig())
 MODELS["srwm"] = replace(MODELS["gated_deltanet"], mixer=SRWMConfig(2))
+MODELS["ttt_linear"] = ARCHITECTURES["ttt_linear"](SIZE)  # its heads share gains
 MODELS["kernels"] = with_impl(MODELS["hope"], "pallas")
 MODELS["levels in context"] = with_in_context(ARCHITECTURES["hope_attention"](SIZE), (4, 8))
 MESHES = {"all": MeshConfig(2, 2, 2), "fsdp": MeshConfig(1, 8), "tensor": MeshConfig(4, 1, 2)}
@@ -87,8 +88,8 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(x64, name, mesh):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, expected)
     for (path, leaf), moment in zip(tree_leaves_with_path(state.params), jax.tree.leaves(state.opt_state), strict=True):
         assert leaf.sharding.is_equivalent_to(moment.sharding, leaf.ndim), keystr(path)
-    hidden = state.params["blocks"]["feed_forward"]
-    kernel = next(leaf for leaf in jax.tree.leaves(hidden) if leaf.ndim == 3)
+    leaves = tree_leaves_with_path(state.params["blocks"])
+    kernel = next(leaf for path, leaf in leaves if "feed_forward" in keystr(path) and leaf.ndim == 3)
     parts = MESHES[mesh].fsdp * MESHES[mesh].tensor
     assert kernel.addressable_shards[0].data.size * parts == kernel.size
 

@@ -33,20 +33,33 @@ def dividing(mesh: Any, names: tuple[str, ...], size: int) -> tuple[str, ...] | 
 
 
 def on_each(
-    run: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...], share: tuple[str, ...] = SHARE_HEADS
+    run: Callable[..., Any],
+    shared: tuple[Any, ...],
+    own: tuple[Any, ...],
+    share: tuple[str, ...] = SHARE_HEADS,
+    common: tuple[Any, ...] = (),
 ) -> Any:
-    """``run(*shared, *own)`` on each device for its sequences and its heads.
+    """``run(*common, *shared, *own)`` on each device for its sequences and its heads.
 
     ``shared`` is what the sequences of a batch share, leaves [H,...], ``own`` what each has, leaves [B,H,...]; so are
     the results. What a device needs of them is moved to it once, before, and nothing is moved inside. An axis of the
     mesh that does not divide the batch or the heads does not part them: its devices do the same work. ``share``: the
-    axes that heads lie along; (): there are no heads, leaves are [...] and [B,...].
+    axes that heads lie along; (): there are no heads, leaves are [...] and [B,...]. ``common``: numbers that all have;
+    ``run`` may use no array from outside but these. Those that the compiler knows, numpy arrays, it still knows.
     """
     mesh = of_context()
     if mesh is None:
-        return run(*shared, *own)
+        return run(*common, *shared, *own)
+    arrays = tuple(x for x in common if isinstance(x, jax.Array))
+
+    def with_common(*given: Any) -> Any:
+        moved = iter(given[: len(arrays)])
+        whole = [next(moved) if isinstance(x, jax.Array) else x for x in common]
+        return run(*whole, *given[len(arrays) :])
+
     batch, heads = jax.tree.leaves(own)[0].shape[:2]
     along_batch, along_heads = dividing(mesh, SHARE_BATCH, batch), dividing(mesh, share, heads)
     of_shared, of_own = PartitionSpec(along_heads), PartitionSpec(along_batch, along_heads)
-    specs = (of_shared,) * len(shared) + (of_own,) * len(own)
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=of_own, check_vma=False)(*shared, *own)
+    specs = (PartitionSpec(),) * len(arrays) + (of_shared,) * len(shared) + (of_own,) * len(own)
+    each = jax.shard_map(with_common, mesh=mesh, in_specs=specs, out_specs=of_own, check_vma=False)
+    return each(*arrays, *shared, *own)

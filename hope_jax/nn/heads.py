@@ -10,15 +10,23 @@ from hope_jax.memory.kernels import Impl, cpu
 from hope_jax.memory.mesh import on_each
 
 
-def over_heads(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...], impl: Impl) -> Any:
-    """``head(*shared, *own)`` of every head of every sequence, leaves [B,H,...].
+def over_heads(
+    head: Callable[..., Any],
+    shared: tuple[Any, ...],
+    own: tuple[Any, ...],
+    impl: Impl,
+    common: tuple[Any, ...] = (),
+) -> Any:
+    """``head(*common, *shared, *own)`` of every head of every sequence, leaves [B,H,...].
 
-    ``shared`` is what the sequences of a batch share, leaves [H,...], ``own`` what each has, leaves [B,H,...].
+    ``shared`` is what the sequences of a batch share, leaves [H,...], ``own`` what each has, leaves [B,H,...], and
+    ``common`` what all heads share: on a mesh ``head`` may use no other array from outside.
     """
-    return on_each(functools.partial(_over_heads, head, impl, len(shared)), shared, own)
+    return on_each(functools.partial(_over_heads, head, impl, len(common), len(shared)), shared, own, common=common)
 
 
-def _over_heads(head: Callable[..., Any], impl: Impl, count: int, *given: Any) -> Any:
+def _over_heads(head: Callable[..., Any], impl: Impl, first: int, count: int, *given: Any) -> Any:
+    head, given = functools.partial(head, *given[:first]), given[first:]
     shared, own = given[:count], given[count:]
     if impl == "auto":
         return cpu.batch_and_heads_as_one(head, shared, own)

@@ -32,7 +32,7 @@ def over_shards(
     length = jax.tree.leaves(own[1])[0].shape[2]
     known = isinstance(position, np.ndarray) and count is None
     if shard is None or not known or position % shard or length % shard:
-        return over_heads(functools.partial(head, position), shared, own, impl)
+        return over_heads(head, shared, own, impl, (position,))
     return on_each(functools.partial(_side_by_side, head, shard, impl), shared, own)
 
 

@@ -123,11 +123,11 @@ class TNTMixer(nn.Module):
         sow_gates(self, found)
         q, k, v = map(self._projected, "qkv", found.streams)
 
-        def head(fast, *tokens):
-            return scan_frozen(rule, fast, tokens, state.position, impl, count)
+        def head(position, fast, *tokens):
+            return scan_frozen(rule, fast, tokens, position, impl, count)
 
         of_heads = (state.global_memory, k, v, q, self._rates(u))
-        weights, reads = over_heads(head, (), of_heads, impl)
+        weights, reads = over_heads(head, (), of_heads, impl, (state.position,))
         position = (state.position + (u.shape[1] if count is None else count)) % rule.period
         y = self.local.answer(u, q + found.queries, reads + found.reads)
         return y, TNTState(local, weights, position)

@@ -143,10 +143,11 @@ class TTT(nn.Module):
         rate = jnp.swapaxes(jax.nn.sigmoid(self.rate(u)), 1, 2) * (c.rate_max * c.heads / self.width)
         gains = jax.nn.relu(1 / jnp.arange(1, c.mini_batch + 1, dtype=self.gain.dtype) + self.gain)
 
-        def head(norm, inner, k, v, q, rate):
-            return ttt.scan(c.rule, norm, inner, k, v, q, rate, gains, state.position, c.impl, count)
+        def head(gains, position, norm, inner, k, v, q, rate):
+            return ttt.scan(c.rule, norm, inner, k, v, q, rate, gains, position, c.impl, count)
 
-        inner, reads = over_heads(head, (self.inner_norm,), (state.inner, k, v, q, rate), c.impl)
+        own = state.inner, k, v, q, rate
+        inner, reads = over_heads(head, (self.inner_norm,), own, c.impl, (gains, state.position))
         position = (state.position + (time if count is None else count)) % c.mini_batch
         return self._output(u, reads), TTTState(tail, inner, position)
 

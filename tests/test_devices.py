@@ -15,11 +15,12 @@ import pytest
 
 from hope_jax import MODELS as NAMED
 from hope_jax import train as training
-from hope_jax.cli import pretrain
+from hope_jax.cli import report
 from hope_jax.cli.main import main
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, Size, with_in_context
-from hope_jax.train.sharding import MESH, model_on
+from hope_jax.train.mesh import MESH
+from hope_jax.train.sharding import model_on
 
 SIZE = Size(width=16, layers=1, heads=2, vocab_size=32, context=32, levels=(Level(64),))
 MODELS = {
@@ -94,14 +95,14 @@ def test_a_run_goes_on_on_other_devices_and_says_so(tmp_path, monkeypatch, capsy
         "2",
     ]
     flags += ["--data.path", str(tmp_path / "text.txt"), "--eval-batches", "1", "--no-compile-cache"]
-    held, sample = [], pretrain.generate.sample
+    held, sample = [], report.generate.sample
 
     def noted(model, params, *arguments, **how):
         held.append(jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.size / leaf.size, params)["embedding"])
         return sample(model, params, *arguments, **how)
 
-    monkeypatch.setattr(pretrain.generate, "sample", noted)
-    for steps, axes in (("2", (1, 1, 1)), ("4", (1, 2, 2))):
+    monkeypatch.setattr(report.generate, "sample", noted)
+    for steps, axes in (("2", (1, 1, 1, 1)), ("4", (1, 2, 1, 2))):
         mesh = [word for name, n in zip(MESH, axes, strict=True) for word in (f"--mesh.{name}", str(n))]
         assert main([*flags, "--run", str(tmp_path / "moved"), "--steps", steps, *mesh]) == 0
         said = capsys.readouterr().out

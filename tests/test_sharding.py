@@ -1,6 +1,7 @@
 """Training on meshes of eight devices: the numbers of one device, parameters and optimizer states in parts."""
 
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -20,6 +21,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from hope_jax import models
 from hope_jax import train as training
 from hope_jax.cli.dry_run import bytes_each
+from hope_jax.cli.in_context import InContextConfig
 from hope_jax.cli.pretrain import PretrainConfig
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
@@ -32,11 +34,10 @@ from hope_jax.nn.mixers.srwm import SRWMConfig
 from hope_jax.optim import M3, AdamW, Muon, scale_by_m3
 from hope_jax.optim.m3_rules import MomentumScale
 from hope_jax.optim.newton_schulz import NewtonSchulz
+from hope_jax.train.mesh import MESH, MeshConfig
 from hope_jax.train.sharding import (
     LEFT_OVER,
-    MESH,
     RULES,
-    MeshConfig,
     _spread,
     model_on,
     partition,
@@ -46,22 +47,28 @@ from hope_jax.train.sharding import (
 from hope_jax.train.work import work
 
 VOCAB, B, T = 48, 8, 64  # several chunks of every memory
-SIZE = Size(width=32, layers=2, heads=2, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
+SIZE = Size(width=32, layers=2, heads=4, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
 MODELS = {name: ARCHITECTURES[name](SIZE) for name in ("transformer_pp", "hope", "titans", "gated_deltanet")}
-MODELS["gated_deltanet"] = replace(MODELS["gated_deltanet"], mixer=GatedDeltaNetConfig(2, 8, 16))  # not one head
-MODELS["mamba2"] = replace(MODELS["gated_deltanet"], mixer=Mamba2Config(16, 8))  # all heads share their keys
-MODELS["lstm"] = replace(MODELS["gated_deltanet"], mixer=LSTMConfig())
-MODELS["srwm"] = replace(MODELS["gated_deltanet"], mixer=SRWMConfig(2))
-MODELS["ttt_linear"] = ARCHITECTURES["ttt_linear"](SIZE)  # its heads share gains
+MODELS["gated_deltanet"] = replace(MODELS["gated_deltanet"], mixer=GatedDeltaNetConfig(4, 8, 8))  # not one head
 MODELS["kernels"] = with_impl(MODELS["hope"], "pallas")
 MODELS["levels in context"] = with_in_context(ARCHITECTURES["hope_attention"](SIZE), (4, 8))
+EVERYWHERE = tuple(MODELS)
+MODELS["mamba2"] = replace(MODELS["gated_deltanet"], mixer=Mamba2Config(16, 8))  # all heads share their keys
+MODELS["lstm"] = replace(MODELS["gated_deltanet"], mixer=LSTMConfig())
+MODELS["srwm"] = replace(MODELS["gated_deltanet"], mixer=SRWMConfig(4))
+MODELS |= {name: ARCHITECTURES[name](SIZE) for name in ("hope_tnt", "memory_caching", "transformer_conv")}
+MODELS["samba"] = ARCHITECTURES["samba"](replace(SIZE, width=128))  # heads have 64 features
+OTHERS = dict.fromkeys(MODELS, "sequence") | {"ttt_linear": "all"}
+MODELS["ttt_linear"] = ARCHITECTURES["ttt_linear"](SIZE)  # its heads share gains
 MESHES = {"all": MeshConfig(2, 2, 2), "fsdp": MeshConfig(1, 8), "tensor": MeshConfig(4, 1, 2)}
-FAST = ("transformer_pp", "all")
-ROWS = [
-    pytest.param(name, mesh, marks=[] if (name, mesh) == FAST else pytest.mark.slow)
-    for name in MODELS
-    for mesh in MESHES
-]
+MESHES["sequence"] = MeshConfig(1, 2, 2, 2)
+RECURRENT = ("gated_deltanet", "hope", "titans", "mamba2", "lstm", "srwm")
+FAST = ("transformer_pp", "all"), ("gated_deltanet", "sequence")
+
+
+def rows(pairs):
+    """Parameters of a test, slow but for those that are ``FAST``."""
+    return [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in pairs]
 
 
 @functools.cache
@@ -80,7 +87,10 @@ def step_of(name, mesh):
     return *program(state, batch), str(program.as_text())
 
 
-@pytest.mark.parametrize(("name", "mesh"), ROWS)
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    rows([(name, mesh) for name in MODELS for mesh in MESHES if name in EVERYWHERE or mesh == OTHERS.get(name)]),
+)
 def test_a_step_on_a_mesh_is_the_step_on_one_device(x64, name, mesh):
     expected = jax.device_get(step_of(name, None)[:2])
     state, metrics, _ = step_of(name, mesh)
@@ -100,18 +110,7 @@ def test_no_head_is_gathered(x64, name):
     assert "all-gather" not in step_of(name, "tensor")[2]
 
 
-RECURRENT = ("gated_deltanet", "hope", "titans", "mamba2", "lstm", "srwm")
-FAST_COUNT = ("gated_deltanet", "all")
-
-
-@pytest.mark.parametrize(
-    ("name", "mesh"),
-    [
-        pytest.param(name, mesh, marks=[] if (name, mesh) == FAST_COUNT else pytest.mark.slow)
-        for name in RECURRENT
-        for mesh in MESHES
-    ],
-)
+@pytest.mark.parametrize(("name", "mesh"), rows(itertools.product(RECURRENT, MESHES)))
 def test_devices_exchange_nothing_between_two_chunks_of_a_memory(x64, name, mesh):
     """Nor between two tokens of a mixer without chunks; what heads start from is gathered before the loop over time."""
     done = work(step_of(name, mesh)[2])
@@ -230,14 +229,14 @@ def test_with_fsdp_alone_each_device_holds_its_part_of_all_parameters():
     ],
 )
 def test_matrices_are_spread_over_as_many_devices_as_divide_their_number(shape, sizes, expected):
-    assert _spread(dict(zip(MESH, shape, strict=True)), sizes) == PartitionSpec(*expected)
+    assert _spread(dict(zip(MESH, shape, strict=False)), sizes) == PartitionSpec(*expected)
 
 
 def test_as_many_devices_share_a_batch_as_are_left_and_divide_it(monkeypatch):
-    monkeypatch.setattr("hope_jax.train.sharding.cores", lambda: 4)
+    monkeypatch.setattr("hope_jax.train.mesh.cores", lambda: 4)
     assert [MeshConfig().make(batch).size for batch in (1, 2, 3, 4, 6, 7, 8)] == [1, 2, 3, 4, 3, 1, 4]
     assert MeshConfig(8).make(8).size == 8  # simulated ones, asked for
-    assert dict(MeshConfig(fsdp=2).make(8).shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert dict(MeshConfig(fsdp=2).make(8).shape) == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}
     assert [MeshConfig(*given).of_host for given in ((), (3,), (None, 2), (None, 8), (2, 2, 2))] == [None, 3, 4, 8, 8]
     odd = line(MeshConfig(2)).place(np.zeros((3, 5)))
     assert odd.sharding.is_fully_replicated
@@ -249,12 +248,13 @@ def test_as_many_devices_share_a_batch_as_are_left_and_divide_it(monkeypatch):
         (dict(data=0), "mesh.data is 0; give a whole number of at least 1"),
         (
             dict(data=16),
-            "mesh.data 16, mesh.fsdp 1, mesh.tensor 1: 16 devices are asked for, which do not divide the 8",
+            "mesh.data 16, .*mesh.sequence 1: 16 devices are asked for, which do not divide the 8",
         ),
         (dict(fsdp=3), "mesh.fsdp is 3, which cannot share 16 sequences"),
         (dict(data=3), "mesh.data x mesh.fsdp is 3, which cannot share 16 sequences"),
         (dict(fsdp=16), "mesh.fsdp is 16; give a divisor of the model's width, 24"),
-        (dict(tensor=4), "mesh.tensor is 4; give a divisor of the model's heads, 2"),
+        (dict(tensor=8), "mesh.tensor is 8; give a divisor of the model's heads, 4"),
+        (dict(tensor=2, sequence=4), "mesh.tensor x mesh.sequence is 8; give a divisor of the model's heads, 4"),
     ],
 )
 def test_what_does_not_divide_is_named(given, said):
@@ -270,12 +270,16 @@ def test_every_named_model_is_asked_whether_its_heads_can_be_shared():
         MeshConfig().check_model(model)
     with pytest.raises(UserError, match="mesh.tensor is 7; give a divisor of the model's heads, "):
         MeshConfig(tensor=7).check_model(models.MODELS["mamba2-tiny"])
+    with pytest.raises(UserError, match="mesh.sequence is 2 and a mixer TitansMACConfig"):
+        MeshConfig(sequence=2).check_model(models.MODELS["titans_mac-tiny"])
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (dict(batch=8, accumulate=2, mesh=MeshConfig(8)), "mesh.data x mesh.fsdp is 8, which cannot share 4 sequences"),
+        (dict(length=31, mesh=MeshConfig(sequence=2)), "mesh.sequence is 2, which cannot share the 31 tokens"),
+        (dict(cms=InContextConfig((4, 8)), mesh=MeshConfig(sequence=3)), "cannot share the 4 tokens"),
         (dict(mesh=MeshConfig(tensor=7)), "mesh.tensor is 7; give a divisor of the model's heads"),
     ],
 )

@@ -19,7 +19,7 @@ import numpy as np
 from hope_jax import model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, must_divide
-from hope_jax.cli.in_context import check_reading
+from hope_jax.cli.in_context import check_reading, read_at_once
 from hope_jax.cli.parse import parse
 from hope_jax.errors import UserError
 from hope_jax.memory.kernels import Impl
@@ -50,13 +50,14 @@ class CompileConfig:
     optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)
 
     def __post_init__(self):
-        self.mesh.check_model(with_impl(model_named(self.model), self.impl))
+        model = with_impl(model_named(self.model), self.impl)
+        self.mesh.check_model(model)
         at_least(self, 1, "batch", "length", "accumulate")
         must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.remat_every is not None:
             must_divide("remat_every", self.remat_every, "length", self.length)
-        self.mesh.check_batch(self.batch // self.accumulate)
-        check_reading(model_named(self.model), self.length, self.remat_every)
+        check_reading(model, self.length, self.remat_every)
+        self.mesh.check_batch(self.batch // self.accumulate, read_at_once(model, self.length, self.remat_every))
 
 
 def main(arguments: Sequence[str]) -> int:

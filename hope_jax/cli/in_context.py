@@ -41,6 +41,13 @@ class InContextConfig:
         return with_in_context(model, self.in_context, self.wiring, writes)
 
 
+def read_at_once(config: ModelConfig, length: int, remat_every: int | None) -> int:
+    """Tokens of a sequence that training reads in one call of the model."""
+    if learns_in_context(model := LanguageModel(config)):
+        return schedule_of(model, trained=True).chunk
+    return length if remat_every is None else remat_every
+
+
 def check_reading(config: ModelConfig, length: int, remat_every: int | None = None, z_loss: float = 0.0) -> None:
     """Raise UserError where training writes levels of the model in context and cannot do so in sequences of ``length``.
 

@@ -31,7 +31,7 @@ from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, must_divide
 from hope_jax.cli.dry_run import costs
-from hope_jax.cli.in_context import InContextConfig, check_reading
+from hope_jax.cli.in_context import InContextConfig, check_reading, read_at_once
 from hope_jax.cli.main import say, silence
 from hope_jax.cli.parse import parse, with_file
 from hope_jax.cli.report import continued, draw
@@ -116,8 +116,8 @@ class PretrainConfig:
         must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.remat_every is not None:
             must_divide("remat_every", self.remat_every, "length", self.length)
-        self.mesh.check_batch(self.batch // self.accumulate)
         check_reading(model, self.length, self.remat_every, self.z_loss)
+        self.mesh.check_batch(self.batch // self.accumulate, read_at_once(model, self.length, self.remat_every))
         self.keeping(None)
 
     def keeping(self, config: Any) -> training.Run:

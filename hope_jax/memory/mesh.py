@@ -12,7 +12,8 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 SHARE_BATCH = ("data", "fsdp")  # axes of a mesh that batches lie along
-SHARE_HEADS = ("tensor",)
+SHARE_TOKENS = ("sequence",)  # that tokens lie along, outside of mixers
+SHARE_HEADS = ("tensor", *SHARE_TOKENS)  # that heads lie along, inside of mixers
 
 
 def of_context() -> Any | None:

@@ -5,7 +5,6 @@ there is one. In a hybrid what is scanned over is a pattern of different blocks.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from hope_jax.nn.axes import Axes, norm_axes, stacked
 from hope_jax.nn.config import ModelConfig, PartConfig, PassesOn
 from hope_jax.nn.feed_forward.fast import BlockState, ContextState
 from hope_jax.nn.layers import LayerNorm, RMSNorm, param_dtype
+from hope_jax.nn.tokens import mesh_of, shared
 from hope_jax.types import Array, Count, Logits, Stream, Tokens
 
 State = BlockState | ContextState
@@ -73,18 +73,16 @@ class Block(nn.Module):
 
     def init_state(self, batch: int, capacity: int) -> BlockState:
         """State before the first token, of the static model: learning in context adds Delta (``context/writes.py``)."""
-        with mesh_of(self.sequences):
-            return BlockState(self.mixer.init_state(batch, capacity), ())
+        return BlockState(self.mixer.init_state(batch, capacity), ())
 
     def __call__(self, depth: Depth, state: BlockState | None, count: Count = None) -> tuple[Depth, BlockState]:
         x, passed = shared(depth.x, self.sequences), depth.passed
         if state is None:
             state = self.init_state(*x.shape[:2])
-        with mesh_of(self.sequences):
-            if isinstance(self._parts()["mixer"], PassesOn):
-                y, mixer, passed = self.mixer(self.norm(x), state.mixer, count, passed)
-            else:
-                y, mixer = self.mixer(self.norm(x), state.mixer, count)
+        if isinstance(self._parts()["mixer"], PassesOn):
+            y, mixer, passed = self.mixer(self.norm(x), state.mixer, count, passed)
+        else:
+            y, mixer = self.mixer(self.norm(x), state.mixer, count)
         x = shared(x + y, self.sequences)
         if "feed_forward" in self._parts():
             x = self.feed_forward(x, state.feed_forward)
@@ -117,21 +115,6 @@ class Pattern(nn.Module):
         return depth, BlockState(tuple(mixers), ())
 
 
-def shared(x: Stream, sequences: NamedSharding | None) -> Stream:
-    """``x`` with its sequences on the devices that share them; left to choose, JAX may spread the features instead.
-
-    A batch that those devices cannot share evenly is left to it.
-    """
-    if sequences is None or len(x) % math.prod(sequences.mesh.shape[axis] for axis in sequences.spec[0]):
-        return x
-    return jax.lax.with_sharding_constraint(x, sequences)
-
-
-def mesh_of(sequences: NamedSharding | None) -> AbstractContextManager[Any]:
-    """The mesh of the devices that share the sequences as that of the context, where mixers find it."""
-    return nullcontext() if sequences is None else jax.sharding.use_abstract_mesh(sequences.mesh.abstract_mesh)
-
-
 def body_of(config: ModelConfig) -> type[Block] | type[Pattern]:
     """What repeats itself over the layers of a model."""
     return Block if len(config.pattern) == 1 else Pattern
@@ -147,7 +130,7 @@ class LanguageModel(nn.Module):
 
     ``remat``: the backward pass of training keeps the input of each block (of a pattern: of the first of its blocks)
     and computes the rest a second time, block by block. The parameters and, up to rounding, all numbers are the same.
-    ``sequences``: the devices that share a batch, between two blocks; None: as JAX decides.
+    ``sequences``: the devices that share a batch and its tokens, between two blocks; None: as JAX decides.
     """
 
     config: ModelConfig
@@ -198,7 +181,8 @@ class LanguageModel(nn.Module):
         def of_layer(block: Any) -> Any:
             return module.apply({"params": block}, batch, capacity, method=body.init_state)
 
-        return jax.vmap(of_layer)(params["blocks"])
+        with mesh_of(self.sequences):
+            return jax.vmap(of_layer)(params["blocks"])
 
     def __call__(self, tokens: Tokens, state: State | None = None, count: Count = None) -> tuple[Logits, State]:
         """Logits in at least float32. Without a state the sequence is fresh (and the caches hold just T tokens).
@@ -210,14 +194,18 @@ class LanguageModel(nn.Module):
           UserError: tokens that are not integers, an empty batch or sequence, or ids outside the vocabulary
             (ids that are only known at run time give NaN logits instead).
         """
-        x = self._embed(tokens)
         learns = isinstance(state, ContextState)
-        (x, _), blocks = self.blocks(entry(self.config, x), state.blocks if learns else state, count)
-        state = state.read_on(blocks.mixer) if learns else blocks
+        with mesh_of(self.sequences):
+            depth = entry(self.config, self._embed(tokens))
+            (x, _), blocks = self.blocks(depth, state.blocks if learns else state, count)
+            logits = self._logits(shared(x, self.sequences))
+        return logits, state.read_on(blocks.mixer) if learns else blocks
+
+    def _logits(self, x: Stream) -> Logits:
         table, product = (self.embedding, "rd,vd->rv") if self.config.tied else (self.head, "rd,dv->rv")
         table, wide = table.astype(self.config.dtype), param_dtype(self.config.dtype)
         x = LOGIT_GAIN * self.norm(x)
-        return by_rows(lambda rows: jnp.einsum(product, rows, table, preferred_element_type=wide), x), state
+        return by_rows(lambda rows: jnp.einsum(product, rows, table, preferred_element_type=wide), x)
 
     def _embed(self, tokens: Tokens) -> Stream:
         check_tokens(tokens, self.config.vocab_size)

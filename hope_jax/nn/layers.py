@@ -18,6 +18,7 @@ from hope_jax.memory.architectures import unit
 from hope_jax.memory.kernels import Impl, products_of
 from hope_jax.memory.products import by_rows
 from hope_jax.nn.axes import Axes, dense_axes
+from hope_jax.nn.tokens import by_feature, by_token
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
 EPS = 1e-6
@@ -39,9 +40,14 @@ TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def rows_product(x: Array, kernel: Array, dimensions: Any, **settings: Any) -> Array:
-    """The ``dot_general`` of ``nn.Dense``, all axes of ``x`` but the last as one (``by_rows``)."""
+    """The ``dot_general`` of ``nn.Dense``, all axes of ``x`` but the last as one (``by_rows``).
+
+    Where devices share tokens, x and y are parted alike. Else XLA (jax 0.10.2) computes a wrong gradient of the kernel,
+    where the gradient of y is parted by heads along the axis that x is parted by tokens along.
+    """
     del dimensions  # always the last of x with the first of kernel
-    return by_rows(lambda rows: jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings), x)
+    y = by_rows(lambda rows: jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings), x)
+    return by_token(y) if y.ndim == 3 else y
 
 
 def dense(
@@ -136,7 +142,7 @@ class ShortConv(nn.Module):
     ) -> tuple[Stream, Float[Array, "B tail D"]]:
         time, channels = x.shape[1:]
         kernel = self.param("kernel", self.start, (self.width, channels), param_dtype(self.dtype)).astype(self.dtype)
-        seen = jnp.concatenate([tail, x.astype(self.dtype)], axis=1)
+        seen = jnp.concatenate([tail, by_feature(x.astype(self.dtype))], axis=1)
         y, tail = products_of(self.impl).shifted_sum(seen, kernel), last_of(seen, time, count, axis=1)
         if self.bias is not None:
             bias = self.param("bias", self.bias, (channels,), param_dtype(self.dtype))
@@ -191,7 +197,7 @@ def unit_heads(x: Stream, heads: int) -> Float[Array, "B H T K"]:
 
 def merge_heads(x: Float[Array, "B H T K"]) -> Stream:
     """[B,H,T,K] -> [B,T,H*K]."""
-    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+    return by_token(jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1))
 
 
 def for_batch(state: Any, batch: int) -> Any:

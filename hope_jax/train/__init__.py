@@ -19,6 +19,7 @@ with extra("train"):
     from hope_jax.train.folder import open_run
     from hope_jax.train.language import model_setup, state_bytes, text_setup
     from hope_jax.train.loop import Steps
+    from hope_jax.train.mesh import MeshConfig
     from hope_jax.train.monitor import Diverged, progress
     from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
     from hope_jax.train.processes import ProcessesConfig, is_first, told
@@ -28,7 +29,6 @@ with extra("train"):
     from hope_jax.train.saving import Saver, save
     from hope_jax.train.schedules import SCHEDULES, Schedule
     from hope_jax.train.setup import Setup, at_rate
-    from hope_jax.train.sharding import MeshConfig
     from hope_jax.train.step import (
         Mean,
         TrainState,

@@ -1,34 +1,28 @@
-"""A mesh of devices, and where on it parameters, optimizer states and batches lie. Read ``setup.py`` next.
+"""Where on a mesh of devices parameters, optimizer states and batches lie. Read ``setup.py`` next.
 
-A mesh has three axes. Devices along ``data`` and ``fsdp`` share each batch, those along ``tensor`` share each sequence.
 Where a parameter lies follows from the names of its axes (``nn/axes.py``) by two lists, ``RULES`` and ``LEFT_OVER``;
 what the optimizer keeps of a parameter in the parameter's shape lies where the parameter does. The training step does
 not mention devices: JAX follows the placement of its arguments and moves between devices what has to be moved.
 """
 
-import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
-from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
-from hope_jax.errors import UserError, closest, whole
-from hope_jax.memory.mesh import SHARE_BATCH, SHARE_HEADS
+from hope_jax.errors import UserError, closest
+from hope_jax.memory.mesh import SHARE_BATCH, SHARE_TOKENS
 from hope_jax.models import LanguageModel, ModelConfig
 from hope_jax.nn.axes import AXES, Axes, Names, matrices, of_parameters
 from hope_jax.optim.matrices import MATRIX, MuonDimensionNumbers
-from hope_jax.train import processes
-from hope_jax.train.devices import cores
+from hope_jax.train.mesh import MeshConfig
 
-MESH = (*SHARE_BATCH, *SHARE_HEADS)
 RULES: Mapping[str, str | None] = {
     "embed": "fsdp",
     "heads": "tensor",
@@ -44,101 +38,6 @@ LEFT_OVER: Mapping[str, str] = dict.fromkeys(("all_heads", "hidden", "head_dim",
 """The same for axes of the mesh that ``RULES`` leaves over in a parameter, and only where they divide it."""
 
 
-@dataclass(frozen=True)
-class MeshConfig:
-    """How many devices there are along each axis of the mesh."""
-
-    data: int | None = None
-    """Devices that share each batch and hold all parameters each; on a CPU, cores. None: as many as are left and divide
-    the batch."""
-    fsdp: int = 1
-    """Devices that share each batch, and the parameters with the optimizer's state: each keeps a part of the model's
-    features. Must divide the width and, times data, the batch."""
-    tensor: int = 1
-    """Devices that share each sequence: each has a part of the heads and of the hidden features. Must divide them."""
-
-    def __post_init__(self) -> None:
-        for name, count in self.given.items():
-            whole(f"mesh.{name}", count, 1, "devices")
-
-    @property
-    def given(self) -> dict[str, int]:
-        """The axes whose devices are counted."""
-        return {name: count for name in MESH if (count := getattr(self, name)) is not None}
-
-    @property
-    def of_host(self) -> int | None:
-        """How many devices a CPU is split into for it; None: one for each core (``split_host``)."""
-        count = math.prod(self.given.values())
-        return None if count == 1 and self.data is None else count * (1 if self.data else max(1, cores() // count))
-
-    def check_batch(self, batch: int) -> None:
-        """Raise UserError unless the devices can share batches of so many sequences."""
-        count = (self.data or 1) * self.fsdp
-        if batch % count:
-            which = "mesh.fsdp" if self.data is None else "mesh.data x mesh.fsdp"
-            raise UserError(f"{which} is {count}, which cannot share {batch} sequences; give a divisor of that")
-
-    def check_model(self, model: ModelConfig) -> None:
-        """Raise UserError unless the devices divide the model's width and heads."""
-        if model.width % self.fsdp:
-            raise UserError(f"mesh.fsdp is {self.fsdp}; give a divisor of the model's width, {model.width}")
-        for part in _configs((model.mixer,)):
-            for name in ("heads", "key_heads"):
-                heads = getattr(part, name, None)
-                heads = heads(model.width) if callable(heads) else heads
-                if heads and heads % self.tensor:
-                    raise UserError(f"mesh.tensor is {self.tensor}; give a divisor of the model's {name}, {heads}")
-
-    def make(self, batch: int, devices: Sequence[Any] | None = None) -> Mesh:
-        """The mesh, for batches of so many sequences; of ``devices``, None: those of this machine, of a CPU its cores.
-
-        Raises:
-          UserError: the product of the axes does not divide the devices that there are, or they cannot share a batch;
-            or a mesh of this shape does not fit into their network.
-        """
-        self.check_batch(batch)
-        found, count = jax.devices() if devices is None else devices, math.prod(self.given.values())
-        if len(found) % count:
-            asked = ", ".join(f"mesh.{name} {size}" for name, size in self.given.items())
-            raise UserError(
-                f"{asked}: {count} devices are asked for, which do not divide the {len(found)} that there are"
-            )
-        of_hosts = cores() * processes.count() if devices is None and found[0].platform == "cpu" else len(found)
-        data = self.data or self._left(batch // self.fsdp, min(of_hosts, len(found)))
-        shape = (data, self.fsdp, self.tensor)
-        used = found[: math.prod(shape)]
-        if devices is None and len({device.process_index for device in used}) < processes.count():
-            raise UserError(
-                f"{len(used)} devices share the work, which leaves out some of {processes.count()} processes: give "
-                "a batch or numbers of mesh.* that use all devices, or start fewer processes"
-            )
-        return _laid_out(shape, used)
-
-    def _left(self, batch: int, most: int) -> int:
-        """The most devices along data that can share a batch, of so many in all."""
-        return max(n for n in range(1, max(1, most // (self.fsdp * self.tensor)) + 1) if batch % n == 0)
-
-
-def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
-    """The mesh whose neighbours are neighbours in the network of the devices, as far as that is possible."""
-    try:
-        places = create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except (NotImplementedError, ValueError) as error:
-        asked = " x ".join(f"{name} {size}" for name, size in zip(MESH, shape, strict=True))
-        raise UserError(f"a mesh of {asked} does not fit into the network of the devices: {error}") from error
-    return Mesh(places, MESH, axis_types=(AxisType.Auto,) * len(MESH))
-
-
-def _configs(tree: Any) -> Iterator[Any]:
-    """All configurations inside tuples and inside one another."""
-    if dataclasses.is_dataclass(tree):
-        yield tree
-        tree = tuple(vars(tree).values())
-    for part in tree if isinstance(tree, tuple) else ():
-        yield from _configs(part)
-
-
 def model_on(mesh: Mesh | None, config: ModelConfig, remat: bool = False) -> LanguageModel:
     """A model as it is computed on a mesh: the same parameters and, up to rounding, the same numbers.
 
@@ -147,7 +46,7 @@ def model_on(mesh: Mesh | None, config: ModelConfig, remat: bool = False) -> Lan
     if mesh is None or mesh.size == 1:
         return LanguageModel(config, remat)
     MeshConfig(**mesh.shape).check_model(config)
-    return LanguageModel(config, remat, NamedSharding(mesh, PartitionSpec(SHARE_BATCH)))
+    return LanguageModel(config, remat, NamedSharding(mesh, PartitionSpec(SHARE_BATCH, SHARE_TOKENS)))
 
 
 def partition(devices: Mapping[str, int], names: Names, sizes: Sequence[int]) -> PartitionSpec:

@@ -24,6 +24,7 @@ from hope_jax.nn.attend import Cache, FullCache, Prefix, WindowCache, attend, pu
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes
 from hope_jax.nn.layers import ShortConv, check_heads, dense, merge_heads, persistent_vectors, split_heads
 from hope_jax.nn.rotary import RopeScaling, apply_rope
+from hope_jax.nn.tokens import by_head, by_token
 from hope_jax.types import Array, Count, Float, Int, Stream
 
 
@@ -122,6 +123,7 @@ class Attention(nn.Module):
         if self.convs:
             convolved = (conv(x, tail, count) for conv, tail in zip(self.convs, state.tails, strict=True))
             streams, tails = zip(*convolved, strict=True)
+            streams = list(map(by_token, streams))
         q, k, v = self.project(streams, state.cache.position)
         seen, kept = push(state.cache, k, v, count)
         y = attend(q, seen, self.config.window, self.prefix(persistent))
@@ -143,4 +145,4 @@ class Attention(nn.Module):
         q, k, v = (to(x).reshape(*x.shape[:2], -1, size) for to, x in pairs)
         at = jnp.arange(q.shape[1]) + position
         q, k = (apply_rope(z, at, self.config.rope_base, self.config.rope_scaling) for z in (q, k))
-        return [jnp.swapaxes(z, 1, 2) for z in (q, k, v)]
+        return [by_head(jnp.swapaxes(z, 1, 2)) for z in (q, k, v)]

@@ -13,6 +13,7 @@ from hope_jax.errors import check_choices, whole
 from hope_jax.memory.kernels import Impl
 from hope_jax.nn.axes import Axes, conv_axes
 from hope_jax.nn.layers import FAN_IN, ShortConv
+from hope_jax.nn.tokens import by_token
 from hope_jax.types import Array, Count, Float, Stream
 
 
@@ -56,4 +57,5 @@ class Convolution(nn.Module):
     def __call__(
         self, u: Stream, tail: Float[Array, "B tail D"], count: Count = None
     ) -> tuple[Stream, Float[Array, "B tail D"]]:
-        return self.conv(u, tail, count)
+        y, tail = self.conv(u, tail, count)
+        return by_token(y), tail

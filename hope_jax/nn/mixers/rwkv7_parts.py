@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, dense_axes
+from hope_jax.nn.tokens import by_feature, by_token
 from hope_jax.optim.newton_schulz import orthogonalize
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
@@ -56,8 +57,8 @@ def mixed(u: Stream, before: Stream, share: Float[Array, " D"]) -> Stream:
 
 def with_last(u: Stream, last: Float[Array, "B 1 D"], count: Count) -> tuple[Stream, Float[Array, "B 1 D"]]:
     """For every token the input of the one before; and the last one's, for the next call."""
-    seen = jnp.concatenate([last, u], axis=1)
-    return seen[:, :-1], layers.last_of(seen, u.shape[1], count, axis=1)
+    seen = jnp.concatenate([last, by_feature(u)], axis=1)
+    return by_token(seen[:, :-1]), layers.last_of(seen, u.shape[1], count, axis=1)
 
 
 class LowRank(nn.Module):

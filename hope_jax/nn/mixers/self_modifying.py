@@ -34,6 +34,7 @@ from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
 from hope_jax.nn.mixers.memory import Found, MemoryMixerState, fresh_state, learned_start, sow_gates
 from hope_jax.nn.shards import over_shards
+from hope_jax.nn.tokens import by_feature
 from hope_jax.types import Array, Count, Float, Stream
 
 Projection = Literal["k", "v", "q"]
@@ -212,7 +213,7 @@ class SelfModifyingMixer(nn.Module):
     @layers.light
     def _streams(self, u: Stream, tails, count: Count) -> tuple[Streams, tuple[Array, ...]]:
         """Inputs of the memories per head, [B,H,T,K] and of unit norm, and the convolutions' new tails."""
-        heads = self.config.heads
+        heads, u = self.config.heads, by_feature(u)
         inputs, new_tails = {"x": layers.unit_heads(u, heads)}, []
         for name, conv, tail in zip("qkv", self.convs, tails, strict=True):
             x, tail = conv(u, tail, count)

@@ -140,14 +140,15 @@ def _pieces(
     blocks = state.blocks if learns else state
     for tokens, count in _padded(prompt):
         logits, blocks = run_stored(_read, model, (params, tokens, blocks, count), like=(0, blocks))
-    last, finite = _next(logits, key, 0, how)
-    yield _checked(last[:, None], finite, 0), state.read_on(blocks.mixer) if learns else blocks
+    last = _checked(*_next(logits, key, 0, how), 0)
+    yield last[:, None], state.read_on(blocks.mixer) if learns else blocks
     for start in range(1, steps, PIECE):
         count = min(PIECE, steps - start)
         request = params, blocks, last, key, start, count, how
         tokens, finite, blocks = run_stored(_write, model, request, like=(0, 0, blocks))
-        last = tokens[:, count - 1]
-        yield _checked(tokens[:, :count], finite, start), state.read_on(blocks.mixer) if learns else blocks
+        tokens = _checked(tokens, finite, start)[:, :count]
+        last = tokens[:, -1]
+        yield tokens, state.read_on(blocks.mixer) if learns else blocks
 
 
 def _padded(prompt: Int[np.ndarray, "B T"]) -> Iterator[tuple[Int[np.ndarray, "B piece"], np.ndarray]]:
@@ -165,27 +166,26 @@ def _learning_pieces(
 ) -> Iterator[tuple[Int[np.ndarray, "B n"], Any]]:
     """As ``_pieces``, and levels are written whenever a chunk is over: inside it the weights stand still."""
     logits, state = context.expect(model, params, state, prompt)
-    last, finite = _next(logits, key, 0, how)
-    yield _checked(last[:, None], finite, 0), state
+    last = _checked(*_next(logits, key, 0, how), 0)
+    yield last[:, None], state
     start, chunk = 1, schedule_of(model, trained=False).chunk
     while start < steps:
         count = min(PIECE, steps - start, chunk - int(state.unfinished))
         if count:
             request = params, state.blocks, last, key, start, count, how
             tokens, finite, blocks = run_stored(_write, model, request, like=(0, 0, state.blocks))
-            tokens = tokens[:, :count]
+            tokens = _checked(tokens, finite, start)[:, :count]
             state = state.within_chunk(np.concatenate([last[:, None], tokens[:, :-1]], axis=1), blocks.mixer)
         else:  # the last token completes the chunk before it, and is itself read with what that chunk taught
             logits, state = context.expect(model, params, state, last[:, None])
-            chosen, finite = _next(logits, key, start, how)
-            tokens, count = chosen[:, None], 1
+            tokens, count = _checked(*_next(logits, key, start, how), start)[:, None], 1
         last = tokens[:, -1]
-        yield _checked(tokens, finite, start), state
+        yield tokens, state
         start += count
 
 
-def _checked(tokens: Array, finite: Bool[Array, ""], start: int) -> Int[np.ndarray, "B n"]:
-    """The tokens on the host, if the model meant anything by them."""
+def _checked(tokens: Array, finite: Bool[Array, ""], start: int) -> Int[np.ndarray, "B *n"]:
+    """The tokens on the host, if the model meant anything by them: JAX would compile a program for each cut of them."""
     if not finite:
         why = "its parameters or its state are damaged (a diverged training run, or a state that was carried after NaN)"
         raise NotFinite(f"The model's logits are not finite at or soon after written token {start}: {why}.")

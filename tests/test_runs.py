@@ -15,7 +15,7 @@ from hope_jax import train as training
 from hope_jax.cli import ask
 from hope_jax.cli.main import main
 from hope_jax.cli.runs import with_levels
-from hope_jax.data import DataConfig, JsonTokenizer
+from hope_jax.data import JsonTokenizer
 from hope_jax.errors import UserError
 from hope_jax.storage.array_digests import describe_parts
 from hope_jax.train.run import TOKENIZER, keep_tokenizer, load_run
@@ -92,7 +92,7 @@ def test_the_tokenizer_of_a_run_is_the_one_it_was_trained_with(trained, bpe, tmp
     altered = json.loads((run / TOKENIZER).read_text())
     (tmp_path / "other.json").write_text(json.dumps(altered | {"normalizer": {"type": "Lowercase"}}))
     for file in (run / TOKENIZER, tmp_path / "other.json"):  # its own file, and one that the run will refuse
-        keep_tokenizer(run, DataConfig(tokenizer=str(file)))
+        keep_tokenizer(run, file)
         assert (run / TOKENIZER).read_bytes() == bpe.read_bytes()
     altered["truncation"] = None  # decides no token of a training text
     (run / TOKENIZER).write_text(json.dumps(altered))
@@ -105,8 +105,8 @@ def test_the_tokenizer_of_a_run_is_the_one_it_was_trained_with(trained, bpe, tmp
 
 
 def test_a_run_that_saved_nothing_has_the_tokenizer_of_the_last_attempt(bpe, tmp_path):
-    for data, kept in ((DataConfig(tokenizer=str(bpe)), True), (DataConfig(), False)):
-        keep_tokenizer(tmp_path, data)
+    for file, kept in ((bpe, True), (None, False)):
+        keep_tokenizer(tmp_path, file)
         assert (tmp_path / TOKENIZER).exists() == kept
 
 

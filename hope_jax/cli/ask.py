@@ -9,6 +9,7 @@ says so: levels that training writes in context (``ttt_e2e``, ``--cms.in-context
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def begin(trained: Trained, config: AskConfig, prompt: Any) -> Any:
     capacity = max(needed + 1, model.config.context) if config.learn else needed
     if state is None:
         print(f"There is no context in {place}: nothing was learned since training.", file=sys.stderr)
-        return model.init_state(params, batch=1, capacity=capacity)
+        return jax.jit(functools.partial(model.init_state, batch=1, capacity=capacity))(params)
     if config.clear:
         return context.clear(model, params, state, capacity)
     room = room_left(state)

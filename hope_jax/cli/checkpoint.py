@@ -23,7 +23,7 @@ from hope_jax import interop
 from hope_jax import train as training
 from hope_jax.cli.parse import parse
 from hope_jax.config import flatten_json
-from hope_jax.data import DataConfig, make_tokenizer
+from hope_jax.data import read_tokenizer
 from hope_jax.errors import UserError
 from hope_jax.train.checkpoint import FOLDER, PARAMS, DamagedCheckpoint, check, find_step, saved_steps, unfinished
 from hope_jax.train.exchange import Portable, make_run, portable, read_model, write_model
@@ -135,7 +135,7 @@ def _from_hugging_face(folder: Path) -> Portable:
     if not file.exists():
         raise UserError(f"{folder} has no {TOKENIZER}; put the tokenizer of the model there.")
     model, params = interop.load(folder, jnp.float32)
-    fingerprint = make_tokenizer(DataConfig(tokenizer=str(file))).fingerprint
+    fingerprint = read_tokenizer(file).fingerprint
     run = training.TextRun(model, training.OptimizerConfig(), 1, model.context, 0, "", fingerprint)
     return Portable(run, params, 0, file.read_text(encoding="utf-8"))
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from hope_jax.data.text.files import from_files
 from hope_jax.errors import UserError
 from hope_jax.nn.room import slots_of
 from hope_jax.storage.digests import digest_arrays
-from hope_jax.types import Array, Int
+from hope_jax.types import Int
 
 LINES = 8  # printed per pass
 
@@ -160,7 +159,7 @@ def read(
                     return Reading(state, done, error=error)
                 done += tokens.shape[1]
                 as_trained, static = read_without_learning(model, params, static, tokens)
-                report.add(np.asarray(tokens)[0], np.asarray(nats)[0], np.asarray(as_trained)[0])
+                report.add(tokens[0], np.asarray(nats)[0], np.asarray(as_trained)[0])
                 bar.update(tokens.shape[1])
                 if done < total and stop.requested:
                     return Reading(state, done)
@@ -191,10 +190,10 @@ def windows(
             done = max(0, done - len(window))
 
 
-def pieces(tokens: Int[np.ndarray, " T"], size: int) -> Iterator[Int[Array, "1 piece"]]:
+def pieces(tokens: Int[np.ndarray, " T"], size: int) -> Iterator[Int[np.ndarray, "1 piece"]]:
     """Up to ``size`` tokens at a time."""
     for at in range(0, len(tokens), size):
-        yield jnp.asarray(tokens[None, at : at + size])
+        yield tokens[None, at : at + size]
 
 
 class Report:

@@ -159,7 +159,7 @@ def pretrain(flags: PretrainConfig) -> training.Result:
     with training.open_run(flags.run, "--run") as folder:
         job = _prepare(flags)
         if training.is_first():
-            keep_tokenizer(folder, flags.data)
+            keep_tokenizer(folder, flags.data.tokenizer)
         print(_table(_header(job)))
         result = training.fit(
             job.setup,

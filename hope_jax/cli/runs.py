@@ -17,7 +17,7 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Level, check_multiples
 from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.storage.locks import locked
-from hope_jax.train.run import Trained, load_run
+from hope_jax.train.run import Trained, load_run, named_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class Source:
 
     def trained(self) -> Trained:
         """The model. Raises UserError where there is none, or the levels are none of its own."""
-        trained = load_run(self.checkpoint)
-        training.keep_programs(trained.run.absolute().parent / ".cache")
-        return with_levels(trained, self.periods, self.rate)
+        run, _ = named_step(self.checkpoint)
+        training.keep_programs(run.absolute().parent / ".cache")
+        return with_levels(load_run(self.checkpoint), self.periods, self.rate)
 
     def place(self, trained: Trained) -> Path:
         """Where its context is: it belongs to the parameters of one step."""

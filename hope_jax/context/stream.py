@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from hope_jax.context.piece import piece_size, read_piece
@@ -25,7 +26,7 @@ from hope_jax.nn.language_model import check_tokens
 from hope_jax.nn.room import room_left, slots_of
 from hope_jax.storage.digests import first_difference, kinds
 from hope_jax.storage.programs import run_stored
-from hope_jax.types import Array, Float, Scalar, Tokens
+from hope_jax.types import Array, Float, Int, Scalar, Tokens
 
 State = BlockState | ContextState
 
@@ -92,25 +93,34 @@ def read_without_learning(model: Any, params: Any, state: State, tokens: Any) ->
 def _read(
     model: Any, params: Any, state: State, tokens: Any, learning: bool = True
 ) -> tuple[Nats, Float[Array, "B vocab"], ContextState]:
-    tokens = jnp.asarray(tokens)
+    tokens = tokens if isinstance(tokens, Tracer) else np.asarray(tokens)
     check_tokens(tokens, model.config.vocab_size)
     now = _checked(model, params, state, tokens)
     check_room(now, tokens.shape[1])
     size, nats, logits = piece_size(model), [], jnp.zeros(())
     for at in range(0, tokens.shape[1], size):
         part = tokens[:, at : at + size]
-        predicted = part.shape[1] - int(now.interrupted or now.unfinished == 0)
+        predicted = part.shape[1] - int(now.interrupted or int(now.unfinished) == 0)
         found, logits, now = _read_piece(model, params, now, part, learning)
-        nats.append(found[:, :predicted])
-    return jnp.concatenate(nats, axis=1), logits, now
+        nats.append(np.asarray(found)[:, :predicted])
+    return jnp.asarray(np.concatenate(nats, axis=1)), logits, now
 
 
 def _read_piece(
-    model: Any, params: Any, state: ContextState, tokens: Tokens, learn: bool, end: bool = False, finish: bool = False
+    model: Any,
+    params: Any,
+    state: ContextState,
+    tokens: Int[np.ndarray, "B piece"],
+    learn: bool,
+    end: bool = False,
+    finish: bool = False,
 ) -> tuple[Nats, Float[Array, "B vocab"], ContextState]:
-    """One call of the program, with up to ``piece_size`` tokens. Raises UserError where numbers are not finite."""
+    """One call of the program, with up to ``piece_size`` tokens. Raises UserError where numbers are not finite.
+
+    Around the program arithmetic is numpy's: JAX would compile a small program for every operation and length.
+    """
     count = tokens.shape[1]
-    padded = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, piece_size(model) - count)))
+    padded = np.pad(tokens.astype(np.int32), ((0, 0), (0, piece_size(model) - count)))
     request = params, state, padded, count, learn, end, finish
     nats, logits, finite, state = run_stored(read_piece, model, request, like=(0, 0, 0, state))
     if not finite:
@@ -127,7 +137,7 @@ def finish(model: Any, params: Any, state: State) -> ContextState:
     A token counts as much as in a full period; nested levels are not set back, and a level with nothing new is not
     written. What follows is read with all that, and starts periods of its own.
     """
-    nothing = jnp.zeros((batch_of(state), 0), jnp.int32)
+    nothing = np.zeros((batch_of(state), 0), np.int32)
     now = _checked(model, params, state, nothing)
     return _read_piece(model, params, now, nothing, learn=True, end=True, finish=True)[2]
 
@@ -138,7 +148,7 @@ def clear(model: Any, params: Any, state: State, capacity: int | None = None) ->
     For the next document of a stream, or to see what of the last one is in the levels. The unfinished chunk ends here,
     as at an interruption: its tokens count in the periods that go on. ``capacity`` is as in ``model.init_state``.
     """
-    nothing = jnp.zeros((batch_of(state), 0), jnp.int32)
+    nothing = np.zeros((batch_of(state), 0), np.int32)
     now = _checked(model, params, state, nothing)
     if now.unfinished > 1:  # there is something to be learned
         _, _, now = _read_piece(model, params, now, nothing, learn=True, end=True)
@@ -202,7 +212,7 @@ def _around(model: Any, mixer: Any, batch: int) -> ContextState:
     return ContextState(mixer, mixer, levels, tokens, zero, jnp.zeros((), bool), zero)
 
 
-def _checked(model: Any, params: Any, state: State, tokens: Tokens) -> ContextState:
+def _checked(model: Any, params: Any, state: State, tokens: Tokens | np.ndarray) -> ContextState:
     """The state, if it is one of this model and of as many streams as ``tokens``. Raises UserError otherwise."""
     batch_of(state)
     expected = start.eval_shape(model, params, tokens.shape[0], slots_of(state))  # traced once for each kind

@@ -1,7 +1,8 @@
 """Traced programs kept on disk: a second process neither traces nor compiles what a first one did.
 
 JAX's compilation cache saves the compiling, but every process traces a program anew, which takes longer than reading a
-document with it. Where that cache is on, ``run_stored`` keeps the traced program in the same folder.
+document with it. Where that cache is on, ``run_stored`` keeps the traced program in the same folder, and
+``stored_shapes`` what a trace is made for alone: the shapes of a result.
 """
 
 import base64
@@ -17,11 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax import export
 
 from hope_jax.config import from_json, to_json
 from hope_jax.errors import UserError
-from hope_jax.storage.digests import digest_json, read_sealed, write_sealed
+from hope_jax.storage import digests
+from hope_jax.storage.digests import read_sealed, write_sealed
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 SETTINGS = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
@@ -47,17 +50,47 @@ def run_stored(program: Callable[..., Any], model: Any, arrays: tuple[Any, ...],
       arrays: the others, trees of arrays and numbers.
       like: any tree of the structure of the result.
     """
-    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    ours = type(model).__module__.startswith("hope_jax.")
-    config = _named(model.config) if folder is not None and ours and _can_store() else None
-    if folder is None or config is None:  # before anything is done to the arrays: a call may read a single token
+    folder, config = _folder(), _named_model(model)
+    if folder is None or config is None or not _can_store():  # before anything is done to the arrays
         return program(model, *arrays)
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arrays))
     if any(len(leaf.devices()) > 1 for leaf in leaves):
         return program(model, *arrays)
     kinds = tuple(map(_kind, leaves))
-    path = Path(folder) / _name(program, model, config, tree, kinds)
+    path = folder / f"traced-{_digest(program, model, config, tree, kinds)}.json"
     return jax.tree.unflatten(jax.tree.structure(like), _stored(path, program, model, tree, kinds)(*leaves))
+
+
+def stored_shapes(make: Callable[[Any], Any], model: Any) -> Any:
+    """``jax.eval_shape(make, model)`` for nested dicts of arrays: from the disk where ``run_stored`` would store.
+
+    ``make``: a function at the top of a module of hope_jax.
+    """
+    folder, config = _folder(), _named_model(model)
+    if folder is None or config is None:
+        return jax.eval_shape(functools.partial(make, model))
+    path = folder / f"shapes-{_digest(make, model, config, None, ())}.json"
+    try:
+        found = read_sealed(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        shapes = digests.leaves(jax.eval_shape(functools.partial(make, model)))
+        found = {name: [leaf.dtype.name, *leaf.shape] for name, leaf in shapes}
+        _keep(path, found)
+    flat = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, *shape) in found.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _folder() -> Path | None:
+    """Where programs are kept."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    return None if folder is None else Path(folder)
+
+
+def _keep(path: Path, body: Any) -> None:
+    """Write it, unless the disk is full or read-only, or another process writes the same."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_sealed(path, body)
 
 
 def _kind(leaf: jax.Array) -> jax.ShapeDtypeStruct:
@@ -65,8 +98,8 @@ def _kind(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=jax.typeof(leaf).weak_type)
 
 
-def _name(program: Callable[..., Any], model: Any, config: str, tree: Any, kinds: Iterable[Any]) -> str:
-    """The file name of the traced program, which tells it from all others."""
+def _digest(program: Callable[..., Any], model: Any, config: str, tree: Any, kinds: Iterable[Any]) -> str:
+    """What tells the traced program from all others."""
     about = {
         "program": f"{program.__module__}:{program.__qualname__}",
         "model": [type(model).__qualname__, config],
@@ -74,7 +107,12 @@ def _name(program: Callable[..., Any], model: Any, config: str, tree: Any, kinds
         "tree": str(tree),
         "machine": _machine(),
     }
-    return f"traced-{digest_json(about)}.json"
+    return digests.digest_json(about)
+
+
+def _named_model(model: Any) -> str | None:
+    """The configuration of a model of this package; None of others."""
+    return _named(model.config) if type(model).__module__.startswith("hope_jax.") else None
 
 
 @functools.lru_cache
@@ -117,7 +155,5 @@ def _stored(path: Path, program: Callable[..., Any], model: Any, tree: Any, kind
         data = base64.b64decode(read_sealed(path)["program"])
     except (OSError, ValueError, KeyError, TypeError):
         data = export.export(jax.jit(flat))(*kinds).serialize()
-        with contextlib.suppress(OSError):  # a full or read-only disk, or another process at the same file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_sealed(path, {"program": base64.b64encode(data).decode()})
+        _keep(path, {"program": base64.b64encode(data).decode()})
     return jax.jit(export.deserialize(bytearray(data)).call)

@@ -6,7 +6,6 @@ keeps only one core of a device busy; with a share of the batch for each core, a
 
 import contextlib
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,10 +29,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def abstract(make: Callable[[], Any]) -> Any:
-    """Shapes, dtypes and placement (the first device) of what ``make`` returns, without computing it."""
+def on_first_device(shapes: Any) -> Any:
+    """Shapes and dtypes of arrays that lie on the first device."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(make)
     return jax.tree.map(lambda leaf: shape_at(place, leaf), shapes)
 
 

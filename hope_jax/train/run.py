@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from hope_jax.config import TRUSTED, Json, check_same, flatten, flatten_json, from_json
-from hope_jax.data import DataConfig, Tokenizer, make_tokenizer
+from hope_jax.data import Tokenizer, read_tokenizer
 from hope_jax.errors import UserError, whole
 from hope_jax.models import LanguageModel, ModelConfig
 from hope_jax.storage.digests import read_sealed, write_file
@@ -188,7 +188,7 @@ def load_config(run: Path, trusted: Sequence[str] = TRUSTED) -> TextRun:
 
 def _tokenizer(run: Path, config: TextRun) -> Tokenizer:
     file = run / TOKENIZER
-    found = make_tokenizer(DataConfig(tokenizer=str(file) if file.exists() else None))
+    found = read_tokenizer(file if file.exists() else None)
     if found.fingerprint != config.tokenizer_fingerprint:
         what = "that file" if file.exists() else "bytes"
         raise UserError(
@@ -197,15 +197,15 @@ def _tokenizer(run: Path, config: TextRun) -> Tokenizer:
     return found
 
 
-def keep_tokenizer(run: Path, data: DataConfig) -> None:
-    """Copy the tokenizer's file into the run folder, so that the folder is all that one needs.
+def keep_tokenizer(run: Path, file: str | Path | None) -> None:
+    """Copy the tokenizer's file (None: bytes, which have none) into the run folder, which is then all that one needs.
 
     A run with saved steps keeps the file that it has, whatever this command reads with: ``resume`` compares them.
     """
     kept = run / TOKENIZER
     if kept.exists() and checkpoint.saved_steps(run):
         return
-    if data.tokenizer is None:
+    if file is None:
         kept.unlink(missing_ok=True)  # of an attempt that saved nothing
         return
-    write_file(kept, Path(data.tokenizer).expanduser().read_bytes())
+    write_file(kept, Path(file).expanduser().read_bytes())

@@ -20,7 +20,8 @@ from hope_jax.context.schedule import learns_in_context
 from hope_jax.context.writes import cross_entropy, reading_loss
 from hope_jax.errors import UserError
 from hope_jax.optim.checks import check
-from hope_jax.train.devices import abstract
+from hope_jax.storage.programs import stored_shapes
+from hope_jax.train.devices import on_first_device
 from hope_jax.train.guard import is_sound, usual_norm
 from hope_jax.train.optimizer import Rate
 from hope_jax.types import Array, Int, PRNGKeyArray, Scalar
@@ -55,7 +56,11 @@ def init_params(model: Any, key: PRNGKeyArray) -> Any:
 
 def abstract_params(model: Any) -> Any:
     """Shapes, dtypes and placement of ``init_params``."""
-    return abstract(lambda: init_params(model, jax.random.key(0)))
+    return on_first_device(stored_shapes(_start, model))
+
+
+def _start(model: Any) -> Any:
+    return init_params(model, jax.random.key(0))
 
 
 def count_parameters(params: Any) -> int:

@@ -12,7 +12,7 @@ from hope_jax.data.text import building, corpus, windows
 from hope_jax.data.text.corpus import Corpus
 from hope_jax.data.text.files import from_files
 from hope_jax.data.text.shards import is_tokens, open_mixture
-from hope_jax.data.text.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
+from hope_jax.data.text.tokenizers import Tokenizer, read_tokenizer
 from hope_jax.data.text.windows import Mixture, Windows
 from hope_jax.data.tfds_source import documents
 from hope_jax.errors import UserError, whole
@@ -57,7 +57,7 @@ class DataConfig:
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer a configuration names: bytes unless it gives a file. UserError when the file cannot be used."""
-    return ByteTokenizer() if config.tokenizer is None else JsonTokenizer(config.tokenizer)
+    return read_tokenizer(config.tokenizer)
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,11 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
+def read_tokenizer(file: str | Path | None) -> Tokenizer:
+    """The tokenizer of a JSON file; None: bytes. Raises UserError where the file cannot be used."""
+    return ByteTokenizer() if file is None else JsonTokenizer(file)
+
+
 class Continuation:
     """The text that new tokens add to the tokens before them, wherever the tokens are cut.
 

@@ -140,7 +140,8 @@ def _pieces(
     blocks = state.blocks if learns else state
     for tokens, count in _padded(prompt):
         logits, blocks = run_stored(_read, model, (params, tokens, blocks, count), like=(0, blocks))
-    last = _checked(*_next(logits, key, 0, how), 0)
+    last, finite = _next(logits, key, 0, how)
+    last = _checked(last, finite, 0)
     yield last[:, None], state.read_on(blocks.mixer) if learns else blocks
     for start in range(1, steps, PIECE):
         count = min(PIECE, steps - start)
@@ -166,7 +167,8 @@ def _learning_pieces(
 ) -> Iterator[tuple[Int[np.ndarray, "B n"], Any]]:
     """As ``_pieces``, and levels are written whenever a chunk is over: inside it the weights stand still."""
     logits, state = context.expect(model, params, state, prompt)
-    last = _checked(*_next(logits, key, 0, how), 0)
+    last, finite = _next(logits, key, 0, how)
+    last = _checked(last, finite, 0)
     yield last[:, None], state
     start, chunk = 1, schedule_of(model, trained=False).chunk
     while start < steps:
@@ -178,7 +180,8 @@ def _learning_pieces(
             state = state.within_chunk(np.concatenate([last[:, None], tokens[:, :-1]], axis=1), blocks.mixer)
         else:  # the last token completes the chunk before it, and is itself read with what that chunk taught
             logits, state = context.expect(model, params, state, last[:, None])
-            tokens, count = _checked(*_next(logits, key, start, how), start)[:, None], 1
+            tokens, finite = _next(logits, key, start, how)
+            tokens, count = _checked(tokens, finite, start)[:, None], 1
         last = tokens[:, -1]
         yield tokens, state
         start += count

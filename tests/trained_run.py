@@ -54,7 +54,7 @@ def train(place, bpe):
     config = training.TextRun(model, training.OptimizerConfig(), 2, 32, 0, text.fingerprint, tokenizer.fingerprint)
     heldout = text.heldout_batches(batch=2, limit=1)
     with training.open_run(place / "run") as folder:
-        keep_tokenizer(folder, data)
+        keep_tokenizer(folder, data.tokenizer)
         setup = training.text_setup(config, 4, tokenizer.byte_lengths)
         batches = text.train_batches(batch=2, seed=0)
         training.fit(setup, batches, heldout, training.Steps(4), run=training.Run(folder, config))

@@ -7,7 +7,9 @@ Exit status: 0 done; 2 a mistake of the caller (one sentence on stderr); 128 + t
 """
 
 import ast
+import atexit
 import contextlib
+import gc
 import importlib
 import importlib.util
 import io
@@ -44,6 +46,7 @@ def run(program: str, kind: str, table: Mapping[str, str], needs: str, arguments
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # "?" for what a terminal cannot show, instead of an error
     name, *rest = arguments
+    atexit.register(gc.freeze)  # else Python looks for garbage in all that was imported before it ends
     with handled((signal.SIGTERM, signal.SIGHUP), _terminate):  # outside of training: cleaned up as after Ctrl-C
         return _status(lambda: _start(kind, table, needs, name, rest), [program, name, *rest])
 

@@ -61,20 +61,20 @@ def run_stored(program: Callable[..., Any], model: Any, arrays: tuple[Any, ...],
     return jax.tree.unflatten(jax.tree.structure(like), _stored(path, program, model, tree, kinds)(*leaves))
 
 
-def stored_shapes(make: Callable[[Any], Any], model: Any) -> Any:
-    """``jax.eval_shape(make, model)`` for nested dicts of arrays: from the disk where ``run_stored`` would store.
+def stored_shapes(make: Callable[..., Any], model: Any, *shapes: jax.ShapeDtypeStruct) -> Any:
+    """The shapes of ``make(model, *arrays)``, a nested dict: from the disk where ``run_stored`` would store.
 
-    ``make``: a function at the top of a module of hope_jax.
+    ``make``: a function at the top of a module of hope_jax. ``shapes``: those of the arrays.
     """
     folder, config = _folder(), _named_model(model)
     if folder is None or config is None:
-        return jax.eval_shape(functools.partial(make, model))
-    path = folder / f"shapes-{_digest(make, model, config, None, ())}.json"
+        return jax.eval_shape(functools.partial(make, model), *shapes)
+    path = folder / f"shapes-{_digest(make, model, config, None, shapes)}.json"
     try:
         found = read_sealed(path)
     except (OSError, ValueError, KeyError, TypeError):
-        shapes = digests.leaves(jax.eval_shape(functools.partial(make, model)))
-        found = {name: [leaf.dtype.name, *leaf.shape] for name, leaf in shapes}
+        made = digests.leaves(jax.eval_shape(functools.partial(make, model), *shapes))
+        found = {name: [leaf.dtype.name, *leaf.shape] for name, leaf in made}
         _keep(path, found)
     flat = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, *shape) in found.items()}
     return traverse_util.unflatten_dict(flat, sep="/")

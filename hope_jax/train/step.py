@@ -56,11 +56,7 @@ def init_params(model: Any, key: PRNGKeyArray) -> Any:
 
 def abstract_params(model: Any) -> Any:
     """Shapes, dtypes and placement of ``init_params``."""
-    return on_first_device(stored_shapes(_start, model))
-
-
-def _start(model: Any) -> Any:
-    return init_params(model, jax.random.key(0))
+    return on_first_device(stored_shapes(init_params, model, jax.eval_shape(jax.random.key, 0)))
 
 
 def count_parameters(params: Any) -> int:

@@ -50,13 +50,14 @@ def run_stored(program: Callable[..., Any], model: Any, arrays: tuple[Any, ...],
       arrays: the others, trees of arrays and numbers.
       like: any tree of the structure of the result.
     """
-    folder, config = _folder(), _named_model(model)
-    if folder is None or config is None or not _can_store():  # before anything is done to the arrays
+    place = _place(model)
+    if place is None or not _can_store():  # before anything is done to the arrays: a call may read a single token
         return program(model, *arrays)
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arrays))
     if any(len(leaf.devices()) > 1 for leaf in leaves):
         return program(model, *arrays)
     kinds = tuple(map(_kind, leaves))
+    folder, config = place
     path = folder / f"traced-{_digest(program, model, config, tree, kinds)}.json"
     return jax.tree.unflatten(jax.tree.structure(like), _stored(path, program, model, tree, kinds)(*leaves))
 
@@ -66,9 +67,9 @@ def stored_shapes(make: Callable[..., Any], model: Any, *shapes: jax.ShapeDtypeS
 
     ``make``: a function at the top of a module of hope_jax. ``shapes``: those of the arrays.
     """
-    folder, config = _folder(), _named_model(model)
-    if folder is None or config is None:
+    if (place := _place(model)) is None:
         return jax.eval_shape(functools.partial(make, model), *shapes)
+    folder, config = place
     path = folder / f"shapes-{_digest(make, model, config, None, shapes)}.json"
     try:
         found = read_sealed(path)
@@ -80,10 +81,12 @@ def stored_shapes(make: Callable[..., Any], model: Any, *shapes: jax.ShapeDtypeS
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _folder() -> Path | None:
-    """Where programs are kept."""
+def _place(model: Any) -> tuple[Path, str] | None:
+    """Where programs of a model are kept, and its configuration as text; None where they are not."""
     folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    return None if folder is None else Path(folder)
+    ours = type(model).__module__.startswith("hope_jax.")
+    config = _named(model.config) if folder is not None and ours else None
+    return None if config is None else (Path(folder), config)
 
 
 def _keep(path: Path, body: Any) -> None:
@@ -108,11 +111,6 @@ def _digest(program: Callable[..., Any], model: Any, config: str, tree: Any, kin
         "machine": _machine(),
     }
     return digests.digest_json(about)
-
-
-def _named_model(model: Any) -> str | None:
-    """The configuration of a model of this package; None of others."""
-    return _named(model.config) if type(model).__module__.startswith("hope_jax.") else None
 
 
 @functools.lru_cache

@@ -84,8 +84,9 @@ def stored_shapes(make: Callable[..., Any], model: Any, *shapes: jax.ShapeDtypeS
 def _place(model: Any) -> tuple[Path, str] | None:
     """Where programs of a model are kept, and its configuration as text; None where they are not."""
     folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    ours = type(model).__module__.startswith("hope_jax.")
-    config = _named(model.config) if folder is not None and ours else None
+    if folder is None or not type(model).__module__.startswith("hope_jax."):
+        return None
+    config = _named(model.config)
     return None if config is None else (Path(folder), config)
 
 

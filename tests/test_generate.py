@@ -38,7 +38,7 @@ mixers = pytest.mark.parametrize("name", NAMES)
 def tiny(mixer, capacity=ROOM):
     """A small model, its parameters, a fresh state of two sequences and prompts that are read as 64 + 1 + 1 tokens."""
     model = LanguageModel(ModelConfig(mixer, SwiGLUConfig(24), width=16, layers=2, vocab_size=VOCAB))
-    prompt = np.random.default_rng(0).integers(0, VOCAB, (2, PROMPT)).astype(np.int32)
+    prompt = np.asarray(jax.random.randint(jax.random.key(0), (2, PROMPT), 0, VOCAB))
     params = drawn(model.init, prompt[:, :1])
     return model, params, model.init_state(params, 2, capacity), prompt
 

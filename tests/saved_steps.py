@@ -14,7 +14,7 @@ def make_state(step, extra=0.0):
         "half": noise[0].astype(jnp.bfloat16),
         "empty": {},
     }
-    return training.TrainState(step=jnp.int32(step), params=params, opt_state=(jnp.int32(7), ()))
+    return training.TrainState.first(params, (jnp.int32(7), ())).replace(step=jnp.int32(step))
 
 
 def like(state):

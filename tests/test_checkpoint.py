@@ -49,12 +49,6 @@ NAMES = ("lr [0.1] a*b a? {a,b} 50%", "back\\slash späß 日本", "new\nline $H
 """Of folders, with characters that patterns, shells and encodings know."""
 
 
-def test_a_step_of_a_version_that_did_not_count_skipped_batches_is_gone_on_from_with_none(run):
-    now = make_state(6).replace(usual_norm=jnp.float32(2), skipped=jnp.int32(3))
-    found = training.restore(run, 6, like(now))
-    assert (found.usual_norm, found.skipped) == (0, 0) and like(found) == like(now)
-
-
 def test_every_path_of_a_run_works(tmp_path):
     for name in NAMES:
         run = tmp_path / name
@@ -163,7 +157,7 @@ def test_a_step_of_another_layout_is_refused_and_not_called_damaged(run):
     path = run / "checkpoints" / "6" / "manifest.json"
     body = {name: value for name, value in read_sealed(path).items() if name != "layout"}
     write_sealed(path, body)
-    with pytest.raises(UserError, match="step 6 in .* has layout 1; this version of hope_jax reads 2") as caught:
+    with pytest.raises(UserError, match="step 6 in .* has layout 1; this version of hope_jax reads 3") as caught:
         checkpoint.latest_good(run, lambda step: training.read_manifest(run, step))
     assert not isinstance(caught.value, training.DamagedCheckpoint)
 

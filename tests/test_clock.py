@@ -107,7 +107,7 @@ def test_a_profile_covers_the_steps_from_start_to_stop_and_is_written_when_the_r
 
     for steps, expected in ((range(1, 3), [0, "start", 1, 2, "stop", 3]), (range(2, 9), [0, 1, "start", 2, 3, "stop"])):
         with Profiled(step, tmp_path, steps, 0) as profiled:
-            state = training.TrainState(step=0, params={}, opt_state=())
+            state = training.TrainState.first({}, ()).replace(step=0)
             for _ in range(4):
                 state, _ = profiled(state, None)
         assert seen == expected

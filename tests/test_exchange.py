@@ -52,7 +52,7 @@ def test_an_exported_model_is_imported_bit_for_bit_with_its_tokenizer(trained, t
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     assert "step 4 of" in capfd.readouterr().out
     with pytest.raises(UserError, match="holds parameters alone, .* can be used, but not trained on"):
-        training.restore(run, 4, training.TrainState(step=ours.params["embedding"], params=ours.params, opt_state=()))
+        training.restore(run, 4, training.TrainState.first(ours.params, ()))
     assert "is there already" in mistake(capfd, "checkpoint", "export", "--run", trained, "--file", file)
     assert "holds a run already" in mistake(capfd, "checkpoint", "import", "--run", run, "--file", file)
 

@@ -165,7 +165,7 @@ def fake_run(
         events.append(("measured",))
         return {"loss": (value := next(heldout)), "bits_per_byte": value}
 
-    state = training.TrainState(step=jnp.int32(0), params={"w": jnp.ones(2)}, opt_state=())
+    state = training.TrainState.first({"w": jnp.ones(2)}, ())
     batches = FakeBatches()
 
     due = Alarm(minutes)

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
@@ -33,7 +31,7 @@ from hope_jax.train.step import TrainState
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 PARAMS, REST = "params", "training"  # what using a model needs, and what only training it further needs
-LAYOUT = 2
+LAYOUT = 3
 """Version of what is described here; steps of another version are refused."""
 
 Read = TypeVar("Read")
@@ -131,14 +129,8 @@ def restore(run: Path, step: int, like: TrainState) -> TrainState:
     of ``like`` (another model or optimizer).
     """
     manifest = read_manifest(run, step)
-    later = [name for name in ("usual_norm", "skipped") if f"{REST}/{name}" not in manifest.arrays]  # versions before
-    parts = read_parts(run, manifest, parted(like.replace(**dict.fromkeys(later, ()))))
-    missing = {name: jax.tree.map(_zeros, getattr(like, name)) for name in later}
-    return TrainState(params=parts[PARAMS], **parts[REST] | missing)
-
-
-def _zeros(like: Any) -> jax.Array:
-    return jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    parts = read_parts(run, manifest, parted(like))
+    return TrainState(params=parts[PARAMS], **parts[REST])
 
 
 def restore_params(run: Path, step: int, like: Any) -> Any:

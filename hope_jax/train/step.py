@@ -32,15 +32,15 @@ class TrainState(struct.PyTreeNode):
 
     ``step``: batches trained on, int32 scalar. ``params``: nested dict of arrays. ``opt_state``: the optimizer's.
     ``usual_norm``: moving mean of the norms of gradients, float32 scalar. ``skipped``: batches that changed nothing,
-    int32 scalar; the optimizer has not seen them, see ``guard.py``. Both are (): nobody trains this state.
+    int32 scalar; the optimizer has not seen them, see ``guard.py``.
     Leaves are arrays, or shapes or placements of arrays, hence the open types.
     """
 
     step: Any
     params: Any
     opt_state: Any
-    usual_norm: Any = ()
-    skipped: Any = ()
+    usual_norm: Any
+    skipped: Any
 
     @classmethod
     def first(cls, params: Any, opt_state: Any) -> "TrainState":

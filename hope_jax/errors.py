@@ -4,12 +4,28 @@ import contextlib
 import dataclasses
 import difflib
 import operator
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
 
 class UserError(ValueError):
     """What came, what was expected, what to do. The command line prints it as one sentence and exits with 2."""
+
+
+def of_disk(error: OSError) -> UserError:
+    """The mistake that a full or vanished disk is, wherever it is noticed."""
+    where = f" {error.filename}" if error.filename else ""
+    return UserError(f"Cannot read or write{where}: {error.strerror or error}; mend that and run it again.")
+
+
+def exit_status(error: BaseException) -> int:
+    """Of a program that ends with it: 2 a mistake of the caller, 128 + the number of a signal, 1 a mistake of ours."""
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (*error.args, signal.SIGINT)[0]  # Python's own has no number
+    return 2 if isinstance(error, UserError | OSError) else 1
 
 
 class NotFinite(UserError):

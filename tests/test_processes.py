@@ -10,17 +10,21 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from saved_steps import filled, like, make_state
 from test_cli import FLAGS, MODELS, SMALL, flip_a_bit, logged
+from test_fit import SETUP, STEPS, LineConfig, points
 
 from hope_jax import train as training
 from hope_jax.cli.main import main
 from hope_jax.errors import UserError
 from hope_jax.train import processes, saving
 from hope_jax.train.checkpoint import check, find_step, latest_good
+from hope_jax.train.fit import _record, _state
 from hope_jax.train.processes import Agreement, ProcessesConfig, found_by_first
+from hope_jax.train.record import METRICS_FILE
 
 SCRIPT = """
 import os, signal, sys
@@ -115,8 +119,8 @@ def test_a_process_that_dies_ends_the_others_within_a_minute_with_one_sentence(f
     while not training.saved_steps(run):
         assert all(process.poll() is None for process in running), said(tmp_path)
         time.sleep(0.2)
-    running.pop(victim).send_signal(signal.SIGKILL)
     before, until = said(tmp_path), time.monotonic() + 60
+    running.pop(victim).send_signal(signal.SIGKILL)
     assert [process.wait(until - time.monotonic()) for process in running] == [1, 1], said(tmp_path)
     added = [text.removeprefix(old) for text, old in zip(said(tmp_path), before, strict=True)]
     del added[victim]
@@ -141,6 +145,8 @@ def as_process(monkeypatch):
     said = []
 
     def be(index):
+        if index == 0:
+            said.clear()
         monkeypatch.setattr(processes, "count", lambda: 2)
         monkeypatch.setattr(processes, "is_first", lambda: index == 0)
         hear = (lambda data: said.append(data) or data) if index == 0 else (lambda data: said.pop(0))
@@ -168,6 +174,31 @@ def test_all_processes_go_on_from_the_step_that_process_0_finds_or_say_that_they
     as_process(1)
     with pytest.raises(UserError, match="step 6 in .*stale is there for process 0 but not for this process"):
         training.restore(stale, 6, like(make_state(6)))
+
+
+def test_processes_with_another_text_or_other_steps_end_before_they_train(tmp_path, as_process):
+    def begin(index, steps, config):
+        as_process(index)
+        start = training.TrainState.first({"slope": jnp.ones(())}, ())
+        _state(SETUP, training.ComputedBatches(points), steps, start, 0, training.Run(tmp_path, config))
+
+    for steps, config in ((STEPS, LineConfig(slope=3.0)), (training.Steps(30, 10, 6), LineConfig())):
+        begin(0, STEPS, LineConfig())
+        with pytest.raises(UserError, match="the steps or the mesh of this process are not those of process 0"):
+            begin(1, steps, config)
+    begin(0, STEPS, LineConfig())
+    begin(1, STEPS, LineConfig())
+
+
+def test_what_process_0_cannot_read_ends_all_with_its_sentence(tmp_path, as_process):
+    (tmp_path / METRICS_FILE).write_text("altered\n")
+    run, gone = training.Run(tmp_path, None), tmp_path / "gone"
+    for index in (0, 1):
+        as_process(index)
+        with pytest.raises(UserError, match="Line 1 of .* is not JSON"):
+            _record(run, 3)
+        with pytest.raises(UserError, match="Cannot read or write .*gone: No such file"):
+            found_by_first(gone.read_bytes)
 
 
 def test_a_process_waits_for_the_seal_of_process_0_but_not_for_ever(tmp_path, monkeypatch):

@@ -80,11 +80,12 @@ def test_an_error_in_the_background_is_told_at_the_next_step_and_leaves_the_save
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["3", "6"]  # a full disk keeps its room
 
 
-def test_what_a_killed_save_left_is_removed_before_room_is_asked_for(run, monkeypatch):
-    part = run / "checkpoints" / "7.orbax-checkpoint-tmp"
-    part.mkdir()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if part.exists() else 2**30))
-    saving.check_room(run, make_state(6), keep=2)
+def test_what_a_killed_save_left_is_removed_before_room_is_asked_for(tmp_path, monkeypatch):
+    with training.open_run(tmp_path / "run") as folder:
+        part = folder / "checkpoints" / "7.orbax-checkpoint-tmp"
+        part.mkdir(parents=True)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if part.exists() else 2**30))
+        fit(0, folder)
 
 
 def test_sigterm_while_a_step_is_saved_loses_nothing(tmp_path, monkeypatch):
@@ -124,9 +125,7 @@ def test_a_failed_save_is_a_plain_error_and_leaves_the_saved_steps(run, monkeypa
 
 def test_too_little_disk_is_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**26))
-    state = SimpleNamespace(step=jnp.int32(0), w=jnp.zeros(2**23, jnp.uint8))
-    small = training.TrainState(step=state.step, params=state.w[: 2**20], opt_state=())
-    large = training.TrainState(step=state.step, params=jnp.zeros(2**24, jnp.uint8), opt_state=())
+    small, large = (training.TrainState.first(jnp.zeros(size, jnp.uint8), ()) for size in (2**20, 2**24))
     saving.check_room(tmp_path, small, keep=3)
     with pytest.raises(UserError, match=r"64 MiB free.*16 MiB need 64 MiB"):
         saving.check_room(tmp_path, large, keep=3)

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from hope_jax.cli import COMMANDS
-from hope_jax.errors import Stopped, UserError, closest, extra
+from hope_jax.errors import Stopped, UserError, closest, exit_status, extra, of_disk
 from hope_jax.signals import handled
 
 
@@ -72,21 +72,20 @@ def _status(work: Callable[[], int], command: Sequence[str]) -> int:
         return status
     except UserError as error:
         say(" ".join(str(error).split()), sys.stderr)
-        return 2
+        return exit_status(error)
     except Stopped as stopped:
         again = shlex.join([sys.executable, "-m", *without(command, "--resume-from")])
         say(f"{stopped} To go on:\n  {again}")
         return 128 + stopped.signal
-    except BrokenPipeError:  # who read the output has seen enough
+    except BrokenPipeError as error:  # who read the output has seen enough
         silence(sys.stdout)
-        return 128 + signal.SIGPIPE
-    except OSError as error:  # a full or vanished disk, wherever it is noticed
-        where = f" {error.filename}" if error.filename else ""
-        say(f"Cannot read or write{where}: {error.strerror or error}; mend that and run it again.", sys.stderr)
-        return 2
+        return exit_status(error)
+    except OSError as error:
+        say(str(of_disk(error)), sys.stderr)
+        return exit_status(error)
     except KeyboardInterrupt as interrupt:
         say("Stopped at once; what was saved before is intact.", sys.stderr)
-        return 128 + (*interrupt.args, signal.SIGINT)[0]  # Python's own has no number
+        return exit_status(interrupt)
 
 
 def say(text: str, stream: Any = None) -> None:

@@ -12,7 +12,7 @@ from hope_jax import train as training
 from hope_jax.cli.plots import plot
 from hope_jax.context.schedule import learns_in_context
 from hope_jax.data import TextData, Tokenizer
-from hope_jax.train.processes import own
+from hope_jax.train.sharding import own
 
 PROMPT = 128
 """Most tokens that a sample continues."""

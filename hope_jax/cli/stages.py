@@ -1,5 +1,6 @@
 """``pretrain --stage-two RUN``: what a run has learned goes on in a run of its own, with other periods."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from hope_jax.data import Tokenizer
 from hope_jax.errors import UserError
 from hope_jax.models.stages import with_local_period
 from hope_jax.train.checkpoint import FOLDER, saved_steps
-from hope_jax.train.processes import count
+from hope_jax.train.processes import count, found_by_first
 from hope_jax.train.run import load_config, load_run, named_step
 
 
@@ -38,7 +39,7 @@ def begin(run: Path, stage_two: Path, period: int, tokenizer: Tokenizer) -> Stag
     A second stage that has saved steps has its own parameters: the run before it may have been moved. Raises UserError
     where there is no such run, it is no TNT model, or its tokenizer is another one.
     """
-    if saved_steps(run):
+    if found_by_first(functools.partial(saved_steps, run)):
         return _go_on(run, stage_two, period)
     if count() > 1:
         raise UserError("--stage-two begins in one process; several can go on with it when it has saved a step.")
@@ -50,7 +51,7 @@ def begin(run: Path, stage_two: Path, period: int, tokenizer: Tokenizer) -> Stag
 
 def _go_on(run: Path, stage_two: Path, period: int) -> Stage:
     """What the flags make of a stage that has begun; whether it is the same one, ``train.run.resume`` sees."""
-    config, (before, step) = load_config(run), named_step(stage_two)
+    config, (before, step) = found_by_first(functools.partial(load_config, run)), named_step(stage_two)
     if config.stage_one is None:
         raise UserError(f"The run in {run} has begun without --stage-two; leave it out or give another --run.")
     began = int(Path(config.stage_one).name)  # the latest step of that run, where none was named

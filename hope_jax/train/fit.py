@@ -25,11 +25,11 @@ from hope_jax.train.checkpoint import Manifest, find_step, set_aside
 from hope_jax.train.clock import full_speed
 from hope_jax.train.loop import Alarm, Steps, never, run_steps
 from hope_jax.train.monitor import Monitor
-from hope_jax.train.processes import Agreement, found_by_first, is_first, told
+from hope_jax.train.processes import Agreement, check_equal, found_by_first, is_first, told
 from hope_jax.train.profile import PROFILE, Profiled
 from hope_jax.train.record import Means, Record
 from hope_jax.train.run import CONFIG_FILE, Run, resume
-from hope_jax.train.saving import Saver, check_room
+from hope_jax.train.saving import Saver, check_room, remove_parts
 from hope_jax.train.setup import Heldout, Setup
 from hope_jax.train.step import Metrics, StepFn, TrainState
 
@@ -119,8 +119,14 @@ def fit(
 
 def _record(run: Run | None, done: int) -> Record:
     """The record, which process 0 alone writes; all know what was measured before."""
-    record = Record(run.folder if run and is_first() else None, done)
-    record.heldout = dict(found_by_first(lambda: record.heldout))
+    record = Record(None, done)
+
+    def opened() -> dict[int, Means]:
+        nonlocal record
+        record = Record(run.folder if run else None, done)
+        return record.heldout
+
+    record.heldout = dict(found_by_first(opened))
     return record
 
 
@@ -130,6 +136,9 @@ def _state(
     """The state to begin with, with ``batches`` moved to its place: that of a saved step, or a fresh one."""
     if run is None:
         return setup.spread(start or setup.start(seed))
+    mesh = None if setup.mesh is None else dict(setup.mesh.shape)
+    given = to_json(run.config), steps, seed, run.resume_from, setup.accumulate, mesh
+    check_equal(given, "The text, the configuration, the steps or the mesh")
     step = found_by_first(functools.partial(find_step, run.folder, run.resume_from))
     if (step or 0) > steps.total:
         raise UserError(
@@ -137,7 +146,7 @@ def _state(
             "back with --resume-from."
         )
     like = setup.shapes()
-    found_by_first(functools.partial(check_room, run.folder, like, run.keep))
+    found_by_first(functools.partial(_make_room, run, like))
     if step is None:
         state = start or setup.start(seed)
     else:
@@ -145,12 +154,21 @@ def _state(
         batches.set_state(manifest.data)
         tqdm.write(_continuation(setup, run, steps, state, manifest))
     done = told(int(state.step))  # all processes have read the folder
-    if is_first():
-        write_sealed(run.folder / CONFIG_FILE, to_json(run.config))
-        for place in set_aside(run.folder, done):
-            tqdm.write(f"Moved what does not lead to step {done} to {place}.")
-    told(done)  # the folder is as it should be
+    found_by_first(functools.partial(_tidy, run, done))
     return setup.spread(state)
+
+
+def _make_room(run: Run, like: TrainState) -> None:
+    """Remove parts of saves that were killed, and see whether there is room for those to come."""
+    remove_parts(run.folder)
+    check_room(run.folder, like, run.keep)
+
+
+def _tidy(run: Run, done: int) -> None:
+    """Write down what the run is, and move out of the way what does not lead to step ``done``."""
+    write_sealed(run.folder / CONFIG_FILE, to_json(run.config))
+    for place in set_aside(run.folder, done):
+        tqdm.write(f"Moved what does not lead to step {done} to {place}.")
 
 
 def _step(setup: Setup, run: Run | None, done: int, stack: contextlib.ExitStack) -> StepFn:

@@ -28,7 +28,7 @@ def open_run(folder: Path, chosen: str = "run folder") -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         mark = found_by_first(functools.partial(_hold, folder, chosen, stack))
-        seen_by_all(functools.partial(_holds, folder / LOCK_FILE, mark), f"The run folder {folder}")
+        seen_by_all(functools.partial(_has, folder / LOCK_FILE, mark), f"The run folder {folder}")
         yield folder
 
 
@@ -49,7 +49,7 @@ def _hold(folder: Path, chosen: str, stack: contextlib.ExitStack) -> bytes:
     return mark
 
 
-def _holds(path: Path, data: bytes) -> bool:
+def _has(path: Path, data: bytes) -> bool:
     """Whether this is in the file, as this process sees it."""
     try:
         return path.read_bytes() == data

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hope_jax.errors import Stopped, UserError, whole
+from hope_jax.errors import Stopped, UserError, exit_status, of_disk, whole
 from hope_jax.train.watch import Watch
 
 PATIENCE = 300  # seconds that processes wait for each other when they start
@@ -118,7 +118,7 @@ def _leave_first(error: BaseException, watch: Watch) -> None:
     if not isinstance(error, UserError | KeyboardInterrupt):
         watch.wait()  # the death of another process comes as an error of any kind
     watch.fail()
-    atexit.register(functools.partial(_leave, 2 if isinstance(error, UserError) else 130))
+    atexit.register(functools.partial(_leave, exit_status(error)))
 
 
 def _leave(status: int) -> None:
@@ -148,7 +148,7 @@ def told(number: int) -> int:
 def found_by_first(work: Callable[[], Found]) -> Found:
     """What ``work`` returns in process 0, which alone calls it, such as what is on the disk; all processes call this.
 
-    Raises in all of them the UserError that it raises there.
+    Raises in all of them the UserError that it raises there, also for what the disk refuses there.
     """
     if count() == 1:
         return work()
@@ -156,8 +156,8 @@ def found_by_first(work: Callable[[], Found]) -> Found:
     if is_first():
         try:
             found = work()
-        except UserError as problem:
-            error = problem
+        except (UserError, OSError) as problem:
+            error = of_disk(problem) if isinstance(problem, OSError) else problem
     found, error = pickle.loads(_bytes_of_first(pickle.dumps((found, error))))
     if error is not None:
         raise error
@@ -187,6 +187,16 @@ def seen_by_all(sees: Callable[[], bool], what: str) -> None:
         )
 
 
+def check_equal(ours: Any, what: str) -> None:
+    """Raise UserError in all processes where one has other values than process 0; ``what`` they are."""
+    other = found_by_first(lambda: ours) != ours
+    if count() > 1 and bool(np.asarray(_any(other))):
+        raise UserError(
+            f"{what} of {'this' if other else 'another'} process are not those of process 0: give all processes the "
+            "same flags and the same files."
+        )
+
+
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
     """Process 0 goes through here first, and the others when it is done, such as with a file that all need."""
@@ -195,16 +205,6 @@ def in_turn() -> Iterator[None]:
     yield
     if is_first():
         told(0)
-
-
-def own(params: Any) -> Any:
-    """Parameters as this process has them, without the others; None where it has a part alone."""
-    leaves = jax.tree.leaves(params)
-    if all(leaf.is_fully_addressable for leaf in leaves):
-        return params
-    if all(leaf.is_fully_replicated for leaf in leaves):
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
-    return None
 
 
 class Agreement:

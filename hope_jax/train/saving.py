@@ -147,7 +147,7 @@ def _plain_errors(run: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        if is_first():
+        if is_first() and not isinstance(error, UserError):  # one that was read back otherwise stays as it is
             _remove_unfinished(run, step)  # on a full disk, what is left of it leaves no room to go on
         raise UserError(
             f"Step {step} could not be saved in {run} ({error}); saved steps: {saved_steps(run)}. "
@@ -200,10 +200,10 @@ def _prune(run: Path, keep: int, keep_every: int | None) -> None:
         folder = run / FOLDER / str(step)
         (folder / MANIFEST).unlink()  # first: what is half removed is not a saved step
         shutil.rmtree(folder, ignore_errors=True)
-    _remove_parts(run)
+    remove_parts(run)
 
 
-def _remove_parts(run: Path, step: int | str = "*") -> None:
+def remove_parts(run: Path, step: int | str = "*") -> None:
     """Remove what orbax was writing when it was killed or failed."""
     for part in (run / FOLDER).glob(f"{step}.orbax-checkpoint-tmp"):
         shutil.rmtree(part, ignore_errors=True)
@@ -211,16 +211,14 @@ def _remove_parts(run: Path, step: int | str = "*") -> None:
 
 def _remove_unfinished(run: Path, step: int) -> None:
     """Remove what this process wrote of a step that it cannot finish."""
-    _remove_parts(run, step)
+    remove_parts(run, step)
     folder = run / FOLDER / str(step)
     if not (folder / MANIFEST).exists():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_room(run: Path, state: TrainState, keep: int) -> None:
-    """Remove parts of saves that were killed, and raise UserError unless ``keep`` checkpoints of ``state``, and the one
-    being written, fit on the disk."""
-    _remove_parts(run)
+    """Raise UserError unless ``keep`` checkpoints of ``state``, and the one being written, fit on the disk."""
     each = count_bytes(state)
     need, free = each * max(1, keep + 1 - len(saved_steps(run))), shutil.disk_usage(run).free
     if free < need + 2**24:

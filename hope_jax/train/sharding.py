@@ -143,3 +143,13 @@ def between(tx: optax.GradientTransformation, there: Any, back: Any) -> optax.Gr
         return jax.lax.with_sharding_constraint(updates, back), state
 
     return optax.GradientTransformation(tx.init, update)
+
+
+def own(params: Any) -> Any:
+    """Parameters as this process has them, without the others; None where it has a part alone."""
+    leaves = jax.tree.leaves(params)
+    if all(leaf.is_fully_addressable for leaf in leaves):
+        return params
+    if all(leaf.is_fully_replicated for leaf in leaves):
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+    return None

@@ -4,7 +4,8 @@ Every process holds a connection to process 0. The system closes it when a proce
 is gone is noticed within ``IDLE + PROBES * EVERY`` seconds. A process that ends well says so before.
 
 JAX has connections of its own to process 0. It aborts a process, with pages of logs, at the moment when its own closes.
-So a small program holds these open until the sentence is said, see ``outlive``.
+So a small program holds these open until the other processes have ended, see ``outlive``. It dies with the machine or
+the cgroup of process 0: what JAX says may then come first.
 """
 
 import contextlib
@@ -17,14 +18,17 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from hope_jax.errors import UserError
 from hope_jax.signals import STDERR
 
 IDLE, EVERY, PROBES = 15, 5, 3  # seconds without a word, seconds between questions, questions without an answer
 GOODBYE, LOST = b".", b"!"
-GRACE = 0.2
-"""Seconds in which this process may end by itself: all of them may have found the same mistake."""
-HELD = 10
+GRACE = 10
+"""Seconds in which this process may end by itself after another one failed: all may have found the same mistake."""
+HELD = 3 * GRACE
 """Seconds that the connections of JAX stay open after the end of process 0."""
+JOINING = 60
+"""Seconds that processes may take to connect to process 0."""
 STATUS = 1
 """Exit status of a process that ends because another one did."""
 
@@ -41,7 +45,12 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         server = socket.create_server(("", 0)) if index == 0 else None
         ours = told(server.getsockname()[1] if server else 0)
         self._holder = outlive(port) if server else None
-        self._peers = _accepted(server, count - 1) if server else {_connected(host, ours, index): 0}
+        try:
+            self._peers = _accepted(server, count - 1) if server else {_connected(host, ours, index): 0}
+        except OSError as error:
+            raise UserError(
+                f"the processes could not all connect to process 0 ({error}): they must reach {host} at every port."
+            ) from error
         for peer in self._peers:
             _probe(peer)
 
@@ -61,7 +70,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
 
     def wait(self) -> None:
         """Give the thread time to end this process: an error may be what the death of another one looks like here."""
-        self._thread.join(10)
+        self._thread.join(GRACE + 5)
 
     def _tell(self, word: bytes) -> None:
         if not self._leaving.is_set():
@@ -85,8 +94,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         except OSError:
             word = b""
         if word != GOODBYE and not self._leaving.wait(GRACE if word else 0):
-            self._tell(LOST)
-            end(index, self._count)
+            end(index, self._count)  # the others see that this connection closes
 
 
 def end(index: int, count: int) -> None:
@@ -129,6 +137,7 @@ def _is_connection(number: int, port: int) -> bool:
 def _accepted(server: socket.socket, count: int) -> dict[socket.socket, int]:
     """The connections of the other processes, and which these are."""
     peers = {}
+    server.settimeout(JOINING)
     with server:
         while len(peers) < count:
             peer, _ = server.accept()
@@ -137,7 +146,7 @@ def _accepted(server: socket.socket, count: int) -> dict[socket.socket, int]:
 
 
 def _connected(host: str, port: int, index: int) -> socket.socket:
-    peer = socket.create_connection((host.strip("[]"), port), timeout=60)
+    peer = socket.create_connection((host.strip("[]"), port), timeout=JOINING)
     peer.settimeout(None)
     peer.sendall(index.to_bytes(4, "big"))
     return peer

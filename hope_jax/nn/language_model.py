@@ -130,7 +130,8 @@ class LanguageModel(nn.Module):
 
     ``remat``: the backward pass of training keeps the input of each block (of a pattern: of the first of its blocks)
     and computes the rest a second time, block by block. The parameters and, up to rounding, all numbers are the same.
-    ``sequences``: the devices that share a batch and its tokens, between two blocks; None: as JAX decides.
+    ``sequences``: the devices that share a batch and its tokens, between mixers and feed-forward parts; None: as JAX
+    decides.
     """
 
     config: ModelConfig

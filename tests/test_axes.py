@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import architectures
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,12 +37,9 @@ CONFIGS = {
         NANO["transformer_pp"], {"norm": {"scale": jnp.ones(16)}, "blocks": {"feed_forward": {}}}, [4]
     )[0],
 }
-# Where something follows from names, and where Hope and attention have settings of their own; the others are slow. The
-# mixer of "levels in context" is that of "hope".
-QUICK = {*CONFIGS} - {*NANO} | {"titans", "gated_deltanet"}
-rows = pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=() if row in QUICK else pytest.mark.slow) for row in CONFIGS]
-)
+# Fast is what follows from names, and where Hope and attention have settings of their own. The mixer of "levels in
+# context" is that of "hope".
+rows = pytest.mark.parametrize("row", architectures.rows("titans", "gated_deltanet", of=CONFIGS))
 
 
 @functools.cache
@@ -104,13 +102,12 @@ def test_m3_sees_every_layer_and_head_of_hope_as_a_matrix_of_its_own():
 
 
 # One of each family of mixers; that every parameter decays as it is listed is tested above.
-MOST = ("hope-tiny", "titans_mac-tiny", "gated_deltanet-tiny", "rwkv7-tiny", "ttt_mlp-tiny", "transformer_pp-tiny")
-TINY = [name for name in MODELS if name.endswith("-tiny")]
+FAMILIES = ("hope", "titans_mac", "gated_deltanet", "rwkv7", "ttt_mlp", "transformer_pp")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in MOST else pytest.mark.slow) for n in TINY])
+@pytest.mark.parametrize("name", architectures.rows(*FAMILIES))
 def test_most_of_the_parameters_of_every_model_decay(name):
-    model = LanguageModel(MODELS[name])
+    model = LanguageModel(MODELS[f"{name}-tiny"])
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     decayed = jax.tree.leaves(logical.decays(model.axes())(params))
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]

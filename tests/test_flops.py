@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import architectures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +21,7 @@ from hope_jax.train.flops import PASSES, flops_per_token, forward_flops, model_f
 from hope_jax.train.step import abstract_params
 
 SMALL = Size(width=32, layers=2, heads=2, vocab_size=48, context=64, levels=(Level(16), Level(32)))
-QUICK = ("transformer_conv",)
-ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
+ROWS = architectures.rows("transformer_conv", "gated_deltanet")
 SQUARE, PRODUCT = jax.ShapeDtypeStruct((4, 4), jnp.float32), 2 * 4**3
 
 

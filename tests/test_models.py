@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import architectures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +24,7 @@ COUNTS = {f"{name}-{size}": n for name, row in PARAMETERS.items() for size, n in
 
 B, T, VOCAB = 2, 20, 48
 SMALL = Size(width=32, layers=2, heads=2, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
-# The blocks around a mixer are the same for all; what each of the other mixers does is tested where its layer is.
-QUICK = ("hope", "transformer_conv")
-SLOW = pytest.mark.slow
-ROWS = [pytest.param(name, marks=() if name in QUICK else SLOW) for name in ARCHITECTURES]
-architectures = pytest.mark.parametrize("name", ROWS)
+each = pytest.mark.parametrize("name", architectures.rows("hope", "transformer_conv"))
 
 
 def count(tree):
@@ -57,7 +54,7 @@ def test_the_parameter_count_is_the_pinned_one(name):
     assert blocks + outside(model) * model.width == COUNTS[name]
 
 
-@pytest.mark.parametrize("name", [n if n == "transformer_conv" else pytest.param(n, marks=SLOW) for n in ARCHITECTURES])
+@pytest.mark.parametrize("name", architectures.rows("transformer_conv"))
 def test_a_whole_model_has_the_pinned_parameters(name):
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     variables = jax.eval_shape(LanguageModel(MODELS[f"{name}-tiny"]).init, jax.random.key(0), tokens)
@@ -118,7 +115,7 @@ def pulled(name):
     return pulled
 
 
-@architectures
+@each
 def test_any_cut_with_any_padding_gives_the_same_logits_and_final_state_and_no_state_is_a_fresh_one(x64, name):
     model, params, tokens = small(name)
     fresh, _, (state, end) = pulled(name)(params, tokens, np.zeros((B, T, VOCAB)))
@@ -135,7 +132,7 @@ def test_any_cut_with_any_padding_gives_the_same_logits_and_final_state_and_no_s
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@architectures
+@each
 def test_logits_depend_on_the_past_alone_by_gradients(x64, name):
     _, params, tokens = small(name)
     params = jax.tree.map(lambda x: x + 0.01 * np.random.default_rng(0).normal(size=x.shape), params)  # none is 0
@@ -150,7 +147,7 @@ def test_logits_depend_on_the_past_alone_by_gradients(x64, name):
     assert np.all(moved[others] == 0)
 
 
-@architectures
+@each
 def test_the_loss_falls_over_twenty_steps(x64, name):
     _, params, tokens = small(name)
     targets, losses = np.eye(VOCAB)[np.roll(tokens, -1, axis=1)], []
@@ -166,7 +163,7 @@ def test_the_loss_falls_over_twenty_steps(x64, name):
     assert losses[-1] < 0.8 * losses[0], losses
 
 
-@architectures
+@each
 def test_a_bfloat16_model_gives_finite_float32_logits_and_has_float32_parameters(name):
     _, logits, params = started(name)
     assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype("float32")}
@@ -182,12 +179,12 @@ def bits_over_uniform(logits):
     return np.mean(nats) / math.log(2) - math.log2(logits.shape[-1])
 
 
-@architectures
+@each
 def test_an_untrained_model_starts_at_the_uniform_loss(name):
     assert 0 <= bits_over_uniform(started(name)[1]) < 0.1
 
 
-@pytest.mark.parametrize(("vocab", "width"), [(256, 1024), (8192, 512), pytest.param(256, 192, marks=SLOW)])
+@pytest.mark.parametrize(("vocab", "width"), [(256, 1024), (8192, 512), pytest.param(256, 192, marks=pytest.mark.slow)])
 def test_a_token_hardly_scores_itself_at_the_start_whatever_the_vocabulary_and_width(vocab, width):
     model, tokens = LanguageModel(ModelConfig(AttentionConfig(1), None, width, 1, vocab)), jnp.arange(64)[None]
 
@@ -206,7 +203,7 @@ def test_a_float32_hope_reads_any_length_where_float64_is_enabled(x64):
     assert logits.dtype == jnp.float32 and np.all(np.isfinite(logits))
 
 
-@architectures
+@each
 def test_an_unknown_id_in_a_compiled_program_gives_nan_and_not_a_number_that_looks_right(x64, name):
     _, params, tokens = small(name)
     wrong = tokens.copy()

@@ -33,15 +33,16 @@ LITERATURE |= {name: functools.partial(row, period=PERIOD) for name, row in refe
 KEEPS_ALL = ("linear_attention", "deltanet")
 
 
-def quick(names):
-    """A parameter ``name`` of a test: all rows, of which those with other names are slow."""
+def slowly(*names):
+    """A parameter ``name`` of a test: all rows, of which those with these names are slow."""
     return pytest.mark.parametrize(
-        "name", [n if n in names else pytest.param(n, marks=pytest.mark.slow) for n in RULES]
+        "name", [pytest.param(n, marks=pytest.mark.slow) if n in names else n for n in RULES]
     )
 
 
 # hope_dot differs from hope in the error that is written: ``test_one_dgd_token...`` has it for two layers.
-rows = quick(RULES.keys() - {"hope_dot"})
+rows = slowly("hope_dot")
+ALIKE = "linear_attention deltanet oja titans_linear titans hope_linear hope_linear_dot hope_dot dla yaad"
 NAMES = ("keys", "values", "queries", "rate", "retention", "decay", "weights")
 
 
@@ -176,7 +177,7 @@ def test_zero_rate_and_full_retention_change_nothing(x64, name):
         np.testing.assert_allclose(ours, start, atol=1e-14)
 
 
-@quick(("gated_deltanet", "hope", "moneta", "memora"))  # matrix, layers and both links
+@slowly(*ALIKE.split())  # a matrix, layers and both links are fast
 def test_the_state_is_a_fixed_point_and_bfloat16_stays_finite(name):
     inputs = {n: np.asarray(x, jnp.bfloat16) for n, x in inputs_of(name).items() if n != "weights"}
     inputs["weights"] = [w.astype(np.float32) for w in inputs_of(name)["weights"]]

@@ -72,7 +72,7 @@ def reference(name, params, x):
 @mixers
 def test_outputs_state_and_gradients_are_those_of_the_equations(x64, name):
     _, variables, u = made(name)
-    cotangent, *direction = (np.random.default_rng(i).normal(size=u.shape) for i in range(2))
+    cotangent, *direction = (np.random.default_rng(10 + i).normal(size=u.shape) for i in range(2))
     y, of_params, of_u, state = pulled(name)(variables, u, cotangent)
     params = jax.tree.map(np.asarray, variables["params"])
     for b in range(B):
@@ -82,7 +82,7 @@ def test_outputs_state_and_gradients_are_those_of_the_equations(x64, name):
             np.testing.assert_allclose(ours[b], theirs, rtol=1e-9, atol=1e-12)
 
     leaves, tree = jax.tree.flatten(params)
-    steps = [np.random.default_rng(i).normal(size=w.shape) for i, w in enumerate(leaves)]
+    steps = [np.random.default_rng(20 + i).normal(size=w.shape) for i, w in enumerate(leaves)]
     flat = {str(i): w for i, w in enumerate(leaves)} | {"u": np.asarray(u)}
 
     def loss(u, **leaves):

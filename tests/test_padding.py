@@ -30,7 +30,7 @@ QUICK = ("window", "linear memory")
 
 @pytest.mark.parametrize("mixer", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MIXERS])
 def test_padding_is_not_read(mixer, x64):
-    """One program reads 10 tokens, and 3, 6 and 1 of them, as others do that know how many they are."""
+    """One program reads 10 tokens, and 3, 6 and 1 of them, padded to 10."""
     model = LanguageModel(config(mixer=MIXERS[mixer], in_context=0))
     tokens = np.random.default_rng(0).integers(0, 11, (2, 10))
     params = drawn(model.init, tokens[:, :1])

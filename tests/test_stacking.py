@@ -31,8 +31,10 @@ def transformer(layers=3):
 def test_rate_0_is_the_transformer_to_the_bit():
     config, params, tokens = transformer()
     tokens = tokens[:1, :9]
-    stacked, theirs = stack_levels(config, params, (4, 8))
-    theirs["blocks"]["feed_forward"]["rate"] *= 0
+    stacked, theirs = stack_levels(config, params, (4, 8), Writes(rate=0.25))
+    rates = theirs["blocks"]["feed_forward"]["rate"]
+    assert rates.shape == (3, 1) and np.all(rates == 0.25)
+    theirs["blocks"]["feed_forward"]["rate"] = 0 * rates
     model, before = LanguageModel(stacked), LanguageModel(config)
     _, state = context.learn(model, theirs, context.start(model, theirs, 1), tokens)
     expected, plain = read(before, params, tokens, before.init_state(params, 1))

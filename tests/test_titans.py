@@ -32,8 +32,9 @@ REFERENCES = {
     "mag": functools.partial(references_titans.mag, heads=HEADS, window=WINDOW, period=PERIOD, rate_max=RATE),
 }
 both = pytest.mark.parametrize("name", CONFIGS)
-# Gradients of MAG, two layers and a product, take as long to compile as those of MAC.
-mac_first = pytest.mark.parametrize("name", ["mac", pytest.param("mag", marks=pytest.mark.slow)])
+# Gradients of MAG, two layers and a product, take as long to compile as those of MAC, but not with a matrix.
+SHALLOW = {"mag, matrix": replace(CONFIGS["mag"], memory=MemoryMixerConfig(RULES["deltanet"], HEADS, rate_max=RATE))}
+SLOW = pytest.param("mag", marks=pytest.mark.slow)
 
 
 def fresh(module, u, count=None):
@@ -61,7 +62,7 @@ def inputs(time=T):
 @functools.cache
 def pulled(name):
     """The parameters, and compiled (parameters, input, cotangent) -> (output, gradients, final state)."""
-    module, params = drawn(CONFIGS[name])
+    module, params = drawn((CONFIGS | SHALLOW)[name])
 
     def run(params, u):
         return module.apply({"params": params}, u, method=fresh)
@@ -81,7 +82,7 @@ def assert_memory(state, expected):
         np.testing.assert_allclose(fast.running[layer][1], weights, rtol=1e-9, atol=1e-9)
 
 
-@mac_first
+@pytest.mark.parametrize("name", ["mac", SLOW])
 def test_values_and_gradients_are_those_of_the_equations(x64, name):
     params, pull = pulled(name)
     rng, u = np.random.default_rng(2), inputs()
@@ -106,6 +107,20 @@ def test_values_and_gradients_are_those_of_the_equations(x64, name):
     along = sum(np.sum(np.array(g) * d) for g, d in zip(found, directions, strict=True))
     np.testing.assert_allclose(along, slope, rtol=1e-9)
     assert np.all(np.asarray(gradients[1][0]) == 0), "a sequence of the batch looked at another"
+
+
+def test_gradients_of_mag_are_slopes_of_its_outputs(x64):
+    params, pull = pulled("mag, matrix")
+    rng = np.random.default_rng(4)
+    point, weight = (params, inputs()), rng.normal(size=(B, T, WIDTH))
+    direction = jax.tree.map(lambda x: rng.normal(size=x.shape), point)
+    _, gradients, _ = pull(*point, weight)
+    along = sum(np.vdot(*pair) for pair in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True))
+
+    def value(step):
+        return np.vdot(weight, pull(*jax.tree.map(lambda x, d: x + step * d, point, direction), weight)[0])
+
+    np.testing.assert_allclose(along, (value(1e-6) - value(-1e-6)) / 2e-6, rtol=1e-6)
 
 
 @functools.cache
@@ -144,16 +159,19 @@ def test_outputs_and_memory_are_those_of_the_equations_in_any_cut_with_any_paddi
     assert_memory(state, memory)
 
 
-@mac_first
-def test_a_whole_text_leaves_the_state_of_its_pieces(x64, name):
-    params, pull = pulled(name)
-    state, end = streamed(name)[2], pull(params, inputs(), np.zeros((B, T, WIDTH)))[2]
-    assert kinds(state) == kinds(end)
-    for ours, theirs in zip(*map(jax.tree.leaves, (state, end)), strict=True):
+@both
+def test_a_whole_text_gives_the_outputs_and_the_state_of_its_pieces(x64, name):
+    params, y, state = streamed(name)
+    if name == "mac":  # by the program that has gradients
+        whole = pulled(name)[1](params, inputs(), np.zeros((B, T, WIDTH)))[::2]
+    else:
+        whole = reader(drawn(CONFIGS[name])[0])(params, inputs())
+    assert kinds(state) == kinds(whole[1])
+    for ours, theirs in zip(*map(jax.tree.leaves, ((y, state), whole)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@mac_first
+@pytest.mark.parametrize("name", ["mac", *SHALLOW, SLOW])
 def test_an_output_depends_on_everything_before_it_and_on_nothing_after_it(x64, name):
     params, pull = pulled(name)
     for t in (0, 4, 7, 8, 13):

@@ -133,6 +133,28 @@ def test_layers_of_one_tree_are_written_each_at_its_own_period(x64):
         losses, deltas = by_hand(p, tokens[row], rates, False)
         np.testing.assert_allclose(found[row], losses, rtol=1e-10)
         np.testing.assert_allclose(tree["w"][:, row], deltas, rtol=1e-9, atol=1e-12)
+    # The gradient of what is read after them goes through one write of each layer.
+    layered = Linear(LinearConfig(LinearLevels(Writes(bptt=(1,)), trained=1), layers=2))
+    near(*slopes(layered, params, p, rates, tokens[:, :13], (1, 1)))
+
+
+def slopes(model, params, p, rates, tokens, counts):
+    """Gradients (of rates, of weights) of the mean loss: ours, and those of the plain loop."""
+    tokens = jnp.asarray(tokens)
+
+    def loss(params):
+        return reading_loss(model, params, tokens[:, :-1], tokens[:, 1:]).mean()
+
+    def by_loop(rates, p):
+        return jax.vmap(lambda row: unrolled(p, rates, row, counts))(tokens).mean()
+
+    found = jax.jit(jax.grad(loss))(params)
+    expected = jax.jit(jax.grad(by_loop, argnums=(0, 1)))(jnp.asarray(rates), jax.tree.map(jnp.asarray, p))
+    return (found["blocks"]["feed_forward"]["rate"].ravel(), {name: found[name] for name in p}), expected
+
+
+def near(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-13), found, expected)
 
 
 def unrolled(p, rates, tokens, counts):
@@ -161,22 +183,14 @@ def unrolled(p, rates, tokens, counts):
     return jnp.concatenate(losses).mean()
 
 
-COUNTS = [(None, None), (2, 1), (0, 2)]
-COUNTS += [pytest.param(counts, marks=pytest.mark.slow) for counts in ((0, 0), (1, None), (3, 0))]
+COUNTS = [(None, None), (2, 1), (0, 0)]
+COUNTS += [pytest.param(counts, marks=pytest.mark.slow) for counts in ((0, 2), (1, None), (3, 0))]
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_the_gradient_goes_through_so_many_writes_of_each_level(counts, x64):
-    rates = jnp.array([0.7, 0.3])
+    rates = np.array([0.7, 0.3])
     _, params, p, tokens = linear(rates, False)
     model: Any = Linear(LinearConfig(LinearLevels(Writes(bptt=counts))))
-    tokens = jnp.asarray(np.concatenate([tokens, tokens[:, ::-1]], axis=1)[:, :19])
-    found = jax.jit(jax.grad(lambda params: reading_loss(model, params, tokens[:, :-1], tokens[:, 1:]).mean()))(params)
-
-    def expected(p, rates):
-        return jax.vmap(lambda row: unrolled(p, rates, row, counts))(tokens).mean()
-
-    of_weights, of_rates = jax.jit(jax.grad(expected, argnums=(0, 1)))(jax.tree.map(jnp.asarray, p), rates)
-    np.testing.assert_allclose(found["blocks"]["feed_forward"]["rate"][0], of_rates, rtol=1e-8, atol=1e-13)
-    for name in p:
-        np.testing.assert_allclose(found[name], of_weights[name], rtol=1e-8, atol=1e-13)
+    tokens = np.concatenate([tokens, tokens[:, ::-1]], axis=1)[:, :19]
+    near(*slopes(model, params, p, rates, tokens, counts))

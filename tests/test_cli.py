@@ -215,7 +215,7 @@ def test_nan_stops_with_the_step_named_and_the_last_good_step_intact(command, fi
 
     monkeypatch.setattr(training.Setup, "step", property(poisoned))
     message = mistake(capfd, command(run))
-    assert "step 5: the parameter norm became nan" in message
+    assert "step 5: the parameter norm became nan" in message and "lower --optimizer.learning-rate" in message
     assert training.saved_steps(run) == [2, 4]
     saved, expected = (training.read_manifest(folder, 4) for folder in (run, finished))
     assert saved.arrays == expected.arrays and saved.data == expected.data

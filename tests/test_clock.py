@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from hope_jax import train as training
+from hope_jax.errors import UserError
 from hope_jax.train import clock as clocks
 from hope_jax.train import profile as profiles
 from hope_jax.train.clock import Clock, full_speed
@@ -112,3 +113,8 @@ def test_a_profile_covers_the_steps_from_start_to_stop_and_is_written_when_the_r
                 state, _ = profiled(state, None)
         assert seen == expected
         seen.clear()
+
+
+def test_a_profile_that_begins_before_the_run_stands_is_refused(tmp_path):
+    with pytest.raises(UserError, match="begins at step 2; the run is at step 6 already"):
+        Profiled(lambda state, batch: (state, {}), tmp_path, range(2, 4), 6)

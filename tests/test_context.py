@@ -110,6 +110,10 @@ def test_what_was_read_between_is_context_and_ends_the_chunk(x64):
     slow, before = (jax.tree.leaves(s.levels[1].delta)[0] for s in (ended, state))
     assert np.any(slow != before)
     assert int(ended.position) == 0 and int(ended.unfinished) == 1 and int(after.position) == 4
+    # A context that is cleared is interrupted, too: the same is written.
+    cleared = context.clear(model, params, state)
+    close(cleared.blocks.feed_forward, ended.blocks.feed_forward, rtol=1e-10)
+    close((cleared.levels, cleared.position), (ended.levels, ended.position), rtol=1e-10)
 
 
 def test_finish_counts_every_token_once(x64):

@@ -184,7 +184,6 @@ def test_a_state_grows_with_the_text_that_it_is_made_for_and_gives_nan_after_it(
         step(inputs()[:, :17], state, None)
 
 
-@pytest.mark.slow
 def test_training_keeps_the_memories_of_the_past_once_and_not_for_every_segment(x64):
     module, params = drawn_layer(CONFIGS["deltanet"])
 

@@ -76,7 +76,8 @@ def test_weight_decay_is_decoupled_masked_and_needs_the_parameters(alias):
 
 
 def test_without_decay_the_parameters_change_nothing():
-    near(once(optim.delta_momentum(0.1), GRADIENTS), first(optim.delta_momentum, 0.1, 0.0))
+    tx = optim.delta_momentum(0.1)
+    near(once(tx, GRADIENTS, tx.init(PARAMS)), first(optim.delta_momentum, 0.1, 0.0))
 
 
 @several

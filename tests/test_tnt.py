@@ -248,7 +248,7 @@ def steps(jaxpr):
     return total
 
 
-@by_titans
+@rows
 def test_sequential_steps_are_those_of_one_shard(x64, name):
     params = drawn(name)[1]["params"]
 

@@ -46,7 +46,8 @@ def on_each(
     the results. What a device needs of them is moved to it once, before, and nothing is moved inside. An axis of the
     mesh that does not divide the batch or the heads does not part them: its devices do the same work. ``share``: the
     axes that heads lie along; (): there are no heads, leaves are [...] and [B,...]. ``common``: numbers that all have;
-    ``run`` may use no array from outside but these. Those that the compiler knows, numpy arrays, it still knows.
+    ``run`` may use no array from outside that is differentiated but these. Those that the compiler knows, numpy arrays,
+    it still knows.
     """
     mesh = of_context()
     if mesh is None:

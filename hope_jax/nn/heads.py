@@ -20,7 +20,7 @@ def over_heads(
     """``head(*common, *shared, *own)`` of every head of every sequence, leaves [B,H,...].
 
     ``shared`` is what the sequences of a batch share, leaves [H,...], ``own`` what each has, leaves [B,H,...], and
-    ``common`` what all heads share: on a mesh ``head`` may use no other array from outside.
+    ``common`` what all heads share: on a mesh ``head`` may use no other array from outside that is differentiated.
     """
     return on_each(functools.partial(_over_heads, head, impl, len(common), len(shared)), shared, own, common=common)
 

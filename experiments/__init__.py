@@ -15,5 +15,7 @@ EXPERIMENTS = {
     "vit_optimizers": "experiments.vit_optimizers:main",
     "context_benchmark": "experiments.context_benchmark:main",
     "optimizer_benchmark": "experiments.optimizer_benchmark:main",
+    "kernel_benchmark": "experiments.kernel_benchmark:main",
+    "gpu_check": "experiments.gpu_check:main",
 }
 """Name -> ``module:function``; the function takes the arguments after the name and returns the exit status."""

@@ -28,7 +28,7 @@ from hope_jax import train as training
 from hope_jax.cli.in_context import check_reading
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
-from hope_jax.cli.results import Results, Row, spread
+from hope_jax.cli.results import Results, Row, experiment, spread
 from hope_jax.cli.trials import Trials, at_chosen_rate, of_models, tables
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
 from hope_jax.errors import UserError
@@ -88,12 +88,7 @@ class CompareConfig(Trials):
 def main(arguments: Sequence[str]) -> int:
     """Train, print and draw; returns the exit status."""
     config = parse(CompareConfig, arguments, "python -m experiments compare")
-    results = Results(config.results, "compare", config.cache, NEEDED, config.table)
-    if not config.table:
-        compare(config, results)
-    print("\n".join(table(rows := results.rows())))
-    print("\n".join(f"written: {path}" for path in [results.path, *draw(config, rows)]))
-    return 0
+    return experiment(config, "compare", NEEDED, compare, table, draw)
 
 
 def compare(config: CompareConfig, results: Results) -> None:
@@ -158,12 +153,12 @@ def _cells(lines: Sequence[Row]) -> Row:
     return dict(zip(COLUMNS, cells, strict=True))
 
 
-def draw(config: CompareConfig, lines: Sequence[Row]) -> list[Path]:
+def draw(config: CompareConfig, lines: Sequence[Row]) -> Path | None:
     """Bits per byte over tokens of the last setting of this text and length at the chosen rates, as a PNG; its path."""
     shown = (config.name, config.length)
     same = [line for line in lines if (line["setting"]["text"], line["setting"]["length"]) == shown]
     if not same:
-        return []
+        return None
     with plot(path := config.results / f"compare-{config.name}-{config.length}.png") as axes:
         for (row, _), chosen in at_chosen_rate(of_models(same)[-1][1]).items():
             curves = [dict(line["curve"][1:]) for line in chosen if line["bits_per_byte"] is not None]
@@ -171,4 +166,4 @@ def draw(config: CompareConfig, lines: Sequence[Row]) -> list[Path]:
                 shared, control = sorted(set.intersection(*map(set, curves))), row.endswith(CONTROL)
                 draw_mean(axes, shared, [[curve[tokens] for tokens in shared] for curve in curves], row, control)
         axes.set(xlabel="tokens", ylabel="held-out bits per byte", title=f"{config.name}, {config.length} tokens")
-    return [path]
+    return path

@@ -35,7 +35,7 @@ from hope_jax import train as training
 from hope_jax.cli.checks import at_least, check_seeds, given, known
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
-from hope_jax.cli.results import Results, Row, aligned, heading, settings, spread
+from hope_jax.cli.results import Results, Row, aligned, experiment, heading, settings, spread
 from hope_jax.config import flatten
 from hope_jax.data import DataConfig, TextData, make_tokenizer, open_text
 from hope_jax.errors import UserError
@@ -123,12 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     config = parse(DomainsConfig, arguments, "python -m experiments domains")
     if not (config.table or config.second.path or config.second.tfds):
         raise UserError("The second text has no default; give files of prose, such as --second.path books/*.txt.")
-    results = Results(config.results, "domains", config.cache, NEEDED, config.table)
-    if not config.table:
-        domains(config, results)
-    print("\n".join(table(lines := results.rows())))
-    print(f"written: {results.path}, {draw(config, lines)}")
-    return 0
+    return experiment(config, "domains", NEEDED, domains, table, draw)
 
 
 def domains(config: DomainsConfig, results: Results) -> list[Row]:

@@ -1,6 +1,5 @@
 """Small image sets in memory: scikit-learn's digits (nothing to download), MNIST files in a folder, any of TFDS."""
 
-import gzip
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,11 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from hope_jax import train as training
+from hope_jax.data.idx import read_idx
 from hope_jax.data.tfds_source import open_tfds, records
 from hope_jax.errors import UserError
-
-IDX_BYTES = b"\0\0\x08"
-"""How an idx file of unsigned bytes begins."""
 
 
 class Split(NamedTuple):
@@ -48,27 +45,11 @@ def mnist(folder: Path) -> ImageSet:
     """MNIST, or a set of its form, from its four idx files, packed or not. UserError: one is missing or damaged."""
     parts = []
     for part in ("train", "t10k"):
-        images, labels = _idx(folder, f"{part}-images-idx3-ubyte"), _idx(folder, f"{part}-labels-idx1-ubyte")
+        images, labels = read_idx(folder, f"{part}-images-idx3-ubyte"), read_idx(folder, f"{part}-labels-idx1-ubyte")
         if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise UserError(f"{folder}: {part} has images {images.shape} and labels {labels.shape}; expected one each.")
         parts.append(Split(images[..., None], labels))
     return _image_set(folder.name, *parts)
-
-
-def _idx(folder: Path, name: str) -> np.ndarray:
-    """The array of one idx file: two zero bytes, type, number of axes, their big-endian sizes, the values."""
-    found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
-    if not found:
-        raise UserError(f"There is no {name} or {name}.gz in {folder}; give the folder of MNIST's four files.")
-    try:
-        data = gzip.decompress(found[0].read_bytes()) if found[0].suffix == ".gz" else found[0].read_bytes()
-    except (OSError, EOFError) as error:
-        raise UserError(f"Cannot read {found[0]}: {error}.") from error
-    start = 4 + 4 * (data[3] if len(data) > 3 else 0)
-    shape = np.frombuffer(data[4:start], ">u4").tolist() if len(data) >= start else []
-    if data[:3] != IDX_BYTES or len(data) - start != np.prod(shape):
-        raise UserError(f"{found[0]} is no idx file of bytes, or it is cut off.")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def from_tfds(name: str, size: int | None = None) -> ImageSet:

@@ -30,7 +30,7 @@ from hope_jax import train as training
 from hope_jax.cli.checks import at_least, check_seeds, given
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
-from hope_jax.cli.results import Results, Row, aligned, deviation, heading, settings, spread
+from hope_jax.cli.results import Results, Row, aligned, deviation, experiment, heading, settings, spread
 from hope_jax.config import flatten
 from hope_jax.data import DataConfig, TextData, make_tokenizer, open_text
 from hope_jax.errors import UserError
@@ -127,13 +127,7 @@ class KnowledgeConfig:
 def main(arguments: Sequence[str]) -> int:
     """Train, ask, print and draw; returns the exit status."""
     config = parse(KnowledgeConfig, arguments, "python -m experiments knowledge")
-    results = Results(config.results, "knowledge", config.cache, NEEDED, config.table)
-    if not config.table:
-        knowledge(config, results)
-    print("\n".join(table(rows := results.rows())))
-    ours = [row for row in rows if row["setting"] == config.setting(row["setting"]["text fingerprint"])]
-    print(f"written: {results.path}, {draw(config, ours)}" if ours else "There is nothing on file with these flags.")
-    return 0
+    return experiment(config, "knowledge", NEEDED, knowledge, table, draw)
 
 
 def knowledge(config: KnowledgeConfig, results: Results) -> None:
@@ -206,9 +200,12 @@ def table(rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def draw(config: KnowledgeConfig, rows: Sequence[Row]) -> Path:
-    """Recall against facts, and against what was forgotten of text, of the setting that ``rows`` end with, as a PNG."""
-    _, runs = grouped(rows)[-1]
+def draw(config: KnowledgeConfig, rows: Sequence[Row]) -> Path | None:
+    """Recall against facts, and against what was forgotten of text, of runs with these flags, as a PNG; its path."""
+    ours = [row for row in rows if row["setting"] == config.setting(row["setting"]["text fingerprint"])]
+    if not ours:
+        return None
+    _, runs = grouped(ours)[-1]
     with plot(config.figure, 2, (13, 4)) as (left, right):
         for i, (levels, how) in enumerate(dict.fromkeys((levels, how) for levels, how, _ in runs)):
             name = f"{levels} level{'s' * (levels > 1)}" if levels else f"fine-tuning, {how}"

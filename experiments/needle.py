@@ -27,7 +27,7 @@ from hope_jax import train as training
 from hope_jax.cli.checks import at_least, given
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import draw_mean, plot
-from hope_jax.cli.results import Results, Row, spread
+from hope_jax.cli.results import Results, Row, experiment, spread
 from hope_jax.cli.trials import Trials, at_chosen_rate, grouped, label, named, of_models, tables
 from hope_jax.data import IGNORE, Haystack, needle, needle_words, noise_haystack, text_haystack
 from hope_jax.errors import UserError
@@ -107,12 +107,7 @@ class NeedleConfig(Trials):
 def main(arguments: Sequence[str]) -> int:
     """Train, read, print and draw; returns the exit status."""
     config = parse(NeedleConfig, arguments, "python -m experiments needle")
-    results = Results(config.results, "needle", config.cache, NEEDED, config.table)
-    if not config.table:
-        needles(config, results)
-    print("\n".join(table(lines := results.rows())))
-    print(f"written: {results.path}, {draw(config, lines)}")
-    return 0
+    return experiment(config, "needle", NEEDED, needles, table, draw)
 
 
 def needles(config: NeedleConfig, results: Results) -> None:

@@ -10,27 +10,19 @@ best of ``--repeats`` interleaved repetitions; ratios compare within one run. Ea
 """
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-
 from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, given, known
-from hope_jax.cli.measuring import best_seconds, report
+from hope_jax.cli.measuring import Stepper, best_seconds, random_parameters, report
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, open_results
 from hope_jax.nn.axes import decays, matrices
-from hope_jax.optim import M3, OPTIMIZERS
-
-BLOCK = M3().slow_period or 1
-"""Steps of M3 between two blocks of its slow momentum."""
+from hope_jax.optim import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -58,33 +50,6 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-class Stepper:
-    """One optimizer's compiled step, with a state at the start of a block and one inside it."""
-
-    def __init__(self, tx: optax.GradientTransformation, params: Any):
-        def step(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
-            updates, state = tx.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        self.params, self.start = params, jax.jit(tx.init)(params)
-        lowered, since = jax.jit(step).lower(params, self.start, params), time.perf_counter()
-        self._step = lowered.compile()
-        self.compile_seconds = time.perf_counter() - since
-        self.inside = self(self.start)[1]
-
-    def __call__(self, state: Any) -> tuple[Any, Any]:
-        """Parameters and state after a step from ``state``; the parameters serve as gradients."""
-        return self._step(self.params, state, self.params)
-
-    def row(self, seconds_start: float, seconds: float, parameters: int) -> Row:
-        """What is known about steps that take so long."""
-        mean = (seconds_start + (BLOCK - 1) * seconds) / BLOCK
-        times = {"step_ms": 1e3 * mean, "inside_ms": 1e3 * seconds, "start_ms": 1e3 * seconds_start}
-        size = {"state_bytes_per_parameter": sum(leaf.nbytes for leaf in jax.tree.leaves(self.start)) / parameters}
-        rounded = {name: round(value, 2) for name, value in (times | size).items()}
-        return rounded | {"compile_seconds": round(self.compile_seconds, 1)}
-
-
 def measure(config: OptimizerBenchmarkConfig) -> list[Row]:
     """All optimizers, with the ratio of mean step times to that of ``config.against``."""
     params, axes = random_parameters(config.model), LanguageModel(model_named(config.model)).axes()
@@ -100,10 +65,3 @@ def measure(config: OptimizerBenchmarkConfig) -> list[Row]:
     base = rows[config.against]["step_ms"]
     about = {"model": config.model, "parameters": count, "against": config.against}
     return [{"optimizer": name, **about, **row, "ratio": round(row["step_ms"] / base, 3)} for name, row in rows.items()]
-
-
-def random_parameters(model: str) -> Any:
-    """Normal numbers in the shapes of the model's parameters."""
-    shapes = training.abstract_params(LanguageModel(model_named(model)))
-    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
-    return jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape, jnp.float32), shapes)

@@ -5,9 +5,9 @@ import json
 import jax
 import pytest
 
-from experiments import optimizer_benchmark as benchmark
 from experiments.__main__ import main
 from hope_jax import MODELS, optim
+from hope_jax.cli.measuring import BLOCK, Stepper, random_parameters
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, Size
 
@@ -32,7 +32,7 @@ def test_it_prints_and_leaves_a_line_per_optimizer(tmp_path, capsys):
 
 
 def test_the_two_states_of_m3_are_at_the_start_of_a_block_and_inside_it():
-    stepper = benchmark.Stepper(optim.M3().build(1e-3), benchmark.random_parameters("nano"))
+    stepper = Stepper(optim.M3().build(1e-3), random_parameters("nano"))
 
     def is_m3(part):
         return isinstance(part, optim.M3State)
@@ -40,7 +40,7 @@ def test_the_two_states_of_m3_are_at_the_start_of_a_block_and_inside_it():
     def m3_state(state):
         return next(part for part in jax.tree.leaves(state, is_leaf=is_m3) if is_m3(part))
 
-    assert [int(m3_state(one).count) % benchmark.BLOCK for one in (stepper.start, stepper.inside)] == [0, 1]
+    assert [int(m3_state(one).count) % BLOCK for one in (stepper.start, stepper.inside)] == [0, 1]
     row = stepper.row(3.0, 1.0, 1)
     assert row["step_ms"] == pytest.approx(1e3 * (3.0 + 99 * 1.0) / 100)
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
-import json
 from dataclasses import replace
 
 import chex
@@ -16,8 +14,7 @@ from jax import lax
 from test_recurrence import ALL, draw, outputs
 from test_self_modifying import config_of, draw_head
 
-from hope_jax.cli.kernels import KernelsConfig
-from hope_jax.cli.main import main
+from hope_jax import train as training
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.memory.catalogue import RULES
@@ -28,8 +25,9 @@ from hope_jax.models import ARCHITECTURES, Size, with_impl, with_in_context
 from hope_jax.nn.heads import over_heads
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
-from hope_jax.train import OptimizerConfig, TextRun, text_setup
+from hope_jax.train import MeshConfig, OptimizerConfig, TextRun, text_setup
 from hope_jax.train.kernels import count_kernels, evaluated
+from hope_jax.train.sharding import model_on
 
 NEAR = dict(rtol=1e-9, atol=1e-9)
 PLATFORMS = 2  # a kernel stands in a program twice, compiled and interpreted
@@ -131,7 +129,22 @@ def test_what_runs_the_memories_is_told():
     assert evaluated(hybrid, "tpu") == "one kernel over all chunks"
     assert evaluated(hybrid, "cpu") == "one kernel over all chunks, interpreted on cpu, which is slow"
     assert evaluated(with_impl(hybrid, "auto"), "tpu") == "a loop over chunks"  # until a kernel has run on a TPU
+    narrow = with_impl(hybrid, "pallas_bfloat16_3x")
+    assert evaluated(narrow, "tpu") == "one kernel over all chunks in three passes of bfloat16"
     assert evaluated(ARCHITECTURES["transformer_pp"](Size(16, 1, 2, 16, 64, ())), "tpu") == "none"
+
+
+def test_a_model_on_a_mesh_runs_its_kernels_on_each_device_alone():
+    """Where nobody but the model says which mesh it is."""
+    config = with_impl(ARCHITECTURES["titans"](Size(16, 1, 2, 16, 64, ())), "pallas")
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    for mesh, parted in ((MeshConfig(2).make(2), True), (None, False)):
+        model = model_on(mesh, config)
+        given = training.abstract_params(model), tokens
+        program = str(
+            jax.make_jaxpr(lambda params, tokens, model=model: model.apply({"params": params}, tokens))(*given)
+        )
+        assert "pallas_call[" in program and ("shard_map[" in program) == parted
 
 
 @pytest.mark.parametrize(("size", "chunks", "every"), [(64, 127, 8), (64, 9, 5), (512, 128, 6), (2048, 7, 1)])
@@ -185,22 +198,35 @@ def test_arrays_without_a_place_are_refused():
         pallas.scan(lambda state, chunk: (state, chunk.sum()), mixing, gate)
 
 
-@pytest.mark.parametrize(("features", "read"), [(ALL, "before"), (frozenset(), "after")], ids=["all", "none"])
-def test_the_recurrence_is_its_definition(x64, features, read):
+@pytest.mark.parametrize(
+    ("features", "read", "narrow"),
+    [
+        pytest.param(ALL, "before", "", id="all"),
+        pytest.param(frozenset(), "after", "", id="none"),
+        pytest.param(frozenset({"erase"}), "after", "_bfloat16_3x", id="narrow", marks=pytest.mark.slow),
+    ],
+)
+def test_the_recurrence_is_its_definition(x64, features, read, narrow):
+    """With narrow products: the loop of the same products."""
     inputs = draw(features, 46)  # 12 blocks, the last is short
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(impl):
         return value_and_gradients(lambda x: outputs(x, impl=impl, read=read, block=4), inputs)
 
-    chex.assert_trees_all_close(run("pallas"), run("sequential"), **NEAR)
+    expected = run("chunked" + narrow if narrow else "sequential")
+    chex.assert_trees_all_close(run("pallas" + narrow), expected, **NEAR)
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(dict(c_memory=4, hidden=1), marks=pytest.mark.slow, id="all memories"),
-        pytest.param(dict(c_memory=4, momentum="none", retain_to="init", inner_projection=()), id="few memories"),
+        pytest.param(dict(c_memory=4, hidden=1), id="all memories"),
+        pytest.param(
+            dict(c_memory=4, momentum="none", retain_to="init", inner_projection=()),
+            marks=pytest.mark.slow,
+            id="few memories",
+        ),
     ],
 )
 def test_a_self_modifying_head_is_that_of_the_loop(x64, row):
@@ -265,22 +291,3 @@ def test_a_mixer_with_an_mlp_memory_is_that_of_the_loop(x64):
 
     assert (kernels_in(lambda: run("pallas")), kernels_in(lambda: run("chunked"))) == (2 * PLATFORMS, 0)
     chex.assert_trees_all_close(run("pallas"), run("chunked"), **NEAR)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
-def test_a_layer_compiles_for_a_tpu_to_a_kernel_forward_and_a_kernel_backward(tmp_path):
-    small = "--memories hope titans --impls pallas --batch 1 --lengths 256 --head-sizes 64 --heads 2"
-    assert main(f"kernels {small} --compile-for v5e:2x2 --results {tmp_path}".split()) == 0
-    found = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
-    assert [(row["kernels"], row["loop_rounds"]) for row in found] == [(2, 0)] * 4, found
-
-
-def test_a_layer_is_measured_in_every_form(tmp_path):
-    small = "--memories titans --impls auto chunked --batch 1 --lengths 16 --head-sizes 4 --heads 1 --chunks 8"
-    assert main(f"kernels {small} --repeats 1 --results {tmp_path}".split()) == 0
-    found = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
-    assert [row["impl"] for row in found] == ["auto", "chunked"]
-    assert all(row["both_ms"] > 0 and row["forward_ms"] > 0 and row["gflops"] > 0 for row in found)
-    with pytest.raises(UserError, match="--lengths must be multiples of --chunks, got 16 for 12"):
-        KernelsConfig(lengths=(16,), chunks=(12,))

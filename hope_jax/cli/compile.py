@@ -45,7 +45,8 @@ class CompileConfig:
     """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
     impl: Impl | None = None
     """What computes the memories: auto, chunked: a loop over chunks; pallas: a TPU kernel that no TPU has run yet;
-    sequential: token by token. None: as the model says, which is auto for all named ones."""
+    sequential: token by token; ..._bfloat16, ..._bfloat16_3x: rounded products, see memory/kernels. None: as the model
+    says, which is auto for all named ones."""
     mesh: training.MeshConfig = training.MeshConfig()
     optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)
 

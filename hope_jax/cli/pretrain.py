@@ -69,7 +69,7 @@ class PretrainConfig:
     """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
     impl: Impl | None = None
     """What computes the memories: auto, chunked: a loop over chunks; pallas: a TPU kernel that no TPU has run yet;
-    sequential: token by token. None: as the model says, which is auto for all named ones."""
+    sequential: token by token; ..._bfloat16...: rounded products, see memory/kernels. None: the model's."""
     seed: int = 0  # Of the initial parameters, the order of the text and the sample.
     eval_every: int = 100  # Batches between measurements on held-out text; also measured before and after training.
     eval_batches: int = 16  # Batches of held-out text per measurement, always the same ones.

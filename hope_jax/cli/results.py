@@ -81,6 +81,24 @@ class Results:
         return self._runs / hashlib.sha256(_text(setting).encode()).hexdigest()[:16]
 
 
+def experiment(
+    config: Any,
+    name: str,
+    needed: Sequence[str],
+    work: Callable[[Any, Results], Any],
+    table: Callable[[Sequence[Row]], list[str]],
+    draw: Callable[[Any, Sequence[Row]], Path | None] | None = None,
+) -> int:
+    """Do the runs of ``config`` that are not on file, none with ``--table``; print and draw all; the exit status."""
+    results = Results(config.results, name, config.cache, needed, config.table)
+    if not config.table:
+        work(config, results)
+    print("\n".join(table(lines := results.rows())))
+    written = [results.path, draw(config, lines) if draw else None]
+    print("written: " + ", ".join(str(path) for path in written if path))
+    return 0
+
+
 def _text(setting: Row) -> str:
     return json.dumps(setting, sort_keys=True)
 

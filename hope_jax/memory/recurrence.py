@@ -67,7 +67,7 @@ def gated_delta(
         removes a (B + M) k k^T (SPEC 2.4 ``retain_to``).
       active: 1 for real tokens, 0 for padding, which leaves memory and momentum untouched.
       read: "before": y_t = M_{t-1} q_t; "after": y_t = M_t q_t.
-      impl: "auto", "chunked", "sequential" or "pallas", see ``kernels``.
+      impl: "auto", "chunked", "sequential", "pallas" or another word of ``kernels``.
       block: tokens per block of the chunked form; any positive number.
 
     Returns:

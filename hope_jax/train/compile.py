@@ -95,7 +95,12 @@ def compile_step(setup: Setup, batch: Any) -> Report:
         compiled = setup.lower(batch).compile()
     except jax.errors.JaxRuntimeError as error:
         raise _does_not_fit(error) from error
-    seconds, memory = time.monotonic() - since, compiled.memory_analysis()
+    return report_of(compiled, time.monotonic() - since)
+
+
+def report_of(compiled: Any, seconds: float) -> Report:
+    """What a compiled program needs and does, and the seconds that it took to compile."""
+    memory = compiled.memory_analysis()
     return Report(
         seconds,
         memory.argument_size_in_bytes,

@@ -29,6 +29,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory_of(device: Any) -> int:
+    """Bytes of memory that this process may use on a device; on a CPU those of the machine."""
+    found = device.memory_stats() or {}
+    return found.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
 def on_first_device(shapes: Any) -> Any:
     """Shapes and dtypes of arrays that lie on the first device."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])

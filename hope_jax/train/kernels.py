@@ -7,7 +7,7 @@ from jax.extend.core import jaxprs_in_params
 
 from hope_jax.context.schedule import learns_in_context
 from hope_jax.errors import UserError
-from hope_jax.memory.kernels import what_runs
+from hope_jax.memory.kernels import runs_kernel, what_runs
 from hope_jax.models import LanguageModel, ModelConfig, impls
 from hope_jax.train.step import LossFn
 
@@ -21,9 +21,10 @@ def check_kernels(model: LanguageModel, loss: LossFn, params: Any, batch: Any, r
     """Raise UserError where memories are to run in kernels, and none reads the tokens of such a batch.
 
     Kernels that read persistent vectors before the first token do not count. ``params``, ``batch``: shapes will do; the
-    loss is traced where ``impl`` is "pallas".
+    loss is traced where ``impl`` asks for kernels.
     """
-    if "pallas" not in impls(model.config):
+    kernels = list(filter(runs_kernel, impls(model.config)))
+    if not kernels:
         return
     before = jax.make_jaxpr(lambda params: model.init_state(params, *batch.shape))(params)
     if count_kernels(jax.make_jaxpr(loss)(params, batch).jaxpr) > count_kernels(before.jaxpr):
@@ -33,7 +34,7 @@ def check_kernels(model: LanguageModel, loss: LossFn, params: Any, batch: Any, r
         what = f"--remat-every {remat_every} reads a sequence in pieces"
     elif learns_in_context(model):
         what = "levels that learn in context read a sequence in pieces"
-    raise UserError(f"impl='pallas' runs no kernel here: {what}. Change that, or use impl='auto'.")
+    raise UserError(f"impl={kernels[0]!r} runs no kernel here: {what}. Change that, or use impl='auto'.")
 
 
 def count_kernels(program: Any) -> int:

@@ -14,11 +14,16 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hope_jax.train.hlo import Computation, Instruction, numbers, parse, rounds, size, sizes
+from hope_jax.train.moved import moved
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 CALLED = ("calls", "to_apply", "body", "condition", "called_computations")
 # Custom calls of TPU programs that compute nothing.
 MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding")
+# Instructions that hold others, and those that start nothing.
+HOLDERS = ("call", "while", "conditional", "async-start")
+IDLE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "domain")
+ENDS = ("-done", "-update")  # of what a start has counted; dynamic-update-slice is none
 BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
@@ -35,6 +40,8 @@ class Work:
       calls: custom calls by target, such as kernels; their arithmetic is not counted.
       unknown: loops whose number of rounds is not in the program; they count once.
       rounds: of loops, those inside others as often as they run.
+      launches: instructions that run one by one, such as fusions and kernels; what returns one number is left out.
+      moved: bytes that these read and write, see ``moved.py``.
     """
 
     flops: int = 0
@@ -45,6 +52,8 @@ class Work:
     calls: Counter[str] = field(default_factory=Counter)
     unknown: int = 0
     rounds: int = 0
+    launches: int = 0
+    moved: int = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*map(operator.add, self._numbers, other._numbers))
@@ -82,6 +91,18 @@ def work(text: str) -> Work:
 def _of_instruction(
     each: Instruction, here: Computation, computations: Mapping[str, Computation], of: Callable[[str], Work]
 ) -> Work:
+    found = _computed(each, here, computations, of)
+    if each.opcode in HOLDERS:
+        return found
+    runs = each.opcode not in IDLE and not each.opcode.endswith(ENDS) and _target(each) not in MARKS
+    if not runs or size(each.kind) <= 8:
+        return replace(found, launches=0, moved=0)
+    return replace(found, launches=1, moved=moved(each, here, computations))
+
+
+def _computed(
+    each: Instruction, here: Computation, computations: Mapping[str, Computation], of: Callable[[str], Work]
+) -> Work:
     kind = each.opcode.removesuffix("-start")
     if kind in COLLECTIVES:  # without the computation that it adds up with
         return Work(collectives=Counter([kind]), sent=Counter({kind: sum(map(size, here.kinds(each)))}))
@@ -89,13 +110,18 @@ def _of_instruction(
         return Work((_product if kind == "dot" else _convolution)(each, here))
     if kind == "conditional":
         return max(map(of, each.named(*BRANCHES)), key=_amount)
-    if kind.endswith(("-done", "-update")):  # of what its start has counted
+    if kind.endswith(ENDS):
         return Work()
     inside = sum(map(of, each.named(*CALLED)), Work())
     if kind == "while":
         return inside.in_loop(rounds(each, here, computations))
-    target = each.attribute("custom_call_target", '"[^"]+"').strip('"')
+    target = _target(each)
     return inside + Work(calls=Counter([target])) if target and target not in MARKS else inside
+
+
+def _target(each: Instruction) -> str:
+    """What a custom call calls; empty for other instructions."""
+    return each.attribute("custom_call_target", '"[^"]+"').strip('"')
 
 
 def _amount(work: Work) -> tuple[int, int]:

@@ -5,11 +5,14 @@
 ``chunked``     plain matrix products, differentiable in every mode.
 ``sequential``  token by token, the definition; what is not a recurrence is computed as in ``chunked``.
 ``pallas``      as ``chunked``, but the loop over chunks is one kernel on a TPU, ``kernels/pallas.py``. Reverse mode.
+
+``chunked`` and ``pallas`` may end in ``_bfloat16`` or ``_bfloat16_3x``: products of bfloat16 numbers in one pass or in
+three, ``kernels/bfloat16.py``. Sums, gates, inverses and what is carried along stay in float32. Reverse mode.
 """
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 from jax import lax
@@ -17,10 +20,19 @@ from jax import lax
 from hope_jax.errors import check_word
 from hope_jax.levels import Loop
 from hope_jax.memory import products
-from hope_jax.memory.kernels import cpu
+from hope_jax.memory.kernels import bfloat16, cpu
 from hope_jax.types import Array
 
-Impl = Literal["auto", "chunked", "sequential", "pallas"]
+Impl = Literal[
+    "auto",
+    "chunked",
+    "sequential",
+    "pallas",
+    "chunked_bfloat16",
+    "chunked_bfloat16_3x",
+    "pallas_bfloat16",
+    "pallas_bfloat16_3x",
+]
 
 
 class Products(NamedTuple):
@@ -41,17 +53,27 @@ def _products(form: ModuleType) -> Products:
 
 
 PLAIN, AUTO = _products(products), _products(cpu)
+NARROW = {
+    "bfloat16": Products(*bfloat16.functions(1), products.shifted_sum),
+    "bfloat16_3x": Products(*bfloat16.functions(3), products.shifted_sum),
+}
+"""By the ending of ``impl``."""
 
 
 def products_of(impl: Impl) -> Products:
     """The products that ``impl`` asks for. Raises UserError for another word."""
     check_word("impl", impl, Impl)
-    return AUTO if impl == "auto" else PLAIN
+    return AUTO if impl == "auto" else NARROW.get(impl.partition("_")[2], PLAIN)
+
+
+def runs_kernel(impl: Impl) -> bool:
+    """Whether ``impl`` asks for a kernel."""
+    return impl.startswith("pallas")
 
 
 def kernel_loop(impl: Impl) -> Loop | None:
     """The kernel that runs a step over chunks of tokens; None: there is none, ``lax.scan`` does."""
-    if impl != "pallas":
+    if not runs_kernel(impl):
         return None
     from hope_jax.memory.kernels import pallas  # not before somebody asks for it: the import takes long
 
@@ -62,14 +84,17 @@ def what_runs(impl: Impl, platform: str) -> str:
     """What runs the chunks of a memory on a platform, as JAX calls it, in words."""
     if impl == "sequential":
         return "a loop over tokens"
-    if kernel_loop(impl) is None:
-        return "a loop over chunks"
-    return "one kernel over all chunks" + ("" if platform == "tpu" else f", interpreted on {platform}, which is slow")
+    narrow = impl.partition("_")[2]
+    found = "one kernel over all chunks" if runs_kernel(impl) else "a loop over chunks"
+    if narrow:
+        found += f" in {'three passes' if narrow.endswith('3x') else 'one pass'} of bfloat16"
+    slow = runs_kernel(impl) and platform != "tpu"
+    return found + (f", interpreted on {platform}, which is slow" if slow else "")
 
 
 def inside_kernel(impl: Impl) -> Impl:
     """How the step of a loop is computed: a kernel can hold no other."""
-    return "chunked" if impl == "pallas" else impl
+    return cast(Impl, impl.replace("pallas", "chunked"))
 
 
 def chunk_loop(impl: Impl) -> Loop:

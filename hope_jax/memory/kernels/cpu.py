@@ -34,8 +34,8 @@ def load_residuals(residuals: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(x[0] for x in residuals)
 
 
-def _differentiable(function: Callable[..., Array], backward: Callable[..., tuple[Array, ...]]) -> Any:
-    """``backward`` maps the operands and the cotangent of the result to the operands' cotangents."""
+def differentiable(function: Callable[..., Array], backward: Callable[..., tuple[Array, ...]]) -> Any:
+    """``function`` with a gradient: ``backward`` maps operands and the cotangent of the result to cotangents."""
     product = jax.custom_vjp(function)
 
     def forward(*operands: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -51,11 +51,11 @@ def _matmul_tn(a: Float[Array, "*N C M"], b: Float[Array, "*N C V"]) -> Float[Ar
     return products.matmul(written, b)
 
 
-matmul = _differentiable(products.matmul, lambda a, b, g: (matmul_nt(g, b), matmul_tn(a, g)))
-matmul_nt = _differentiable(products.matmul_nt, lambda a, b, g: (matmul(g, b), matmul_tn(g, a)))
-matmul_tn = _differentiable(_matmul_tn, lambda a, b, g: (matmul_nt(b, g), matmul(a, g)))
+matmul = differentiable(products.matmul, lambda a, b, g: (matmul_nt(g, b), matmul_tn(a, g)))
+matmul_nt = differentiable(products.matmul_nt, lambda a, b, g: (matmul(g, b), matmul_tn(g, a)))
+matmul_tn = differentiable(_matmul_tn, lambda a, b, g: (matmul_nt(b, g), matmul(a, g)))
 # One product where the gradient of matmul_nt(a, a) is two.
-gram = _differentiable(products.gram, lambda a, g: (matmul(g + transpose(g), a),))
+gram = differentiable(products.gram, lambda a, g: (matmul(g + transpose(g), a),))
 
 
 def unit_lower_inverse(lower: Float[Array, "S C C"]) -> Float[Array, "S C C"]:
@@ -104,7 +104,7 @@ def _shifted_sum_backward(x: Array, kernel: Array, g: Array) -> tuple[Array, Arr
 
 
 # The gradient of a sum of slices would be a sum of padded arrays, and slow.
-shifted_sum = _differentiable(products.shifted_sum, _shifted_sum_backward)
+shifted_sum = differentiable(products.shifted_sum, _shifted_sum_backward)
 
 
 def batch_and_heads_as_one(head: Callable[..., Any], shared: tuple[Any, ...], own: tuple[Any, ...]) -> Any:

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError, check_choices, whole
 from hope_jax.memory import architectures, objectives
 from hope_jax.memory.architectures import Architecture
-from hope_jax.memory.kernels import Impl
+from hope_jax.memory.kernels import Impl, runs_kernel
 from hope_jax.memory.packing import Boxes
 from hope_jax.memory.rule import DGDScope, RateForm, ReadTime, RetainTo, Rule
 from hope_jax.memory.self_modifying import SelfModifying, Streams, Tuning, scan
@@ -105,9 +105,9 @@ class SelfModifyingConfig:
             whole(name, getattr(self, name), 2 if name == "horizon" else 1)
         if self.gate.residual:
             raise UserError("a gate memory has one output and cannot be residual; use architectures.mlp")
-        if self.impl == "pallas" and self.c_memory != self.c_projections:
+        if runs_kernel(self.impl) and self.c_memory != self.c_projections:
             periods = f"c_memory={self.c_memory} and c_projections={self.c_projections}"
-            raise UserError(f"impl='pallas' needs one period, but {periods}; make them equal or use impl='auto'")
+            raise UserError(f"impl={self.impl!r} needs one period, but {periods}; make them equal or use impl='auto'")
         self.spec()  # checks the rest
 
     def spec(self) -> SelfModifying:

@@ -1,0 +1,164 @@
+"""What a device is worth in a few minutes: are the numbers right, what do layers cost, how fast does a model train.
+
+Each part yields rows. On a CPU, or with ``toy``, all shapes are tiny. ``watched.py`` runs the parts one by one, so that
+one that fails or takes too long does not stop the others.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hope_jax import ModelConfig, model_named
+from hope_jax import train as training
+from hope_jax.cli.checks import at_least, given
+from hope_jax.cli.exactness import errors
+from hope_jax.cli.layer_cost import Memory, Shape, costs
+from hope_jax.cli.measuring import told
+from hope_jax.cli.results import Row
+from hope_jax.levels import Level
+from hope_jax.memory.kernels import Impl, runs_kernel
+from hope_jax.models import ARCHITECTURES, Size
+from hope_jax.train.compile import Report, report_of
+from hope_jax.train.devices import memory_of
+from hope_jax.train.flops import peak_flops
+
+Part = Literal[
+    "exactness", "hope-2048", "transformer_pp-2048", "kernels", "hope-16384", "transformer_pp-16384"
+]  # the most telling first
+TOLERANCE = {"": 2e-4, "bfloat16_3x": 2e-3, "bfloat16": 0.2}
+"""By the products of a form: the largest error of reads and gradients that counts as exact."""
+STEPS, SECONDS = 10, 15.0  # of a measured run: at most so many steps, and no new one after so long
+SHARE = 0.9  # of the memory of a device that a step may fill
+FIRST_TOKENS = 32_768  # of the first batch that is tried
+
+
+@dataclass(frozen=True)
+class GpuCheckConfig:
+    """Check numbers and speed of the accelerator of this machine; on a CPU everything is tiny."""
+
+    parts: tuple[Part, ...] = get_args(Part)  # What to do, in this order.
+    minutes: float = 8.0  # What is not done by then is left out.
+    toy: bool = False  # Tiny shapes, as on a CPU.
+    here: bool = False  # Do the parts in this process, without limits: what each process that is started is told.
+    results: Path = Path("experiments/results")  # Folder of gpu_check.jsonl and gpu_check.md.
+    cache: Path = Path("runs/.cache")  # Folder of compiled programs.
+
+    def __post_init__(self) -> None:
+        given(self, "parts")
+        at_least(self, 0, "minutes")
+
+    def rows(self, part: Part) -> Iterator[Row]:
+        """Do one part in this process."""
+        toy = self.toy or jax.default_backend() == "cpu"
+        if part == "kernels":
+            return layers(toy)
+        training.keep_programs(self.cache)
+        if part == "exactness":
+            return exactness(toy)
+        architecture, length = part.split("-")
+        return speed(architecture, int(length), toy)
+
+
+def exactness(toy: bool) -> Iterator[Row]:
+    """Every form that applies, of a matrix memory; of Hope and Titans those that train, and of Hope three passes."""
+    platform = jax.default_backend()
+    forms = [impl for impl in get_args(Impl) if not runs_kernel(impl) or platform == "tpu" or toy]
+    cases = [("gated_deltanet", impl) for impl in forms] + [("titans", "auto"), ("hope", "auto")]
+    cases += [("hope", impl) for impl in ("chunked_bfloat16_3x", *(["pallas"] if platform == "tpu" else []))]
+    for memory, impl in cases:
+        row = {"memory": memory, "impl": impl}
+        with told(row):
+            row |= errors(_shape(memory, 16, 16 if toy else 64, 64 if toy else 256, 2, 1), impl)
+            limit = TOLERANCE[impl.partition("_")[2]]
+            row["right"] = bool(row["reads"] < limit and row["gradients"] < limit)  # NaN is wrong
+        yield row
+
+
+def layers(toy: bool) -> Iterator[Row]:
+    """Six layers in the form that trains, those of Hope also with products in bfloat16."""
+    narrow: tuple[Impl, ...] = ("auto", "chunked_bfloat16_3x", "chunked_bfloat16")
+    cases: list[tuple[Memory, int, int]] = [("hope", 64, 64), ("hope", 16, 64), ("hope", 64, 32)]
+    cases += [("attention", 64, 64), ("gated_deltanet", 64, 64), ("titans", 16, 64)]
+    for memory, chunk, size in cases:
+        shape = _shape(memory, chunk // 8, size // 8, 32, 2, 1) if toy else _shape(memory, chunk, size, 2048, 12, 8)
+        forms = narrow if (memory, chunk, size) == cases[0] and not toy else narrow[:1]
+        yield from costs(shape, forms, jax.devices()[0], 1 if toy else 10)
+
+
+def _shape(memory: Memory, chunk: int, size: int, length: int, heads: int, batch: int) -> Shape:
+    return Shape(memory, chunk if memory in ("hope", "titans") else None, size, length, heads, batch)
+
+
+def speed(architecture: str, length: int, toy: bool) -> Iterator[Row]:
+    """Training in bfloat16: tokens per second and utilisation, at a first batch and at the largest 2^n that fits.
+
+    A step that fails although it should fit is tried with half the batch.
+    """
+    if toy:
+        length, model = length // 128, ARCHITECTURES[architecture](Size(32, 1, 2, 64, 128, (Level(16),)))
+    else:
+        model = dataclasses.replace(model_named(f"{architecture}-140m"), context=length)
+    model = dataclasses.replace(model, dtype=jnp.bfloat16)
+    room, batch = SHARE * memory_of(jax.devices()[0]), 2 if toy else FIRST_TOKENS // length
+    tried: set[int] = set()
+    while batch and batch not in tried:
+        tried.add(batch)
+        row = {"model": architecture, "length": length, "batch": batch}
+        batch //= 2
+        with told(row):
+            batch = _measured(model, row, room, toy)
+        yield row
+
+
+def _measured(model: ModelConfig, row: Row, room: float, toy: bool) -> int:
+    """Compile the step of ``row`` and take some of them, if it fits; ``row`` tells. The largest batch that fits."""
+    batch, length, device = row["batch"], row["length"], jax.devices()[0]
+    run = training.TextRun(model, training.OptimizerConfig(), batch, length, 0, "", "")
+    mesh = training.MeshConfig(1).make(batch, [device])
+    setup = training.text_setup(run, 1000, np.ones(model.vocab_size), mesh=mesh)
+    tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+    since = time.monotonic()
+    step: Any = setup.lower(tokens).compile()
+    report = report_of(step, time.monotonic() - since)
+    row |= {"compile_seconds": round(report.seconds, 1), "gb": round(report.bytes / 1e9, 2)}
+    if report.bytes > room:
+        row["failed"] = f"the step does not fit into {room / 1e9:.1f} GB"
+        return most_that_fit(batch, report, room)
+    seconds = _seconds(step, setup, tokens.shape, model.vocab_size)
+    peak, flops = peak_flops(device.device_kind), setup.flops(tokens)
+    row |= {"step_ms": round(1e3 * seconds, 1), "tokens_per_second": round(batch * length / seconds)}
+    row |= {
+        "tflops": round(flops / seconds / 1e12, 3),
+        "mfu": None if peak is None else round(flops / seconds / peak, 4),
+    }
+    return batch if toy else most_that_fit(batch, report, room)
+
+
+def _seconds(step: Callable[..., Any], setup: training.Setup, shape: tuple[int, ...], vocab: int) -> float:
+    """The median time of a step."""
+    state = setup.start(0)
+    batch = setup.place(np.random.default_rng(0).integers(vocab, size=shape).astype(np.int32))
+    times: list[float] = []
+    since = time.monotonic()
+    for _ in range(1 + STEPS):
+        begun = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, batch))
+        times.append(time.perf_counter() - begun)
+        if time.monotonic() - since > SECONDS and len(times) > 1:
+            break
+    return statistics.median(times[1:])
+
+
+def most_that_fit(batch: int, report: Report, room: float) -> int:
+    """The largest power of 2 whose step fits, as far as ``report`` of ``batch`` tells: temporaries grow with it."""
+    fixed, each = report.bytes - report.temporaries, report.temporaries / batch
+    most = int((room - fixed) / each)
+    return 1 << (max(1, most).bit_length() - 1)

@@ -1,0 +1,50 @@
+"""How many bytes an instruction of a compiled program reads and writes, as far as its text says.
+
+A fusion reads of an array only the parts that it takes of it, and a part that is written into an array moves alone.
+What a cache may serve counts as if it came from memory. Read ``work.py`` next: it sums over a program.
+"""
+
+from collections.abc import Mapping
+
+from hope_jax.train.hlo import Computation, Instruction, size
+
+PARTS = ("dynamic-slice", "slice", "gather")  # each reads of its first operand what it returns
+UPDATE = "dynamic-update-slice"
+ALIASES = ("bitcast", "reshape")
+
+
+def moved(each: Instruction, here: Computation, computations: Mapping[str, Computation]) -> int:
+    """Bytes that an instruction of ``here`` reads and writes when it runs once."""
+    if each.opcode in PARTS:
+        return 2 * size(each.kind)
+    if each.opcode == UPDATE:
+        return 2 * size(here.kinds(each)[1])
+    if each.opcode == "fusion":
+        inside = computations[each.named("calls")[0]]
+        arrays = [name for name, line in inside.lines.items() if line.opcode == "parameter"]
+        return _written(inside) + sum(_read(name, inside) for name in arrays)
+    return size(each.kind) + sum(map(size, here.kinds(each)))
+
+
+def _written(inside: Computation) -> int:
+    """Bytes of a fusion's results; of an array that it changes in place, those of the new part."""
+    root = inside.lines[inside.root]
+    results = (
+        [inside.source(name) for name in root.operands] if root.opcode == "tuple" else [inside.source(inside.root)]
+    )
+    return sum(size(inside.kinds(one)[1] if one.opcode == UPDATE else one.kind) for one in results)
+
+
+def _read(name: str, inside: Computation) -> int:
+    """Bytes that a fusion reads of one of its arrays."""
+    whole, total = size(inside.lines[name].kind), 0
+    for user, line in inside.lines.items():
+        if name not in line.operands:
+            continue
+        if line.opcode in ALIASES:
+            total += _read(user, inside)
+        elif line.opcode in PARTS and line.operands[0] == name:
+            total += size(line.kind)
+        elif line.opcode != UPDATE or line.operands[0] != name:
+            return whole
+    return min(whole, total)

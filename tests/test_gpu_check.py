@@ -1,0 +1,96 @@
+"""The check of an accelerator: commands within a time, the largest batch, the page; the whole of it on a CPU."""
+
+import json
+import sys
+
+import pytest
+
+from experiments.__main__ import main
+from hope_jax.cli.device_check import most_that_fit
+from hope_jax.cli.device_page import page
+from hope_jax.cli.kernel_table import losses
+from hope_jax.cli.measuring import told
+from hope_jax.cli.watched import failures
+from hope_jax.errors import UserError
+from hope_jax.train.compile import Report
+from hope_jax.train.work import Work
+
+
+def python(code):
+    return [sys.executable, "-S", "-c", code]
+
+
+def test_what_fails_or_takes_too_long_is_told_and_stops_nothing(tmp_path):
+    commands = {
+        "hangs": python("import time; time.sleep(60)"),
+        "fails": python("import sys; sys.exit('first\\nthe reason')"),
+        "works": python(f"open({str(tmp_path / 'done')!r}, 'w')"),
+        **{str(more): python("") for more in range(5)},
+    }
+    told = dict(failures(commands, 6.0, least=0.1))
+    assert told == {"hangs": "stopped after 1 seconds", "fails": "exit status 1: the reason"}
+    assert (tmp_path / "done").exists()
+    assert dict(failures({"late": python("")}, 1.0)) == {"late": "left out: no time was left"}
+
+
+def test_an_error_is_a_result_and_a_mistake_is_not():
+    row = {}
+    with told(row):
+        raise RuntimeError("RESOURCE_EXHAUSTED:\n  out of memory")
+    assert row == {"failed": "RuntimeError: RESOURCE_EXHAUSTED: out of memory"}
+    with pytest.raises(UserError), told(row):
+        raise UserError("a mistake")
+
+
+@pytest.mark.parametrize(("room", "batch"), [(1000, 8), (499, 2), (10, 1)])
+def test_the_largest_batch_grows_with_the_temporaries_alone(room, batch):
+    report = Report(0.0, arguments=100, results=100, shared=100, temporaries=400, code=0, work=Work())
+    assert most_that_fit(4, report, room) == batch
+
+
+COST = {"chunk": 16, "head_size": 64, "length": 2048, "heads": 12, "batch": 2, "chip": "H1", "temporary_mb": 8.0}
+ATTENTION = COST | {"memory": "attention", "chunk": None, "impl": "auto", "both_ms": 2.0}
+
+
+def test_losses_are_against_the_best_form_and_against_attention():
+    hope = COST | {"memory": "hope", "impl": "auto", "both_ms": 3.0}
+    slower = hope | {"impl": "chunked", "both_ms": 6.0}
+    assert losses([hope, slower, ATTENTION, hope | {"length": 4096}]) == [
+        "hope 16 (chunked), 2 x 2,048 tokens, heads of 64: 2.00 times the time of hope 16 (auto)",
+        "hope 16 (auto), 2 x 2,048 tokens, heads of 64: 1.50 times the time of attention (auto)",
+    ]
+    compiled = [{name: value for name, value in row.items() if name != "both_ms"} for row in (hope, ATTENTION)]
+    assert losses(compiled) == [] and "memory" in losses([compiled[0] | {"temporary_mb": 9.0}, compiled[1]])[0]
+
+
+def test_the_page_has_the_card_every_part_and_what_failed():
+    about = {"device": "H1", "jax": "1"}
+    rows = [
+        about | {"part": "exactness", "memory": "hope", "impl": "auto", "reads": 1e-7, "gradients": 1.0, "right": False}
+    ]
+    rows += [
+        {"part": "kernels", **ATTENTION},
+        {"part": "kernels", **COST, "memory": "titans", "impl": "auto", "failed": "no"},
+    ]
+    rows += [{"part": "hope-2048", "model": "hope", "length": 2048, "batch": 4, "tokens_per_second": 9, "mfu": 0.5}]
+    text = page([*rows, {"part": "hope-16384", "failed": "stopped"}])
+    assert text.startswith("# H1, jax 1\n")
+    for line in (
+        "| hope | auto | 1.0e-07 | 1.0e+00 | **wrong** |",
+        "| hope | 2048 | 4 | 9 | - | 0.5 | - | - | - |",
+        "* kernels titans 16 (auto), 2 x 2,048 tokens, heads of 64: no",
+        "* hope-16384 : stopped",
+    ):
+        assert line in text.splitlines()
+
+
+@pytest.mark.slow
+def test_it_runs_on_a_cpu_with_tiny_shapes(tmp_path):
+    assert main(["gpu_check", "--results", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").read_text().splitlines()]
+    assert not [row for row in rows if "failed" in row]
+    exact = [row for row in rows if row["part"] == "exactness"]
+    assert len(exact) == 11 and all(row["right"] for row in exact), exact
+    assert [row["memory"] for row in rows if row["part"] == "kernels"].count("hope") == 3
+    assert sum("tokens_per_second" in row for row in rows) == 4
+    assert "cpu" in (tmp_path / "gpu_check.md").read_text().splitlines()[0]

@@ -161,7 +161,7 @@ def _times(
     calls, done = {}, {}
     for impl, one in programs.items():
         with told(rows[impl]):
-            own = {(impl, "forward"): one.forward.compile(), (impl, "both"): one.both}
+            own = {f"{impl} forward": one.forward.compile(), impl: one.both}
             own = {name: functools.partial(program, drawn, inputs) for name, program in own.items()}
             jax.block_until_ready([call() for call in own.values()])
             calls |= own
@@ -169,7 +169,7 @@ def _times(
     seconds = best_seconds(calls, repeats)
 
     def row(impl: Impl, flops: int) -> Row:
-        forward, both = seconds[impl, "forward"], seconds[impl, "both"]
+        forward, both = seconds[f"{impl} forward"], seconds[impl]
         speed = {"gflops": PASSES * flops / both / 1e9, "gb_per_second": rows[impl]["moved_mb"] / both / 1e3}
         times = {"forward_ms": 1e3 * forward, "both_ms": 1e3 * both}
         return {name: _short(value) for name, value in (times | speed).items()}

@@ -9,11 +9,10 @@ batch that fits. Each part is a process of its own: one that fails or takes too 
 no other. Rows are added to ``gpu_check.jsonl``, with the name of the card; ``gpu_check.md`` is the page of this run.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
-from hope_jax.cli.device_check import GpuCheckConfig
+from hope_jax.cli.device_check import WEIGHTS, GpuCheckConfig, prepare_processes
 from hope_jax.cli.device_page import page
 from hope_jax.cli.measuring import report
 from hope_jax.cli.parse import parse
@@ -31,10 +30,10 @@ def main(arguments: Sequence[str]) -> int:
         for part in config.parts:
             report(path, ({"part": part} | row for row in config.rows(part)))
         return 0
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # of a card's memory; 0.75 is usual
+    prepare_processes()
     command, before = [sys.executable, "-m", "experiments", "gpu_check", "--here"], len(read_rows(path, ("part",)))
     command += ["--results", str(config.results), "--cache", str(config.cache), *(["--toy"] * config.toy), "--parts"]
-    for part, reason in failures({part: [*command, part] for part in config.parts}, 60 * config.minutes):
+    for part, reason in failures({part: [*command, part] for part in config.parts}, 60 * config.minutes, WEIGHTS):
         append(path, {"part": part, "failed": reason})
     found = page(read_rows(path, ("part",))[before:])
     write_file(config.results / "gpu_check.md", found.encode())

@@ -1,14 +1,13 @@
 """The check of an accelerator: commands within a time, the largest batch, the page; the whole of it on a CPU."""
 
 import json
-import sys
 
 import pytest
 
 from experiments.__main__ import main
 from hope_jax.cli.device_check import most_that_fit
 from hope_jax.cli.device_page import page
-from hope_jax.cli.kernel_table import losses
+from hope_jax.cli.kernel_table import last, losses
 from hope_jax.cli.measuring import told
 from hope_jax.cli.watched import failures
 from hope_jax.errors import UserError
@@ -16,21 +15,16 @@ from hope_jax.train.compile import Report
 from hope_jax.train.work import Work
 
 
-def python(code):
-    return [sys.executable, "-S", "-c", code]
-
-
 def test_what_fails_or_takes_too_long_is_told_and_stops_nothing(tmp_path):
     commands = {
-        "hangs": python("import time; time.sleep(60)"),
-        "fails": python("import sys; sys.exit('first\\nthe reason')"),
-        "works": python(f"open({str(tmp_path / 'done')!r}, 'w')"),
-        **{str(more): python("") for more in range(5)},
+        "hangs": ["sleep", "600"],
+        "fails": ["sh", "-c", "echo ValueError: a reason >&2; echo more >&2; exit 3"],
+        "works": ["touch", str(tmp_path / "done")],
     }
-    told = dict(failures(commands, 6.0, least=0.1))
-    assert told == {"hangs": "stopped after 1 seconds", "fails": "exit status 1: the reason"}
-    assert (tmp_path / "done").exists()
-    assert dict(failures({"late": python("")}, 1.0)) == {"late": "left out: no time was left"}
+    told = dict(failures(commands, 60.0, {"hangs": 0.01}, least=0.1))
+    assert told.pop("hangs").startswith("stopped after")
+    assert told == {"fails": "exit status 3: ValueError: a reason"} and (tmp_path / "done").exists()
+    assert dict(failures({"late": ["true"]}, 1.0)) == {"late": "left out: no time was left"}
 
 
 def test_an_error_is_a_result_and_a_mistake_is_not():
@@ -60,6 +54,9 @@ def test_losses_are_against_the_best_form_and_against_attention():
         "hope 16 (auto), 2 x 2,048 tokens, heads of 64: 1.50 times the time of attention (auto)",
     ]
     compiled = [{name: value for name, value in row.items() if name != "both_ms"} for row in (hope, ATTENTION)]
+    failed = ATTENTION | {"failed": "MemoryError: the gradient needs 90.0 of 80.0 GB"}
+    assert losses([slower, failed]) == ["attention did not fit: attention (auto), 2 x 2,048 tokens, heads of 64"]
+    assert last([hope, slower, hope | {"both_ms": 4.0}])[0]["both_ms"] == 4.0
     assert losses(compiled) == [] and "memory" in losses([compiled[0] | {"temporary_mb": 9.0}, compiled[1]])[0]
 
 

@@ -74,7 +74,7 @@ def test_nested_loops_count_as_often_as_they_run_and_of_branches_the_larger():
     assert found.looped == found.nested == {"all-reduce": 15}
     assert found.calls == {"tpu_custom_call": 1} and (found.unknown, found.rounds) == (0, 3 + 3 * 5)
     assert found.launches == 3 * 5 * 2 + 4  # fusion and sum; product of a branch, gather, conversion, kernel
-    once = 3 * 4 * 8 * 8 + (2 * 8 * 2 + 4 * 8 * 2 + 2 * 8 * 2) + (4 * 8 * 4 + 2 * 8 * 2) + 2 * 4 * 8 * 4
+    once = 3 * 4 * 8 * 8 + (2 * 8 * 2 + 4 * 8 * 2) + (4 * 8 * 4 + 2 * 8 * 2) + 2 * 4 * 8 * 4
     assert found.moved == 3 * 5 * (2 * 4 * 8 * 4 + 4 * 8 * 8 + 2 * 4 * 8 * 4) + once
 
 
@@ -109,6 +109,10 @@ def test_of_arrays_in_parts_the_parts_are_moved():
     row, number = 8 * 4, 4
     found = work(PARTS)
     assert (found.launches, found.moved) == (3, 2 * row + 2 * row + (2 * row + 2 * row + number))
+    converted = PARTS.replace("tuple(%changed, %new)", "tuple(%changed, %half)").replace(
+        "  ROOT %both", "  %half = bf16[1,8]{1,0} convert(%new)\n  ROOT %both"
+    )
+    assert work(converted).moved == found.moved - row // 2
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_told():

@@ -65,6 +65,16 @@ def test_a_broken_idx_file_is_named(folder, end):
         mnist(folder)
 
 
+def test_damaged_packing_is_named(folder):
+    plain = folder / "t10k-labels-idx1-ubyte"
+    packed = bytearray(gzip.compress(plain.read_bytes()))
+    packed[10] = 0xFF  # no such kind of block
+    plain.unlink()
+    plain.with_name(plain.name + ".gz").write_bytes(packed)
+    with pytest.raises(UserError, match="Cannot read .*t10k-labels-idx1-ubyte.gz"):
+        mnist(folder)
+
+
 def test_the_digits_are_all_there_and_no_image_is_in_two_parts():
     found = digits()
     parts = (found.train, found.validation, found.test)

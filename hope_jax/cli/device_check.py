@@ -5,12 +5,13 @@ one that fails or takes too long does not stop the others.
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from hope_jax import train as training
 from hope_jax.cli.checks import at_least, given
 from hope_jax.cli.exactness import errors
 from hope_jax.cli.layer_cost import Memory, Shape, costs
-from hope_jax.cli.measuring import told
+from hope_jax.cli.measuring import did_not_fit, told
 from hope_jax.cli.results import Row
 from hope_jax.levels import Level
 from hope_jax.memory.kernels import Impl, runs_kernel
@@ -33,6 +34,8 @@ from hope_jax.train.flops import peak_flops
 Part = Literal[
     "exactness", "hope-2048", "transformer_pp-2048", "kernels", "hope-16384", "transformer_pp-16384"
 ]  # the most telling first
+WEIGHTS: dict[str, float] = {"hope-2048": 2.0, "hope-16384": 2.0}
+"""By part: its share of the time, where it is not 1. Hope takes longest to compile."""
 TOLERANCE = {"": 2e-4, "bfloat16_3x": 2e-3, "bfloat16": 0.2}
 """By the products of a form: the largest error of reads and gradients that counts as exact."""
 STEPS, SECONDS = 10, 15.0  # of a measured run: at most so many steps, and no new one after so long
@@ -65,6 +68,14 @@ class GpuCheckConfig:
             return exactness(toy)
         architecture, length = part.split("-")
         return speed(architecture, int(length), toy)
+
+
+def prepare_processes() -> None:
+    """Tell the processes that are started to fill a card's memory, and to compare with the CPU."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # 0.75 is usual
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "cpu" not in platforms.split(","):
+        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
 
 
 def exactness(toy: bool) -> Iterator[Row]:
@@ -100,7 +111,8 @@ def _shape(memory: Memory, chunk: int, size: int, length: int, heads: int, batch
 def speed(architecture: str, length: int, toy: bool) -> Iterator[Row]:
     """Training in bfloat16: tokens per second and utilisation, at a first batch and at the largest 2^n that fits.
 
-    A step that fails although it should fit is tried with half the batch.
+    A step that lacks memory although it should fit is tried with half the batch. What is known before the steps is a
+    row of its own.
     """
     if toy:
         length, model = length // 128, ARCHITECTURES[architecture](Size(32, 1, 2, 64, 128, (Level(16),)))
@@ -114,32 +126,52 @@ def speed(architecture: str, length: int, toy: bool) -> Iterator[Row]:
         row = {"model": architecture, "length": length, "batch": batch}
         batch //= 2
         with told(row):
-            batch = _measured(model, row, room, toy)
+            one = _compiled(model, row)
+            if one.report.bytes <= room:
+                yield dict(row)
+                row |= one.speed()
+            else:
+                row["failed"] = f"the step does not fit into {room / 1e9:.1f} GB"
+            batch = 0 if toy else most_that_fit(row["batch"], one.report, room)
+        if "failed" in row and not did_not_fit(row):
+            batch = 0
         yield row
 
 
-def _measured(model: ModelConfig, row: Row, room: float, toy: bool) -> int:
-    """Compile the step of ``row`` and take some of them, if it fits; ``row`` tells. The largest batch that fits."""
-    batch, length, device = row["batch"], row["length"], jax.devices()[0]
+class _Compiled(NamedTuple):
+    """The step of a run, and what is known of it."""
+
+    run: training.TextRun
+    setup: training.Setup
+    step: Any
+    report: Report
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a batch of tokens."""
+        return self.run.batch, self.run.length + 1
+
+    def speed(self) -> Row:
+        """Take some steps; what they say."""
+        seconds = _seconds(self.step, self.setup, self.shape, self.run.model.vocab_size)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        speed = self.setup.flops(jax.ShapeDtypeStruct(self.shape, jnp.int32)) / seconds
+        row = {"step_ms": round(1e3 * seconds, 1), "tflops": round(speed / 1e12, 3)}
+        row |= {"tokens_per_second": round(self.run.batch * self.run.length / seconds)}
+        return row | {"mfu": None if peak is None else round(speed / peak, 4)}
+
+
+def _compiled(model: ModelConfig, row: Row) -> _Compiled:
+    """Compile the step of ``row``, which tells how long that took and what memory it needs."""
+    batch, length = row["batch"], row["length"]
     run = training.TextRun(model, training.OptimizerConfig(), batch, length, 0, "", "")
-    mesh = training.MeshConfig(1).make(batch, [device])
+    mesh = training.MeshConfig(1).make(batch, jax.devices()[:1])
     setup = training.text_setup(run, 1000, np.ones(model.vocab_size), mesh=mesh)
-    tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
     since = time.monotonic()
-    step: Any = setup.lower(tokens).compile()
+    step: Any = setup.lower(jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)).compile()
     report = report_of(step, time.monotonic() - since)
     row |= {"compile_seconds": round(report.seconds, 1), "gb": round(report.bytes / 1e9, 2)}
-    if report.bytes > room:
-        row["failed"] = f"the step does not fit into {room / 1e9:.1f} GB"
-        return most_that_fit(batch, report, room)
-    seconds = _seconds(step, setup, tokens.shape, model.vocab_size)
-    peak, flops = peak_flops(device.device_kind), setup.flops(tokens)
-    row |= {"step_ms": round(1e3 * seconds, 1), "tokens_per_second": round(batch * length / seconds)}
-    row |= {
-        "tflops": round(flops / seconds / 1e12, 3),
-        "mfu": None if peak is None else round(flops / seconds / peak, 4),
-    }
-    return batch if toy else most_that_fit(batch, report, room)
+    return _Compiled(run, setup, step, report)
 
 
 def _seconds(step: Callable[..., Any], setup: training.Setup, shape: tuple[int, ...], vocab: int) -> float:

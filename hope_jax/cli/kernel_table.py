@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hope_jax.cli.measuring import did_not_fit
 from hope_jax.cli.results import Row, aligned
 from hope_jax.cli.trials import grouped
 
@@ -21,21 +22,36 @@ COLUMNS = {
     "moved_mb": "MB moved",
     "temporary_mb": "MB besides",
     "compile_seconds": "s to compile",
+    "reads": "error of reads",
+    "gradients": "of gradients",
 }
 """Key of a row -> heading. "both": forward and backward."""
+ERRORS = ("reads", "gradients")  # left out where no row knows them
+SHAPE = ("head_size", "length", "heads", "batch")
 MEASURES = {"both_ms": "time", "temporary_mb": "temporary memory"}
 
 
 def cells(rows: Sequence[Row]) -> list[list[Any]]:
     """Headings and rows; "-" where a number is not known. What failed is not in it."""
     known = [row for row in rows if "failed" not in row]
-    return [list(COLUMNS.values()), *([row.get(key) or "-" for key in COLUMNS] for row in known)]
+    keys = [key for key in COLUMNS if key not in ERRORS or any(key in row for row in known)]
+    return [[COLUMNS[key] for key in keys], *([_cell(row, key) for key in keys] for row in known)]
+
+
+def _cell(row: Row, key: str) -> Any:
+    return f"{row[key]:.1e}" if key in ERRORS and key in row else row.get(key) or "-"
+
+
+def last(rows: Sequence[Row]) -> list[Row]:
+    """Of rows of the same layer in the same form the last one."""
+    return list({(*_of(row), *(row[key] for key in SHAPE), row["impl"]): row for row in rows}.values())
 
 
 def table(lines: Sequence[Row]) -> list[str]:
     """The ``rows`` of all lines by chip, what failed and why, then where a form or a memory loses."""
     said, rows = [], [row for line in lines for row in line["rows"]]
-    for chip, same in grouped(rows, lambda row: row["chip"]).items():
+    for chip, all_of_it in grouped(rows, lambda row: row["chip"]).items():
+        same = last(all_of_it)
         said += [chip, *aligned(cells(same))]
         said += [f"failed: {name(row)}: {row['failed']}" for row in same if "failed" in row]
         said += ["Where we lose:", *(losses(same) or ["nowhere"]), ""]
@@ -47,12 +63,13 @@ def losses(rows: Sequence[Row]) -> list[str]:
 
     Rows that were timed are compared by time, compiled ones by temporary memory.
     """
-    said = []
+    said, done = [], [row for row in rows if "failed" not in row]
     for key, what in MEASURES.items():
-        known = [row for row in rows if key in row and (key == "both_ms" or "both_ms" not in row)]
-        for same in grouped(known, lambda row: (row["head_size"], row["length"], row["heads"], row["batch"])).values():
+        known = [row for row in done if key in row and (key == "both_ms" or "both_ms" not in row)]
+        for same in grouped(known, lambda row: tuple(row[name] for name in SHAPE)).values():
             said += _losses(same, key, what)
-    return said
+    failed = [row for row in rows if "failed" in row and row["memory"] == "attention"]
+    return said + [f"attention {'did not fit' if did_not_fit(row) else 'failed'}: {name(row)}" for row in failed]
 
 
 def _losses(rows: Sequence[Row], key: str, what: str) -> list[str]:

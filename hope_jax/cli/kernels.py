@@ -67,9 +67,19 @@ class KernelsConfig:
         """The device that is measured, or compiled for."""
         return jax.devices()[0] if self.compile_for is None else topology(self.compile_for)[0]
 
+    @property
+    def timed(self) -> int:
+        """Repetitions that are timed: none of what is only compiled."""
+        return 0 if self.compile_for else self.repeats
+
+    def about(self, shape: Shape, chip: Any) -> Row:
+        """What must agree before a shape counts as measured."""
+        how = {"compiled": self.compile_for is not None, "repeats": self.timed, "exact": self.exact}
+        return asdict(shape) | how | {"chip": chip.device_kind, "impls": list(shape.forms(self.impls))}
+
     def costs(self, shape: Shape, chip: Any) -> Iterator[Row]:
         """A row for each form of one combination."""
-        for row in costs(shape, self.impls, chip, 0 if self.compile_for else self.repeats):
+        for row in costs(shape, self.impls, chip, self.timed):
             if self.exact and "failed" not in row:
                 with told(row):
                     row |= errors(shape, row["impl"])
@@ -77,15 +87,14 @@ class KernelsConfig:
 
 
 def measured(config: KernelsConfig, results: Results) -> None:
-    """A line for each shape that is not on file for this kind of device, ``rows`` for its forms."""
+    """A line for each shape that is not on file for this kind of device and these flags, ``rows`` for its forms."""
     chip = config.chip()
 
     def work(shape: Shape, run: Any) -> Row:
         return {"rows": list(config.costs(shape, chip))} | machine()
 
     for shape in config.shapes():
-        about = asdict(shape) | {"chip": chip.device_kind, "impls": list(config.impls)}
-        results.complete(about, functools.partial(work, shape))
+        results.complete(config.about(shape, chip), functools.partial(work, shape))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -55,8 +55,8 @@ class Shape:
         return SelfModifyingConfig(self.heads, c_memory=period, c_projections=period, impl=impl)
 
     def forms(self, impls: Sequence[Impl]) -> Sequence[Impl]:
-        """Those of ``impls`` that differ: attention has one."""
-        return impls[:1] if self.memory == "attention" else impls
+        """Those of ``impls`` that differ: attention has one, "auto"."""
+        return ("auto",) if self.memory == "attention" else impls
 
     def inputs(self, dtype: Any = jnp.float32) -> Any:
         """What the layer reads, as a shape."""

@@ -47,6 +47,12 @@ def told(row: Row) -> Iterator[None]:
         row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def did_not_fit(row: Row) -> bool:
+    """Whether what failed lacked memory, as far as its message says."""
+    reasons = ("RESOURCE_EXHAUSTED", "out of memory", "MemoryError", "does not fit")
+    return any(reason.lower() in row.get("failed", "").lower() for reason in reasons)
+
+
 def best_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Seconds of each call, the best of interleaved repetitions after one that compiles."""
     best = {}

@@ -94,8 +94,10 @@ def experiment(
     if not config.table:
         work(config, results)
     print("\n".join(table(lines := results.rows())))
-    written = [results.path, draw(config, lines) if draw else None]
-    print("written: " + ", ".join(str(path) for path in written if path))
+    figure = draw(config, lines) if draw else None
+    if draw and figure is None:
+        print("There is nothing on file with these flags.")
+    print("written: " + ", ".join(str(path) for path in (results.path, figure) if path))
     return 0
 
 

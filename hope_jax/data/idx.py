@@ -1,6 +1,7 @@
 """Arrays of bytes in idx files, the form in which MNIST and sets like it are published."""
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
         raise UserError(f"There is no {name} or {name}.gz in {folder}; give the folder of MNIST's four files.")
     try:
         data = gzip.decompress(found[0].read_bytes()) if found[0].suffix == ".gz" else found[0].read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"Cannot read {found[0]}: {error}.") from error
     start = 4 + 4 * (data[3] if len(data) > 3 else 0)
     shape = np.frombuffer(data[4:start], ">u4").tolist() if len(data) >= start else []

@@ -23,16 +23,19 @@ def moved(each: Instruction, here: Computation, computations: Mapping[str, Compu
         inside = computations[each.named("calls")[0]]
         arrays = [name for name, line in inside.lines.items() if line.opcode == "parameter"]
         return _written(inside) + sum(_read(name, inside) for name in arrays)
+    if each.opcode.endswith("-start") and each.opcode != "all-reduce-start":  # it returns operands, result and marks
+        return size(each.kind.replace("u32[]", ""))
     return size(each.kind) + sum(map(size, here.kinds(each)))
 
 
 def _written(inside: Computation) -> int:
     """Bytes of a fusion's results; of an array that it changes in place, those of the new part."""
     root = inside.lines[inside.root]
-    results = (
-        [inside.source(name) for name in root.operands] if root.opcode == "tuple" else [inside.source(inside.root)]
-    )
-    return sum(size(inside.kinds(one)[1] if one.opcode == UPDATE else one.kind) for one in results)
+    total = 0
+    for name in root.operands if root.opcode == "tuple" else [inside.root]:
+        source = inside.source(name)
+        total += size(inside.kinds(source)[1] if source.opcode == UPDATE else inside.lines[name].kind)
+    return total
 
 
 def _read(name: str, inside: Computation) -> int:

@@ -7,7 +7,8 @@
 ``pallas``      as ``chunked``, but the loop over chunks is one kernel on a TPU, ``kernels/pallas.py``. Reverse mode.
 
 ``chunked`` and ``pallas`` may end in ``_bfloat16`` or ``_bfloat16_3x``: products of bfloat16 numbers in one pass or in
-three, ``kernels/bfloat16.py``. Sums, gates, inverses and what is carried along stay in float32. Reverse mode.
+three, ``kernels/bfloat16.py``. Sums, gates, inverses and what is carried along stay in float32, but for the decays of
+momentum, which are such products too. Memories with a link (moneta, memora) stay in float32. Reverse mode.
 """
 
 from collections.abc import Callable

@@ -3,6 +3,7 @@
 A float32 number is a sum of bfloat16 numbers of falling size. One pass multiplies the first of each operand: every
 number is rounded to 8 bits. Three passes take the first two, about 16 bits, and leave out the product of the second
 ones. Gradients are products of the same kind. Inverses of triangular systems are computed in float32 all the same.
+Three passes make NaN of what is infinite: what is left of it after its first part is inf - inf.
 
 Derivatives are of any order in reverse mode; there is no forward mode.
 """
@@ -20,17 +21,18 @@ from hope_jax.types import Array, Float
 
 
 def rounded(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """The nearest bfloat16 numbers, as float32; of two that are as near the larger one in size.
+    """The nearest bfloat16 numbers, as float32; of two that are as near the larger one in size. NaN stays NaN.
 
     By their bits: compilers take a conversion to bfloat16 and back for superfluous and leave it out.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type((bits + 0x8000) & -0x10000, jnp.float32)
+    nearest = lax.bitcast_convert_type((bits + 0x8000) & -0x10000, jnp.float32)
+    return jnp.where(jnp.isnan(x), x, nearest)  # adding to the bits of a NaN may carry into its sign
 
 
 def _one_pass(a: Array, b: Array) -> Array:
     narrow = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jnp.matmul(*narrow, preferred_element_type=jnp.float32)
+    return jnp.matmul(*narrow, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
 
 
 def _product(passes: int, a: Float[Array, "*N M C"], b: Float[Array, "*N C V"]) -> Float[Array, "*N M V"]:
@@ -39,7 +41,7 @@ def _product(passes: int, a: Float[Array, "*N M C"], b: Float[Array, "*N C V"]) 
     first_a, first_b = rounded(a), rounded(b)
     product = _one_pass(first_a, first_b)
     if passes == 3:
-        product += _one_pass(first_a, b - first_b) + _one_pass(a - first_a, first_b)
+        product += _one_pass(first_a, rounded(b - first_b)) + _one_pass(rounded(a - first_a), first_b)
     return product.astype(dtype)
 
 

@@ -82,10 +82,11 @@ def exactness(toy: bool) -> Iterator[Row]:
     """Every form that applies, of a matrix memory; of Hope and Titans those that train, and of Hope three passes."""
     platform = jax.default_backend()
     forms = [impl for impl in get_args(Impl) if not runs_kernel(impl) or platform == "tpu" or toy]
-    cases = [("gated_deltanet", impl) for impl in forms] + [("titans", "auto"), ("hope", "auto")]
-    cases += [("hope", impl) for impl in ("chunked_bfloat16_3x", *(["pallas"] if platform == "tpu" else []))]
+    of_hope: list[Impl] = ["auto", "chunked_bfloat16_3x", *(["pallas"] if platform == "tpu" else [])]
+    pairs: dict[Memory, list[Impl]] = {"gated_deltanet": forms, "titans": ["auto"], "hope": of_hope}
+    cases: list[tuple[Memory, Impl]] = [(memory, impl) for memory, impls in pairs.items() for impl in impls]
     for memory, impl in cases:
-        row = {"memory": memory, "impl": impl}
+        row: Row = {"memory": memory, "impl": impl}
         with told(row):
             row |= errors(_shape(memory, 16, 16 if toy else 64, 64 if toy else 256, 2, 1), impl)
             limit = TOLERANCE[impl.partition("_")[2]]
@@ -96,8 +97,9 @@ def exactness(toy: bool) -> Iterator[Row]:
 def layers(toy: bool) -> Iterator[Row]:
     """Six layers in the form that trains, those of Hope also with products in bfloat16."""
     narrow: tuple[Impl, ...] = ("auto", "chunked_bfloat16_3x", "chunked_bfloat16")
-    cases: list[tuple[Memory, int, int]] = [("hope", 64, 64), ("hope", 16, 64), ("hope", 64, 32)]
-    cases += [("attention", 64, 64), ("gated_deltanet", 64, 64), ("titans", 16, 64)]
+    of_hope: list[tuple[Memory, int, int]] = [("hope", 64, 64), ("hope", 16, 64), ("hope", 64, 32)]
+    others: list[tuple[Memory, int, int]] = [("attention", 64, 64), ("gated_deltanet", 64, 64), ("titans", 16, 64)]
+    cases = [*of_hope, *others]
     for memory, chunk, size in cases:
         shape = _shape(memory, chunk // 8, size // 8, 32, 2, 1) if toy else _shape(memory, chunk, size, 2048, 12, 8)
         forms = narrow if (memory, chunk, size) == cases[0] and not toy else narrow[:1]

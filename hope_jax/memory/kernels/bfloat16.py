@@ -45,7 +45,10 @@ def _product(passes: int, a: Float[Array, "*N M C"], b: Float[Array, "*N C V"]) 
     return product.astype(dtype)
 
 
-def functions(passes: int) -> tuple[Callable[..., Array], ...]:
+Function = Callable[..., Array]
+
+
+def functions(passes: int) -> tuple[Function, Function, Function, Function, Function, Function]:
     """``matmul``, ``matmul_nt``, ``matmul_tn``, ``gram``, ``unit_lower_inverse`` and ``solve_unit_lower``."""
     plain = functools.partial(_product, passes)
     matmul = differentiable(plain, lambda a, b, g: (matmul_nt(g, b), matmul_tn(a, g)))

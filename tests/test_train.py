@@ -173,7 +173,9 @@ def test_learning_rate_warms_up_linearly_peaks_and_ends_at_the_final_fraction():
 
 def test_the_default_peak_falls_with_the_width_and_a_given_one_does_not():
     default, given = training.OptimizerConfig(), training.OptimizerConfig(learning_rate=0.1)
-    assert [default.at_width(width).learning_rate for width in (16, 128, 2048)] == pytest.approx([5e-3, 5e-3, 3.125e-4])
+    assert [default.at_width(width).learning_rate for width in (16, 192, 2048)] == pytest.approx(
+        [5e-3, 5e-3, 4.6875e-4]
+    )
     assert given.at_width(2048) is given
     with pytest.raises(UserError, match="no learning rate; give one"):
         training.schedule(default, 100)

@@ -24,7 +24,7 @@ from hope_jax.types import Scalar
 
 Rate = Callable[[Any], Scalar]
 """Batch number -> learning rate."""
-NARROW, NARROW_RATE = 128, 5e-3
+NARROW, NARROW_RATE = 192, 5e-3
 """The default peak learning rate up to this width. A step of Adam moves all entries alike, and in a wider layer more of
 them add up."""
 
@@ -41,8 +41,8 @@ class OptimizerConfig:
     )
     """A row of ``optim.OPTIMIZERS``, or one of the same kind with other settings."""
     learning_rate: float | None = None
-    """Peak learning rate, reached after the warmup; greater than 0. None: 5e-3 for models up to a width of 128, less
-    in proportion for wider ones: 3.1e-4 at 2,048."""
+    """Peak learning rate, reached after the warmup; greater than 0. None: 5e-3 for models up to the width of the
+    tiny ones, 192, and as many times less as a model is wider: 4.7e-4 at 2,048."""
     warmup: int = 20
     """Batches over which the learning rate grows linearly to its peak; 0 starts at the peak."""
     final_fraction: float = 0.1

@@ -64,7 +64,8 @@ def test_every_row_is_tuned_with_the_first_seed_alone_and_no_run_is_done_again(m
     said = compare.table(rows)
     assert said[1] == "equal tuning: each row was tried at rates 0.0001, 0.005 with one seed, judged on other text"
     assert [line.split()[2] for line in said[3:]] == ["0.005", "0.005"]
-    assert compare.draw(configured(), rows).read_bytes()[:4] == b"\x89PNG"
+    drawn = compare.draw(configured(), rows)
+    assert drawn is not None and drawn.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_text_that_chooses_a_rate_is_not_the_text_that_is_reported():

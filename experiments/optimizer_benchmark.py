@@ -18,7 +18,8 @@ from typing import Any
 from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, given, known
-from hope_jax.cli.measuring import Stepper, best_seconds, random_parameters, report
+from hope_jax.cli.measuring import best_seconds, report
+from hope_jax.cli.optimizer_step import Stepper, random_parameters
 from hope_jax.cli.parse import parse
 from hope_jax.cli.results import Row, open_results
 from hope_jax.nn.axes import decays, matrices

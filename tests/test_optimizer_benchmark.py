@@ -7,7 +7,7 @@ import pytest
 
 from experiments.__main__ import main
 from hope_jax import MODELS, optim
-from hope_jax.cli.measuring import BLOCK, Stepper, random_parameters
+from hope_jax.cli.optimizer_step import BLOCK, Stepper, random_parameters
 from hope_jax.levels import Level
 from hope_jax.models import ARCHITECTURES, Size
 

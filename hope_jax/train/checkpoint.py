@@ -128,7 +128,11 @@ def restore(run: Path, step: int, like: TrainState) -> TrainState:
     Raises DamagedCheckpoint where a file or an array differs from its digest, UserError where the arrays are not those
     of ``like`` (another model or optimizer).
     """
-    manifest = read_manifest(run, step)
+    return restore_from(run, read_manifest(run, step), like)
+
+
+def restore_from(run: Path, manifest: Manifest, like: TrainState) -> TrainState:
+    """``restore`` of the step whose manifest was read."""
     parts = read_parts(run, manifest, parted(like))
     return TrainState(params=parts[PARAMS], **parts[REST])
 

@@ -114,7 +114,8 @@ def resume(run: Run, like: TrainState) -> tuple[TrainState, Manifest]:
     check_same(saved, now, run.folder)
 
     def read(step: int) -> tuple[TrainState, Manifest]:
-        return checkpoint.restore(run.folder, step, like), checkpoint.read_manifest(run.folder, step)
+        manifest = checkpoint.read_manifest(run.folder, step)
+        return checkpoint.restore_from(run.folder, manifest, like), manifest
 
     return _read_step(run.folder, run.resume_from, read, "Leave out --resume-from to go on from the latest good step.")
 

@@ -19,14 +19,14 @@ import numpy as np
 from experiments.compare import MODELS_VERSION
 from hope_jax import LanguageModel, ModelConfig
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least, known
+from hope_jax.cli.checks import at_least
 from hope_jax.cli.parse import parse
 from hope_jax.cli.plots import plot
 from hope_jax.cli.results import Results, Row
 from hope_jax.cli.trials import Trials, at_best_rate, draw_curves, percent
 from hope_jax.data import IGNORE, mqar
 from hope_jax.levels import Level
-from hope_jax.models import ARCHITECTURES, Size, without_writes
+from hope_jax.models import ARCHITECTURES, Size, row_named, without_writes
 
 HELDOUT_SEED, SOLVED = 1_000_003, 0.995
 TASK = ("length", "pairs", "vocab", "anywhere", "width", "layers", "heads")  # equal in runs that are drawn together
@@ -36,7 +36,7 @@ TASK = ("length", "pairs", "vocab", "anywhere", "width", "layers", "heads")  # e
 class RecallConfig(Trials):
     """Train small models from scratch on associative recall."""
 
-    rows: tuple[str, ...] = ("hope", "titans", "deltanet")  # Architectures, as in the model names before the size.
+    rows: tuple[str, ...] = ("hope", "titans", "deltanet")  # Architectures, as in model names before the size.
     writes: bool = True  # Off: the control, the same models with the inner learning rate at 0.
     length: int = 64  # Tokens per sequence, even and at least 4 x pairs.
     pairs: int = 4  # Keys and values to remember per sequence.
@@ -56,8 +56,7 @@ class RecallConfig(Trials):
 
     def model(self, row: str) -> ModelConfig:
         """The architecture of that name; a single level, which learns at every batch: the mixers are compared."""
-        known("architecture", row, ARCHITECTURES)
-        model = ARCHITECTURES[row](Size(self.width, self.layers, self.heads, self.vocab, self.length, (Level(1),)))
+        model = row_named(row)(Size(self.width, self.layers, self.heads, self.vocab, self.length, (Level(1),)))
         return model if self.writes else without_writes(model)
 
     def examples(self, seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +94,7 @@ def draw(config: RecallConfig, rows: Sequence[Row]) -> Path:
     new = [row for row in rows if row.get("models") == MODELS_VERSION]
     same = [row for row in new if all(row[name] == getattr(config, name) for name in TASK)]
     with plot(path := config.results / f"recall-{config.length}-{config.pairs}.png") as axes:
-        draw_curves(axes, same, list(ARCHITECTURES))
+        draw_curves(axes, same, [*ARCHITECTURES, *(row["row"] for row in same)])
         axes.axhline(1 / config.pairs, color="black", linewidth=0.8, linestyle=":", label="one of the values seen")
         title = f"{config.length} tokens, {config.pairs} pairs, vocabulary {config.vocab}, width {config.width}"
         axes.set(xlabel="steps", ylabel="accuracy", ylim=(0, 1.02), title=title)

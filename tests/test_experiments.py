@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,14 @@ def test_only_runs_of_the_same_task_and_size_are_drawn_together(other, tmp_path,
     monkeypatch.setattr(recall, "draw_curves", lambda axes, rows, order: drawn.extend(rows))
     recall.draw(config, [row, row | other, row | {"models": 2}])
     assert drawn == [row]
+
+
+def test_rows_of_recall_may_tell_their_period(tmp_path):
+    config = recall.RecallConfig(**TASK, rows=("hope@8",), results=tmp_path)
+    mixer: Any = config.model("hope@8").mixer
+    assert mixer.c_memory == 8
+    drawn = {name: getattr(config, name) for name in recall.TASK} | {"models": MODELS_VERSION, "curve": [[1, 0.5]]}
+    assert recall.draw(config, [drawn | {"row": "hope@8"}]).exists()
 
 
 def test_a_run_stops_as_soon_as_the_task_is_solved(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ from hope_jax.cli.results import Row, open_results
 from hope_jax.errors import UserError
 from hope_jax.memory import gated_delta, products
 from hope_jax.memory.kernels import Impl, cpu
-from hope_jax.models import ARCHITECTURES, SIZES, Size
+from hope_jax.models import SIZES, Size, row_named
 from hope_jax.train.flops import forward_flops
 
 Part = Literal["train", "chunked", "length", "decode", "products"]
@@ -84,10 +84,10 @@ class BenchmarkConfig:
 
     def architecture(self, name: str) -> ModelConfig:
         """The model of parts ``train`` and ``chunked`` with that name."""
-        known("architecture", name, ARCHITECTURES)
+        row = row_named(name)
         if self.size is not None:
-            return dataclasses.replace(ARCHITECTURES[name](SIZES[self.size]), context=self.length)
-        return ARCHITECTURES[name](Size(self.width, self.layers, self.heads, 256, self.length, SIZES["tiny"].levels))
+            return dataclasses.replace(row(SIZES[self.size]), context=self.length)
+        return row(Size(self.width, self.layers, self.heads, 256, self.length, SIZES["tiny"].levels))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -54,7 +54,7 @@ class PretrainConfig:
     run: Path  # Folder of the run: checkpoints, metrics, curve and sample. The same folder and flags continue a run.
     config: Path | None = None
     """TOML file of flags, such as experiments/published/hope-760m.toml; flags that are given besides count more."""
-    model: str = "hope-tiny"  # Name of the model, <architecture>-<size>.
+    model: str = "hope-tiny"  # Name of the model, <architecture>-<size>; hope@64-tiny: with an anchor every 64 tokens.
     steps: int = 400  # Batches in all. May be raised later; the learning rate then follows the longer schedule.
     batch: int = 4  # Sequences per batch.
     length: int = 512  # Tokens per sequence.

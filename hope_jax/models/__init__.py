@@ -1,12 +1,13 @@
-"""The named models, rows of architecture x size, and what can be made of one: levels in context, no writes."""
+"""The named models, rows of architecture x size, and what becomes of one: levels in context, no writes, a period."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from hope_jax.errors import UserError, guess
+from hope_jax.errors import UserError, closest, guess
 from hope_jax.levels import Level, check_multiples
 from hope_jax.memory.kernels import Impl
+from hope_jax.models.parts import Row
 from hope_jax.models.rows import ARCHITECTURES as ARCHITECTURES
 from hope_jax.models.sizes import SIZES as SIZES
 from hope_jax.models.sizes import Size as Size
@@ -56,10 +57,24 @@ def without_writes(config: ModelConfig) -> ModelConfig:
     """
     mixers: list[Any] = [mixer for mixer, _ in config.pattern]
     memories = list(filter(_is_memory, mixers))
-    if not memories or not all(map(_has_rate, memories)):
+    if not memories or not all(_has(mixer, "rate_max") for mixer in memories):
         kinds = ", ".join(type(mixer).__name__ for mixer in mixers)
         raise UserError(f"the mixers are {kinds}; only memories with a setting rate_max can be told not to write")
-    return _with_field(config, "rate_max", 0.0)
+    return _with_fields(config, rate_max=0.0)
+
+
+def with_period(config: ModelConfig, period: int) -> ModelConfig:
+    """The same model, parameters included, whose self-modifying memories have an anchor every ``period`` tokens.
+
+    All writes of a period are computed from the memories at its anchor (``SelfModifyingConfig``, ``c_memory`` and
+    ``c_projections``). docs/defaults.md has what a longer one costs and saves. Raises UserError where there are no such
+    memories, or they refuse the period.
+    """
+    mixers: list[Any] = [mixer for mixer, _ in config.pattern]
+    if not any(_has(mixer, "c_memory") for mixer in mixers):
+        kinds = ", ".join(type(mixer).__name__ for mixer in mixers)
+        raise UserError(f"the mixers are {kinds}; only hope and hope_tnt have an anchor period that can be set")
+    return _with_fields(config, c_memory=period, c_projections=period)
 
 
 def with_impl(config: ModelConfig, impl: Impl | None) -> ModelConfig:
@@ -73,7 +88,7 @@ def with_impl(config: ModelConfig, impl: Impl | None) -> ModelConfig:
     if impl != "auto" and not impls(config):
         kinds = ", ".join(type(mixer).__name__ for mixer, _ in config.pattern)
         raise UserError(f"impl is {impl!r}, of memories; the mixers are {kinds}: leave it out")
-    return _with_field(config, "impl", impl)
+    return _with_fields(config, impl=impl)
 
 
 def impls(config: ModelConfig) -> set[Impl]:
@@ -97,23 +112,51 @@ def _is_memory(mixer: Any) -> bool:
     return not isinstance(mixer, AttentionConfig | ConvolutionConfig)
 
 
-def _has_rate(mixer: Any) -> bool:
-    return hasattr(mixer, "rate_max") or any(map(_has_rate, _parts_of(mixer).values()))
+def _has(mixer: Any, name: str) -> bool:
+    return hasattr(mixer, name) or any(_has(part, name) for part in _parts_of(mixer).values())
 
 
-def _with_field(config: ModelConfig, name: str, value: Any) -> ModelConfig:
-    """The model with ``value`` in that field of its mixers, wherever they have one."""
+def _with_fields(config: ModelConfig, **values: Any) -> ModelConfig:
+    """The model with these values in its mixers, wherever they have such fields."""
 
     def changed(mixer: Any) -> Any:
-        changes = {part: changed(inner) for part, inner in _parts_of(mixer).items()}
-        return replace(mixer, **changes, **({name: value} if hasattr(mixer, name) else {}))
+        parts = {name: changed(part) for name, part in _parts_of(mixer).items()}
+        return replace(mixer, **parts, **{name: value for name, value in values.items() if hasattr(mixer, name)})
 
     mixers = tuple(changed(mixer) for mixer, _ in config.pattern)
     return replace(config, mixer=mixers if isinstance(config.mixer, tuple) else mixers[0])
 
 
+def row_named(name: str) -> Row:
+    """The architecture of that name; NAME@PERIOD, such as hope@64, is NAME with that anchor period (``with_period``).
+
+    Raises UserError with the closest name where there is none, or where the period is no number.
+    """
+    name, at, period = name.partition("@")
+    if name not in ARCHITECTURES:
+        raise UserError(f"No architecture is called {name!r}; {closest(name, ARCHITECTURES)}")
+    row = ARCHITECTURES[name]
+    if not at:
+        return row
+    tokens = _tokens(period)
+    return lambda size: with_period(row(size), tokens)
+
+
+def _tokens(period: str) -> int:
+    if not period.isdecimal():
+        raise UserError(f"after @ stands the anchor period in tokens, as in hope@64; got {period!r}")
+    return int(period)
+
+
 def model_named(name: str) -> ModelConfig:
-    """The row of that name; UserError with the closest names, and how names are made, otherwise."""
+    """The row of that name, ARCHITECTURE-SIZE or ARCHITECTURE@PERIOD-SIZE, see ``row_named``.
+
+    Raises UserError with the closest names, and how names are made, otherwise.
+    """
+    architecture, at, rest = name.partition("@")
+    if at:
+        period, dash, size = rest.partition("-")
+        return with_period(model_named(architecture + dash + size), _tokens(period))
     if name not in MODELS:
         hint = guess(name, MODELS) or "names are ARCHITECTURE-SIZE, such as hope-tiny."
         known = f"Architectures: {', '.join(ARCHITECTURES)}; sizes: {', '.join(SIZES)}."

@@ -5,6 +5,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import type_checks  # noqa: F401, before the package is imported
@@ -40,6 +41,9 @@ def pytest_configure(config):
     tqdm.monitor_interval = 0  # its thread wakes by the clock, and a warning in it fails whatever test is running
     gc.set_threshold(100_000, 20, 100)  # tracing makes many objects and little garbage
     config.option.loadscopereorder = False  # pytest-xdist hands out files as they are listed, see below
+    # Signals are tested. A shell ignores Ctrl-C in what it starts with "&", nohup ignores SIGHUP; a child inherits it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

@@ -157,7 +157,10 @@ def _nested_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, each: 
 def _scan_anywhere(
     run_chunk: RunChunk, state: Any, tokens: Any, position: Array, periods: tuple[int, ...], real: Array | int
 ):
-    """Tokens placed on the grid at the offset of the first one; what is around the ``real`` ones is inactive."""
+    """Tokens placed on the grid at the offset of the first one; what is around the ``real`` ones is inactive.
+
+    Rows after the last real token are not computed. There is one wherever whole periods begin with their first token.
+    """
     length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
     rows = (length + 2 * fastest - 2) // fastest  # enough for any offset inside the first period
     offset = position % fastest
@@ -172,7 +175,12 @@ def _scan_anywhere(
         here = (start >= position) & (start < position + real)
         return run_chunk(state, chunk, on, tuple(here & due(start, p) for p in periods))
 
-    state, outputs = lax.scan(step, state, (jnp.arange(rows), grid, active))
+    def step_or_skip(state, one):
+        outputs = jax.eval_shape(step, state, one)[1]  # JAX keeps the trace of a checkpoint: there is no second one
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+        return lax.cond(one[0] * fastest < offset + real, step, lambda state, _: (state, nothing), state, one)
+
+    state, outputs = lax.scan(step_or_skip, state, (jnp.arange(rows), grid, active))
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     return state, jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, offset, length, axis=0), outputs)
 

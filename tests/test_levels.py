@@ -86,6 +86,21 @@ def test_both_paths_have_the_same_gradients(x64):
     np.testing.assert_allclose(aligned, general, rtol=1e-12)
 
 
+@pytest.mark.parametrize("position, count, rows", [(0, 9, 3), (0, 4, 2), (2, 4, 2), (2, 9, 4), (1, 2, 1)])
+def test_periods_without_real_tokens_are_not_computed(position, count, rows):
+    computed = []
+
+    def counted(*chunk):
+        jax.debug.callback(lambda: computed.append(None))
+        return run_chunk(*chunk)
+
+    scan_levels(
+        counted, start(), jnp.ones(9), position=jnp.asarray(position), periods=PERIODS, count=jnp.asarray(count)
+    )
+    jax.effects_barrier()
+    assert len(computed) == rows
+
+
 def test_a_level_is_due_at_multiples_of_its_period_and_at_the_start():
     assert [bool(due(step, 4)) for step in range(9)] == [True, False, False, False] * 2 + [True]
     assert all(bool(due(np.asarray(step), 1)) for step in range(3))

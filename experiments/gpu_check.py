@@ -3,10 +3,12 @@
     python -m experiments gpu_check                     # on a CPU: the same with tiny shapes
     python -m experiments gpu_check --minutes 4 --parts exactness hope-2048
 
-Every form of the memories against float64, token by token; six layers as in ``kernel_benchmark``; tokens per second and
-utilisation of hope-140m and transformer_pp-140m in bfloat16, with sequences of 2,048 and 16,384 tokens and the largest
-batch that fits. Each part is a process of its own: one that fails or takes too long is a line of the report and stops
-no other. Rows are added to ``gpu_check.jsonl``, with the name of the card; ``gpu_check.md`` is the page of this run.
+Every form of the memories against float64, token by token; layers as in ``kernel_benchmark``, two of them also with
+loops as CUDA graphs; tokens per second and utilisation of hope-140m and transformer_pp-140m in bfloat16, with sequences
+of 2,048 and 16,384 tokens and the largest batch that fits. Each part is a process of its own: one that fails or takes
+too long is a line of the report and stops no other. Rows are added to ``gpu_check.jsonl`` as they come, with the name
+of the card; ``gpu_check.md`` is the page of this run. Where compiling takes all the time, less goes into it with
+``XLA_FLAGS=--xla_gpu_enable_triton_gemm=false``.
 """
 
 import sys

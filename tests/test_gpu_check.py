@@ -1,18 +1,21 @@
 """The check of an accelerator: commands within a time, the largest batch, the page; the whole of it on a CPU."""
 
 import json
+import os
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from experiments.__main__ import main
+from hope_jax.cli import device_check, layer_cost
 from hope_jax.cli.device_check import most_that_fit
 from hope_jax.cli.device_page import page
-from hope_jax.cli.kernel_table import last, losses
+from hope_jax.cli.kernel_table import last, losses, reasons
 from hope_jax.cli.measuring import told
 from hope_jax.cli.watched import failures
 from hope_jax.errors import UserError
 from hope_jax.train.compile import Report
-from hope_jax.train.work import Work
 
 
 def test_what_fails_or_takes_too_long_is_told_and_stops_nothing(tmp_path):
@@ -38,12 +41,44 @@ def test_an_error_is_a_result_and_a_mistake_is_not():
 
 @pytest.mark.parametrize(("room", "batch"), [(1000, 8), (499, 2), (10, 1)])
 def test_the_largest_batch_grows_with_the_temporaries_alone(room, batch):
-    report = Report(0.0, arguments=100, results=100, shared=100, temporaries=400, code=0, work=Work())
+    report = Report(0.0, arguments=100, results=100, shared=100, temporaries=400, code=0, text="")
     assert most_that_fit(4, report, room) == batch
 
 
 COST = {"chunk": 16, "head_size": 64, "length": 2048, "heads": 12, "batch": 2, "chip": "H1", "temporary_mb": 8.0}
 ATTENTION = COST | {"memory": "attention", "chunk": None, "impl": "auto", "both_ms": 2.0}
+
+
+def test_a_program_that_cannot_be_read_is_timed_all_the_same(monkeypatch):
+    monkeypatch.setattr(layer_cost, "work", {}.__getitem__)
+    shape = layer_cost.Shape("attention", None, 8, 8, 1, 1)
+    (row,) = layer_cost.costs(shape, ("auto",), jax.devices()[0], 1)
+    assert row["both_ms"] > 0 and reasons(row) == [row["not_counted"]] and "KeyError" in row["not_counted"]
+
+
+def test_a_card_that_jax_does_not_see_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_check, "CARD", tmp_path)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(UserError, match="has an NVIDIA card, and JAX does not see it"):
+        device_check.GpuCheckConfig().rows("kernels")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert device_check.on_cpu()
+
+
+def test_the_part_of_graphs_tells_xla_before_it_starts(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    seen = []
+    monkeypatch.setattr(jax, "default_backend", lambda: seen.append(os.environ["XLA_FLAGS"]) or "cpu")
+    device_check.GpuCheckConfig().rows("graphs")
+    assert seen == [f"--xla_dump_to=x {device_check.GRAPHS}"]
+
+
+def test_a_step_that_takes_all_the_time_is_measured_alone(untyped, monkeypatch):
+    monkeypatch.setattr(device_check, "SECONDS", -1.0)
+    setup = SimpleNamespace(start=lambda seed: 0, place=lambda batch: batch)
+    steps = []
+    assert device_check._seconds(lambda state, batch: (steps.append(batch.shape), 0), setup, (2, 3), 5) > 0
+    assert steps == [(2, 3)]
 
 
 def test_losses_are_against_the_best_form_and_against_attention():
@@ -89,5 +124,6 @@ def test_it_runs_on_a_cpu_with_tiny_shapes(tmp_path):
     exact = [row for row in rows if row["part"] == "exactness"]
     assert len(exact) == 11 and all(row["right"] for row in exact), exact
     assert [row["memory"] for row in rows if row["part"] == "kernels"].count("hope") == 3
+    assert [row["memory"] for row in rows if row["part"] == "graphs"] == ["hope", "hope"]
     assert sum("tokens_per_second" in row for row in rows) == 4
     assert "cpu" in (tmp_path / "gpu_check.md").read_text().splitlines()[0]

@@ -193,3 +193,60 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("attributes, left, right, result, flops", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_a_convolution_counts_what_meets_entries(attributes, left, right, result, flops):
     assert work(convolution(attributes, left, right, result)).flops == flops
+
+
+GPU = """HloModule jit_f, is_scheduled=true, frontend_attributes={fingerprint_before_lhs="a1"}
+
+%fused_add (p.0: f32[8,8]) -> f32[8,8] {
+  %p.0 = f32[8,8]{1,0} parameter(0)
+  ROOT %add.1 = f32[8,8]{1,0} add(%p.0, %p.0), metadata={op_name="jit(f)/while/body/add" stack_frame_id=3}
+}
+
+%gemm_fusion_dot.3 (p.1: f32[8,8], p.2: f32[8,8]) -> f32[8,8] {
+  %p.1 = f32[8,8]{1,0} parameter(0)
+  %p.2 = f32[8,8]{1,0} parameter(1)
+  ROOT %dot.4 = f32[8,8]{1,0} dot(%p.1, %p.2), lhs_contracting_dims={1}, algorithm=dot_bf16_bf16_f32
+}
+
+%command_buffer (p.3: f32[8,8]) -> f32[8,8] {
+  %p.3 = f32[8,8]{1,0} parameter(0)
+  %loop_add_fusion = f32[8,8]{1,0} fusion(%p.3), kind=kLoop, calls=%fused_add
+  %gemm.1 = (f32[8,8]{1,0}, s8[64]{0}) custom-call(%loop_add_fusion, %p.3), custom_call_target="__cublas$gemm", CONFIG
+  %get-tuple-element.1 = f32[8,8]{1,0} get-tuple-element(%gemm.1), index=0
+  ROOT %gemm_fusion_dot.3 = f32[8,8]{1,0} fusion(%get-tuple-element.1, %p.3), kind=kCustom, calls=%gemm_fusion_dot.3
+}
+
+%body (s.1: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %s.1 = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%s.1), index=0
+  %x.1 = f32[8,8]{1,0} get-tuple-element(%s.1), index=1
+  %call = f32[8,8]{1,0} call(%x.1), to_apply=%command_buffer
+  ROOT %t.1 = (s32[], /*index=1*/f32[8,8]{1,0}) tuple(%i.1, %call)
+}
+
+%less (s.2: (s32[], f32[8,8])) -> pred[] {
+  %s.2 = (s32[], f32[8,8]{1,0}) parameter(0)
+  ROOT %wrapped_compare = pred[] fusion(%s.2), kind=kLoop, calls=%fused_add
+}
+
+ENTRY %main.9 (x: f32[8,8], n: s32[]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %start = (s32[], f32[8,8]{1,0}) tuple(%n, %x)
+  %while.2 = (s32[], f32[8,8]{1,0}) while(%start), condition=%less, body=%body, TRIPS
+  %out = f32[8,8]{1,0} get-tuple-element(%while.2), index=1
+  %copy-start.1 = (f32[8,8]{1,0}, f32[8,8]{1,0}, u32[]) copy-start(%out)
+  ROOT %copy-done.1 = f32[8,8]{1,0} copy-done(%copy-start.1)
+}
+"""
+GPU = GPU.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"4"}}')
+CONFIG = 'backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_batch_dimensions":[]}}}'
+
+
+def test_programs_of_gpus_are_read_too():
+    """Graphs of commands are calls, and products are custom calls or fusions. Written by hand after XLA's form."""
+    found = work(GPU.replace("CONFIG", CONFIG))
+    assert found.calls == {"__cublas$gemm": 4} and found.flops == 4 * 2 * 8**3
+    assert (found.rounds, found.unknown, found.launches) == (4, 0, 4 * 3 + 1)
+    square = 8 * 8 * 4
+    assert found.moved == 4 * (2 * square + (3 * square + 64) + 3 * square) + 2 * square

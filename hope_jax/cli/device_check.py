@@ -8,7 +8,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,6 +24,7 @@ from hope_jax.cli.exactness import errors
 from hope_jax.cli.layer_cost import Memory, Shape, costs
 from hope_jax.cli.measuring import did_not_fit, told
 from hope_jax.cli.results import Row
+from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.memory.kernels import Impl, runs_kernel
 from hope_jax.models import ARCHITECTURES, Size
@@ -32,10 +33,13 @@ from hope_jax.train.devices import memory_of
 from hope_jax.train.flops import peak_flops
 
 Part = Literal[
-    "exactness", "hope-2048", "transformer_pp-2048", "kernels", "hope-16384", "transformer_pp-16384"
+    "exactness", "hope-2048", "transformer_pp-2048", "kernels", "graphs", "hope-16384", "transformer_pp-16384"
 ]  # the most telling first
-WEIGHTS: dict[str, float] = {"hope-2048": 2.0, "hope-16384": 2.0}
+WEIGHTS: dict[str, float] = {"exactness": 1.5, "hope-2048": 3.0, "kernels": 2.0, "hope-16384": 3.0}
 """By part: its share of the time, where it is not 1. Hope takes longest to compile."""
+GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
+"""What makes XLA record loops as CUDA graphs, too, so that the host does not start their instructions one by one."""
+CARD = Path("/dev/nvidia0")  # is there where the driver of an NVIDIA card is
 TOLERANCE = {"": 2e-4, "bfloat16_3x": 2e-3, "bfloat16": 0.2}
 """By the products of a form: the largest error of reads and gradients that counts as exact."""
 STEPS, SECONDS = 10, 15.0  # of a measured run: at most so many steps, and no new one after so long
@@ -60,14 +64,27 @@ class GpuCheckConfig:
 
     def rows(self, part: Part) -> Iterator[Row]:
         """Do one part in this process."""
-        toy = self.toy or jax.default_backend() == "cpu"
-        if part == "kernels":
-            return layers(toy)
+        if part == "graphs":  # before JAX looks for devices: flags are read then
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GRAPHS}".strip()
+        toy = self.toy or on_cpu()
+        if part in ("kernels", "graphs"):
+            return layers(toy, LAYERS[:2] if part == "graphs" else LAYERS[:6] if toy else LAYERS)
         training.keep_programs(self.cache)
         if part == "exactness":
             return exactness(toy)
         architecture, length = part.split("-")
         return speed(architecture, int(length), toy)
+
+
+def on_cpu() -> bool:
+    """Whether there is no accelerator. Raises UserError where there is a card that this JAX cannot use."""
+    cpu = jax.default_backend() == "cpu"
+    if cpu and CARD.exists() and os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise UserError(
+            'This machine has an NVIDIA card, and JAX does not see it: install "jax[cuda12]" or "jax[cuda13]", as the '
+            "driver asks for, or set JAX_PLATFORMS=cpu to check the CPU."
+        )
+    return cpu
 
 
 def prepare_processes() -> None:
@@ -79,12 +96,15 @@ def prepare_processes() -> None:
 
 
 def exactness(toy: bool) -> Iterator[Row]:
-    """Every form that applies, of a matrix memory; of Hope and Titans those that train, and of Hope three passes."""
+    """What trains first; then Hope in three passes and every form that applies of a matrix memory."""
     platform = jax.default_backend()
     forms = [impl for impl in get_args(Impl) if not runs_kernel(impl) or platform == "tpu" or toy]
-    of_hope: list[Impl] = ["auto", "chunked_bfloat16_3x", *(["pallas"] if platform == "tpu" else [])]
-    pairs: dict[Memory, list[Impl]] = {"gated_deltanet": forms, "titans": ["auto"], "hope": of_hope}
-    cases: list[tuple[Memory, Impl]] = [(memory, impl) for memory, impls in pairs.items() for impl in impls]
+    others = [impl for impl in forms if impl != "auto"]
+    of_hope: list[Impl] = ["chunked_bfloat16_3x", *(["pallas"] if platform == "tpu" else [])]
+    trained: dict[Memory, list[Impl]] = {"hope": ["auto"], "titans": ["auto"], "gated_deltanet": ["auto"]}
+    more: dict[Memory, list[Impl]] = {"hope": of_hope, "gated_deltanet": others}
+    pairs = [*trained.items(), *more.items()]
+    cases: list[tuple[Memory, Impl]] = [(memory, impl) for memory, impls in pairs for impl in impls]
     for memory, impl in cases:
         row: Row = {"memory": memory, "impl": impl}
         with told(row):
@@ -94,15 +114,23 @@ def exactness(toy: bool) -> Iterator[Row]:
         yield row
 
 
-def layers(toy: bool) -> Iterator[Row]:
-    """Six layers in the form that trains, those of Hope also with products in bfloat16."""
-    narrow: tuple[Impl, ...] = ("auto", "chunked_bfloat16_3x", "chunked_bfloat16")
-    of_hope: list[tuple[Memory, int, int]] = [("hope", 64, 64), ("hope", 16, 64), ("hope", 64, 32)]
-    others: list[tuple[Memory, int, int]] = [("attention", 64, 64), ("gated_deltanet", 64, 64), ("titans", 16, 64)]
-    cases = [*of_hope, *others]
-    for memory, chunk, size in cases:
+NARROW: tuple[Impl, ...] = ("chunked_bfloat16_3x", "chunked_bfloat16")
+LAYERS: list[tuple[Memory, int, int, tuple[Impl, ...]]] = [
+    ("hope", 64, 64, ("auto",)),
+    ("hope", 16, 64, ("auto",)),
+    ("attention", 64, 64, ("auto",)),
+    ("gated_deltanet", 64, 64, ("auto",)),
+    ("titans", 16, 64, ("auto",)),
+    ("hope", 64, 32, ("auto",)),
+    ("hope", 64, 64, NARROW),
+]
+"""Memory, tokens of a chunk, features of a head and forms of the layers that are measured, the most telling first."""
+
+
+def layers(toy: bool, cases: Sequence[tuple[Memory, int, int, tuple[Impl, ...]]]) -> Iterator[Row]:
+    """What these layers cost, each in the form that trains; one of Hope also with products in bfloat16."""
+    for memory, chunk, size, forms in cases:
         shape = _shape(memory, chunk // 8, size // 8, 32, 2, 1) if toy else _shape(memory, chunk, size, 2048, 12, 8)
-        forms = narrow if (memory, chunk, size) == cases[0] and not toy else narrow[:1]
         yield from costs(shape, forms, jax.devices()[0], 1 if toy else 10)
 
 
@@ -177,7 +205,7 @@ def _compiled(model: ModelConfig, row: Row) -> _Compiled:
 
 
 def _seconds(step: Callable[..., Any], setup: training.Setup, shape: tuple[int, ...], vocab: int) -> float:
-    """The median time of a step."""
+    """The median time of a step. The first one does not count, unless it takes so long that it is the only one."""
     state = setup.start(0)
     batch = setup.place(np.random.default_rng(0).integers(vocab, size=shape).astype(np.int32))
     times: list[float] = []
@@ -186,9 +214,9 @@ def _seconds(step: Callable[..., Any], setup: training.Setup, shape: tuple[int, 
         begun = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, batch))
         times.append(time.perf_counter() - begun)
-        if time.monotonic() - since > SECONDS and len(times) > 1:
+        if time.monotonic() - since > SECONDS:
             break
-    return statistics.median(times[1:])
+    return statistics.median(times[1:] or times)
 
 
 def most_that_fit(batch: int, report: Report, room: float) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hope_jax.cli.kernel_table import cells, losses, name
+from hope_jax.cli.kernel_table import cells, losses, name, reasons
 from hope_jax.cli.results import Row
 from hope_jax.cli.trials import grouped
 
@@ -24,13 +24,14 @@ def page(rows: Sequence[Row]) -> str:
     """All that a run found; what failed comes last."""
     device, version = next(((row["device"], row["jax"]) for row in rows if "device" in row), ("no device", "not known"))
     parts, trained = grouped(rows, lambda row: row["part"]), [row for row in rows if "tokens_per_second" in row]
-    of_layers = [row for row in parts.get("kernels", []) if "impl" in row]
+    of_layers, graphs = ([row for row in parts.get(part, []) if "impl" in row] for part in ("kernels", "graphs"))
     said = [f"# {device}, jax {version}", "", "`python -m experiments gpu_check`", ""]
     said += _section("Distance from float64, token by token", _exactness(parts.get("exactness", [])))
     said += _section("Training in bfloat16", _columns(trained, TRAINING))
     said += _section("Layers, in float32", cells(of_layers))
+    said += _section("Layers whose loops are CUDA graphs", cells(graphs))
     said += _listed("Where we lose", losses(of_layers))
-    said += _listed("What failed", [f"{row['part']} {_what(row)}: {row['failed']}" for row in rows if "failed" in row])
+    said += _listed("What failed", [f"{row['part']} {_what(row)}: {why}" for row in rows for why in reasons(row)])
     return "\n".join(said).rstrip() + "\n"
 
 

@@ -53,9 +53,14 @@ def table(lines: Sequence[Row]) -> list[str]:
     for chip, all_of_it in grouped(rows, lambda row: row["chip"]).items():
         same = last(all_of_it)
         said += [chip, *aligned(cells(same))]
-        said += [f"failed: {name(row)}: {row['failed']}" for row in same if "failed" in row]
+        said += [f"failed: {name(row)}: {why}" for row in same for why in reasons(row)]
         said += ["Where we lose:", *(losses(same) or ["nowhere"]), ""]
     return said
+
+
+def reasons(row: Row) -> list[str]:
+    """Why a row failed, or has no counts; nothing where it has all."""
+    return [row[key] for key in ("failed", "not_counted") if key in row]
 
 
 def losses(rows: Sequence[Row]) -> list[str]:

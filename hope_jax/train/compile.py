@@ -7,11 +7,13 @@
 The compiler of a TPU refuses a program that does not fit into the memory of a chip, so what compiles fits.
 """
 
+import functools
 import importlib
 import os
 import re
 import time
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -32,14 +34,15 @@ ALONE = {
 }
 
 
-class Report(NamedTuple):
+@dataclass(frozen=True)
+class Report:
     """What a compiled step needs on each chip.
 
     Attributes:
       seconds: to compile.
       arguments, results, shared: bytes of what goes in and comes out, and of what comes out in the place of arguments.
       temporaries, code: bytes besides.
-      work: what a chip computes and sends in a step.
+      text: the program; ``work`` reads it.
     """
 
     seconds: float
@@ -48,7 +51,12 @@ class Report(NamedTuple):
     shared: int
     temporaries: int
     code: int
-    work: Work
+    text: str
+
+    @functools.cached_property
+    def work(self) -> Work:
+        """What a chip computes and sends in a step."""
+        return work(self.text)
 
     @property
     def bytes(self) -> int:
@@ -108,7 +116,7 @@ def report_of(compiled: Any, seconds: float) -> Report:
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
-        work(compiled.as_text()),
+        compiled.as_text(),
     )
 
 

@@ -35,9 +35,11 @@ def main(arguments: Sequence[str]) -> int:
     prepare_processes()
     command, before = [sys.executable, "-m", "experiments", "gpu_check", "--here"], len(read_rows(path, ("part",)))
     command += ["--results", str(config.results), "--cache", str(config.cache), *(["--toy"] * config.toy), "--parts"]
-    for part, reason in failures({part: [*command, part] for part in config.parts}, 60 * config.minutes, WEIGHTS):
-        append(path, {"part": part, "failed": reason})
-    found = page(read_rows(path, ("part",))[before:])
-    write_file(config.results / "gpu_check.md", found.encode())
-    print(found)
+    try:
+        for part, reason in failures({part: [*command, part] for part in config.parts}, 60 * config.minutes, WEIGHTS):
+            append(path, {"part": part, "failed": reason})
+    finally:  # also where somebody stops the check
+        found = page(read_rows(path, ("part",))[before:])
+        write_file(config.results / "gpu_check.md", found.encode())
+        print(found)
     return 0

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from experiments import gpu_check
 from experiments.__main__ import main
 from hope_jax.cli import device_check, layer_cost
 from hope_jax.cli.device_check import most_that_fit
@@ -114,6 +115,18 @@ def test_the_page_has_the_card_every_part_and_what_failed():
         "* hope-16384 : stopped",
     ):
         assert line in text.splitlines()
+
+
+def test_a_check_that_is_stopped_leaves_the_page_of_what_it_found(tmp_path, monkeypatch):
+    def stopped(*_):
+        yield "graphs", "a reason"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check, "failures", stopped)
+    monkeypatch.setattr(gpu_check, "prepare_processes", lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--results", str(tmp_path), "--cache", str(tmp_path / "cache")])
+    assert "* graphs : a reason" in (tmp_path / "gpu_check.md").read_text().splitlines()
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Training on meshes of eight devices: the numbers of one device, parameters and optimizer states in parts."""
 
 import functools
-import itertools
 import math
 import re
 from collections import Counter
@@ -14,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from drawn import drawn
 from jax.sharding import PartitionSpec
-from jax.tree_util import keystr, tree_leaves_with_path
+from test_cli import mistake
 
 from hope_jax import models
 from hope_jax import train as training
@@ -25,12 +23,8 @@ from hope_jax.cli.in_context import InContextConfig
 from hope_jax.cli.pretrain import PretrainConfig
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.models import ARCHITECTURES, LanguageModel, Size, with_impl, with_in_context
+from hope_jax.models import ARCHITECTURES, LanguageModel, Size
 from hope_jax.nn.axes import AXES, matrices
-from hope_jax.nn.mixers.gated_deltanet import GatedDeltaNetConfig
-from hope_jax.nn.mixers.lstm import LSTMConfig
-from hope_jax.nn.mixers.mamba2 import Mamba2Config
-from hope_jax.nn.mixers.srwm import SRWMConfig
 from hope_jax.optim import M3, AdamW, Muon, scale_by_m3
 from hope_jax.optim.m3_rules import MomentumScale
 from hope_jax.optim.newton_schulz import NewtonSchulz
@@ -39,83 +33,14 @@ from hope_jax.train.sharding import (
     LEFT_OVER,
     RULES,
     _spread,
-    model_on,
     partition,
     placed,
     specs_of_parameters,
 )
-from hope_jax.train.work import work
 
 VOCAB, B, T = 48, 8, 64  # several chunks of every memory
 SIZE = Size(width=32, layers=2, heads=4, vocab_size=VOCAB, context=64, levels=(Level(16), Level(32)))
-MODELS = {name: ARCHITECTURES[name](SIZE) for name in ("transformer_pp", "hope", "titans", "gated_deltanet")}
-MODELS["gated_deltanet"] = replace(MODELS["gated_deltanet"], mixer=GatedDeltaNetConfig(4, 8, 8))  # not one head
-MODELS["kernels"] = with_impl(MODELS["hope"], "pallas")
-MODELS["levels in context"] = with_in_context(ARCHITECTURES["hope_attention"](SIZE), (4, 8))
-EVERYWHERE = tuple(MODELS)
-MODELS["mamba2"] = replace(MODELS["gated_deltanet"], mixer=Mamba2Config(16, 8))  # all heads share their keys
-MODELS["lstm"] = replace(MODELS["gated_deltanet"], mixer=LSTMConfig())
-MODELS["srwm"] = replace(MODELS["gated_deltanet"], mixer=SRWMConfig(4))
-MODELS |= {name: ARCHITECTURES[name](SIZE) for name in ("hope_tnt", "memory_caching", "transformer_conv")}
-MODELS["samba"] = ARCHITECTURES["samba"](replace(SIZE, width=128))  # heads have 64 features
-OTHERS = dict.fromkeys(MODELS, "sequence") | {"ttt_linear": "all"}
-MODELS["ttt_linear"] = ARCHITECTURES["ttt_linear"](SIZE)  # its heads share gains
-MESHES = {"all": MeshConfig(2, 2, 2), "fsdp": MeshConfig(1, 8), "tensor": MeshConfig(4, 1, 2)}
-MESHES["sequence"] = MeshConfig(1, 2, 2, 2)
-RECURRENT = ("gated_deltanet", "hope", "titans", "mamba2", "lstm", "srwm")
-FAST = ("transformer_pp", "all"), ("gated_deltanet", "sequence")
-
-
-def rows(pairs):
-    """Parameters of a test, slow but for those that are ``FAST``."""
-    return [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in pairs]
-
-
-@functools.cache
-def step_of(name, mesh):
-    """State and metrics after one step of gradient descent with momentum, and the text of the program."""
-    config = replace(MODELS[name], dtype=jnp.float64)
-    batch = np.random.default_rng(0).integers(0, VOCAB, (B, T + 1)).astype(np.int32)
-    params = drawn(LanguageModel(config).init, batch[:, :1], spread=0.18, retention_bias=4.0)
-    mesh = None if mesh is None else MESHES[mesh].make(B)
-    model = model_on(mesh, config)
-    loss, init = training.next_token_loss(model, np.ones(VOCAB)), functools.partial(training.init_params, model)
-    setup = training.Setup(init, loss, optax.sgd(1.0, 0.9), lambda step: 1.0, mesh=mesh, axes=model.axes())
-    state, batch = setup.start(0, params), setup.place(batch)
-    quick = {"xla_backend_optimization_level": 0}  # to compile
-    program = cast(Any, setup.step).lower(state, batch).compile(quick)
-    return *program(state, batch), str(program.as_text())
-
-
-@pytest.mark.parametrize(
-    ("name", "mesh"),
-    rows([(name, mesh) for name in MODELS for mesh in MESHES if name in EVERYWHERE or mesh == OTHERS.get(name)]),
-)
-def test_a_step_on_a_mesh_is_the_step_on_one_device(x64, name, mesh):
-    expected = jax.device_get(step_of(name, None)[:2])
-    state, metrics, _ = step_of(name, mesh)
-    found = jax.device_get((state, metrics))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, expected)
-    for (path, leaf), moment in zip(tree_leaves_with_path(state.params), jax.tree.leaves(state.opt_state), strict=True):
-        assert leaf.sharding.is_equivalent_to(moment.sharding, leaf.ndim), keystr(path)
-    leaves = tree_leaves_with_path(state.params["blocks"])
-    kernel = next(leaf for path, leaf in leaves if "feed_forward" in keystr(path) and leaf.ndim == 3)
-    parts = MESHES[mesh].fsdp * MESHES[mesh].tensor
-    assert kernel.addressable_shards[0].data.size * parts == kernel.size
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["transformer_pp", "gated_deltanet", "titans"])
-def test_no_head_is_gathered(x64, name):
-    assert "all-gather" not in step_of(name, "tensor")[2]
-
-
-@pytest.mark.parametrize(("name", "mesh"), rows(itertools.product(RECURRENT, MESHES)))
-def test_devices_exchange_nothing_between_two_chunks_of_a_memory(x64, name, mesh):
-    """Nor between two tokens of a mixer without chunks; what heads start from is gathered before the loop over time."""
-    done = work(step_of(name, mesh)[2])
-    assert done.rounds > 2 * 2 * SIZE.layers  # besides those over the layers, forward and back
-    assert done.looped and not done.nested
+MESHES = {"all": MeshConfig(2, 2, 2), "fsdp": MeshConfig(1, 8)}
 
 
 @pytest.mark.parametrize(("method", "copies"), [(AdamW(), 2), (Muon(), 1), (M3(), 4)], ids=["adamw", "muon", "m3"])
@@ -125,7 +50,7 @@ def test_what_the_optimizer_keeps_of_a_parameter_lies_where_the_parameter_does(m
     tx = training.optimizer(config, 10, model.config.update_every(B * T), model.axes())
     params = training.abstract_params(model)
     trees = params, jax.eval_shape(tx.init, params)
-    where = placed(mesh, specs_of_parameters(mesh, model.axes(), params), trees)
+    where = placed(mesh, specs_of_parameters(mesh.shape, model.axes(), params), trees)
     of_params, of_state = (
         Counter(place.spec for leaf, place in zip(*map(jax.tree.leaves, pair), strict=True) if leaf.ndim == 3)
         for pair in zip(trees, where, strict=True)
@@ -214,7 +139,7 @@ def test_every_axis_name_has_a_rule_and_a_mesh_axis_splits_one_axis_of_a_paramet
 def test_with_fsdp_alone_each_device_holds_its_part_of_all_parameters():
     mesh, model = MESHES["fsdp"].make(B), LanguageModel(ARCHITECTURES["hope"](replace(SIZE, width=64)))
     params = training.abstract_params(model)
-    where = placed(mesh, specs_of_parameters(mesh, model.axes(), params), params)
+    where = placed(mesh, specs_of_parameters(mesh.shape, model.axes(), params), params)
     leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(where), strict=True))
     held = sum(math.prod(place.shard_shape(leaf.shape)) for leaf, place in leaves)
     assert held <= 1.15 * sum(leaf.size for leaf, _ in leaves) / mesh.size
@@ -286,6 +211,33 @@ def test_every_named_model_is_asked_whether_its_heads_can_be_shared():
 def test_a_mesh_that_does_not_fit_the_flags_is_refused_before_anything_is_read(flags, said):
     with pytest.raises(UserError, match=said):
         PretrainConfig(Path("run"), **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--mesh.data 3", "mesh.data x mesh.fsdp is 3, which cannot share 4 sequences; give a divisor of that"),
+        ("--mesh.fsdp 3", "mesh.fsdp is 3, which cannot share 4 sequences; give a divisor of that"),
+        ("--batch 5 --mesh.fsdp 5", "mesh.fsdp is 5; give a divisor of the model's width, 192"),
+        ("--mesh.tensor 4", "mesh.tensor is 4; give a divisor of the model's heads, 6"),
+        ("--mesh.tensor 3", "mesh.tensor is 3; give a divisor of 400 on axis 'hidden'"),
+        ("--model rwkv7-tiny --mesh.tensor 2", "mesh.tensor is 2; give a divisor of 3 on axis 'heads'"),
+        ("--model mamba2-tiny --mesh.tensor 3", "mesh.tensor is 3; give a divisor of 512 on axis 'all_heads'"),
+        ("--mesh.sequence 3", "mesh.sequence is 3, which cannot share the 512 tokens of a sequence"),
+        ("--mesh.tensor 2 --mesh.sequence 2", "mesh.tensor x mesh.sequence is 4; give a divisor of the model's heads"),
+        ("--model rwkv7-tiny --mesh.sequence 2", "mesh.sequence is 2 and a mixer RWKV7Config; leave it out"),
+    ],
+)
+def test_the_command_refuses_what_devices_cannot_share_before_it_makes_a_folder(capfd, tmp_path, flags, said):
+    assert said in mistake(capfd, ["pretrain", "--run", str(tmp_path / "run"), *flags.split()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_refuses_more_devices_than_there_are(capfd, tmp_path):
+    (tmp_path / "text.txt").write_text("some text. " * 2000)
+    flags = ["--batch", "16", "--length", "32", "--mesh.data", "16", "--data.path", str(tmp_path / "text.txt")]
+    error = mistake(capfd, ["pretrain", "--run", str(tmp_path / "run"), *flags])
+    assert "16 devices are asked for, which do not divide the 8 that there are" in error
 
 
 def test_a_parameter_that_cannot_be_split_is_named():

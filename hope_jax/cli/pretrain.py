@@ -107,7 +107,7 @@ class PretrainConfig:
         others = (self.model, self.cms) != (PretrainConfig.model, InContextConfig())
         check_stage(self.run, self.stage_two, self.local_period, others)
         if self.stage_two is None:
-            self.mesh.check_model(model)
+            training.check_shares(self.mesh, model)
         at_least(self, 1, "steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every")
         at_least(self, 2, "keep")
         at_least(self, 0, "sample_tokens", "most_skipped", "z_loss")

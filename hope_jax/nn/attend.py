@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.errors import UserError
+from hope_jax.nn.heads import copies
 from hope_jax.nn.layers import last_of, param_dtype
+from hope_jax.nn.tokens import by_head
 from hope_jax.types import Array, Bool, Count, Float, Int
 
 
@@ -79,10 +81,16 @@ def attend(
 ) -> Float[Array, "B H T K"]:
     """The last T tokens of ``cache`` (positions ``cache.position - T ...``) look at their past, and at ``prefix``.
 
-    Each head of the cache serves a group of heads of q that follow each other. ``each``: slots of a full cache per
-    token, all of which it sees; ``cache.position`` then counts slots.
+    Each head of the cache serves a group of heads of q that follow each other; where devices share the heads of a
+    group, each has the keys and values of its heads. ``each``: slots of a full cache per token, all of which it sees;
+    ``cache.position`` then counts slots.
     """
     batch, heads, time, size = q.shape
+    if (times := copies(cache.keys.shape[1], heads)) > 1:
+        keys, values = (by_head(jnp.repeat(x, times, axis=1)) for x in (cache.keys, cache.values))
+        cache = cache._replace(keys=keys, values=values)
+        if prefix is not None:
+            prefix = Prefix(*(jnp.repeat(x, times, axis=0) for x in prefix))
     key_heads = cache.keys.shape[1]
     if heads == key_heads:
         return _attend(q, cache, window, prefix, each)

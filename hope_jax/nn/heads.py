@@ -1,13 +1,14 @@
 """What every head of every sequence computes; on a mesh, each device computes the heads and the sequences it has."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from hope_jax.memory.kernels import Impl, cpu
-from hope_jax.memory.mesh import on_each
+from hope_jax.memory.mesh import SHARE_HEADS, devices_along, of_context, on_each
 
 
 def over_heads(
@@ -23,6 +24,15 @@ def over_heads(
     ``common`` what all heads share: on a mesh ``head`` may use no other array from outside that is differentiated.
     """
     return on_each(functools.partial(_over_heads, head, impl, len(common), len(shared)), shared, own, common=common)
+
+
+def copies(groups: int, heads: int) -> int:
+    """How often what the heads of a group share is repeated, so that on a mesh each device has it for its heads.
+
+    1 without a mesh, and where the devices do not divide the heads of a group.
+    """
+    times = math.lcm(groups, devices_along(of_context(), SHARE_HEADS)) // groups
+    return times if heads // groups % times == 0 else 1
 
 
 def _over_heads(head: Callable[..., Any], impl: Impl, first: int, count: int, *given: Any) -> Any:

@@ -29,6 +29,7 @@ with extra("train"):
     from hope_jax.train.saving import Saver, save
     from hope_jax.train.schedules import SCHEDULES, Schedule
     from hope_jax.train.setup import Setup, at_rate
+    from hope_jax.train.sharding import check_shares
     from hope_jax.train.step import (
         Mean,
         TrainState,
@@ -44,8 +45,8 @@ with extra("train"):
 __all__ = [
     "Batches", "ComputedBatches", "DamagedCheckpoint", "Diverged", "Interrupt", "JoinedBatches", "Mean", "MeshConfig",
     "OptimizerConfig", "ProcessesConfig", "Remat", "Result", "Run", "SCHEDULES", "Saver", "Schedule", "Setup", "Steps",
-    "TIMED", "TextRun", "TrainState", "abstract_params", "answer_loss", "at_rate", "compile_step", "cores",
-    "count_bytes", "count_parameters", "fit", "flops_per_token", "init_params", "is_first", "keep_programs",
+    "TIMED", "TextRun", "TrainState", "abstract_params", "answer_loss", "at_rate", "check_shares", "compile_step",
+    "cores", "count_bytes", "count_parameters", "fit", "flops_per_token", "init_params", "is_first", "keep_programs",
     "median_speed", "model_setup", "next_token_loss", "open_run", "optimizer", "progress", "read_manifest", "read_rows",
     "restore", "restore_params", "save", "saved_steps", "schedule", "split_host", "state_bytes", "text_setup", "told",
     "topology", "train_step",

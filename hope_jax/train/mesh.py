@@ -88,11 +88,10 @@ class MeshConfig:
         if model.width % self.fsdp:
             raise UserError(f"mesh.fsdp is {self.fsdp}; give a divisor of the model's width, {model.width}")
         for part in _configs((model.mixer,)):
-            for name in ("heads", "key_heads"):
-                heads: Any = getattr(part, name, None)
-                heads = heads(model.width) if callable(heads) else heads
-                if heads and heads % count:
-                    raise UserError(f"{which} is {count}; give a divisor of the model's {name}, {heads}")
+            heads: Any = getattr(part, "heads", None)
+            heads = heads(model.width) if callable(heads) else heads
+            if heads and heads % count:
+                raise UserError(f"{which} is {count}; give a divisor of the model's heads, {heads}")
 
     def _check_mixers(self, model: ModelConfig) -> None:
         """Raise UserError unless the mixers are known to compute along ``sequence`` what they compute on one device."""

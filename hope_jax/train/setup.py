@@ -140,7 +140,7 @@ class Setup:
         """Where parameters lie, and where the optimizer works on them."""
         if self.mesh is None or self.axes is None:
             return {}, {}
-        given = self.mesh, self.axes, self._shapes.params
+        given = self.mesh.shape, self.axes, self._shapes.params
         specs = specs_of_parameters(*given)
         return specs, specs | specs_of_matrices(*given) if self.by_matrix else specs
 

@@ -5,6 +5,7 @@ what the optimizer keeps of a parameter in the parameter's shape lies where the 
 not mention devices: JAX follows the placement of its arguments and moves between devices what has to be moved.
 """
 
+import functools
 import itertools
 import math
 import operator
@@ -21,7 +22,8 @@ from hope_jax.memory.mesh import SHARE_BATCH, SHARE_TOKENS
 from hope_jax.models import LanguageModel, ModelConfig
 from hope_jax.nn.axes import AXES, Axes, Names, matrices, of_parameters
 from hope_jax.optim.matrices import MATRIX, MuonDimensionNumbers
-from hope_jax.train.mesh import MeshConfig
+from hope_jax.train.mesh import MESH, MeshConfig
+from hope_jax.train.step import init_params
 
 RULES: Mapping[str, str | None] = {
     "embed": "fsdp",
@@ -47,6 +49,16 @@ def model_on(mesh: Mesh | None, config: ModelConfig, remat: bool = False) -> Lan
         return LanguageModel(config, remat)
     MeshConfig(**mesh.shape).check_model(config)
     return LanguageModel(config, remat, NamedSharding(mesh, PartitionSpec(SHARE_BATCH, SHARE_TOKENS)))
+
+
+def check_shares(config: MeshConfig, model: ModelConfig) -> None:
+    """Raise UserError unless the devices divide the model's width and heads, and of its parameters what they share."""
+    config.check_model(model)
+    devices = dict.fromkeys(MESH, 1) | config.given
+    if devices["fsdp"] * devices["tensor"] > 1:
+        whole = LanguageModel(model)
+        key = jax.eval_shape(jax.random.key, 0)
+        specs_of_parameters(devices, whole.axes(), jax.eval_shape(functools.partial(init_params, whole), key))
 
 
 def partition(devices: Mapping[str, int], names: Names, sizes: Sequence[int]) -> PartitionSpec:
@@ -75,21 +87,24 @@ Specs = dict[str, tuple[tuple[int, ...], PartitionSpec]]
 """Path of a parameter -> its shape, and where it lies."""
 
 
-def specs_of_parameters(mesh: Mesh, axes: Axes, params: Any) -> Specs:
-    """Where parameters with these axes lie. Raises UserError where devices do not divide what they are to share."""
+def specs_of_parameters(devices: Mapping[str, int], axes: Axes, params: Any) -> Specs:
+    """Where parameters with these axes lie on a mesh of so many ``devices`` along each axis.
+
+    Raises UserError where devices do not divide what they are to share.
+    """
     names_at = of_parameters(axes, tuple)(params)
     named = tree_leaves_with_path(names_at, is_leaf=lambda node: isinstance(node, tuple))
     found = {}
     for (path, names), leaf in zip(named, jax.tree.leaves(params), strict=True):
-        found[keystr(path)] = leaf.shape, (spec := partition(mesh.shape, names, leaf.shape))
+        found[keystr(path)] = leaf.shape, (spec := partition(devices, names, leaf.shape))
         for name, size, axis in zip(names, leaf.shape, spec, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
+            if axis is not None and size % devices[axis]:
                 what = f"{size} on axis {name!r} ({AXES[name]}) of parameter {keystr(path)}"
-                raise UserError(f"mesh.{axis} is {mesh.shape[axis]}; give a divisor of {what}")
+                raise UserError(f"mesh.{axis} is {devices[axis]}; give a divisor of {what}")
     return found
 
 
-def specs_of_matrices(mesh: Mesh, axes: Axes, params: Any) -> Specs:
+def specs_of_matrices(devices: Mapping[str, int], axes: Axes, params: Any) -> Specs:
     """Where an optimizer works on matrices: each is whole in one place, and equal ones are spread over the devices.
 
     Where the devices do not divide them, several devices hold the same matrices.
@@ -99,7 +114,7 @@ def specs_of_matrices(mesh: Mesh, axes: Axes, params: Any) -> Specs:
     found = {}
     for (path, label), leaf in zip(labelled, jax.tree.leaves(params), strict=True):
         if isinstance(label, MuonDimensionNumbers):  # its first axes count matrices
-            found[keystr(path)] = leaf.shape, _spread(mesh.shape, leaf.shape[:-2])
+            found[keystr(path)] = leaf.shape, _spread(devices, leaf.shape[:-2])
         elif label == MATRIX:
             found[keystr(path)] = leaf.shape, PartitionSpec()
     return found

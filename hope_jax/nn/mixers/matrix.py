@@ -19,10 +19,9 @@ from jax.typing import DTypeLike
 from hope_jax.errors import UserError
 from hope_jax.memory import gated_delta
 from hope_jax.memory.kernels import Impl
-from hope_jax.memory.mesh import SHARE_HEADS, devices_along, of_context
 from hope_jax.nn import layers
 from hope_jax.nn.axes import Axes, conv_axes, dense_axes
-from hope_jax.nn.heads import over_heads
+from hope_jax.nn.heads import copies, over_heads
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
 Gate = Float[Array, "B H T"]
@@ -140,9 +139,8 @@ def write_and_read(
     mesh whose devices share the heads of a group, each device has the keys of its heads.
     """
     heads = memory.shape[1]
-    copies = math.lcm(keys.shape[1], devices_along(of_context(), SHARE_HEADS)) // keys.shape[1]
-    if copies > 1 and heads // keys.shape[1] % copies == 0:
-        keys, queries = (jnp.repeat(x, copies, axis=1) for x in (keys, queries))
+    if (times := copies(keys.shape[1], heads)) > 1:
+        keys, queries = (jnp.repeat(x, times, axis=1) for x in (keys, queries))
     groups = keys.shape[1]
     active = None if count is None else (jnp.arange(keys.shape[2]) < count).astype(keys.dtype)
     run = functools.partial(gated_delta, active=active, read="after", impl=impl)

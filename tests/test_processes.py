@@ -1,5 +1,6 @@
 """Several processes on this machine train as one: same numbers, one set of files, and none is left alone."""
 
+import concurrent.futures
 import functools
 import os
 import shutil
@@ -201,10 +202,25 @@ def test_what_process_0_cannot_read_ends_all_with_its_sentence(tmp_path, as_proc
             found_by_first(gone.read_bytes)
 
 
-def test_a_process_waits_for_the_seal_of_process_0_but_not_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "SEALING", 0)
-    with pytest.raises(TimeoutError, match="process 0 has not finished it .* all processes must share it"):
-        saving._wait_for(tmp_path / "manifest.json")
+def test_all_processes_hear_from_process_0_whether_a_step_is_sealed(tmp_path, as_process, monkeypatch):
+    """No process looks for the seal on its disk: one that does not see the folder would wait for ever."""
+
+    def wait(index, problem):
+        as_process(index)
+        monkeypatch.setattr(saving, "is_first", lambda: index == 0)
+        saver = saving.Saver(tmp_path, keep=2)
+        saver._last = concurrent.futures.Future()
+        if index == 0 and problem:
+            saver._last.set_exception(problem)
+        else:
+            saver._last.set_result(None)  # what a process has written itself
+        saver.wait()
+
+    wait(0, None)
+    wait(1, None)
+    for index in (0, 1):
+        with pytest.raises(UserError, match="Step 3 could not be saved"):
+            wait(index, UserError("Step 3 could not be saved."))
 
 
 def test_a_process_alone_decides_for_itself_at_once():

@@ -119,15 +119,14 @@ def fit(
 
 def _record(run: Run | None, done: int) -> Record:
     """The record, which process 0 alone writes; all know what was measured before."""
-    record = Record(None, done)
+    opened: list[Record] = []  # in process 0
 
-    def opened() -> dict[int, Means]:
-        nonlocal record
-        record = Record(run.folder if run else None, done)
-        return record.heldout
+    def open_first() -> dict[int, Means]:
+        opened.append(Record(run.folder if run else None, done))
+        return opened[0].heldout
 
-    record.heldout = dict(found_by_first(opened))
-    return record
+    measured = found_by_first(open_first)
+    return opened[0] if opened else Record(None, done, measured)
 
 
 def _state(

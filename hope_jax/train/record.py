@@ -66,11 +66,12 @@ def median_speed(folder: Path) -> float:
 class Record(contextlib.AbstractContextManager["Record"]):
     """The open logs of a run that stands at ``step``, empty if that is 0; a context manager.
 
-    ``heldout``: the means over held-out batches by step. ``folder``: of the run; None writes nothing down.
+    ``heldout``: the means over held-out batches by step. ``folder``: of the run; None writes nothing down, and begins
+    with the means ``measured`` before.
     """
 
-    def __init__(self, folder: Path | None, step: int):
-        self.heldout: dict[int, Means] = {}
+    def __init__(self, folder: Path | None, step: int, measured: Mapping[int, Means] | None = None):
+        self.heldout: dict[int, Means] = dict(measured or {})
         self._file, self._board = None, None
         if folder is None:
             return

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,8 @@ from hope_jax.storage import digests
 from hope_jax.storage.array_digests import describe_parts
 from hope_jax.train.checkpoint import FOLDER, MANIFEST, PARAMS, Manifest, parted, plain_path, read_parts, saved_steps
 from hope_jax.train.devices import shape_at
-from hope_jax.train.processes import count, is_first
+from hope_jax.train.processes import count, found_by_first, is_first
 from hope_jax.train.step import TrainState, count_bytes
-
-SEALING = 1800
-"""Seconds that process 0 may take to digest what all have written, and the file system to show it."""
 
 
 class Saver(contextlib.AbstractContextManager["Saver"]):
@@ -64,15 +60,22 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
                 _prune(self._run, self._keep, self._keep_every)
 
     def check(self) -> None:
-        """Raise what went wrong in the background. Does not wait."""
+        """Raise what went wrong in the background of this process. Does not wait."""
         if self._last is not None and self._last.done():
-            self.wait()
+            self._last.result()
 
     def wait(self) -> None:
-        """Return when the last state is a saved step. Raises UserError where it cannot be."""
+        """Return when the last state is a saved step; all processes call it. Raises UserError where it cannot be.
+
+        Whether it is sealed the others hear from process 0: a folder that they do not share would never show it to
+        them. If process 0 ends, they end with it (``watch.py``).
+        """
         last, self._last = self._last, None
-        if last is not None:
-            last.result()
+        if last is None:
+            return
+        if not is_first():
+            last.result()  # its own part is written
+        found_by_first(last.result)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
@@ -119,7 +122,7 @@ def _begin(
         with open_path:
             writing.result()
         if not is_first():
-            return _wait_for(folder / MANIFEST)
+            return
         _force_to_disk(folder)
         manifest = Manifest(step, data, about, arrays(), digests.digest_files(folder, MANIFEST))
         if count() == 1:
@@ -128,18 +131,6 @@ def _begin(
         _force(folder)
 
     return finish
-
-
-def _wait_for(manifest: Path) -> None:
-    """Return when process 0 has sealed the step. If it cannot, it ends, and this process with it (``watch.py``)."""
-    until = time.monotonic() + SEALING
-    while not manifest.exists():
-        if time.monotonic() > until:
-            raise TimeoutError(
-                f"process 0 has not finished it in {SEALING / 60:.0f} minutes, as this process sees the folder: all "
-                "processes must share it, at the same path"
-            )
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -58,6 +58,8 @@ ALONG_TIME = {*EVERYWHERE, *RECURRENT, "hope_tnt", "memory_caching", "transforme
 ALONG_TIME |= {"key heads 1", "key heads 2"}
 WHERE = {"all": tuple(MODELS), "fsdp": EVERYWHERE, "tensor": EVERYWHERE, "sequence": tuple(sorted(ALONG_TIME))}
 FAST = ("transformer_pp", "all"), ("gated_deltanet", "sequence")
+# Of absolute differences. Moneta's gradient, up to 143, moves by 5e-8 where the parameters move by 1e-15 of themselves.
+CLOSE = dict.fromkeys(MODELS, 1e-11) | {"moneta": 1e-7}
 
 
 def rows(pairs):
@@ -91,7 +93,7 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(x64, name, mesh):
     expected = jax.device_get(step_of(name, None)[:2])
     state, metrics, _ = step_of(name, mesh)
     found = jax.device_get((state, metrics))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=CLOSE[name]), found, expected)
     for (path, leaf), moment in zip(tree_leaves_with_path(state.params), jax.tree.leaves(state.opt_state), strict=True):
         assert leaf.sharding.is_equivalent_to(moment.sharding, leaf.ndim), keystr(path)
     leaves = tree_leaves_with_path(state.params["blocks"])

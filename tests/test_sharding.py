@@ -45,7 +45,7 @@ MESHES = {"all": MeshConfig(2, 2, 2), "fsdp": MeshConfig(1, 8)}
 
 @pytest.mark.parametrize(("method", "copies"), [(AdamW(), 2), (Muon(), 1), (M3(), 4)], ids=["adamw", "muon", "m3"])
 def test_what_the_optimizer_keeps_of_a_parameter_lies_where_the_parameter_does(method, copies):
-    mesh, model = MESHES["all"].make(B), LanguageModel(MODELS["transformer_pp"])
+    mesh, model = MESHES["all"].make(B), LanguageModel(ARCHITECTURES["transformer_pp"](SIZE))
     config = training.OptimizerConfig(method, 1e-3)
     tx = training.optimizer(config, 10, model.config.update_every(B * T), model.axes())
     params = training.abstract_params(model)

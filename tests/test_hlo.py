@@ -78,6 +78,52 @@ def test_nested_loops_count_as_often_as_they_run_and_of_branches_the_larger():
     assert found.moved == 3 * 5 * (2 * 4 * 8 * 4 + 4 * 8 * 8 + 2 * 4 * 8 * 4) + once
 
 
+OF_A_TPU = """HloModule exchanges
+
+%fused_computation.1 (p.0: bf16[2,8]) -> (bf16[2,8], bf16[4,8]) {
+  %p.0 = bf16[2,8]{1,0} parameter(0)
+  %g.0 = bf16[4,8]{1,0} all-gather(%p.0), channel_id=7, dimensions={0}
+  ROOT %c.0 = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) custom-call(%g.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.2 (p.1: bf16[2,8], p.2: f32[4,8], p.3: f32[8,8]) -> f32[4,8] {
+  %p.1 = bf16[2,8]{1,0} parameter(0)
+  %p.2 = f32[4,8]{1,0} parameter(1)
+  %p.3 = f32[8,8]{1,0} parameter(2)
+  %g.1 = bf16[4,8]{1,0} all-gather(%p.1), channel_id=7, dimensions={0}
+  ROOT %dot.1 = f32[4,8]{1,0} dot(%p.2, %p.3), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%fused_computation.3 (p.4: bf16[2,8]) -> bf16[4,8] {
+  %p.4 = bf16[2,8]{1,0} parameter(0)
+  %g.2 = bf16[4,8]{1,0} all-gather(%p.4), channel_id=7, dimensions={0}
+  ROOT %c.1 = bf16[4,8]{1,0} custom-call(%p.4, %g.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter.4.clone.1 (p.5: f32[4,8]) -> f32[2,8] {
+  %p.5 = f32[4,8]{1,0} parameter(0)
+  %r.0 = f32[4,8]{1,0} all-reduce(%p.5), channel_id=8, to_apply=%add
+  ROOT %s.0 = f32[2,8]{1,0} slice(%r.0), slice={[0:2], [0:8]}
+}
+
+ENTRY %main (a: bf16[2,8], b: f32[4,8], w: f32[8,8]) -> f32[2,8] {
+  %a = bf16[2,8]{1,0} parameter(0)
+  %b = f32[4,8]{1,0} parameter(1)
+  %w = f32[8,8]{1,0} parameter(2)
+  %begun = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) fusion(%a), kind=kLoop, calls=%fused_computation.1
+  %beside = f32[4,8]{1,0} fusion(%a, %b, %w), kind=kOutput, calls=%async_collective_fusion.2
+  %done = bf16[4,8]{1,0} fusion(%a), kind=kLoop, calls=%fused_computation.3
+  ROOT %mine = f32[2,8]{1,0} fusion(%beside), kind=kCustom, calls=%all-reduce-scatter.4.clone.1
+}
+"""
+
+
+def test_what_a_tpu_gathers_beside_other_work_counts_once_and_a_part_of_a_sum_is_a_reduce_scatter():
+    found = work(OF_A_TPU)
+    assert found.collectives == {"all-gather": 1, "reduce-scatter": 1} and found.flops == ROUND
+    assert found.sent == {"all-gather": 2 * 8 * 2, "reduce-scatter": 4 * 8 * 4} and not found.calls
+
+
 PARTS = """HloModule parts
 
 %fused (p.0: f32[99,8], p.1: f32[1,8], p.2: f32[99,8], p.3: s32[]) -> (f32[99,8], f32[1,8]) {

@@ -19,7 +19,12 @@ from hope_jax.train.moved import moved
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 CALLED = ("calls", "to_apply", "body", "condition", "called_computations")
 # Custom calls of TPU programs that compute nothing.
+STARTED, ENDED = "AsyncCollectiveStart", "AsyncCollectiveDone"
 MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding")
+MARKS += (STARTED, ENDED)
+# How TPU programs name computations that hold an all-reduce, and a part of it: a reduce-scatter; and those that go on
+# with a collective, beside other work, which another computation has started.
+SCATTERS, GOES_ON = "all-reduce-scatter", "async_collective_fusion"
 # Instructions that hold others, and those that start nothing.
 HOLDERS = ("call", "while", "conditional", "async-start")
 IDLE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "domain")
@@ -83,9 +88,18 @@ def work(text: str) -> Work:
     @functools.cache
     def of(name: str) -> Work:
         here = computations[name]
-        return sum((_of_instruction(each, here, computations, of) for each in here.lines.values()), Work())
+        found = sum((_of_instruction(each, here, computations, of) for each in here.lines.values()), Work())
+        if name.startswith(GOES_ON) or ENDED in map(_target, here.lines.values()):
+            return replace(found, collectives=Counter(), sent=Counter())  # counted where it started
+        return _scattered(found) if name.startswith(SCATTERS) else found
 
     return of(entry)
+
+
+def _scattered(found: Work) -> Work:
+    """The same, its all-reduces as reduce-scatters."""
+    collectives, sent = (Counter({"reduce-scatter": each["all-reduce"]}) for each in (found.collectives, found.sent))
+    return replace(found, collectives=collectives, sent=sent)
 
 
 def _of_instruction(

@@ -3,6 +3,7 @@
 import json
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -16,6 +17,7 @@ from hope_jax.cli.kernel_table import last, losses, reasons
 from hope_jax.cli.measuring import told
 from hope_jax.cli.watched import failures
 from hope_jax.errors import UserError
+from hope_jax.models import ARCHITECTURES, Size
 from hope_jax.train.compile import Report
 
 
@@ -55,6 +57,12 @@ def test_a_program_that_cannot_be_read_is_timed_all_the_same(monkeypatch):
     shape = layer_cost.Shape("attention", None, 8, 8, 1, 1)
     (row,) = layer_cost.costs(shape, ("auto",), jax.devices()[0], 1)
     assert row["both_ms"] > 0 and reasons(row) == [row["not_counted"]] and "KeyError" in row["not_counted"]
+
+
+def test_the_titans_that_is_measured_is_that_of_the_models():
+    """With other bounds of its rate it grows without end: NaN after some hundred random tokens."""
+    of_model: Any = ARCHITECTURES["titans"](Size(64, 1, 2, 16, 64, ())).mixer
+    assert layer_cost.Shape("titans", of_model.rule.period, 32, 64, 2, 1).mixer("auto") == of_model
 
 
 def test_a_card_that_jax_does_not_see_is_told(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from hope_jax.cli.measuring import best_seconds, told
 from hope_jax.cli.results import Row
 from hope_jax.memory import RULES
 from hope_jax.memory.kernels import Impl
+from hope_jax.models.titans import TITANS
 from hope_jax.nn.mixers.attention import AttentionConfig
 from hope_jax.nn.mixers.gated_deltanet import GatedDeltaNetConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
@@ -50,7 +51,8 @@ class Shape:
         if self.memory == "gated_deltanet":
             return GatedDeltaNetConfig(self.heads, self.head_size, self.head_size, impl=impl)
         if self.memory == "titans":
-            return MemoryMixerConfig(dataclasses.replace(RULES["titans"], period=self.chunk), self.heads, impl=impl)
+            rule = dataclasses.replace(RULES["titans"], period=self.chunk)
+            return MemoryMixerConfig(rule, self.heads, impl=impl, **TITANS)
         period: Any = self.chunk
         return SelfModifyingConfig(self.heads, c_memory=period, c_projections=period, impl=impl)
 

@@ -18,6 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from hope_jax.errors import UserError, whole
+from hope_jax.kept import scan_pieces
 from hope_jax.types import Array, Bool, Count, Float, Int
 
 Due = Bool[Array, ""] | bool
@@ -138,15 +139,14 @@ def _nested_scan(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, each: 
     while groups and count <= groups[0]:
         groups = groups[1:]
     if not groups:
-        return lax.scan(remat(step), state, each)
+        return scan_pieces(step, state, each, remat)
     size, whole = groups[0], count - count % groups[0]
 
-    @remat
     def loop(state, some):
         return _nested_scan(step, state, some, groups[1:], remat)
 
     first = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), each)
-    state, outputs = lax.scan(loop, state, first)
+    state, outputs = scan_pieces(loop, state, first, remat)
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     if whole == count:
         return state, outputs

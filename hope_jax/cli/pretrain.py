@@ -67,6 +67,7 @@ class PretrainConfig:
     length. None: the whole sequence at once."""
     remat: training.Remat = "auto"
     """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
+    remat_states: training.RematStates = "exact"  # How states of memories are kept for the backward pass, see kept.py.
     impl: Impl | None = None
     """What computes the memories: auto, chunked: a loop over chunks; pallas: a TPU kernel that no TPU has run yet;
     sequential: token by token; ..._bfloat16...: rounded products, see memory/kernels. None: the model's."""
@@ -87,8 +88,7 @@ class PretrainConfig:
     """Weight of the mean of log(Z)^2 in what is minimised, Z the normaliser of the softmax; 0: none, 1e-4 is usual."""
     spike: float | None = training.TextRun.spike
     """Skip steps whose gradient is so many times as long as usual, too; above 1. None: those that are not finite."""
-    most_skipped: int = training.Steps.most_skipped
-    """Steps in a row that may be skipped; after one more the run stops."""
+    most_skipped: int = training.Steps.most_skipped  # Steps in a row that may be skipped; one more stops the run.
     sample_tokens: int = 256  # Tokens to write after training, continuing held-out text.
     mesh: training.MeshConfig = training.MeshConfig()
     processes: training.ProcessesConfig = training.ProcessesConfig()
@@ -117,6 +117,7 @@ class PretrainConfig:
         if self.remat_every is not None:
             must_divide("remat_every", self.remat_every, "length", self.length)
         check_reading(model, self.length, self.remat_every, self.z_loss)
+        training.check_states(self.remat_states, model, self.remat_every)
         self.mesh.check_batch(self.batch // self.accumulate, read_at_once(model, self.length, self.remat_every))
         self.keeping(None)
 
@@ -196,14 +197,13 @@ def _prepare(flags: PretrainConfig) -> Job:
     with in_turn():
         text = open_text(flags.data, tokenizer, length=flags.length, cache_dir=cache, progress=training.is_first())
     dtype = jnp.dtype(flags.dtype or stage.model.dtype)
-    # The text counts by its content, not by the path that it is found under.
     config = training.TextRun(
         model=dataclasses.replace(stage.model, vocab_size=tokenizer.vocab_size, dtype=dtype),
         optimizer=flags.optimizer.at_width(stage.model.width),
         batch=flags.batch,
         length=flags.length,
         seed=flags.seed,
-        text_fingerprint=text.fingerprint,
+        text_fingerprint=text.fingerprint,  # of its content, not of the path that it is found under
         tokenizer_fingerprint=tokenizer.fingerprint,
         stage_one=stage.origin,
         schedule=flags.schedule,
@@ -211,7 +211,7 @@ def _prepare(flags: PretrainConfig) -> Job:
         spike=flags.spike,
     )
     mesh = flags.mesh.make(flags.batch // flags.accumulate)
-    how: dict[str, Any] = {n: getattr(flags, n) for n in ("remat", "remat_every", "impl", "accumulate")}
+    how: dict[str, Any] = {n: getattr(flags, n) for n in ("remat", "remat_every", "remat_states", "impl", "accumulate")}
     setup = training.text_setup(config, flags.steps, tokenizer.byte_lengths, mesh=mesh, **how)
     return Job(flags, config, tokenizer, text, setup, stage.params)
 

@@ -77,6 +77,11 @@ def with_period(config: ModelConfig, period: int) -> ModelConfig:
     return _with_fields(config, c_memory=period, c_projections=period)
 
 
+def has_memory(config: ModelConfig) -> bool:
+    """Whether a mixer has a memory that is written token by token, and is not attention or a convolution alone."""
+    return any(_is_memory(mixer) for mixer, _ in config.pattern)
+
+
 def with_impl(config: ModelConfig, impl: Impl | None) -> ModelConfig:
     """The same model, parameters included, whose mixers are evaluated by ``impl`` (``memory/kernels``); None: as it is.
 

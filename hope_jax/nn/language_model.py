@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from hope_jax.errors import UserError
+from hope_jax.kept import RematStates, keeping
 from hope_jax.memory.products import by_rows
 from hope_jax.nn.axes import Axes, norm_axes, stacked
 from hope_jax.nn.config import ModelConfig, PartConfig, PassesOn
@@ -130,6 +131,7 @@ class LanguageModel(nn.Module):
 
     ``remat``: the backward pass of training keeps the input of each block (of a pattern: of the first of its blocks)
     and computes the rest a second time, block by block. The parameters and, up to rounding, all numbers are the same.
+    ``remat_states``: how exactly the backward pass keeps the states of memories between chunks (``kept.py``).
     ``sequences``: the devices that share a batch and its tokens, between mixers and feed-forward parts; None: as JAX
     decides.
     """
@@ -137,6 +139,7 @@ class LanguageModel(nn.Module):
     config: ModelConfig
     remat: bool = False
     sequences: NamedSharding | None = None
+    remat_states: RematStates = "exact"
 
     def setup(self) -> None:
         c = self.config
@@ -196,7 +199,7 @@ class LanguageModel(nn.Module):
             (ids that are only known at run time give NaN logits instead).
         """
         learns = isinstance(state, ContextState)
-        with mesh_of(self.sequences):
+        with mesh_of(self.sequences), keeping(self.remat_states):
             depth = entry(self.config, self._embed(tokens))
             (x, _), blocks = self.blocks(depth, state.blocks if learns else state, count)
             logits = self._logits(shared(x, self.sequences))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hope_jax.kept import scan_pieces
 from hope_jax.types import Array, Count
 
 BLOCK = 64
@@ -45,7 +46,8 @@ def scan_tokens(
         return after, output
 
     each = jnp.arange(time + extra).reshape(-1, size), jax.tree.map(functools.partial(_in_blocks, size), tokens)
-    state, outputs = lax.scan(jax.checkpoint(functools.partial(lax.scan, one), prevent_cse=False), state, each)
+    remat = functools.partial(jax.checkpoint, prevent_cse=False)
+    state, outputs = scan_pieces(functools.partial(lax.scan, one), state, each, remat)
     return state, jax.tree.map(lambda y: jnp.moveaxis(y.reshape(-1, *y.shape[2:])[:time], 0, 1), outputs)
 
 

@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 
 from hope_jax.context.schedule import learns_in_context
 from hope_jax.context.stream import start
+from hope_jax.kept import RematStates
 from hope_jax.memory.kernels import Impl
 from hope_jax.models import LanguageModel, with_impl
 from hope_jax.train.kernels import check_kernels
 from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
-from hope_jax.train.remat import Remat, keeps_block_inputs
+from hope_jax.train.remat import Remat, check_states, keeps_block_inputs
 from hope_jax.train.run import TextRun
 from hope_jax.train.schedules import COSINE, Schedule
 from hope_jax.train.setup import Setup
@@ -60,17 +61,21 @@ def text_setup(
     *,
     remat: Remat = "auto",
     remat_every: int | None = None,
+    remat_states: RematStates = "exact",
     impl: Impl | None = None,
     mesh: Mesh | None = None,
     **more: Any,
 ) -> Setup:
     """``model_setup`` of a language model on text.
 
-    ``byte_lengths``, ``remat_every``: as in ``next_token_loss``; ``remat``: see ``remat.py``; ``impl``: as in
-    ``with_impl``. Raises UserError where the model is to run kernels and would run none.
+    ``byte_lengths``, ``remat_every``: as in ``next_token_loss``; ``remat``, ``remat_states``: see ``remat.py``;
+    ``impl``: as in ``with_impl``. Raises UserError where the model is to run kernels and would run none, and where
+    states are to be rounded and none are kept.
     """
     platform = None if mesh is None else mesh.devices.flat[0].platform
-    model = model_on(mesh, with_impl(run.model, impl), keeps_block_inputs(remat, remat_every, platform))
+    config = with_impl(run.model, impl)
+    check_states(remat_states, config, remat_every)
+    model = model_on(mesh, config, keeps_block_inputs(remat, remat_every, platform), remat_states)
     loss = next_token_loss(model, byte_lengths, remat_every, run.z_loss)
     more = {"mesh": mesh, "shape": run.schedule, "spike": run.spike} | more
     setup = model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)

@@ -1,18 +1,23 @@
 """Memory or time: what the backward pass keeps, and what it computes a second time. Numbers change by rounding alone.
 
-The memories always compute their chunks a second time (``levels.scan_levels``). Beyond that there are two choices::
+The memories always compute their chunks a second time (``levels.scan_levels``). Beyond that there are three choices::
 
-    remat = "block"    of every block its input is kept; memory for one block at a time (``LanguageModel.remat``)
-    remat_every = N    of every N tokens the state before them is kept; memory for N tokens (``step.next_token_loss``)
+    remat = "block"            of every block its input is kept; memory for one block at a time
+    remat_every = N            of every N tokens the state before them is kept; memory for N tokens
+    remat_states = "bfloat16"  the states before chunks, and before pieces of N tokens, are kept rounded (``kept.py``):
+                               the loss is the same, its gradient differs by what rounding the states makes
 
-Neither is part of what a run is: a run may go on with other ones.
+None is part of what a run is: a run may go on with other ones.
 """
 
 from typing import Literal
 
 import jax
 
-from hope_jax.errors import check_word
+from hope_jax.errors import UserError, check_word
+from hope_jax.kept import RematStates
+from hope_jax.memory.kernels import runs_kernel
+from hope_jax.models import ModelConfig, has_memory, impls
 
 Remat = Literal["auto", "none", "block"]
 """auto: "block" on an accelerator where there is no ``remat_every``, else "none"."""
@@ -26,3 +31,14 @@ def keeps_block_inputs(remat: Remat, remat_every: int | None, platform: str | No
     check_word("remat", remat, Remat)
     platform = jax.default_backend() if platform is None else platform
     return remat == "block" or (remat == "auto" and remat_every is None and platform != "cpu")
+
+
+def check_states(states: RematStates, model: ModelConfig, remat_every: int | None) -> None:
+    """Raise UserError for an unknown word, and for rounded states where none are kept or a kernel keeps them."""
+    check_word("remat_states", states, RematStates)
+    if states == "exact":
+        return
+    if not has_memory(model) and remat_every is None:
+        raise UserError("remat_states is 'bfloat16', and no mixer of the model keeps states of a memory; leave it out")
+    if any(map(runs_kernel, impls(model))):
+        raise UserError("remat_states is 'bfloat16', and kernels (impl 'pallas') keep states on their own; drop one")

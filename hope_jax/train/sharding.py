@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from hope_jax.errors import UserError, closest
+from hope_jax.kept import RematStates
 from hope_jax.memory.mesh import SHARE_BATCH, SHARE_TOKENS
 from hope_jax.models import LanguageModel, ModelConfig
 from hope_jax.nn.axes import AXES, Axes, Names, matrices, of_parameters
@@ -40,15 +41,20 @@ LEFT_OVER: Mapping[str, str] = dict.fromkeys(("all_heads", "hidden", "head_dim",
 """The same for axes of the mesh that ``RULES`` leaves over in a parameter, and only where they divide it."""
 
 
-def model_on(mesh: Mesh | None, config: ModelConfig, remat: bool = False) -> LanguageModel:
+def model_on(
+    mesh: Mesh | None, config: ModelConfig, remat: bool = False, remat_states: RematStates = "exact"
+) -> LanguageModel:
     """A model as it is computed on a mesh: the same parameters and, up to rounding, the same numbers.
+
+    ``remat``, ``remat_states``: as in ``LanguageModel``.
 
     Raises UserError where the devices do not divide its width or heads.
     """
     if mesh is None or mesh.size == 1:
-        return LanguageModel(config, remat)
+        return LanguageModel(config, remat, remat_states=remat_states)
     MeshConfig(**mesh.shape).check_model(config)
-    return LanguageModel(config, remat, NamedSharding(mesh, PartitionSpec(SHARE_BATCH, SHARE_TOKENS)))
+    sequences = NamedSharding(mesh, PartitionSpec(SHARE_BATCH, SHARE_TOKENS))
+    return LanguageModel(config, remat, sequences, remat_states)
 
 
 def check_shares(config: MeshConfig, model: ModelConfig) -> None:

@@ -19,6 +19,7 @@ from flax import struct
 from hope_jax.context.schedule import learns_in_context
 from hope_jax.context.writes import cross_entropy, reading_loss
 from hope_jax.errors import UserError
+from hope_jax.kept import keeping, scan_pieces
 from hope_jax.optim.checks import check
 from hope_jax.storage.programs import stored_shapes
 from hope_jax.train.devices import on_first_device
@@ -125,7 +126,8 @@ def next_token_loss(
             sums = piece(None, (inputs, targets))[1]
         else:
             state = model.init_state(params, batch=inputs.shape[0], capacity=inputs.shape[1])
-            sums = _rematerialised(piece, state, (inputs, targets), remat_every)
+            with keeping(model.remat_states):
+                sums = _rematerialised(piece, state, (inputs, targets), remat_every)
         tokens = jnp.float32(targets.size)
         size = jnp.asarray(sizes)[targets].sum()
         metrics = {name: Mean(total, tokens) for name, total in sums.items()}
@@ -182,7 +184,7 @@ def answer_loss(model: Any, ignore: int, prompt: float = 0.0) -> LossFn:
 def _rematerialised(piece: Callable, state: Any, tokens: tuple[Array, Array], every: int) -> Sums:
     """The sums of ``piece`` over the whole sequence, in rematerialised cuts of so many tokens."""
     cuts = jax.tree.map(lambda z: jnp.moveaxis(z.reshape(z.shape[0], -1, every), 1, 0), tokens)
-    _, sums = jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), state, cuts)
+    _, sums = scan_pieces(piece, state, cuts, functools.partial(jax.checkpoint, prevent_cse=False))
     return jax.tree.map(jnp.sum, sums)
 
 

@@ -13,12 +13,10 @@ momentum, which are such products too. Memories with a link (moneta, memora) sta
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, cast
-
-import jax
-from jax import lax
+from typing import Literal, NamedTuple, cast
 
 from hope_jax.errors import check_word
+from hope_jax.kept import scan_pieces
 from hope_jax.levels import Loop
 from hope_jax.memory import products
 from hope_jax.memory.kernels import bfloat16, cpu
@@ -100,8 +98,4 @@ def inside_kernel(impl: Impl) -> Impl:
 
 def chunk_loop(impl: Impl) -> Loop:
     """What runs a step over chunks of tokens."""
-    return kernel_loop(impl) or _scan
-
-
-def _scan(step: Callable[..., tuple[Any, Any]], state: Any, chunks: Any) -> tuple[Any, Any]:
-    return lax.scan(jax.checkpoint(step), state, chunks)
+    return kernel_loop(impl) or scan_pieces

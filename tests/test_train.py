@@ -204,6 +204,7 @@ class Table:
     """A model whose logits are rows of its parameters."""
 
     config = SimpleNamespace(feed_forward=None)
+    remat_states = "exact"
 
     def apply(self, variables, tokens, state=None):
         return variables["params"][tokens], state

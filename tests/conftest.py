@@ -32,6 +32,7 @@ MEMORY_MAPS = Path("/proc/self/maps")
 # Files that take longest, longest first: two workers then end together. The rest follow in the order of their names.
 LONGEST = ("test_self_modifying", "test_models", "test_learn", "test_writes", "test_tnt", "test_context", "test_cli")
 LONGEST += ("test_train", "test_titans", "test_miras", "test_ttt", "test_runs", "test_writes_linear")
+LONGEST += ("test_sharded_steps", "test_sharding", "test_processes", "test_gpu_check")  # with their slow tests
 
 
 def pytest_configure(config):
@@ -41,9 +42,6 @@ def pytest_configure(config):
     tqdm.monitor_interval = 0  # its thread wakes by the clock, and a warning in it fails whatever test is running
     gc.set_threshold(100_000, 20, 100)  # tracing makes many objects and little garbage
     config.option.loadscopereorder = False  # pytest-xdist hands out files as they are listed, see below
-    # Signals are tested. A shell ignores Ctrl-C in what it starts with "&", nohup ignores SIGHUP; a child inherits it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):
@@ -71,6 +69,16 @@ def programs_of_this_file(request):
         yield
     if not MEMORY_MAPS.exists() or MEMORY_MAPS.read_bytes().count(b"\n") > 16_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def heard():
+    """Ctrl-C and SIGHUP reach the test and its children. A shell ignores them in what it starts with "&" or nohup."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_ctrl_c_in_another_process_saves_prints_how_to_go_on_and_the_rerun_equals_no_interruption(
-    command, finished, tmp_path
+    command, finished, heard, tmp_path
 ):
     run = tmp_path / "run"
     arguments = command(run)

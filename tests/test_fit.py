@@ -18,6 +18,8 @@ from hope_jax.cli.pretrain import PretrainConfig
 from hope_jax.errors import Stopped, UserError
 from hope_jax.train.run import CONFIG_FILE
 
+pytestmark = pytest.mark.usefixtures("heard")
+
 
 @dataclass(frozen=True)
 class LineConfig:

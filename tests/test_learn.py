@@ -121,7 +121,7 @@ def test_the_command_that_asks_has_the_flags_of_the_reading():
 
 
 @pytest.fixture
-def reading(trained, document, tmp_path):
+def reading(trained, document, tmp_path, heard):
     """The command that reads the document twice with a copy of the run, and where that keeps what it learned."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     command = ["learn", "--checkpoint", str(run), "--data.path", str(document), "--passes", "2"]

@@ -17,6 +17,8 @@ from hope_jax.train.loop import Alarm, run_steps
 from hope_jax.train.monitor import Monitor
 from hope_jax.train.record import Record
 
+pytestmark = pytest.mark.usefixtures("heard")
+
 
 def test_a_resumed_record_drops_rows_beyond_the_restored_step_and_a_line_cut_by_a_kill(tmp_path):
     with Record(tmp_path, 0) as record:

@@ -11,6 +11,8 @@ import pytest
 from hope_jax.cli.main import run, say
 from hope_jax.errors import Stopped
 
+pytestmark = pytest.mark.usefixtures("heard")
+
 
 @pytest.fixture
 def command(monkeypatch):

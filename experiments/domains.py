@@ -40,7 +40,7 @@ from hope_jax.config import flatten
 from hope_jax.data import DataConfig, TextData, make_tokenizer, open_text
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
-from hope_jax.models import ARCHITECTURES, Size
+from hope_jax.models import Size, row_named
 from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.train.optimizer import OptimizerConfig
 
@@ -102,9 +102,8 @@ class DomainsConfig:
 
     def model(self, slow: int, vocab: int = 256) -> ModelConfig:
         """The model whose MLPs are cut into ``slow`` + 1 levels. Raises UserError if it has no such MLPs."""
-        known("architecture", self.architecture, ARCHITECTURES)
         size = Size(self.width, self.layers, self.heads, vocab, self.length, (Level(1),))
-        config = ARCHITECTURES[self.architecture](size)
+        config = row_named(self.architecture)(size)
         if not isinstance(whole := config.feed_forward, CMSConfig):
             takes = "take hope, hope_attention or hope_tnt"
             raise UserError(f"{self.architecture} has no continuum memory system; {takes}.")

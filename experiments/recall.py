@@ -94,7 +94,7 @@ def draw(config: RecallConfig, rows: Sequence[Row]) -> Path:
     new = [row for row in rows if row.get("models") == MODELS_VERSION]
     same = [row for row in new if all(row[name] == getattr(config, name) for name in TASK)]
     with plot(path := config.results / f"recall-{config.length}-{config.pairs}.png") as axes:
-        draw_curves(axes, same, [*ARCHITECTURES, *(row["row"] for row in same)])
+        draw_curves(axes, same, [*ARCHITECTURES, *sorted({row["row"] for row in same} - set(ARCHITECTURES))])
         axes.axhline(1 / config.pairs, color="black", linewidth=0.8, linestyle=":", label="one of the values seen")
         title = f"{config.length} tokens, {config.pairs} pairs, vocabulary {config.vocab}, width {config.width}"
         axes.set(xlabel="steps", ylabel="accuracy", ylim=(0, 1.02), title=title)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,6 +74,11 @@ def test_all_rows_have_the_same_parameters_within_one_percent(key):
         model = LanguageModel(config.model(slow))
         counts.append(training.count_parameters(jax.eval_shape(model.init, key, np.zeros((1, 1), np.int32))))
     assert max(counts) < 1.01 * min(counts) and len(set(counts)) > 1
+
+
+def test_the_architecture_may_tell_its_period():
+    mixer: Any = domains.DomainsConfig(architecture="hope@64").model(1).mixer
+    assert mixer.c_memory == 64
 
 
 def test_slow_levels_have_the_periods_of_every_in_batches():

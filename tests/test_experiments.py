@@ -16,6 +16,7 @@ from experiments import recall
 from experiments.__main__ import main
 from experiments.compare import MODELS_VERSION
 from hope_jax import LanguageModel
+from hope_jax.cli import plots, trials
 from hope_jax.cli.results import Results
 from hope_jax.cli.trials import at_best_rate, percent
 from hope_jax.data import IGNORE
@@ -101,8 +102,16 @@ def test_rows_of_recall_may_tell_their_period(tmp_path):
     config = recall.RecallConfig(**TASK, rows=("hope@8",), results=tmp_path)
     mixer: Any = config.model("hope@8").mixer
     assert mixer.c_memory == 8
+
+
+def test_every_row_of_recall_has_another_look(tmp_path, monkeypatch):
+    """Also a row whose first line is the 41st of all names and lines; there are 40 looks."""
+    config = recall.RecallConfig(**TASK, results=tmp_path)
     drawn = {name: getattr(config, name) for name in recall.TASK} | {"models": MODELS_VERSION, "curve": [[1, 0.5]]}
-    assert recall.draw(config, [drawn | {"row": "hope@8"}]).exists()
+    names, looks = [*["hope@8"] * 7, "hope@4", *ARCHITECTURES], []
+    monkeypatch.setattr(trials, "look", lambda *of, **how: looks.append(plots.look(*of, **how)) or looks[-1])
+    assert recall.draw(config, [drawn | {"row": name} for name in names]).exists()
+    assert len({str(look) for look in looks}) == len(set(names)) == len(looks)
 
 
 def test_a_run_stops_as_soon_as_the_task_is_solved(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -24,9 +23,6 @@ from hope_jax.models import (
     LanguageModel,
     ModelConfig,
     Size,
-    model_named,
-    row_named,
-    with_period,
 )
 from hope_jax.nn.language_model import body_of, entry
 from hope_jax.nn.mixers.attention import AttentionConfig
@@ -245,41 +241,6 @@ def test_tokens_no_model_can_read_are_refused(untyped, tokens, message):
 def test_a_state_of_no_sequences_is_refused():
     with pytest.raises(UserError, match="batch is 0"):
         LanguageModel(ARCHITECTURES["transformer_pp"](SMALL)).init_state({}, batch=0)
-
-
-def test_an_unknown_model_names_the_closest_ones_then_architectures_and_sizes():
-    assert model_named("hope-tiny") is MODELS["hope-tiny"]
-    with pytest.raises(UserError, match=r"mean .*'transformer_pp-tiny'.*\? Architectures: hope, .*; sizes: tiny, "):
-        model_named("transformer-tiny")
-    with pytest.raises(UserError, match="names are ARCHITECTURE-SIZE") as error:
-        model_named("xyz")
-    assert all(name in str(error.value) for name in (*ARCHITECTURES, *SIZES))
-    assert "hope_tnt-" not in str(error.value)
-
-
-def test_a_name_may_tell_the_anchor_period():
-    tiny, named = MODELS["hope-tiny"], model_named("hope@64-tiny")
-    mixer: Any = named.mixer
-    tnt: Any = model_named("hope_tnt@32-tiny").mixer
-    assert (mixer.c_memory, mixer.c_projections, tnt.local.c_memory) == (64, 64, 32)
-    assert named == with_period(tiny, 64) != tiny == with_period(named, 16)
-    assert row_named("hope@64")(SMALL) == with_period(row_named("hope")(SMALL), 64)
-
-
-WRONG_PERIODS = {
-    "hope@-tiny": "after @ stands the anchor period in tokens, as in hope@64; got ''",
-    "hope@1.5-tiny": "got '1.5'",
-    "hope@0-tiny": "period is 0; give a whole number of at least 1",
-    "hope_tnt@48-tiny": "shard is 256; expected a multiple of the anchor period, 48",
-    "titans@64-tiny": "the mixers are MemoryMixerConfig; only hope and hope_tnt have an anchor period",
-    "hop@64-tiny": "no model is called 'hop-tiny'; did you mean 'hope-tiny'",
-}
-
-
-@pytest.mark.parametrize(("name", "message"), WRONG_PERIODS.items(), ids=WRONG_PERIODS)
-def test_periods_that_cannot_be_are_refused(name, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        model_named(name)
 
 
 @pytest.mark.parametrize("field", ["width", "layers", "vocab_size", "context"])

@@ -43,7 +43,8 @@ class BenchmarkConfig:
     """Measure speed and memory."""
 
     parts: tyro.conf.Positional[tuple[Part, ...]] = ()  # What to measure; nothing named: everything.
-    models: tuple[str, ...] = ("hope", "transformer_pp")  # train: architectures; ratios are against the last one.
+    models: tuple[str, ...] = ("hope", "transformer_pp")
+    """train: architectures, such as hope@64 for an anchor every 64 tokens; ratios are against the last one."""
     size: str | None = None  # train, chunked: a named size instead of width, layers and heads.
     width: int = 128  # train, chunked: model features.
     layers: int = 2  # train, chunked: blocks.

@@ -33,7 +33,7 @@ class CompileConfig:
     """Compile a training step; flags that `pretrain` has, too, mean the same there."""
 
     topology: str  # Chips that share each batch: a TPU such as v5e:16x16, v5p:4x4x4 or v6e:4x4; cpu:8: this machine.
-    model: str = "hope-tiny"  # Name of the model, <architecture>-<size>.
+    model: str = "hope-tiny"  # Name of the model, <architecture>-<size>; hope@64-tiny: with an anchor every 64 tokens.
     batch: int = 4  # Sequences per batch, of all chips together.
     length: int = 512  # Tokens per sequence.
     dtype: Literal["float32", "bfloat16"] = "float32"  # Of products and activations.

@@ -1,6 +1,7 @@
 """The named models, rows of architecture x size, and what becomes of one: levels in context, no writes, a period."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from hope_jax.nn.mixers.convolution import ConvolutionConfig
 MODELS: dict[str, ModelConfig] = {
     f"{architecture}-{size}": build(SIZES[size]) for architecture, build in ARCHITECTURES.items() for size in SIZES
 }
+WITH_PERIOD = ("hope", "hope_tnt")  # architectures with an anchor period that can be set
 
 
 def with_in_context(
@@ -60,21 +62,28 @@ def without_writes(config: ModelConfig) -> ModelConfig:
     if not memories or not all(_has(mixer, "rate_max") for mixer in memories):
         kinds = ", ".join(type(mixer).__name__ for mixer in mixers)
         raise UserError(f"the mixers are {kinds}; only memories with a setting rate_max can be told not to write")
-    return _with_fields(config, rate_max=0.0)
+    return _changed(config, lambda mixer: _with_fields(mixer, rate_max=0.0))
 
 
 def with_period(config: ModelConfig, period: int) -> ModelConfig:
     """The same model, parameters included, whose self-modifying memories have an anchor every ``period`` tokens.
 
     All writes of a period are computed from the memories at its anchor (``SelfModifyingConfig``, ``c_memory`` and
-    ``c_projections``). docs/defaults.md has what a longer one costs and saves. Raises UserError where there are no such
-    memories, or they refuse the period.
+    ``c_projections``). docs/defaults.md has what longer ones did to speed and training. Raises UserError where there
+    are no such memories, where they refuse the period, or where it is longer than the model's context.
     """
     mixers: list[Any] = [mixer for mixer, _ in config.pattern]
     if not any(_has(mixer, "c_memory") for mixer in mixers):
-        kinds = ", ".join(type(mixer).__name__ for mixer in mixers)
-        raise UserError(f"the mixers are {kinds}; only hope and hope_tnt have an anchor period that can be set")
-    return _with_fields(config, c_memory=period, c_projections=period)
+        kinds, known = ", ".join(type(mixer).__name__ for mixer in mixers), " and ".join(WITH_PERIOD)
+        raise UserError(f"the mixers are {kinds}; only {known} have an anchor period that can be set")
+    if period > config.context:
+        raise UserError(f"period is {period}; give at most the {config.context} tokens of the model's context")
+    return _changed(config, lambda mixer: with_anchors(mixer, period))
+
+
+def with_anchors(mixer: Any, period: int) -> Any:
+    """The mixer whose self-modifying memories, and those of its parts, have an anchor every ``period`` tokens."""
+    return _with_fields(mixer, c_memory=period, c_projections=period)
 
 
 def has_memory(config: ModelConfig) -> bool:
@@ -93,7 +102,7 @@ def with_impl(config: ModelConfig, impl: Impl | None) -> ModelConfig:
     if impl != "auto" and not impls(config):
         kinds = ", ".join(type(mixer).__name__ for mixer, _ in config.pattern)
         raise UserError(f"impl is {impl!r}, of memories; the mixers are {kinds}: leave it out")
-    return _with_fields(config, impl=impl)
+    return _changed(config, lambda mixer: _with_fields(mixer, impl=impl))
 
 
 def impls(config: ModelConfig) -> set[Impl]:
@@ -121,36 +130,46 @@ def _has(mixer: Any, name: str) -> bool:
     return hasattr(mixer, name) or any(_has(part, name) for part in _parts_of(mixer).values())
 
 
-def _with_fields(config: ModelConfig, **values: Any) -> ModelConfig:
-    """The model with these values in its mixers, wherever they have such fields."""
+def _with_fields(mixer: Any, **values: Any) -> Any:
+    """The mixer with these values, in its parts, too, wherever they have such fields."""
+    parts = {name: _with_fields(part, **values) for name, part in _parts_of(mixer).items()}
+    return replace(mixer, **parts, **{name: value for name, value in values.items() if hasattr(mixer, name)})
 
-    def changed(mixer: Any) -> Any:
-        parts = {name: changed(part) for name, part in _parts_of(mixer).items()}
-        return replace(mixer, **parts, **{name: value for name, value in values.items() if hasattr(mixer, name)})
 
-    mixers = tuple(changed(mixer) for mixer, _ in config.pattern)
+def _changed(config: ModelConfig, change: Callable[[Any], Any]) -> ModelConfig:
+    """The model whose mixers are what ``change`` makes of them."""
+    mixers = tuple(change(mixer) for mixer, _ in config.pattern)
     return replace(config, mixer=mixers if isinstance(config.mixer, tuple) else mixers[0])
 
 
 def row_named(name: str) -> Row:
     """The architecture of that name; NAME@PERIOD, such as hope@64, is NAME with that anchor period (``with_period``).
 
-    Raises UserError with the closest name where there is none, or where the period is no number.
+    Raises UserError with the closest name where there is none, and where the period is not written as in 64. The row
+    raises it, too: for a period that its model cannot have, or has without being told.
     """
-    name, at, period = name.partition("@")
-    if name not in ARCHITECTURES:
-        raise UserError(f"No architecture is called {name!r}; {closest(name, ARCHITECTURES)}")
-    row = ARCHITECTURES[name]
-    if not at:
-        return row
-    tokens = _tokens(period)
-    return lambda size: with_period(row(size), tokens)
+    architecture, at, period = name.partition("@")
+    tokens = _tokens(period) if at else None
+    if architecture not in ARCHITECTURES:
+        names = [f"{known}@{period}" for known in WITH_PERIOD] if at else ARCHITECTURES
+        raise UserError(f"No architecture is called {name!r}; {closest(name, names)}")
+    row = ARCHITECTURES[architecture]
+    return row if tokens is None else lambda size: _with_other_period(row(size), tokens)
 
 
 def _tokens(period: str) -> int:
-    if not period.isdecimal():
+    """The number after @. One model has one spelling, as runs are told apart by name: no zeros in front."""
+    if not re.fullmatch("[1-9][0-9]{0,8}", period):
         raise UserError(f"after @ stands the anchor period in tokens, as in hope@64; got {period!r}")
     return int(period)
+
+
+def _with_other_period(config: ModelConfig, period: int) -> ModelConfig:
+    """``with_period``, but the model's own one is refused, so that one model has one name."""
+    other = with_period(config, period)
+    if other == config:
+        raise UserError(f"the anchor period is {period} without @{period}, too; leave that out of the name")
+    return other
 
 
 def model_named(name: str) -> ModelConfig:
@@ -159,11 +178,12 @@ def model_named(name: str) -> ModelConfig:
     Raises UserError with the closest names, and how names are made, otherwise.
     """
     architecture, at, rest = name.partition("@")
-    if at:
-        period, dash, size = rest.partition("-")
-        return with_period(model_named(architecture + dash + size), _tokens(period))
-    if name not in MODELS:
-        hint = guess(name, MODELS) or "names are ARCHITECTURE-SIZE, such as hope-tiny."
+    period, _, size = rest.partition("-")
+    plain = f"{architecture}-{size}" if at else name
+    tokens = _tokens(period) if at else None
+    if plain not in MODELS:
+        names = [f"{known}@{period}-{size}" for known in WITH_PERIOD for size in SIZES] if at else MODELS
+        hint = guess(name, names) or "names are ARCHITECTURE-SIZE, such as hope-tiny."
         known = f"Architectures: {', '.join(ARCHITECTURES)}; sizes: {', '.join(SIZES)}."
         raise UserError(f"no model is called {name!r}; {hint} {known}")
-    return MODELS[name]
+    return MODELS[plain] if tokens is None else _with_other_period(MODELS[plain], tokens)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from hope_jax.errors import UserError
+from hope_jax.models import with_anchors
 from hope_jax.nn.config import ModelConfig
 from hope_jax.nn.mixers.memory import MemoryMixerConfig
 from hope_jax.nn.mixers.tnt import TNTConfig
@@ -27,4 +28,4 @@ def _with_period(mixer: TNTConfig, period: int) -> TNTConfig:
     local = mixer.local
     if isinstance(local, MemoryMixerConfig):
         return replace(mixer, local=replace(local, rule=replace(local.rule, period=period)))
-    return replace(mixer, local=replace(local, c_memory=period, c_projections=period))
+    return replace(mixer, local=with_anchors(local, period))

@@ -159,7 +159,8 @@ def _scan_anywhere(
 ):
     """Tokens placed on the grid at the offset of the first one; what is around the ``real`` ones is inactive.
 
-    Rows after the last real token are not computed. There is one wherever whole periods begin with their first token.
+    Rows after the last real token are not computed. Where the first token begins a period and the tokens fill whole
+    periods, the last row is one.
     """
     length, fastest = jax.tree.leaves(tokens)[0].shape[0], min(periods)
     rows = (length + 2 * fastest - 2) // fastest  # enough for any offset inside the first period
@@ -176,11 +177,13 @@ def _scan_anywhere(
         return run_chunk(state, chunk, on, tuple(here & due(start, p) for p in periods))
 
     def step_or_skip(state, one):
-        outputs = jax.eval_shape(step, state, one)[1]  # JAX keeps the trace of a checkpoint: there is no second one
+        outputs = jax.eval_shape(step, state, one)[1]  # traced once, as JAX caches the trace of a checkpoint
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
         return lax.cond(one[0] * fastest < offset + real, step, lambda state, _: (state, nothing), state, one)
 
-    state, outputs = lax.scan(step_or_skip, state, (jnp.arange(rows), grid, active))
+    # A checkpoint around the condition, too: else what both branches use is kept for every row.
+    run = step if rows == 1 else step_or_skip
+    state, outputs = scan_pieces(run, state, (jnp.arange(rows), grid, active), _remat)
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     return state, jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, offset, length, axis=0), outputs)
 

@@ -145,3 +145,18 @@ def _sinh_in_gradient(scan, save, known, periods):
         return scan(product, state, jnp.ones(12), position=position, periods=periods)[0]
 
     return str(jax.make_jaxpr(jax.grad(loss))(1.0, 0)).count("= sinh")
+
+
+def test_a_gradient_of_a_gradient_keeps_only_states_where_a_period_may_be_skipped():
+    """From an unknown position 16 tokens lie in 5 periods of 4; what a period computes inside is [4, 8, 8]."""
+
+    def run_chunk(state, tokens, active, due):
+        inside = jnp.sin(tokens[:, None, None] * state[None])
+        return inside.sum(axis=0), inside.sum(axis=(1, 2))
+
+    def loss(state, position):
+        return jnp.sum(scan_levels(run_chunk, state, jnp.ones(16), position=position, periods=(4,))[1])
+
+    twice = jax.grad(lambda state, position: jnp.sum(jax.grad(loss)(state, position) ** 2))
+    program = str(jax.make_jaxpr(twice)(jnp.ones((8, 8)), 0))
+    assert "f32[5,8,8]" in program and "f32[5,4,8,8]" not in program

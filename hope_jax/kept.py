@@ -3,9 +3,12 @@
 A loop over pieces, such as the chunks of a memory, keeps the state before each of them, and its backward pass computes
 one piece after another again from there. These states are most of what training a memory keeps. They may be kept in
 bfloat16, at half the bytes: the forward pass, and so the loss, stays exactly as it is, and the backward pass computes
-each piece again from a state that was rounded (8 bits of precision). Only the gradient changes, by that rounding, which
-does not add up from piece to piece. The loops are those of ``levels.py``, ``memory/kernels`` and ``nn/token_scan.py``
-and, with ``remat_every``, that of ``train/step.py``.
+each piece again from a state that was rounded (8 bits of precision). Only the gradient changes. Every state is rounded
+once; what that changes in the gradient goes on through the pieces before.
+
+The loops are those of ``levels.py``, ``memory/kernels`` and ``nn/token_scan.py`` and, with ``remat_every``, that of
+``train/step.py``. The loop over segments (``nn/segments.py``) keeps its states exactly. A gradient of such a gradient
+would be wrong, because bits have no derivative; ``train/remat.py`` refuses what would need one.
 """
 
 import contextlib
@@ -30,7 +33,10 @@ _chosen: contextvars.ContextVar[RematStates] = contextvars.ContextVar("remat_sta
 
 @contextlib.contextmanager
 def keeping(states: RematStates) -> Iterator[None]:
-    """Loops that are traced in here keep their states so. Raises UserError for an unknown word."""
+    """Loops that are traced in here keep their states so; a program that ``jax.jit`` has traced before stays as it is.
+
+    Raises UserError for an unknown word.
+    """
     check_word("remat_states", states, RematStates)
     before = _chosen.set(states)
     try:

@@ -39,6 +39,15 @@ def test_steps_whose_number_is_a_multiple_of_keep_every_stay(run):
     assert training.saved_steps(run) == [6, 9, 12]
 
 
+@pytest.mark.parametrize(("error", "waits"), [(training.Diverged, True), (UserError, False)])
+def test_a_run_that_diverged_leaves_when_its_last_step_is_sealed(run, monkeypatch, error, waits):
+    waited = []
+    with pytest.raises(error), training.Saver(run, keep=3) as saver:
+        monkeypatch.setattr(saver, "wait", lambda: waited.append(None))
+        raise error("no more")
+    assert len(waited) == waits
+
+
 def everywhere(state, devices):
     """A state that each of so many devices holds all of."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))

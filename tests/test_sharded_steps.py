@@ -68,13 +68,13 @@ def rows(pairs):
 
 
 @functools.cache
-def step_of(name, mesh, remat=False, remat_every=None, accumulate=1):
+def step_of(name, mesh, remat=False, remat_every=None, accumulate=1, remat_states="exact"):
     """State and metrics after one step of gradient descent with momentum, and the text of the program."""
     config = replace(MODELS[name], dtype=jnp.float64)
     batch = np.random.default_rng(0).integers(0, config.vocab_size, (B, T + 1)).astype(np.int32)
     params = drawn(LanguageModel(config).init, batch[:, :1], spread=0.18, retention_bias=4.0)
     mesh = None if mesh is None else MESHES[mesh].make(B)
-    model = model_on(mesh, config, remat)
+    model = model_on(mesh, config, remat, remat_states)
     loss = training.next_token_loss(model, np.ones(config.vocab_size), remat_every)
     how: dict[str, Any] = {"mesh": mesh, "axes": model.axes(), "accumulate": accumulate}
     init = functools.partial(training.init_params, model)
@@ -110,6 +110,18 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(x64, name, mesh):
 def test_what_saves_memory_changes_no_number_where_devices_share_tokens(x64, name, how):
     expected, found = jax.device_get(step_of(name, None)[:2]), jax.device_get(step_of(name, "sequence", **how)[:2])
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hope", "titans"])
+@pytest.mark.parametrize("how", [{}, {"remat": True}], ids=["none", "block"])
+def test_rounded_states_give_on_a_mesh_what_they_give_on_one_device(x64, name, how):
+    expected = jax.device_get(step_of(name, None, remat_states="bfloat16")[:2])
+    for mesh in ("all", "sequence"):
+        found = jax.device_get(step_of(name, mesh, remat_states="bfloat16", **how)[:2])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), found, expected)
+    exact = jax.tree.leaves(jax.device_get(step_of(name, None)[0].params))
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(expected[0].params), exact, strict=True))
 
 
 @pytest.mark.slow

@@ -43,6 +43,8 @@ class CompileConfig:
     length. None: the whole sequence at once."""
     remat: training.Remat = "auto"
     """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
+    remat_states: training.RematStates = "exact"
+    """bfloat16: the states of memories are kept for the backward pass at half the bytes; gradients are rounded."""
     impl: Impl | None = None
     """What computes the memories: auto, chunked: a loop over chunks; pallas: a TPU kernel that no TPU has run yet;
     sequential: token by token; ..._bfloat16, ..._bfloat16_3x: rounded products, see memory/kernels. None: as the model
@@ -52,12 +54,13 @@ class CompileConfig:
 
     def __post_init__(self):
         model = with_impl(model_named(self.model), self.impl)
-        self.mesh.check_model(model)
+        training.check_shares(self.mesh, model)
         at_least(self, 1, "batch", "length", "accumulate")
         must_divide("accumulate", self.accumulate, "batch", self.batch)
         if self.remat_every is not None:
             must_divide("remat_every", self.remat_every, "length", self.length)
         check_reading(model, self.length, self.remat_every)
+        training.check_states(self.remat_states, model, self.remat_every)
         self.mesh.check_batch(self.batch // self.accumulate, read_at_once(model, self.length, self.remat_every))
 
 
@@ -84,7 +87,9 @@ def _setup(config: CompileConfig) -> training.Setup:
         )
     row = dataclasses.replace(model_named(config.model), dtype=jnp.dtype(config.dtype))
     run = training.TextRun(row, config.optimizer, config.batch, config.length, 0, "", "")
-    how: dict[str, Any] = {n: getattr(config, n) for n in ("remat", "remat_every", "impl", "accumulate")}
+    how: dict[str, Any] = {
+        n: getattr(config, n) for n in ("remat", "remat_every", "remat_states", "impl", "accumulate")
+    }
     return training.text_setup(run, 1000, np.ones(row.vocab_size), mesh=mesh, **how)
 
 

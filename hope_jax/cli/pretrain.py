@@ -67,7 +67,7 @@ class PretrainConfig:
     length. None: the whole sequence at once."""
     remat: training.Remat = "auto"
     """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
-    remat_states: training.RematStates = "exact"  # How states of memories are kept for the backward pass, see kept.py.
+    remat_states: training.RematStates = "exact"  # bfloat16: memories' states at half the bytes, gradients rounded.
     impl: Impl | None = None
     """What computes the memories: auto, chunked: a loop over chunks; pallas: a TPU kernel that no TPU has run yet;
     sequential: token by token; ..._bfloat16...: rounded products, see memory/kernels. None: the model's."""

@@ -14,10 +14,11 @@ from typing import Literal
 
 import jax
 
+from hope_jax.context.schedule import learns_in_context
 from hope_jax.errors import UserError, check_word
 from hope_jax.kept import RematStates
 from hope_jax.memory.kernels import runs_kernel
-from hope_jax.models import ModelConfig, has_memory, impls
+from hope_jax.models import LanguageModel, ModelConfig, has_memory, impls
 
 Remat = Literal["auto", "none", "block"]
 """auto: "block" on an accelerator where there is no ``remat_every``, else "none"."""
@@ -34,7 +35,7 @@ def keeps_block_inputs(remat: Remat, remat_every: int | None, platform: str | No
 
 
 def check_states(states: RematStates, model: ModelConfig, remat_every: int | None) -> None:
-    """Raise UserError for an unknown word, and for rounded states where none are kept or a kernel keeps them."""
+    """Raise UserError for an unknown word, and for rounded states where a model keeps none, or not in such a loop."""
     check_word("remat_states", states, RematStates)
     if states == "exact":
         return
@@ -42,3 +43,10 @@ def check_states(states: RematStates, model: ModelConfig, remat_every: int | Non
         raise UserError("remat_states is 'bfloat16', and no mixer of the model keeps states of a memory; leave it out")
     if any(map(runs_kernel, impls(model))):
         raise UserError("remat_states is 'bfloat16', and kernels (impl 'pallas') keep states on their own; drop one")
+    if "sequential" in impls(model):
+        raise UserError("remat_states is 'bfloat16', and impl 'sequential' keeps the state of every token; drop one")
+    if learns_in_context(LanguageModel(model)):
+        raise UserError(
+            "remat_states is 'bfloat16', and levels learn in context: training differentiates their writes twice, "
+            "rounded states only once; drop one"
+        )

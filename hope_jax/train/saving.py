@@ -27,6 +27,7 @@ from hope_jax.storage import digests
 from hope_jax.storage.array_digests import describe_parts
 from hope_jax.train.checkpoint import FOLDER, MANIFEST, PARAMS, Manifest, parted, plain_path, read_parts, saved_steps
 from hope_jax.train.devices import shape_at
+from hope_jax.train.monitor import Diverged
 from hope_jax.train.processes import count, found_by_first, is_first
 from hope_jax.train.step import TrainState, count_bytes
 
@@ -79,7 +80,8 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            if kind is None:  # else that error is the one to tell
+            # Another error may have come in this process alone, and is the one to tell.
+            if kind is None or issubclass(kind, Diverged):
                 self.wait()
         finally:
             self._pool.shutdown()

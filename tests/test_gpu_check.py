@@ -1,7 +1,7 @@
 """The check of an accelerator: commands within a time, the largest batch, the page; the whole of it on a CPU."""
 
 import json
-import os
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +10,11 @@ import pytest
 
 from experiments import gpu_check
 from experiments.__main__ import main
-from hope_jax.cli import device_check, layer_cost
+from hope_jax.cli import device_check, device_processes, layer_cost
 from hope_jax.cli.device_check import most_that_fit
 from hope_jax.cli.device_page import page
-from hope_jax.cli.kernel_table import last, losses, reasons
-from hope_jax.cli.measuring import told
+from hope_jax.cli.kernel_table import last, losses, table
+from hope_jax.cli.measuring import machine, told
 from hope_jax.cli.watched import failures
 from hope_jax.errors import UserError
 from hope_jax.models import ARCHITECTURES, Size
@@ -56,7 +56,11 @@ def test_a_program_that_cannot_be_read_is_timed_all_the_same(monkeypatch):
     monkeypatch.setattr(layer_cost, "work", {}.__getitem__)
     shape = layer_cost.Shape("attention", None, 8, 8, 1, 1)
     (row,) = layer_cost.costs(shape, ("auto",), jax.devices()[0], 1)
-    assert row["both_ms"] > 0 and reasons(row) == [row["not_counted"]] and "KeyError" in row["not_counted"]
+    assert row["both_ms"] > 0 and "failed" not in row and "KeyError" in row["not_counted"]
+    label = "was not counted: attention (auto), 1 x 8 tokens, heads of 8: KeyError"
+    assert [line[: len(label)] for line in table([{"rows": [row]}]) if "KeyError" in line] == [label]
+    text = page([row | {"part": "kernels"}])
+    assert "**What was not counted**" in text and "**What failed**" not in text
 
 
 def test_the_titans_that_is_measured_is_that_of_the_models():
@@ -65,29 +69,41 @@ def test_the_titans_that_is_measured_is_that_of_the_models():
     assert layer_cost.Shape("titans", of_model.rule.period, 32, 64, 2, 1).mixer("auto") == of_model
 
 
-def test_a_card_that_jax_does_not_see_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(device_check, "CARD", tmp_path)
+def test_a_card_that_jax_does_not_see_is_told_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(device_processes, "CARD", tmp_path)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     with pytest.raises(UserError, match="has an NVIDIA card, and JAX does not see it"):
         device_check.GpuCheckConfig().rows("kernels")
+    monkeypatch.setattr(device_processes.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="cpu\n"))
+    monkeypatch.setattr(gpu_check, "failures", None)  # no part starts
+    assert main(["gpu_check", "--results", str(tmp_path)]) == 2
+    assert "has an NVIDIA card, and JAX does not see it" in " ".join(capfd.readouterr().err.split())
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert device_check.on_cpu()
+    assert device_processes.on_cpu()
+    device_processes.check_card()
 
 
-def test_the_part_of_graphs_tells_xla_before_it_starts(monkeypatch):
+def test_graphs_are_a_process_whose_xla_is_told_as_it_starts(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
-    seen = []
-    monkeypatch.setattr(jax, "default_backend", lambda: seen.append(os.environ["XLA_FLAGS"]) or "cpu")
-    device_check.GpuCheckConfig().rows("graphs")
-    assert seen == [f"--xla_dump_to=x {device_check.GRAPHS}"]
+    show = ["sh", "-c", "echo $XLA_FLAGS"]
+    begins = [device_processes.variables(part) for part in ("graphs", "kernels")]
+    told = [subprocess.check_output([*begin, *show], text=True).strip() for begin in begins]
+    assert told == [f"--xla_dump_to=x {device_processes.GRAPHS}", "--xla_dump_to=x"]
+    with pytest.raises(UserError, match="graphs needs one of its own that is started with XLA_FLAGS=--xla"):
+        device_check.GpuCheckConfig(parts=("graphs",), here=True)
+    monkeypatch.setenv("XLA_FLAGS", device_processes.GRAPHS)
+    with pytest.raises(UserError, match="leave out --here"):
+        device_check.GpuCheckConfig(parts=("graphs", "exactness"), here=True)
+    assert device_check.GpuCheckConfig(parts=("graphs",), here=True).here
+    assert machine()["xla_flags"] == device_processes.GRAPHS
 
 
 def test_a_step_that_takes_all_the_time_is_measured_alone(untyped, monkeypatch):
     monkeypatch.setattr(device_check, "SECONDS", -1.0)
     setup = SimpleNamespace(start=lambda seed: 0, place=lambda batch: batch)
     steps = []
-    assert device_check._seconds(lambda state, batch: (steps.append(batch.shape), 0), setup, (2, 3), 5) > 0
-    assert steps == [(2, 3)]
+    seconds, counted = device_check._timed(lambda state, batch: (steps.append(batch.shape), 0), setup, (2, 3), 5)
+    assert steps == [(2, 3)] and seconds > 0 and counted == 0
 
 
 def test_losses_are_against_the_best_form_and_against_attention():
@@ -114,11 +130,12 @@ def test_the_page_has_the_card_every_part_and_what_failed():
         {"part": "kernels", **COST, "memory": "titans", "impl": "auto", "failed": "no"},
     ]
     rows += [{"part": "hope-2048", "model": "hope", "length": 2048, "batch": 4, "tokens_per_second": 9, "mfu": 0.5}]
+    rows[-1]["steps"] = 0
     text = page([*rows, {"part": "hope-16384", "failed": "stopped"}])
     assert text.startswith("# H1, jax 1\n")
     for line in (
         "| hope | auto | 1.0e-07 | 1.0e+00 | **wrong** |",
-        "| hope | 2048 | 4 | 9 | - | 0.5 | - | - | - |",
+        "| hope | 2048 | 4 | 9 | - | 0 | 0.5 | - | - | - |",
         "* kernels titans 16 (auto), 2 x 2,048 tokens, heads of 64: no",
         "* hope-16384 : stopped",
     ):
@@ -145,6 +162,7 @@ def test_it_runs_on_a_cpu_with_tiny_shapes(tmp_path):
     exact = [row for row in rows if row["part"] == "exactness"]
     assert len(exact) == 11 and all(row["right"] for row in exact), exact
     assert [row["memory"] for row in rows if row["part"] == "kernels"].count("hope") == 3
+    assert [row["memory"] for row in rows if device_processes.GRAPHS in row["xla_flags"]] == ["hope", "hope"]
     assert [row["memory"] for row in rows if row["part"] == "graphs"] == ["hope", "hope"]
     assert sum("tokens_per_second" in row for row in rows) == 4
     assert "cpu" in (tmp_path / "gpu_check.md").read_text().splitlines()[0]

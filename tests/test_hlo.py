@@ -289,8 +289,8 @@ GPU = GPU.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"4"}}')
 CONFIG = 'backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_batch_dimensions":[]}}}'
 
 
-def test_programs_of_gpus_are_read_too():
-    """Graphs of commands are calls, and products are custom calls or fusions. Written by hand after XLA's form."""
+def test_a_text_written_by_hand_like_those_for_gpus_is_read_too():
+    """Graphs of commands are calls, and products are custom calls or fusions. No GPU has made this text."""
     found = work(GPU.replace("CONFIG", CONFIG))
     assert found.calls == {"__cublas$gemm": 4} and found.flops == 4 * 2 * 8**3
     assert (found.rounds, found.unknown, found.launches) == (4, 0, 4 * 3 + 1)

@@ -20,6 +20,7 @@ import numpy as np
 from hope_jax import ModelConfig, model_named
 from hope_jax import train as training
 from hope_jax.cli.checks import at_least, given
+from hope_jax.cli.device_processes import GRAPHS, on_cpu
 from hope_jax.cli.exactness import errors
 from hope_jax.cli.layer_cost import Memory, Shape, costs
 from hope_jax.cli.measuring import did_not_fit, told
@@ -37,9 +38,6 @@ Part = Literal[
 ]  # the most telling first
 WEIGHTS: dict[str, float] = {"exactness": 1.5, "hope-2048": 3.0, "kernels": 2.0, "hope-16384": 3.0}
 """By part: its share of the time, where it is not 1. Hope takes longest to compile."""
-GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
-"""What makes XLA record loops as CUDA graphs, too, so that the host does not start their instructions one by one."""
-CARD = Path("/dev/nvidia0")  # is there where the driver of an NVIDIA card is
 TOLERANCE = {"": 2e-4, "bfloat16_3x": 2e-3, "bfloat16": 0.2}
 """By the products of a form: the largest error of reads and gradients that counts as exact."""
 STEPS, SECONDS = 10, 15.0  # of a measured run: at most so many steps, and no new one after so long
@@ -61,11 +59,15 @@ class GpuCheckConfig:
     def __post_init__(self) -> None:
         given(self, "parts")
         at_least(self, 0, "minutes")
+        alone = self.parts == ("graphs",) and GRAPHS in os.environ.get("XLA_FLAGS", "")
+        if self.here and "graphs" in self.parts and not alone:
+            raise UserError(
+                "With --here all parts share a process, and graphs needs one of its own that is started with "
+                f"XLA_FLAGS={GRAPHS}: leave out --here."
+            )
 
     def rows(self, part: Part) -> Iterator[Row]:
         """Do one part in this process."""
-        if part == "graphs":  # before JAX looks for devices: flags are read then
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GRAPHS}".strip()
         toy = self.toy or on_cpu()
         if part in ("kernels", "graphs"):
             return layers(toy, LAYERS[:2] if part == "graphs" else LAYERS[:6] if toy else LAYERS)
@@ -74,25 +76,6 @@ class GpuCheckConfig:
             return exactness(toy)
         architecture, length = part.split("-")
         return speed(architecture, int(length), toy)
-
-
-def on_cpu() -> bool:
-    """Whether there is no accelerator. Raises UserError where there is a card that this JAX cannot use."""
-    cpu = jax.default_backend() == "cpu"
-    if cpu and CARD.exists() and os.environ.get("JAX_PLATFORMS") != "cpu":
-        raise UserError(
-            'This machine has an NVIDIA card, and JAX does not see it: install "jax[cuda12]" or "jax[cuda13]", as the '
-            "driver asks for, or set JAX_PLATFORMS=cpu to check the CPU."
-        )
-    return cpu
-
-
-def prepare_processes() -> None:
-    """Tell the processes that are started to fill a card's memory, and to compare with the CPU."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # 0.75 is usual
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms and "cpu" not in platforms.split(","):
-        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
 
 
 def exactness(toy: bool) -> Iterator[Row]:
@@ -183,10 +166,10 @@ class _Compiled(NamedTuple):
 
     def speed(self) -> Row:
         """Take some steps; what they say."""
-        seconds = _seconds(self.step, self.setup, self.shape, self.run.model.vocab_size)
+        seconds, steps = _timed(self.step, self.setup, self.shape, self.run.model.vocab_size)
         peak = peak_flops(jax.devices()[0].device_kind)
         speed = self.setup.flops(jax.ShapeDtypeStruct(self.shape, jnp.int32)) / seconds
-        row = {"step_ms": round(1e3 * seconds, 1), "tflops": round(speed / 1e12, 3)}
+        row = {"step_ms": round(1e3 * seconds, 1), "steps": steps, "tflops": round(speed / 1e12, 3)}
         row |= {"tokens_per_second": round(self.run.batch * self.run.length / seconds)}
         return row | {"mfu": None if peak is None else round(speed / peak, 4)}
 
@@ -204,8 +187,11 @@ def _compiled(model: ModelConfig, row: Row) -> _Compiled:
     return _Compiled(run, setup, step, report)
 
 
-def _seconds(step: Callable[..., Any], setup: training.Setup, shape: tuple[int, ...], vocab: int) -> float:
-    """The median time of a step. The first one does not count, unless it takes so long that it is the only one."""
+def _timed(step: Callable[..., Any], setup: training.Setup, shape: tuple[int, ...], vocab: int) -> tuple[float, int]:
+    """The median time of the steps after the first, and how many these were.
+
+    Where the first one takes all the time there are none, and the time is its own, with all that is done once.
+    """
     state = setup.start(0)
     batch = setup.place(np.random.default_rng(0).integers(vocab, size=shape).astype(np.int32))
     times: list[float] = []
@@ -216,7 +202,7 @@ def _seconds(step: Callable[..., Any], setup: training.Setup, shape: tuple[int, 
         times.append(time.perf_counter() - begun)
         if time.monotonic() - since > SECONDS:
             break
-    return statistics.median(times[1:] or times)
+    return statistics.median(times[1:] or times), len(times) - 1
 
 
 def most_that_fit(batch: int, report: Report, room: float) -> int:

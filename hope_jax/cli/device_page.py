@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hope_jax.cli.kernel_table import cells, losses, name, reasons
+from hope_jax.cli.kernel_table import REASONS, cells, losses, name
 from hope_jax.cli.results import Row
 from hope_jax.cli.trials import grouped
 
@@ -13,6 +13,7 @@ TRAINING = {
     "batch": "batch",
     "tokens_per_second": "tokens/s",
     "step_ms": "ms per step",
+    "steps": "steps after the first",
     "mfu": "MFU",
     "tflops": "TFLOP/s",
     "gb": "GB",
@@ -31,7 +32,9 @@ def page(rows: Sequence[Row]) -> str:
     said += _section("Layers, in float32", cells(of_layers))
     said += _section("Layers whose loops are CUDA graphs", cells(graphs))
     said += _listed("Where we lose", losses(of_layers))
-    said += _listed("What failed", [f"{row['part']} {_what(row)}: {why}" for row in rows for why in reasons(row)])
+    for key, label in REASONS.items():
+        lines = [f"{row['part']} {_what(row)}: {row[key]}" for row in rows if key in row]
+        said += _listed(f"What {label}", lines)
     return "\n".join(said).rstrip() + "\n"
 
 

@@ -28,6 +28,8 @@ COLUMNS = {
 """Key of a row -> heading. "both": forward and backward."""
 ERRORS = ("reads", "gradients")  # left out where no row knows them
 SHAPE = ("head_size", "length", "heads", "batch")
+REASONS = {"not_counted": "was not counted", "failed": "failed"}
+"""Key of a row -> what happened, for the reason that is there. A program that cannot be read is timed all the same."""
 MEASURES = {"both_ms": "time", "temporary_mb": "temporary memory"}
 
 
@@ -53,14 +55,10 @@ def table(lines: Sequence[Row]) -> list[str]:
     for chip, all_of_it in grouped(rows, lambda row: row["chip"]).items():
         same = last(all_of_it)
         said += [chip, *aligned(cells(same))]
-        said += [f"failed: {name(row)}: {why}" for row in same for why in reasons(row)]
+        for key, label in REASONS.items():
+            said += [f"{label}: {name(row)}: {row[key]}" for row in same if key in row]
         said += ["Where we lose:", *(losses(same) or ["nowhere"]), ""]
     return said
-
-
-def reasons(row: Row) -> list[str]:
-    """Why a row failed, or has no counts; nothing where it has all."""
-    return [row[key] for key in ("failed", "not_counted") if key in row]
 
 
 def losses(rows: Sequence[Row]) -> list[str]:

@@ -17,9 +17,10 @@ from hope_jax.errors import UserError
 
 
 def machine() -> Row:
-    """What measures: the device, the cores that this process may use, the version of JAX, and the pages of memory."""
+    """What measures: device, cores that this process may use, version of JAX, pages of memory, flags of XLA."""
     about = {"device": jax.devices()[0].device_kind, "cores": training.cores(), "jax": jax.__version__}
-    return about | {"large_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")}
+    about |= {"large_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")}
+    return about | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
 
 
 def report(path: Path, rows: Iterable[Row]) -> None:

@@ -148,28 +148,12 @@ def row_named(name: str) -> Row:
     Raises UserError with the closest name where there is none, and where the period is not written as in 64. The row
     raises it, too: for a period that its model cannot have, or has without being told.
     """
-    architecture, at, period = name.partition("@")
-    tokens = _tokens(period) if at else None
-    if architecture not in ARCHITECTURES:
-        names = [f"{known}@{period}" for known in WITH_PERIOD] if at else ARCHITECTURES
+    architecture, period, size = _parts_of_name(name)
+    if size or architecture not in ARCHITECTURES:
+        names = ARCHITECTURES if period is None else [f"{known}@{period}" for known in WITH_PERIOD]
         raise UserError(f"No architecture is called {name!r}; {closest(name, names)}")
     row = ARCHITECTURES[architecture]
-    return row if tokens is None else lambda size: _with_other_period(row(size), tokens)
-
-
-def _tokens(period: str) -> int:
-    """The number after @. One model has one spelling, as runs are told apart by name: no zeros in front."""
-    if not re.fullmatch("[1-9][0-9]{0,8}", period):
-        raise UserError(f"after @ stands the anchor period in tokens, as in hope@64; got {period!r}")
-    return int(period)
-
-
-def _with_other_period(config: ModelConfig, period: int) -> ModelConfig:
-    """``with_period``, but the model's own one is refused, so that one model has one name."""
-    other = with_period(config, period)
-    if other == config:
-        raise UserError(f"the anchor period is {period} without @{period}, too; leave that out of the name")
-    return other
+    return lambda size: _with_other_period(row(size), period)
 
 
 def model_named(name: str) -> ModelConfig:
@@ -177,13 +161,35 @@ def model_named(name: str) -> ModelConfig:
 
     Raises UserError with the closest names, and how names are made, otherwise.
     """
-    architecture, at, rest = name.partition("@")
-    period, _, size = rest.partition("-")
-    plain = f"{architecture}-{size}" if at else name
-    tokens = _tokens(period) if at else None
-    if plain not in MODELS:
-        names = [f"{known}@{period}-{size}" for known in WITH_PERIOD for size in SIZES] if at else MODELS
+    architecture, period, size = _parts_of_name(name)
+    if architecture + size not in MODELS or (period is not None and not size):
+        names = MODELS if period is None else [f"{row}@{period}-{size}" for row in WITH_PERIOD for size in SIZES]
         hint = guess(name, names) or "names are ARCHITECTURE-SIZE, such as hope-tiny."
         known = f"Architectures: {', '.join(ARCHITECTURES)}; sizes: {', '.join(SIZES)}."
         raise UserError(f"no model is called {name!r}; {hint} {known}")
-    return MODELS[plain] if tokens is None else _with_other_period(MODELS[plain], tokens)
+    return _with_other_period(MODELS[architecture + size], period)
+
+
+def _parts_of_name(name: str) -> tuple[str, int | None, str]:
+    """The parts of ARCHITECTURE, @PERIOD and -SIZE: the last with its dash, or empty; None: there is no period.
+
+    One model has one spelling, as runs are told apart by name: a period has no zeros in front.
+    """
+    architecture, at, rest = name.partition("@")
+    if not at:
+        architecture, dash, size = name.partition("-")
+        return architecture, None, dash + size
+    period, dash, size = rest.partition("-")
+    if not re.fullmatch("[1-9][0-9]{0,8}", period):
+        raise UserError(f"after @ stands the anchor period in tokens, as in hope@64; got {period!r}")
+    return architecture, int(period), dash + size
+
+
+def _with_other_period(config: ModelConfig, period: int | None) -> ModelConfig:
+    """``with_period``, but the model's own period is refused: one model has one name. None: the model as it is."""
+    if period is None:
+        return config
+    other = with_period(config, period)
+    if other == config:
+        raise UserError(f"the anchor period is {period} without @{period}, too; leave that out of the name")
+    return other

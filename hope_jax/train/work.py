@@ -18,8 +18,8 @@ from hope_jax.train.moved import moved
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 CALLED = ("calls", "to_apply", "body", "condition", "called_computations")
-# Custom calls of TPU programs that compute nothing.
 STARTED, ENDED = "AsyncCollectiveStart", "AsyncCollectiveDone"
+# Custom calls of TPU programs that compute nothing.
 MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding")
 MARKS += (STARTED, ENDED)
 # How TPU programs name computations that hold an all-reduce, and a part of it: a reduce-scatter; and those that go on

@@ -9,8 +9,8 @@ memory than a chip has is refused. Loops count as often as they run.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,50 +18,25 @@ import numpy as np
 
 from hope_jax import model_named
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least, must_divide
-from hope_jax.cli.in_context import check_reading, read_at_once
 from hope_jax.cli.parse import parse
+from hope_jax.cli.step_flags import StepFlags
 from hope_jax.errors import UserError
-from hope_jax.memory.kernels import Impl
 from hope_jax.models import with_impl
 from hope_jax.train.compile import Report, compile_step, topology
 from hope_jax.train.kernels import evaluated
 
 
 @dataclass(frozen=True)
-class CompileConfig:
+class CompileConfig(StepFlags):
     """Compile a training step; flags that `pretrain` has, too, mean the same there."""
 
     topology: str  # Chips that share each batch: a TPU such as v5e:16x16, v5p:4x4x4 or v6e:4x4; cpu:8: this machine.
-    model: str = "hope-tiny"  # Name of the model, <architecture>-<size>; hope@64-tiny: with an anchor every 64 tokens.
-    batch: int = 4  # Sequences per batch, of all chips together.
-    length: int = 512  # Tokens per sequence.
     dtype: Literal["float32", "bfloat16"] = "float32"  # Of products and activations.
-    accumulate: int = 1  # Slices of a batch computed one after another to save memory; must divide the batch.
-    remat_every: int | None = None
-    """Tokens between the states that are kept for the backward pass, which computes the rest again; must divide the
-    length. None: the whole sequence at once."""
-    remat: training.Remat = "auto"
-    """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
-    remat_states: training.RematStates = "exact"
-    """bfloat16: the states of memories are kept for the backward pass at half the bytes; gradients are rounded."""
-    impl: Impl | None = None
-    """What computes the memories: auto, chunked: a loop over chunks; pallas: a TPU kernel that no TPU has run yet;
-    sequential: token by token; ..._bfloat16, ..._bfloat16_3x: rounded products, see memory/kernels. None: as the model
-    says, which is auto for all named ones."""
-    mesh: training.MeshConfig = training.MeshConfig()
-    optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)
 
     def __post_init__(self):
         model = with_impl(model_named(self.model), self.impl)
         training.check_shares(self.mesh, model)
-        at_least(self, 1, "batch", "length", "accumulate")
-        must_divide("accumulate", self.accumulate, "batch", self.batch)
-        if self.remat_every is not None:
-            must_divide("remat_every", self.remat_every, "length", self.length)
-        check_reading(model, self.length, self.remat_every)
-        training.check_states(self.remat_states, model, self.remat_every)
-        self.mesh.check_batch(self.batch // self.accumulate, read_at_once(model, self.length, self.remat_every))
+        self.check(model)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,10 +62,7 @@ def _setup(config: CompileConfig) -> training.Setup:
         )
     row = dataclasses.replace(model_named(config.model), dtype=jnp.dtype(config.dtype))
     run = training.TextRun(row, config.optimizer, config.batch, config.length, 0, "", "")
-    how: dict[str, Any] = {
-        n: getattr(config, n) for n in ("remat", "remat_every", "remat_states", "impl", "accumulate")
-    }
-    return training.text_setup(run, 1000, np.ones(row.vocab_size), mesh=mesh, **how)
+    return config.setup(run, 1000, np.ones(row.vocab_size), mesh)
 
 
 def _asked(config: CompileConfig, setup: training.Setup, flops: int) -> dict[str, str]:

@@ -29,16 +29,16 @@ import tyro
 
 from hope_jax import LanguageModel, model_named
 from hope_jax import train as training
-from hope_jax.cli.checks import at_least, must_divide
+from hope_jax.cli.checks import at_least
 from hope_jax.cli.dry_run import costs
-from hope_jax.cli.in_context import InContextConfig, check_reading, read_at_once
+from hope_jax.cli.in_context import InContextConfig, check_reading
 from hope_jax.cli.main import say, silence
 from hope_jax.cli.parse import parse, with_file
 from hope_jax.cli.report import continued, draw
 from hope_jax.cli.stages import Stage, begin, check_stage
+from hope_jax.cli.step_flags import StepFlags
 from hope_jax.data import DataConfig, TextData, Tokenizer, make_tokenizer, open_text
 from hope_jax.errors import check_seed
-from hope_jax.memory.kernels import Impl
 from hope_jax.models import with_impl
 from hope_jax.train.guard import check_spike
 from hope_jax.train.kernels import evaluated
@@ -48,29 +48,16 @@ from hope_jax.train.run import keep_tokenizer
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(StepFlags):
     """Train a language model on text, measure it on held-out text, and write a sample."""
 
     run: Path  # Folder of the run: checkpoints, metrics, curve and sample. The same folder and flags continue a run.
     config: Path | None = None
     """TOML file of flags, such as experiments/published/hope-760m.toml; flags that are given besides count more."""
-    model: str = "hope-tiny"  # Name of the model, <architecture>-<size>; hope@64-tiny: with an anchor every 64 tokens.
     steps: int = 400  # Batches in all. May be raised later; the learning rate then follows the longer schedule.
-    batch: int = 4  # Sequences per batch.
-    length: int = 512  # Tokens per sequence.
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of products and activations; parameters and loss stay float32. None: float32; with --stage-two, that of the run
     before."""
-    accumulate: int = 1  # Slices of a batch computed one after another to save memory; must divide the batch.
-    remat_every: int | None = None
-    """Tokens between the states that are kept for the backward pass, which computes the rest again; must divide the
-    length. None: the whole sequence at once."""
-    remat: training.Remat = "auto"
-    """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
-    remat_states: training.RematStates = "exact"  # bfloat16: memories' states at half the bytes, gradients rounded.
-    impl: Impl | None = None
-    """What computes the memories: auto, chunked: a loop over chunks; pallas: a TPU kernel that no TPU has run yet;
-    sequential: token by token; ..._bfloat16...: rounded products, see memory/kernels. None: the model's."""
     seed: int = 0  # Of the initial parameters, the order of the text and the sample.
     eval_every: int = 100  # Batches between measurements on held-out text; also measured before and after training.
     eval_batches: int = 16  # Batches of held-out text per measurement, always the same ones.
@@ -90,7 +77,6 @@ class PretrainConfig:
     """Skip steps whose gradient is so many times as long as usual, too; above 1. None: those that are not finite."""
     most_skipped: int = training.Steps.most_skipped  # Steps in a row that may be skipped; one more stops the run.
     sample_tokens: int = 256  # Tokens to write after training, continuing held-out text.
-    mesh: training.MeshConfig = training.MeshConfig()
     processes: training.ProcessesConfig = training.ProcessesConfig()
     profile: str | None = None
     """START:STOP: record with JAX's profiler what devices and host do from step START to step STOP, into profile/."""
@@ -99,7 +85,6 @@ class PretrainConfig:
     stage_two: Path | None = None  # Folder of a run of a TNT model, to go on with local memories of another period.
     local_period: int | None = None  # With --stage-two: their anchor period in tokens; must divide a shard.
     cms: InContextConfig = field(default_factory=InContextConfig)
-    optimizer: training.OptimizerConfig = field(default_factory=training.OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
@@ -108,17 +93,12 @@ class PretrainConfig:
         check_stage(self.run, self.stage_two, self.local_period, others)
         if self.stage_two is None:
             training.check_shares(self.mesh, model)
-        at_least(self, 1, "steps", "batch", "length", "accumulate", "eval_every", "eval_batches", "save_every")
+        at_least(self, 1, "steps", "eval_every", "eval_batches", "save_every")
         at_least(self, 2, "keep")
         at_least(self, 0, "sample_tokens", "most_skipped", "z_loss")
         check_spike(self.spike)
         check_seed(self.seed)
-        must_divide("accumulate", self.accumulate, "batch", self.batch)
-        if self.remat_every is not None:
-            must_divide("remat_every", self.remat_every, "length", self.length)
-        check_reading(model, self.length, self.remat_every, self.z_loss)
-        training.check_states(self.remat_states, model, self.remat_every)
-        self.mesh.check_batch(self.batch // self.accumulate, read_at_once(model, self.length, self.remat_every))
+        self.check(model, self.z_loss)
         self.keeping(None)
 
     def keeping(self, config: Any) -> training.Run:
@@ -211,8 +191,7 @@ def _prepare(flags: PretrainConfig) -> Job:
         spike=flags.spike,
     )
     mesh = flags.mesh.make(flags.batch // flags.accumulate)
-    how: dict[str, Any] = {n: getattr(flags, n) for n in ("remat", "remat_every", "remat_states", "impl", "accumulate")}
-    setup = training.text_setup(config, flags.steps, tokenizer.byte_lengths, mesh=mesh, **how)
+    setup = flags.setup(config, flags.steps, tokenizer.byte_lengths, mesh)
     return Job(flags, config, tokenizer, text, setup, stage.params)
 
 

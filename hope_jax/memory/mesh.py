@@ -52,16 +52,13 @@ def on_each(
     mesh = of_context()
     if mesh is None:
         return run(*common, *shared, *own)
-    arrays = tuple(x for x in common if isinstance(x, jax.Array))
+    arrays = {at: x for at, x in enumerate(common) if isinstance(x, jax.Array)}
 
-    def with_common(*given: Any) -> Any:
-        moved = iter(given[: len(arrays)])
-        whole = [next(moved) if isinstance(x, jax.Array) else x for x in common]
-        return run(*whole, *given[len(arrays) :])
+    def run_part(arrays: dict[int, Any], shared: tuple[Any, ...], own: tuple[Any, ...]) -> Any:
+        return run(*(arrays.get(at, x) for at, x in enumerate(common)), *shared, *own)
 
     batch, heads = jax.tree.leaves(own)[0].shape[:2]
     along_batch, along_heads = dividing(mesh, SHARE_BATCH, batch), dividing(mesh, share, heads)
-    of_shared, of_own = PartitionSpec(along_heads), PartitionSpec(along_batch, along_heads)
-    specs = (PartitionSpec(),) * len(arrays) + (of_shared,) * len(shared) + (of_own,) * len(own)
-    each = jax.shard_map(with_common, mesh=mesh, in_specs=specs, out_specs=of_own, check_vma=False)
-    return each(*arrays, *shared, *own)
+    of_own = PartitionSpec(along_batch, along_heads)
+    specs = PartitionSpec(), PartitionSpec(along_heads), of_own  # each of all leaves of an argument
+    return jax.shard_map(run_part, mesh=mesh, in_specs=specs, out_specs=of_own, check_vma=False)(arrays, shared, own)

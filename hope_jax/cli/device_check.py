@@ -29,7 +29,7 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.memory.kernels import Impl, runs_kernel
 from hope_jax.models import ARCHITECTURES, Size
-from hope_jax.train.compile import Report, report_of
+from hope_jax.train.compile import Report, compiled_step
 from hope_jax.train.devices import memory_of
 from hope_jax.train.flops import peak_flops
 
@@ -180,9 +180,7 @@ def _compiled(model: ModelConfig, row: Row) -> _Compiled:
     run = training.TextRun(model, training.OptimizerConfig(), batch, length, 0, "", "")
     mesh = training.MeshConfig(1).make(batch, jax.devices()[:1])
     setup = training.text_setup(run, 1000, np.ones(model.vocab_size), mesh=mesh)
-    since = time.monotonic()
-    step: Any = setup.lower(jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)).compile()
-    report = report_of(step, time.monotonic() - since)
+    step, report = compiled_step(setup, jax.ShapeDtypeStruct((batch, length + 1), jnp.int32))
     row |= {"compile_seconds": round(report.seconds, 1), "gb": round(report.bytes / 1e9, 2)}
     return _Compiled(run, setup, step, report)
 

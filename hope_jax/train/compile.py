@@ -98,25 +98,25 @@ def compile_step(setup: Setup, batch: Any) -> Report:
 
     Raises UserError where the step does not fit into the memory of a chip.
     """
-    since = time.monotonic()
     try:
-        compiled = setup.lower(batch).compile()
+        return compiled_step(setup, batch)[1]
     except jax.errors.JaxRuntimeError as error:
         raise _does_not_fit(error) from error
-    return report_of(compiled, time.monotonic() - since)
 
 
-def report_of(compiled: Any, seconds: float) -> Report:
-    """What a compiled program needs and does, and the seconds that it took to compile."""
-    memory = compiled.memory_analysis()
-    return Report(
+def compiled_step(setup: Setup, batch: Any) -> tuple[Any, Report]:
+    """As ``compile_step``, but the program as well, and errors as the compiler raises them."""
+    since = time.monotonic()
+    program = setup.lower(batch).compile()
+    seconds, memory = time.monotonic() - since, program.memory_analysis()
+    return program, Report(
         seconds,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
-        compiled.as_text(),
+        program.as_text(),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import references
 from references_caching import caching
 from test_titans import drawn as drawn_layer
-from test_titans import fresh, reader
+from test_titans import fresh, read_in_pieces, reader
 
 from hope_jax.errors import UserError
 from hope_jax.memory import RULES
@@ -59,26 +59,12 @@ def assert_equal(found, expected):
 
 @functools.cache
 def streamed(name):
-    """Outputs and final state of a text that comes in pieces, with padding after them."""
+    """Parameters, outputs and final state of a text that comes in pieces, with padding after them."""
     module, params = drawn_layer(CONFIGS[name])
-
-    @jax.jit
-    def step(params, u, state, count=None):
-        return module.apply({"params": params}, u, state, count)
-
-    state = jax.jit(lambda params: module.apply({"params": params}, B, T, method="init_state"))(params)
-    at, found, one = 0, [], None if name == "deltanet" else 1
-    for count in (5, 0, 10, one, one, 3, 2):  # segments end inside and between calls, and with a single token
-        if count is None:
-            y, state = step(params, inputs()[:, at : at + 1], state)
-        else:
-            padded = np.full((B, 10, WIDTH), 7.0)
-            padded[:, :count] = inputs()[:, at : at + count]
-            y, state = step(params, padded, state, np.int32(count))
-        size = 1 if count is None else count
-        at, found = at + size, [*found, np.asarray(y)[:, :size]]
-    assert at == T
-    return params, np.concatenate(found, axis=1), state
+    one = None if name == "deltanet" else 1
+    counts = 5, 0, 10, one, one, 3, 2  # segments end inside and between calls, and with a single token
+    y, states, _ = read_in_pieces(module, params, inputs(), counts, 10)
+    return params, y, states[T]
 
 
 @both

@@ -123,31 +123,38 @@ def test_gradients_of_mag_are_slopes_of_its_outputs(x64):
     np.testing.assert_allclose(along, (value(1e-6) - value(-1e-6)) / 2e-6, rtol=1e-6)
 
 
-@functools.cache
-def streamed(name):
-    """Parameters, outputs and final state of a text that comes in pieces, with padding after them."""
-    module, params = drawn(CONFIGS[name])
+def read_in_pieces(module, params, u, counts, longest):
+    """Outputs of a text that comes in pieces, the states by tokens read before, and the compiled step.
+
+    A piece has that many tokens and padding up to ``longest``; None: one token and no padding.
+    """
 
     @jax.jit
     def step(params, u, state, count=None):
         return module.apply({"params": params}, u, state, count)
 
-    state = jax.jit(lambda params: module.apply({"params": params}, B, T, method="init_state"))(params)
-    at, found = 0, []
-    for count in (5, 0, 11, 6, None, None):  # segments end inside, at the end of, and between calls
-        piece = inputs()[:, at : at + (count or 0)]
-        if count is None:
-            y, state = step(params, inputs()[:, at : at + 1], state)
-        else:
-            padding = np.full((B, 11 - count, WIDTH), 7.0)
-            y, state = step(params, np.concatenate([piece, padding], axis=1), state, np.int32(count))
-        at += 1 if count is None else count
-        found.append(np.asarray(y)[:, : at - sum(x.shape[1] for x in found)])
-        if at == 16:  # a segment starts here
-            alone = functools.reduce(lambda now, t: step(params, inputs()[:, t : t + 1], now)[1], range(16, 22), state)
-        if at == 22:  # and is unfinished here
-            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), state, alone)
-    return params, np.concatenate(found, axis=1), state
+    state = jax.jit(lambda params: module.apply({"params": params}, *u.shape[:2], method="init_state"))(params)
+    at, found, states = 0, [], {}
+    for count in counts:
+        size = 1 if count is None else count
+        piece, real = u[:, at : at + size], () if count is None else (np.int32(count),)
+        padding = np.full((len(u), longest - size if real else 0, u.shape[2]), 7.0)
+        y, state = step(params, np.concatenate([piece, padding], axis=1), state, *real)
+        at, found = at + size, [*found, np.asarray(y)[:, :size]]
+        states[at] = state
+    return np.concatenate(found, axis=1), states, step
+
+
+@functools.cache
+def streamed(name):
+    """Parameters, outputs and final state of a text that comes in pieces, with padding after them."""
+    module, params = drawn(CONFIGS[name])
+    counts = 5, 0, 11, 6, None, None  # segments end inside, at the end of, and between calls
+    y, states, step = read_in_pieces(module, params, inputs(), counts, 11)
+    # A segment starts after 16 tokens, and one is unfinished after 22.
+    alone = functools.reduce(lambda now, t: step(params, inputs()[:, t : t + 1], now)[1], range(16, 22), states[16])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), states[22], alone)
+    return params, y, states[T]
 
 
 @both

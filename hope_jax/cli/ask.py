@@ -1,8 +1,8 @@
 """Let a model write with what it has learned: the run of ``pretrain`` and the context that ``learn`` saved.
 
     python -m hope_jax ask "def main(" --checkpoint runs/hope-tiny
-    python -m hope_jax ask "def main(" --checkpoint runs/hope-tiny --clear     # with what the levels stored alone
-    python -m hope_jax ask "def main(" --checkpoint runs/hope-tiny --learn     # and keep this exchange too
+    python -m hope_jax ask "def main(" --checkpoint runs/hope-tiny --clear     # with only what the levels stored
+    python -m hope_jax ask "def main(" --checkpoint runs/hope-tiny --learn     # and store this exchange, too
 
 Without a saved context the model has what training taught it and nothing else. Nothing is changed unless ``--learn``
 says so: levels that training writes in context (``ttt_e2e``, ``--cms.in-context``) are written with ``--learn`` alone.
@@ -39,8 +39,8 @@ class AskConfig(Source):
     temperature: float = 0.8  # 0 takes the likeliest token each time, 1 draws from the model's distribution.
     top_k: int | None = None  # Draw among so many likeliest tokens. None: all.
     top_p: float | None = None  # Draw among the likeliest tokens that together have this probability. None: all.
-    seed: int = 0  # Of the drawing.
-    clear: bool = False  # Begin with an empty context: what was read is known as far as the levels stored it.
+    seed: int = 0  # Seed of the random draws.
+    clear: bool = False  # Begin with an empty context: the model then knows only what its levels stored.
     learn: bool = False  # Store the prompt and what is written in the levels, and save that.
 
     def __post_init__(self):
@@ -55,13 +55,13 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     config = parse(AskConfig, arguments, "python -m hope_jax ask")
     trained = config.trained()
-    choice(trained.model.config.vocab_size, config.temperature, config.top_k, config.top_p)  # or refused
+    choice(trained.model.config.vocab_size, config.temperature, config.top_k, config.top_p)  # refuses others
     prompt = jnp.asarray(trained.tokenizer.encode(config.prompt))[None]
     with config.alone(trained) if config.learn else contextlib.nullcontext() as place:
         state = answer(trained, config, prompt, begin(trained, config, prompt))
         if place:
             state = context.finish(trained.model, trained.params, state)
-            note = readings(place) | {"inside": None}  # what was stopped is still to be gone on with
+            note = readings(place) | {"inside": None}  # readings that were stopped can still go on
             context.save(place, trained.model, trained.params, state, note)
             print(f"saved: {place}", file=sys.stderr)
     return 0
@@ -92,7 +92,7 @@ def begin(trained: Trained, config: AskConfig, prompt: Any) -> Any:
 
 
 def answer(trained: Trained, config: AskConfig, prompt: Any, state: Any) -> Any:
-    """Write to stdout as the tokens come; the state after them, the last one read too."""
+    """Print the tokens as they are written; returns the state after reading all of them, the last one, too."""
     how: dict[str, Any] = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "learn")}
     key, written = jax.random.key(config.seed), Continuation(trained.tokenizer, np.asarray(prompt)[0])
     print(config.prompt, end="", flush=True)

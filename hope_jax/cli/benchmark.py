@@ -5,7 +5,7 @@
     python -m hope_jax benchmark length --remat-every 512
 
 Each part is a function of its name here. Every number is the best of ``--repeats`` interleaved repetitions. Minutes on
-a CPU. The aim: chunked 10 times and more ahead of sequential, and a decode time that does not depend on the position.
+a CPU. The aims: chunked is 10 times as fast as sequential or more; decoding takes equally long at every position.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ CHUNKED = ("hope", "deltanet")  # architectures whose training step is measured 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Measure speed and memory."""
+    """Measure speed and memory of this machine."""
 
-    parts: tyro.conf.Positional[tuple[Part, ...]] = ()  # What to measure; nothing named: everything.
+    parts: tyro.conf.Positional[tuple[Part, ...]] = ()  # Parts to measure; none named: all of them.
     models: tuple[str, ...] = ("hope", "transformer_pp")
     """train: architectures, such as hope@64 for an anchor every 64 tokens; ratios are against the last one."""
     size: str | None = None  # train, chunked: a named size instead of width, layers and heads.
@@ -127,7 +127,7 @@ class Trainer:
         return self._read(self.state.params, self.tokens)
 
     def row(self, seconds: float) -> Row:
-        """What is known about a step that takes so long."""
+        """The row of results for steps of so many seconds."""
         batch, window = self.tokens.shape
         shared = self.tokens.sharding.num_devices
         about = {"parameters": self.parameters, "length": window - 1, "batch": batch, "devices": shared}
@@ -158,7 +158,7 @@ def train(config: BenchmarkConfig) -> Iterator[Row]:
 def chunked(config: BenchmarkConfig) -> Iterator[Row]:
     """The recurrence with its gradient, then training steps of one sequence: chunked against token by token.
 
-    Token by token the whole model is: pieces of one token that hand on the state, rematerialised one by one.
+    Token by token means for the whole model: it reads pieces of one token, and each is rematerialised.
     """
     forms = {"chunked": _recurrence(config.tokens, "auto"), "sequential": _recurrence(config.tokens, "sequential")}
     yield {"what": "gated_delta", **_against_sequential(config, forms)}

@@ -40,8 +40,8 @@ class CheckpointConfig:
     file: Path | None = None
     """With export and import: a safetensors file; or a folder in the layout of Hugging Face, see --llama."""
     llama: bool = False
-    """With export: write a Llama's config.json and model.safetensors into the folder --file. Import reads such folders
-    without it, of any architecture that is known."""
+    """With export: write a Llama's config.json and model.safetensors into the folder --file. Import reads
+    such folders without this flag, of every known architecture."""
 
     def __post_init__(self):
         carries = self.action in ("export", "import")
@@ -123,7 +123,7 @@ def export(config: CheckpointConfig) -> int:
 
 
 def import_(config: CheckpointConfig) -> int:
-    """Make a run folder of a file, or of a folder in the layout of Hugging Face."""
+    """Make a run folder from a file, or from a folder in the layout of Hugging Face."""
     model = _from_hugging_face(config.place) if config.place.is_dir() else read_model(config.place)
     make_run(config.run, model, config.place.name)
     print(f"{config.place} is step {model.step} of {config.run}: it can be used, but not trained on")
@@ -141,7 +141,7 @@ def _from_hugging_face(folder: Path) -> Portable:
 
 
 def _steps(config: CheckpointConfig, needed: bool = True) -> list[int]:
-    """The saved steps. Raises UserError where there is none but one is needed, or not the one that was asked for."""
+    """The saved steps. Raises UserError if a step is needed and none is saved, or if the chosen one is not saved."""
     if find_step(config.run, config.step) is None and needed:
         raise UserError(f"There is no saved step in {config.run}; give the --run folder of a pretrain command.")
     return saved_steps(config.run)

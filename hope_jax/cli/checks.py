@@ -1,4 +1,4 @@
-"""What the settings of several experiments must satisfy, said alike."""
+"""Checks of settings that several commands and experiments have."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,7 +21,7 @@ def given(config: Any, *names: str) -> None:
 
 
 def check_seeds(config: Any) -> None:
-    """Raise UserError for the first of the ``seeds`` that is none."""
+    """Raise UserError for the first of the ``seeds`` that is no seed."""
     given(config, "seeds")
     for seed in config.seeds:
         check_seed(seed)

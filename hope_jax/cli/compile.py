@@ -28,7 +28,7 @@ from hope_jax.train.kernels import evaluated
 
 @dataclass(frozen=True)
 class CompileConfig(StepFlags):
-    """Compile a training step; flags that `pretrain` has, too, mean the same there."""
+    """Compile a training step; most flags are those of `pretrain`, and mean the same."""
 
     topology: str  # Chips that share each batch: a TPU such as v5e:16x16, v5p:4x4x4 or v6e:4x4; cpu:8: this machine.
     dtype: Literal["float32", "bfloat16"] = "float32"  # Of products and activations.
@@ -78,7 +78,7 @@ def _asked(config: CompileConfig, setup: training.Setup, flops: int) -> dict[str
 
 
 def _found(report: Report, flops: float) -> dict[str, str]:
-    """What the compiler made of the step; ``flops``: model FLOPs of a chip."""
+    """What the compiled step needs and does, by name; ``flops``: model FLOPs of a chip."""
     done, besides = report.work, report.results - report.shared
     sums = [f"{kind} {count:,} ({done.sent[kind]:,} bytes)" for kind, count in sorted(done.collectives.items())]
     left_out = [f"{target} {count:,}" for target, count in sorted(done.calls.items())]

@@ -1,4 +1,4 @@
-"""What a device is worth in a few minutes: are the numbers right, what do layers cost, how fast does a model train.
+"""A check of a device in a few minutes: whether its numbers are right, what layers cost, how fast models train.
 
 Each part yields rows. On a CPU, or with ``toy``, all shapes are tiny. ``watched.py`` runs the parts one by one, so that
 one that fails or takes too long does not stop the others.
@@ -37,10 +37,10 @@ Part = Literal[
     "exactness", "hope-2048", "transformer_pp-2048", "kernels", "graphs", "hope-16384", "transformer_pp-16384"
 ]  # the most telling first
 WEIGHTS: dict[str, float] = {"exactness": 1.5, "hope-2048": 3.0, "kernels": 2.0, "hope-16384": 3.0}
-"""By part: its share of the time, where it is not 1. Hope takes longest to compile."""
+"""Part -> its share of the time, 1 for the others. Hope takes longest to compile."""
 TOLERANCE = {"": 2e-4, "bfloat16_3x": 2e-3, "bfloat16": 0.2}
-"""By the products of a form: the largest error of reads and gradients that counts as exact."""
-STEPS, SECONDS = 10, 15.0  # of a measured run: at most so many steps, and no new one after so long
+"""Products of a form -> the largest error of reads and gradients that counts as right."""
+STEPS, SECONDS = 10, 15.0  # of a measured run: its most steps; no step begins after so many seconds
 SHARE = 0.9  # of the memory of a device that a step may fill
 FIRST_TOKENS = 32_768  # of the first batch that is tried
 
@@ -52,7 +52,7 @@ class GpuCheckConfig:
     parts: tuple[Part, ...] = get_args(Part)  # What to do, in this order.
     minutes: float = 8.0  # What is not done by then is left out.
     toy: bool = False  # Tiny shapes, as on a CPU.
-    here: bool = False  # Do the parts in this process, without limits: what each process that is started is told.
+    here: bool = False  # Do the parts in this process, without limits. Each process that is started has this flag.
     results: Path = Path("experiments/results")  # Folder of gpu_check.jsonl and gpu_check.md.
     cache: Path = Path("runs/.cache")  # Folder of compiled programs.
 
@@ -79,7 +79,7 @@ class GpuCheckConfig:
 
 
 def exactness(toy: bool) -> Iterator[Row]:
-    """What trains first; then Hope in three passes and every form that applies of a matrix memory."""
+    """First the forms that train; then Hope with products in three passes, and all forms of a matrix memory."""
     platform = jax.default_backend()
     forms = [impl for impl in get_args(Impl) if not runs_kernel(impl) or platform == "tpu" or toy]
     others = [impl for impl in forms if impl != "auto"]
@@ -111,7 +111,7 @@ LAYERS: list[tuple[Memory, int, int, tuple[Impl, ...]]] = [
 
 
 def layers(toy: bool, cases: Sequence[tuple[Memory, int, int, tuple[Impl, ...]]]) -> Iterator[Row]:
-    """What these layers cost, each in the form that trains; one of Hope also with products in bfloat16."""
+    """The costs of these layers, each in the form that trains; one of Hope also with products in bfloat16."""
     for memory, chunk, size, forms in cases:
         shape = _shape(memory, chunk // 8, size // 8, 32, 2, 1) if toy else _shape(memory, chunk, size, 2048, 12, 8)
         yield from costs(shape, forms, jax.devices()[0], 1 if toy else 10)
@@ -124,8 +124,8 @@ def _shape(memory: Memory, chunk: int, size: int, length: int, heads: int, batch
 def speed(architecture: str, length: int, toy: bool) -> Iterator[Row]:
     """Training in bfloat16: tokens per second and utilisation, at a first batch and at the largest 2^n that fits.
 
-    A step that lacks memory although it should fit is tried with half the batch. What is known before the steps is a
-    row of its own.
+    A step that lacks memory although it should fit is tried with half the batch. A row of its own has what is known
+    before the first step.
     """
     if toy:
         length, model = length // 128, ARCHITECTURES[architecture](Size(32, 1, 2, 64, 128, (Level(16),)))
@@ -161,11 +161,11 @@ class _Compiled(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of a batch of tokens."""
+        """The shape of a batch of tokens."""
         return self.run.batch, self.run.length + 1
 
     def speed(self) -> Row:
-        """Take some steps; what they say."""
+        """Take some steps; returns how fast they are."""
         seconds, steps = _timed(self.step, self.setup, self.shape, self.run.model.vocab_size)
         peak = peak_flops(jax.devices()[0].device_kind)
         speed = self.setup.flops(jax.ShapeDtypeStruct(self.shape, jnp.int32)) / seconds
@@ -186,9 +186,10 @@ def _compiled(model: ModelConfig, row: Row) -> _Compiled:
 
 
 def _timed(step: Callable[..., Any], setup: training.Setup, shape: tuple[int, ...], vocab: int) -> tuple[float, int]:
-    """The median time of the steps after the first, and how many these were.
+    """The median seconds of the steps after the first, and how many these were.
 
-    Where the first one takes all the time there are none, and the time is its own, with all that is done once.
+    Where the first step takes all the time there are no others: the seconds are then its own, with all that is done
+    only once.
     """
     state = setup.start(0)
     batch = setup.place(np.random.default_rng(0).integers(vocab, size=shape).astype(np.int32))

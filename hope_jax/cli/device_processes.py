@@ -1,4 +1,4 @@
-"""What the processes of ``gpu_check`` are told, and whether their JAX sees the card of this machine."""
+"""The environment of the processes of ``gpu_check``, and whether their JAX sees the card of this machine."""
 
 import os
 import subprocess
@@ -9,13 +9,13 @@ import jax
 
 from hope_jax.errors import UserError
 
-CARD = Path("/dev/nvidia0")  # is there where the driver of an NVIDIA card is
+CARD = Path("/dev/nvidia0")  # exists where the driver of an NVIDIA card is installed
 GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
-"""What makes XLA record loops as CUDA graphs, too, so that the host does not start their instructions one by one."""
+"""The flag by which XLA records loops as CUDA graphs, too: the host then starts a loop and not each instruction."""
 
 
 def variables(part: str) -> list[str]:
-    """What the command of a part begins with: XLA reads its flags as JAX starts, so those of graphs are set before."""
+    """The beginning of the command of a part: XLA reads its flags when JAX starts, so those of graphs are set before."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {GRAPHS}".strip()
     return ["env", f"XLA_FLAGS={flags}"] if part == "graphs" else []
 
@@ -23,7 +23,7 @@ def variables(part: str) -> list[str]:
 def check_card() -> None:
     """Raise UserError where there is a card that this JAX cannot use.
 
-    A process that ends is asked: a JAX that has started keeps the memory of the card.
+    A short process is asked: JAX, once it has started, keeps the memory of the card until its process ends.
     """
     if CARD.exists():
         ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]

@@ -13,11 +13,11 @@ from hope_jax.memory.kernels import Impl
 
 
 def errors(shape: Shape, impl: Impl) -> Row:
-    """Norms of the differences over the norms: of the reads, and of the gradient that differs most.
+    """Norm of the error divided by the norm of the exact value: of the reads, and of the gradient that differs most.
 
     The layer has its initial parameters and reads normal numbers, in float32 on the first device. Gradients are of the
-    reads times other normal numbers, by parameters and by what is read. All but the memories computes in float32 too,
-    whatever is usual on the device.
+    reads times other normal numbers, by parameters and by what is read. Products outside of the memories
+    are in full float32, too, whatever the device does by default.
     """
     with jax.default_matmul_precision("highest"):
         reads, gradients = _evaluated(shape, impl, jnp.float32, _drawn(shape))
@@ -27,7 +27,7 @@ def errors(shape: Shape, impl: Impl) -> Row:
 
 
 def _distance(found: np.ndarray, expected: np.ndarray) -> float:
-    """Of a gradient that is zero: how far the other is from that."""
+    """Norm of the error over the norm of ``expected``; where that is zero, the norm of the error."""
     norm = float(np.linalg.norm(expected))
     return float(np.linalg.norm(found.astype(np.float64) - expected)) / (norm or 1.0)
 

@@ -1,6 +1,6 @@
 """The flags ``--cms.*`` of ``pretrain``: levels of the continuum memory system that learn while text is read.
 
-``check_reading``: whether the sequences of training are such that levels in context are of use.
+``check_reading``: whether sequences of training are long enough for levels in context, and whole periods.
 """
 
 from dataclasses import dataclass
@@ -51,8 +51,8 @@ def read_at_once(config: ModelConfig, length: int, remat_every: int | None) -> i
 def check_reading(config: ModelConfig, length: int, remat_every: int | None = None, z_loss: float = 0.0) -> None:
     """Raise UserError where training writes levels of the model in context and cannot do so in sequences of ``length``.
 
-    They must be whole periods of the fastest level, and longer than the slowest one's: its only write would come after
-    all that could read it.
+    It must be a multiple of the fastest period, and longer than the slowest one: else the only write of that level
+    would come after the last token that could read it.
     """
     if not learns_in_context(model := LanguageModel(config)):
         return

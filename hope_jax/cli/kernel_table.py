@@ -26,10 +26,10 @@ COLUMNS = {
     "gradients": "of gradients",
 }
 """Key of a row -> heading. "both": forward and backward."""
-ERRORS = ("reads", "gradients")  # left out where no row knows them
+ERRORS = ("reads", "gradients")  # columns that are left out where no row has them
 SHAPE = ("head_size", "length", "heads", "batch")
 REASONS = {"not_counted": "was not counted", "failed": "failed"}
-"""Key of a row -> what happened, for the reason that is there. A program that cannot be read is timed all the same."""
+"""Key of a row with a reason -> what the reason explains. A program that cannot be read is timed all the same."""
 MEASURES = {"both_ms": "time", "temporary_mb": "temporary memory"}
 
 
@@ -45,12 +45,12 @@ def _cell(row: Row, key: str) -> Any:
 
 
 def last(rows: Sequence[Row]) -> list[Row]:
-    """Of rows of the same layer in the same form the last one."""
+    """The last row of each layer and form."""
     return list({(*_of(row), *(row[key] for key in SHAPE), row["impl"]): row for row in rows}.values())
 
 
 def table(lines: Sequence[Row]) -> list[str]:
-    """The ``rows`` of all lines by chip, what failed and why, then where a form or a memory loses."""
+    """For each chip a table of its rows, what failed and why, and where a form or a memory loses."""
     said, rows = [], [row for line in lines for row in line["rows"]]
     for chip, all_of_it in grouped(rows, lambda row: row["chip"]).items():
         same = last(all_of_it)
@@ -62,7 +62,7 @@ def table(lines: Sequence[Row]) -> list[str]:
 
 
 def losses(rows: Sequence[Row]) -> list[str]:
-    """Which rows take more than the best form of their memory, and which of these more than attention, and how much.
+    """Which forms take more than the best form of their memory, which best forms more than attention, and how much.
 
     Rows that were timed are compared by time, compiled ones by temporary memory.
     """
@@ -76,7 +76,7 @@ def losses(rows: Sequence[Row]) -> list[str]:
 
 
 def _losses(rows: Sequence[Row], key: str, what: str) -> list[str]:
-    """Of layers that read the same."""
+    """``losses`` among layers that read inputs of one shape."""
     best = {of: min(forms, key=lambda row: row[key]) for of, forms in grouped(rows, _of).items()}
     pairs = [(row, best[_of(row)]) for row in rows if row is not best[_of(row)]]
     attention = next((row for row in rows if row["memory"] == "attention"), None)
@@ -90,7 +90,7 @@ def _of(row: Row) -> tuple[Any, ...]:
 
 
 def name(row: Row) -> str:
-    """What a row is called in a sentence."""
+    """The name of a row in a sentence."""
     return f"{_short(row)}, {row['batch']} x {row['length']:,} tokens, heads of {row['head_size']}"
 
 

@@ -36,7 +36,7 @@ class KernelsConfig:
 
     memories: tuple[Memory, ...] = ("hope",)
     """Mixers: self-modifying memories (hope), one MLP memory (titans), one matrix (gated_deltanet), attention."""
-    impls: tuple[Impl, ...] = ("auto", "chunked")  # How they are computed; pallas is slow but on a TPU.
+    impls: tuple[Impl, ...] = ("auto", "chunked")  # How they are computed; pallas is slow except on a TPU.
     chunks: tuple[int, ...] = (16, 64)  # Tokens of a chunk: the anchor periods of hope and titans.
     head_sizes: tuple[int, ...] = (64,)  # Features of a head.
     heads: int = 12  # Heads of the mixer.
@@ -44,7 +44,7 @@ class KernelsConfig:
     batch: int = 2  # Sequences.
     compile_for: str | None = None  # Compile for the first chip of this topology, such as v5e:2x2, and run nothing.
     repeats: int = 5  # Repetitions; the best counts. 0: no times.
-    exact: bool = False  # Also how far reads and gradients are from float64, token by token; slow.
+    exact: bool = False  # Also the distance of reads and gradients from float64, token by token; slow.
     results: Path = Path("experiments/results")  # Folder of the results, JSON lines.
 
     def __post_init__(self):
@@ -58,13 +58,13 @@ class KernelsConfig:
                 raise UserError(f"--lengths must be multiples of --chunks, got {length} for {chunk}.")
 
     def shapes(self) -> Iterator[Shape]:
-        """Every combination; a memory without anchors is there once for all chunks."""
+        """Every combination; a memory without anchors has no chunks and comes once."""
         for memory, size, length in itertools.product(self.memories, self.head_sizes, self.lengths):
             for chunk in self.chunks if memory in CHUNKED else (None,):
                 yield Shape(memory, chunk, size, length, self.heads, self.batch)
 
     def chip(self) -> Any:
-        """The device that is measured, or compiled for."""
+        """The device to measure, or to compile for."""
         return jax.devices()[0] if self.compile_for is None else topology(self.compile_for)[0]
 
     @property
@@ -73,7 +73,7 @@ class KernelsConfig:
         return 0 if self.compile_for else self.repeats
 
     def about(self, shape: Shape, chip: Any) -> Row:
-        """What must agree before a shape counts as measured."""
+        """The settings by which a line on file counts as the measurement of this shape."""
         how = {"compiled": self.compile_for is not None, "repeats": self.timed, "exact": self.exact}
         return asdict(shape) | how | {"chip": chip.device_kind, "impls": list(shape.forms(self.impls))}
 

@@ -27,7 +27,7 @@ from hope_jax.train.work import work
 
 KERNEL = "tpu_custom_call"  # what XLA calls a kernel of a TPU
 Memory = Literal["hope", "titans", "gated_deltanet", "attention"]
-CHUNKED = ("hope", "titans")  # whose chunks are a setting
+CHUNKED = ("hope", "titans")  # memories whose chunks have a size that can be set
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Shape:
         return SelfModifyingConfig(self.heads, c_memory=period, c_projections=period, impl=impl)
 
     def forms(self, impls: Sequence[Impl]) -> Sequence[Impl]:
-        """Those of ``impls`` that differ: attention has one, "auto"."""
+        """The forms to measure: ``impls``, but attention has one form alone, "auto"."""
         return ("auto",) if self.memory == "attention" else impls
 
     def inputs(self, dtype: Any = jnp.float32) -> Any:
@@ -75,7 +75,7 @@ class Layer(NamedTuple):
     mixer: Any
 
     def read(self, params: Any, u: Any) -> Any:
-        """What it answers, [B,T,D]."""
+        """The output, [B,T,D]."""
         return self.mixer.apply({"params": params}, u, method=_read)
 
     def start(self, key: Any) -> Any:
@@ -84,7 +84,7 @@ class Layer(NamedTuple):
         return self.mixer.init(key, u, method=_read)["params"]
 
     def shapes(self) -> Any:
-        """Those of the parameters."""
+        """The shapes of the parameters."""
         return jax.eval_shape(self.start, jax.random.key(0))
 
 
@@ -120,7 +120,7 @@ def costs(shape: Shape, impls: Sequence[Impl], chip: Any, repeats: int) -> Itera
 
 
 def _compiled(shape: Shape, impl: Impl, chip: Any, row: Row) -> _Programs:
-    """The programs of the layer; what is known of the gradient goes into ``row``."""
+    """Compile the programs of the layer; what is known of the gradient is added to ``row``."""
     layer, u, mesh = shape.layer(impl), shape.inputs(), Mesh(np.array([chip]), ("chip",))
     params = layer.shapes()
     place = NamedSharding(mesh, PartitionSpec())
@@ -141,7 +141,7 @@ def _compiled(shape: Shape, impl: Impl, chip: Any, row: Row) -> _Programs:
 def _counted(text: str) -> Row:
     """Launches, kernels, rounds of loops and megabytes moved of a program.
 
-    What is timed must not depend on whether the text of a compiler that is new to us can be read: then the reason.
+    A program whose text cannot be read, as of a new compiler, is timed all the same: the row then has the reason.
     """
     counted: Row = {}
     with told(counted):
@@ -166,7 +166,7 @@ def _check_room(program: Any, chip: Any) -> None:
 def _times(
     programs: dict[Impl, _Programs], rows: dict[Impl, Row], shapes: Any, shape: Shape, repeats: int
 ) -> dict[Impl, Row]:
-    """Milliseconds, model FLOP/s and bytes per second of each, of parameters drawn with a deviation of 0.05."""
+    """Milliseconds, model FLOP/s and bytes per second of each form, with parameters drawn with a deviation of 0.05."""
     if not repeats:
         return {}
     drawn = jax.tree.map(lambda x: 0.05 * jax.random.normal(jax.random.key(0), x.shape), shapes)

@@ -54,10 +54,10 @@ class LearnConfig(Source):
     """Read documents and store them in the levels of a trained model."""
 
     fresh: bool = False  # Start anew instead of going on from the context that is saved there.
-    passes: int = 1  # Times to read everything.
+    passes: int = 1  # How often to read everything.
     window: int | None = None
-    """Tokens after which a document is gone on with in an empty context, the levels kept. None: never, or when the
-    caches of attention are full."""
+    """Tokens after which the context is emptied within a document; the levels keep what they stored. None: when the
+    caches of attention are full, or never."""
     data: DocumentConfig
 
     def __post_init__(self):
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     config, stop = parse(LearnConfig, arguments, "python -m hope_jax learn"), training.Interrupt()
     trained = config.trained()
     documents = [trained.tokenizer.encode(text) for text in texts(config.data.path)]
-    # A reading that was stopped is gone on with by a command that means the same.
+    # A command with the same documents, passes and window continues a reading that was stopped.
     task = digest_arrays([*documents, np.array([config.passes, config.window or 0])])
     with config.alone(trained) as place, stop:
         begun, stopped = _begin(trained, config, task)
@@ -96,19 +96,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _said(error: Exception, done: int, kept: str) -> Exception:
-    """The error that ended a reading; of a user's mistake, where it happened."""
+    """The error that ended a reading; a UserError also says after how many tokens."""
     return UserError(f"After {done:,} tokens ({kept}): {error}") if isinstance(error, UserError) else error
 
 
 def _begin(trained: Trained, config: LearnConfig, task: str) -> tuple["Reading", dict[str, int]]:
-    """Where to start, and how many tokens of which readings were read when they were stopped."""
+    """Where to start; and, for each reading that was stopped, the tokens that it had read."""
     place = config.place(trained)
     if config.fresh or not place.exists():
         return Reading(None, 0), {}
     state, note = config.saved(trained), readings(place)
     done = note["stopped"].get(task, 0)
     print(f"Going on from the context in {place}" + (f", after {done:,} tokens of this reading." if done else "."))
-    if done and note["inside"] != task:  # something else was read since
+    if done and note["inside"] != task:  # the context has read something else since
         state = context.clear(trained.model, trained.params, state, _window(trained, config))
     return Reading(state, done), note["stopped"]
 
@@ -133,10 +133,10 @@ class Reading(NamedTuple):
 def read(
     trained: Trained, config: LearnConfig, documents: Sequence[np.ndarray], begun: Reading, stop: training.Interrupt
 ) -> Reading:
-    """Read all ``documents`` so many times, or until asked to stop; prints how surprising they are.
+    """Read all ``documents`` ``config.passes`` times, or until asked to stop; prints bits per byte.
 
     ``begun`` is where to start. At the end of the last document every level stores what it has gathered
-    (``context.finish``); a reading that was stopped, or met a mistake, goes on from within.
+    (``context.finish``). A reading that was stopped, or met an error, does not do so: it goes on where it was.
     """
     model, params, size = trained.model, trained.params, _window(trained, config)
     piece = piece_size(model)
@@ -146,7 +146,7 @@ def read(
     with training.progress(total=total, initial=done, unit="token", unit_scale=True) as bar:
         for known, window in windows(list(documents) * config.passes, size, done):
             static = context.start(model, params, 1, size)
-            for tokens in pieces(known, piece):  # read before it was stopped
+            for tokens in pieces(known, piece):  # which were read before the reading was stopped
                 _, static = read_without_learning(model, params, static, tokens)
                 if stop.requested:
                     return Reading(state, done)
@@ -155,7 +155,7 @@ def read(
             for tokens in pieces(window, piece):
                 try:
                     nats, state = context.surprise(model, params, state, tokens)
-                except Exception as error:  # whatever it is, what was read is worth keeping
+                except Exception as error:  # of any kind: what was read is kept
                     return Reading(state, done, error=error)
                 done += tokens.shape[1]
                 as_trained, static = read_without_learning(model, params, static, tokens)
@@ -171,7 +171,7 @@ def read(
 
 
 def _window(trained: Trained, config: LearnConfig) -> int | None:
-    """Tokens that are read before the context is emptied; what attention with a cache has room for if nobody says."""
+    """Tokens that are read before the context is emptied: --window, or else the room in the caches of attention."""
     if config.window is not None:
         return config.window
     blocks = jax.eval_shape(lambda: trained.model.init_state(trained.params, batch=1))
@@ -181,7 +181,7 @@ def _window(trained: Trained, config: LearnConfig) -> int | None:
 def windows(
     documents: Sequence[np.ndarray], size: int | None, done: int
 ) -> Iterator[tuple[Int[np.ndarray, " known"], Int[np.ndarray, " T"]]]:
-    """What is read on one context, up to ``size`` tokens: those of it among the first ``done`` of all, and the rest."""
+    """The tokens of one context, up to ``size``, in two parts: those among the first ``done`` of all, and the rest."""
     for document in documents:
         for start in range(0, len(document), size or len(document) or 1):
             window = document[start:][:size]
@@ -201,18 +201,18 @@ class Report:
 
     def __init__(self, done: int, each: int, byte_lengths: np.ndarray):
         self._start, self._each, self._lengths = done, each, byte_lengths
-        # Of all that is printed and of what comes next: tokens, bits and bytes, bits and bytes without learning.
+        # Sums of what is printed, and of what comes next: tokens, bits and bytes, bits and bytes without learning.
         self._all, self._next = np.zeros(5), np.zeros(5)
         _say(f"{'tokens':>23}  bits per byte  without learning")
 
     def add(self, tokens: np.ndarray, nats: np.ndarray, static: np.ndarray) -> None:
-        """What a piece gave; the last ones of its tokens were predicted."""
+        """Add a piece: ``nats`` and ``static`` are those of its last tokens, which were predicted."""
         self._next += [len(tokens), *self._bits(tokens, nats), *self._bits(tokens, static)]
         if self._next[0] >= self._each:
             self._print_next()
 
     def end(self) -> None:
-        """The rest, and everything together."""
+        """Print what is left, and the sums of everything."""
         if self._next[0]:
             self._print_next()
         if self._all[0]:
@@ -234,6 +234,6 @@ class Report:
 
 
 def _say(line: str) -> None:
-    """Print beside the progress bar. A closed output does not end the reading: what is read is worth keeping."""
+    """Print beside the progress bar. A closed output does not end the reading: what is read is kept."""
     with contextlib.suppress(BrokenPipeError):
         tqdm.write(line, file=sys.stdout)

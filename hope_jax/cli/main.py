@@ -46,8 +46,8 @@ def run(program: str, kind: str, table: Mapping[str, str], needs: str, arguments
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # "?" for what a terminal cannot show, instead of an error
     name, *rest = arguments
-    atexit.register(gc.freeze)  # else Python looks for garbage in all that was imported before it ends
-    with handled((signal.SIGTERM, signal.SIGHUP), _terminate):  # outside of training: cleaned up as after Ctrl-C
+    atexit.register(gc.freeze)  # else Python searches all that was imported for garbage before it ends
+    with handled((signal.SIGTERM, signal.SIGHUP), _terminate):  # outside of training they act as Ctrl-C
         return _status(lambda: _start(kind, table, needs, name, rest), [program, name, *rest])
 
 
@@ -65,7 +65,7 @@ def _start(kind: str, table: Mapping[str, str], needs: str, name: str, rest: Seq
 
 
 def _status(work: Callable[[], int], command: Sequence[str]) -> int:
-    """Do ``work``, which ``command`` asked for; every way to end that is no mistake of ours becomes a status."""
+    """The exit status of ``work``, which ``command`` asked for. Errors that are no mistake of ours become a status."""
     try:
         status = work()
         sys.stdout.flush()
@@ -77,7 +77,7 @@ def _status(work: Callable[[], int], command: Sequence[str]) -> int:
         again = shlex.join([sys.executable, "-m", *without(command, "--resume-from")])
         say(f"{stopped} To go on:\n  {again}")
         return 128 + stopped.signal
-    except BrokenPipeError as error:  # who read the output has seen enough
+    except BrokenPipeError as error:  # the reader of the output has closed it
         silence(sys.stdout)
         return exit_status(error)
     except OSError as error:
@@ -89,7 +89,7 @@ def _status(work: Callable[[], int], command: Sequence[str]) -> int:
 
 
 def say(text: str, stream: Any = None) -> None:
-    """Print what a finished piece of work has to tell. An output that is closed by then is no mistake."""
+    """Print a message about finished work. An output that has been closed is no error."""
     stream = sys.stdout if stream is None else stream
     try:
         print(text, file=stream, flush=True)
@@ -98,13 +98,13 @@ def say(text: str, stream: Any = None) -> None:
 
 
 def silence(stream: Any) -> None:
-    """Send what is still to be written to nowhere, so that the end of the process does not fail on it."""
+    """Drop what a stream has not written yet, so that the process does not fail on it when it ends."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def without(arguments: Sequence[str], flag: str) -> list[str]:
-    """``arguments`` less one flag and its value: going back once is enough."""
+    """``arguments`` without one flag and its value: a run that goes on must not go back once more."""
     kept, words = [], iter(arguments)
     for word in words:
         name, equals, _ = word.partition("=")

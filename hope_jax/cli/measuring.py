@@ -1,4 +1,4 @@
-"""What benchmarks measure with: the best of interleaved repetitions, what the machine is."""
+"""Tools of benchmarks: the best time of interleaved repetitions, a description of the machine, rows of results."""
 
 import contextlib
 import json
@@ -17,14 +17,14 @@ from hope_jax.errors import UserError
 
 
 def machine() -> Row:
-    """What measures: device, cores that this process may use, version of JAX, pages of memory, flags of XLA."""
+    """The machine: device, cores that this process may use, version of JAX, pages of memory, flags of XLA."""
     about = {"device": jax.devices()[0].device_kind, "cores": training.cores(), "jax": jax.__version__}
     about |= {"large_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")}
     return about | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
 
 
 def report(path: Path, rows: Iterable[Row]) -> None:
-    """Print each row as it comes; on file it also says what measured it."""
+    """Print each row as it comes, and append it to the file together with ``machine()``."""
     for row in rows:
         append(path, row | machine())
         print(json.dumps(row), flush=True)
@@ -32,7 +32,7 @@ def report(path: Path, rows: Iterable[Row]) -> None:
 
 @contextlib.contextmanager
 def told(row: Row) -> Iterator[None]:
-    """An error inside is a result, ``row["failed"]`` in a line; a mistake of the user stays one."""
+    """Note an error that is raised inside as ``row["failed"]``, in one line; a UserError is raised as usual."""
     try:
         yield
     except UserError:
@@ -42,7 +42,7 @@ def told(row: Row) -> Iterator[None]:
 
 
 def did_not_fit(row: Row) -> bool:
-    """Whether what failed lacked memory, as far as its message says."""
+    """Whether a row failed for lack of memory, as far as its message says."""
     reasons = ("RESOURCE_EXHAUSTED", "out of memory", "MemoryError", "does not fit")
     return any(reason.lower() in row.get("failed", "").lower() for reason in reasons)
 

@@ -1,4 +1,4 @@
-"""What a step of an optimizer costs: compiled, with parameters that serve as gradients."""
+"""The cost of a step of an optimizer, compiled; parameters serve as gradients."""
 
 import time
 from typing import Any
@@ -35,7 +35,7 @@ class Stepper:
         return self._step(self.params, state, self.params)
 
     def row(self, seconds_start: float, seconds: float, parameters: int) -> Row:
-        """What is known about steps that take so long."""
+        """The row of results for steps that take so long."""
         mean = (seconds_start + (BLOCK - 1) * seconds) / BLOCK
         times = {"step_ms": 1e3 * mean, "inside_ms": 1e3 * seconds, "start_ms": 1e3 * seconds_start}
         size = {"state_bytes_per_parameter": sum(leaf.nbytes for leaf in jax.tree.leaves(self.start)) / parameters}

@@ -28,7 +28,7 @@ PLAIN = {
     r"no type matching (\S+) could be instantiated from \['(.*)'\]": r"'\2' is none of \1",
     r"^Missing from[^:]*: [A-Z]+ (.*?)\.? \(required\)$": r"An argument is missing: \1",
 }
-"""What Python and tyro say, and how it is said plainly."""
+"""A message of Python or tyro -> the same in plain words."""
 
 
 def parse(config: type[Config], arguments: Sequence[str], prog: str) -> Config:
@@ -42,7 +42,7 @@ def parse(config: type[Config], arguments: Sequence[str], prog: str) -> Config:
         return tyro.cli(config, description=_description(config), **settings)
     _check_flags(config, chosen, arguments, prog)
     said = io.StringIO()
-    try:  # silently: tyro frames what it refuses in a box; we want the sentence itself
+    try:  # silently: tyro prints its message in a box; ours is the sentence alone
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return tyro.cli(config, **settings)
     except SystemExit as exit_:
@@ -55,10 +55,10 @@ def parse(config: type[Config], arguments: Sequence[str], prog: str) -> Config:
 
 
 def with_file(arguments: Sequence[str], flag: str) -> list[str]:
-    """``arguments`` behind the flags of the TOML file that ``flag`` names, less those that are given besides.
+    """The flags of the TOML file that ``flag`` names, then ``arguments``, which replace flags of the file.
 
     A table is a group of flags: ``[optimizer]`` with ``warmup = 100`` is ``--optimizer.warmup 100``. Raises UserError
-    for a file that is missing or no TOML.
+    where the file is missing or is no TOML.
     """
     given = [argument.partition("=") for argument in arguments]
     following = [*arguments[1:], ""]
@@ -141,7 +141,7 @@ def _choose_rows(config: Any, arguments: Sequence[str]) -> tuple[dict[str, Any],
 
 
 def _with_rows(config: Any, chosen: Mapping[str, Any], prefix: str = "--") -> Any:
-    """The defaults of ``config`` with the ``chosen`` rows; what has no default is missing, as tyro says it."""
+    """The defaults of ``config`` with the ``chosen`` rows; ``tyro.MISSING`` for a field without a default."""
     default = object.__new__(config if isinstance(config, type) else type(config))
     for field in fields(config):
         flag = prefix + field.name.replace("_", "-")
@@ -180,7 +180,7 @@ def _check_row(config: Any, flag: str) -> None:
 
 
 def _sentence(box: str) -> str:
-    """What tyro says in a box: its first paragraph, and how the flag is spelled where the second one tells."""
+    """The message in tyro's box: its first paragraph, and how the flag is spelled where the second one says so."""
     rows = ["" if line.startswith(("╭", "╰")) else line.strip("│ ") for line in box.splitlines()]
     parts = [list(part) for text, part in itertools.groupby(rows, lambda row: bool(row.strip("─-"))) if text]
     if not box.startswith("╭"):  # a terminal without such characters: the first part is the title

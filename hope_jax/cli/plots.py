@@ -11,15 +11,15 @@ from matplotlib.figure import Figure
 COLOURS = 10  # of matplotlib's cycle, "C0" to "C9"
 STYLES = ("-", ":", "-.", (0, (8, 2, 1, 2, 1, 2)))  # "--" is for controls
 INSIDE = 8  # labels that a legend inside of the axes can have without hiding curves
-COLUMN = 20  # labels one below the other
+COLUMN = 20  # labels in one column of a legend
 
 
 @contextlib.contextmanager
 def plot(path: Path, count: int = 1, size: tuple[float, float] = (7, 4)) -> Iterator[Any]:
     """``count`` axes side by side to draw into (the axes themselves where it is one); written as a PNG at the end.
 
-    Every axes gets a grid, and a legend where something in it has a label: beside the axes where labels are many, in a
-    figure that is wider by as much.
+    Every axes gets a grid, and a legend if a curve has a label. A legend with many labels stands beside the axes, and
+    makes the figure wider.
     """
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
@@ -43,15 +43,15 @@ def _add_legend(figure: Figure, axes: Any) -> None:
 
 
 def look(number: int, control: bool = False) -> dict[str, Any]:
-    """Colour and line of curve ``number``, from 0: 40 have each another look. A control is dashed, in 10 colours."""
+    """Colour and line of curve ``number``, from 0: the first 40 all differ. A control is dashed, in 10 colours."""
     colour, style = number % COLOURS, number // COLOURS % len(STYLES)
     return {"color": f"C{colour}", "linestyle": "--" if control else STYLES[style]}
 
 
 def draw_mean(axes: Any, x: Any, curves: Any, label: str, control: bool = False, **line: Any) -> None:
-    """The mean of the curves [curve, point] over ``x`` [point] in the next ``look``, and each of them, thin.
+    """Draw the mean of the curves [curve, point] over ``x`` [point] with the next ``look``, and each of them, thin.
 
-    ``line``: more of a line of matplotlib, such as its marker.
+    ``line``: more settings of a line of matplotlib, such as its marker.
     """
     style = look(len(axes.get_legend_handles_labels()[0]), control) | line
     axes.plot(x, np.mean(curves, axis=0), label=label, **style)

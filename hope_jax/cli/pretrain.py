@@ -53,20 +53,20 @@ class PretrainConfig(StepFlags):
 
     run: Path  # Folder of the run: checkpoints, metrics, curve and sample. The same folder and flags continue a run.
     config: Path | None = None
-    """TOML file of flags, such as experiments/published/hope-760m.toml; flags that are given besides count more."""
+    """TOML file of flags, such as experiments/published/hope-760m.toml; a flag that is given replaces that of the file."""
     steps: int = 400  # Batches in all. May be raised later; the learning rate then follows the longer schedule.
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of products and activations; parameters and loss stay float32. None: float32; with --stage-two, that of the run
-    before."""
-    seed: int = 0  # Of the initial parameters, the order of the text and the sample.
+    """Of products and activations; parameters and loss stay float32. None: float32; with --stage-two, that of
+    the run before."""
+    seed: int = 0  # Seed of the initial parameters, the order of the text and the sample.
     eval_every: int = 100  # Batches between measurements on held-out text; also measured before and after training.
     eval_batches: int = 16  # Batches of held-out text per measurement, always the same ones.
     save_every: int = 100  # Batches between checkpoints; the last one is always saved.
-    save_minutes: float | None = None  # Minutes between checkpoints at most, besides --save-every. None: any.
+    save_minutes: float | None = None  # Save at least once in so many minutes, too. None: by --save-every alone.
     keep: int = 3  # Checkpoints to keep, at least 2, so that a damaged one has a good one before it.
-    keep_every: int | None = None  # Checkpoints of every so many batches are kept for ever. None: --keep alone.
+    keep_every: int | None = None  # Checkpoints at multiples of this step are kept for ever. None: --keep alone.
     resume_from: int | None = None
-    """Go back to this saved step; later ones are moved to set_aside/. None: go on from the latest that is good."""
+    """Go back to this saved step; later ones are moved to set_aside/. None: go on from the latest good one."""
     schedule: Annotated[training.Schedule, tyro.conf.arg(name="")] = field(
         default=training.TextRun.schedule, metadata={"rows": training.SCHEDULES}
     )
@@ -74,7 +74,8 @@ class PretrainConfig(StepFlags):
     z_loss: float = training.TextRun.z_loss
     """Weight of the mean of log(Z)^2 in what is minimised, Z the normaliser of the softmax; 0: none, 1e-4 is usual."""
     spike: float | None = training.TextRun.spike
-    """Skip steps whose gradient is so many times as long as usual, too; above 1. None: those that are not finite."""
+    """Skip steps whose gradient norm is more than so many times the usual one, too; above 1. None: skip only steps that
+    are not finite."""
     most_skipped: int = training.Steps.most_skipped  # Steps in a row that may be skipped; one more stops the run.
     sample_tokens: int = 256  # Tokens to write after training, continuing held-out text.
     processes: training.ProcessesConfig = training.ProcessesConfig()
@@ -102,7 +103,7 @@ class PretrainConfig(StepFlags):
         self.keeping(None)
 
     def keeping(self, config: Any) -> training.Run:
-        """How a run of that configuration is kept. Raises UserError where the flags say what cannot be."""
+        """Where and how a run of that configuration is kept. Raises UserError where the flags contradict each other."""
         profile = None if self.profile is None else profiled_steps(self.profile, self.steps)
         how = {name: getattr(self, name) for name in ("keep", "keep_every", "save_minutes", "resume_from")}
         return training.Run(self.run, config, profile=profile, **how)

@@ -15,11 +15,11 @@ from hope_jax.data import TextData, Tokenizer
 from hope_jax.train.sharding import own
 
 PROMPT = 128
-"""Most tokens that a sample continues."""
+"""Tokens of the longest prompt of a sample."""
 
 
 def draw(run: Path, title: str) -> Path:
-    """Bits per byte in training and on held-out batches against tokens, as a PNG; its path."""
+    """Draw bits per byte in training and on held-out batches against tokens; returns the path of the PNG."""
     rows = training.read_rows(run / "metrics.jsonl")
     with plot(path := run / "loss.png") as axes:
         for split, style in {"train": {"linewidth": 0.8, "alpha": 0.7}, "heldout": {"marker": "o"}}.items():
@@ -41,8 +41,8 @@ def continued(
 ) -> str:
     """The beginning of the first held-out text, up to ``prompt`` tokens, and ``steps`` tokens that the model adds.
 
-    Levels that training writes in context are written here, too. ``whole``: one device takes all
-    parameters for it; else it is written where they lie.
+    Levels that training writes in context are written here, too. ``whole``: all parameters are moved to one
+    device first; else they stay where they are.
     """
     params = own(params)
     if params is None:

@@ -25,11 +25,11 @@ Row = dict[str, Any]
 class Results:
     """The lines of an experiment, one for each finished run, and the folders of runs that were stopped.
 
-    ``folder``: of the file ``<name>.jsonl``. ``cache``: where unfinished runs are kept. ``needed``: in every line.
-    ``only_read``: nothing will be added to what is on file.
+    ``folder``: of the file ``<name>.jsonl``. ``cache``: where unfinished runs are kept. ``needed``: names that every
+    line must have. ``only_read``: nothing will be written.
 
-    Raises UserError where nothing can be written, or read if that is all, or a line is damaged: better known now than
-    after training.
+    Raises UserError, before anything is trained, where the file cannot be written, where a line is damaged, and where
+    there is nothing to read with ``only_read``.
     """
 
     def __init__(self, folder: Path, name: str, cache: Path, needed: Sequence[str] = (), only_read: bool = False):
@@ -43,7 +43,7 @@ class Results:
         return training.read_rows(self.path, self._needed)
 
     def complete(self, setting: Row, work: Callable[[training.Run], Row]) -> Row:
-        """The line of the run of ``setting``: the last one on file, or ``setting | work(run)``, which is written down.
+        """The line of the run of ``setting``: the last one on file, or else ``setting | work(run)``, which is appended.
 
         ``work`` trains in the folder of ``run``. When it is stopped the folder stays, and the next call goes on from
         there; it is removed when the line is on file.
@@ -58,7 +58,7 @@ class Results:
 
     @contextlib.contextmanager
     def shared(self, setting: Row, work: Callable[[training.Run], Any]) -> Iterator[Callable[[], Any]]:
-        """``work(run)`` for several lines that need it, done when it is first asked for.
+        """The result of ``work(run)`` for several lines that need it; it is computed when it is first asked for.
 
         Its folder stays until the block is left without an error: a run that was stopped goes on, and one that has
         finished is only read.
@@ -89,7 +89,7 @@ def experiment(
     table: Callable[[Sequence[Row]], list[str]],
     draw: Callable[[Any, Sequence[Row]], Path | None] | None = None,
 ) -> int:
-    """Do the runs of ``config`` that are not on file, none with ``--table``; print and draw all; the exit status."""
+    """Do the runs of ``config`` that are not on file (none with ``--table``), print and draw all; the exit status."""
     results = Results(config.results, name, config.cache, needed, config.table)
     if not config.table:
         work(config, results)
@@ -116,7 +116,7 @@ def open_results(folder: Path, name: str, flag: str = "--results") -> Path:
 
 
 def append(path: Path, row: Row) -> None:
-    """One JSON line at the end of a file, after whatever another process is writing or was stopped in writing."""
+    """Append one JSON line to a file, to which others may be writing, or may have been killed while they wrote."""
     with path.open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         _end_last_line(file)
@@ -124,7 +124,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def _end_last_line(file: BinaryIO) -> None:
-    """A line without its end gets it if it is whole; otherwise its result was lost to a kill, and the rest goes too."""
+    """End the last line if that is missing. A line that is not whole JSON was cut off by a kill, and is removed."""
     file.seek(0)
     last = file.read().rpartition(b"\n")[2]
     if not last:
@@ -154,7 +154,7 @@ def heading(setting: Row) -> str:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Standard deviation over seeds, which are a sample (n - 1 below); of a single one it is not known, NaN."""
+    """Standard deviation over seeds, which are a sample (divided by n - 1); NaN for a single one."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 

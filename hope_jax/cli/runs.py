@@ -36,7 +36,7 @@ class Source:
             raise UserError(f"--rate must be 0 or more, got {self.rate}.")
 
     def trained(self) -> Trained:
-        """The model. Raises UserError where there is none, or the levels are none of its own."""
+        """The model. Raises UserError where there is none, or its levels cannot have these periods or this rate."""
         run, _ = named_step(self.checkpoint)
         training.keep_programs(run.absolute().parent / ".cache")
         return with_levels(load_run(self.checkpoint), self.periods, self.rate)
@@ -47,9 +47,9 @@ class Source:
 
     @contextlib.contextmanager
     def alone(self, trained: Trained) -> Iterator[Path]:
-        """That place, for this process to write. Raises UserError where it cannot be written or another one does."""
+        """Lock that place for this process. Raises UserError where it cannot be written, or another process has it."""
         place = self.place(trained)
-        check_place(place)  # better known now than after the reading
+        check_place(place)  # an error now is better than one after the reading
         busy = f"Another command writes the context in {place}; wait for it or name another --context."
         with locked(place.absolute().with_name(f".{place.name}.lock"), busy):
             yield place
@@ -73,19 +73,20 @@ class Source:
 
 
 def readings(place: Path) -> dict[str, Any]:
-    """Which readings of a saved context were stopped, after how many tokens, and inside which of them it is."""
+    """The note of a saved context: tokens read by each reading that was stopped, and the one that it is inside of."""
     note = context.note(place) if place.exists() else None
     nothing = {"stopped": {}, "inside": None}
     return note if isinstance(note, dict) and note.keys() == nothing.keys() else nothing
 
 
 def with_levels(trained: Trained, periods: tuple[int, ...], rate: float | None) -> Trained:
-    """The same parameters, with levels that are written at other ``periods`` (fastest first; (): as they are).
+    """The same parameters, with other ``periods`` of the levels (fastest first; (): as they are).
 
-    ``rate`` takes the place of the configured inner rate and of learned ones; None: as they are.
+    ``rate`` replaces the configured inner rate and the learned ones; None: they stay.
 
     Raises:
-        UserError: the model has no continuum memory system, another number of levels, or periods that do not nest.
+        UserError: the model has no continuum memory system, another number of levels,
+            or a period that is no multiple of the one before.
     """
     part, params = trained.model.config.feed_forward, trained.params
     if not periods and rate is None:

@@ -26,7 +26,7 @@ def check_stage(run: Path, stage_two: Path | None, period: int | None, others: b
 
 
 class Stage(NamedTuple):
-    """The model of a run, as in ``TextRun`` where its parameters come from, and those to begin with, if not initial."""
+    """The model of a run; ``origin``: ``TextRun.stage_one``; ``params``: to begin with, None: initial ones."""
 
     model: ModelConfig
     origin: str | None = None
@@ -50,11 +50,11 @@ def begin(run: Path, stage_two: Path, period: int, tokenizer: Tokenizer) -> Stag
 
 
 def _go_on(run: Path, stage_two: Path, period: int) -> Stage:
-    """What the flags make of a stage that has begun; whether it is the same one, ``train.run.resume`` sees."""
+    """A stage that has begun, as the flags describe it; ``train.run.resume`` checks that it is the same."""
     config, (before, step) = found_by_first(functools.partial(load_config, run)), named_step(stage_two)
     if config.stage_one is None:
         raise UserError(f"The run in {run} has begun without --stage-two; leave it out or give another --run.")
-    began = int(Path(config.stage_one).name)  # the latest step of that run, where none was named
+    began = int(Path(config.stage_one).name)  # from this step, where the flags name none
     return Stage(with_local_period(config.model, period), _origin(before, began if step is None else step))
 
 

@@ -69,7 +69,7 @@ def run(flags: TokenizeConfig) -> None:
 
 
 def _fill(flags: TokenizeConfig, found: Corpus) -> int:
-    """The number of files that are now there."""
+    """Write the files that are missing; returns how many there are then."""
     pieces = corpus.split(found, flags.data.heldout, flags.data.seed)
     file, given = flags.out / TOKENIZER, flags.data.tokenizer
     asked: dict[str, Any] = {}

@@ -19,17 +19,17 @@ from hope_jax.cli.plots import look
 from hope_jax.cli.results import Row, aligned, heading, settings, spread
 from hope_jax.config import flatten
 
-Model = tuple[str, int]  # what it is called, and its parameters
+Model = tuple[str, int]  # its name, and how many parameters it has
 Runs = dict[tuple[Model, float], dict[int, Row]]  # model and learning rate -> seed -> line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """Every row, learning rate and seed is a run."""
+    """Every combination of a row, a learning rate and a seed is a run."""
 
     rows: tuple[str, ...] = ()  # What to train, by name.
-    learning_rates: tuple[float, ...] = (3e-3,)  # Peak learning rates; of several the best counts.
-    seeds: tuple[int, ...] = (0, 1, 2)  # Of parameters and data.
+    learning_rates: tuple[float, ...] = (3e-3,)  # Peak learning rates; the best of them counts.
+    seeds: tuple[int, ...] = (0, 1, 2)  # Seeds of parameters and data.
     steps: int = 2000  # Batches to train on.
     batch: int = 64  # Sequences per batch.
     eval_every: int = 50  # Batches between measurements on held-out batches.
@@ -47,14 +47,14 @@ class Trials:
             dataclasses.replace(self.optimizer, learning_rate=rate)
 
     def runs(self) -> Iterator[tuple[Row, training.OptimizerConfig]]:
-        """Row, rate, seed and optimizer of each run as a line of the results begins, and the optimizer itself."""
+        """For each run the beginning of its line (row, rate, seed and optimizer), and the optimizer itself."""
         for row, rate, seed in itertools.product(self.rows, self.learning_rates, self.seeds):
             optimizer = dataclasses.replace(self.optimizer, learning_rate=rate)
             about = {"row": row, "learning_rate": rate, "seed": seed, "batch": self.batch, "most_steps": self.steps}
             yield about | flatten({"optimizer": optimizer}), optimizer
 
     def fit(self, metric: str, about: Row, *problem: Any, **options: Any) -> Row:
-        """Train the run that ``about`` begins to describe; the rest of its line, with ``metric``.
+        """Train the run whose line begins with ``about``; returns the rest of the line, ``metric`` included.
 
         ``problem``: setup, batches and held-out batches. ``options``: more arguments of ``train.fit``.
         """
@@ -65,7 +65,7 @@ class Trials:
         return {"parameters": size, "steps": found.step, "seconds": seconds, metric: curve[-1][1], "curve": curve}
 
     def recipe(self) -> Row:
-        """The optimizer but for its learning rate, as part of a setting."""
+        """The optimizer without its learning rate, as part of a setting."""
         optimizer = flatten({"optimizer": self.optimizer})
         del optimizer["optimizer.learning_rate"]
         return optimizer
@@ -91,9 +91,9 @@ class Trials:
         return found.params, found.heldout
 
     def tune(self, names: Sequence[Any], line: Callable[[Any, float, int], Row]) -> None:
-        """The first seed of each name at all rates, then seed by seed all names at the rates that they chose.
+        """Run the first seed of each name at all rates, then each other seed of all names at the best rate of each.
 
-        ``line(name, rate, seed)`` does a run, unless it is on file; an early look compares all names.
+        ``line(name, rate, seed)`` does a run, unless it is on file. After each seed all names can be compared.
         """
         first, *others = self.seeds
         swept = {name: [line(name, rate, first) for rate in self.learning_rates] for name in names}
@@ -103,7 +103,7 @@ class Trials:
 
 
 def label(about: Row) -> str:
-    """What a run is called while it trains."""
+    """The name of a run while it trains."""
     return f"{named(about)}, rate {about['learning_rate']:g}, seed {about['seed']}"
 
 
@@ -112,9 +112,9 @@ def _choice(line: Row) -> float:
 
 
 def at_chosen_rate(runs: Runs) -> dict[Model, list[Row]]:
-    """For each model its runs at the rate that its sweep chose, which is the one of the least ``chosen_by``.
+    """For each model its runs at its best rate, that of the least ``chosen_by`` in its sweep.
 
-    The sweep is of the seed with the most rates.
+    The sweep is the runs of the seed that was run at the most rates.
     """
     chosen = {}
     for model in dict.fromkeys(model for model, _ in runs):
@@ -145,7 +145,7 @@ def tables(lines: Sequence[Row], judged_on: str, cells: Callable[[list[Row]], Ro
 
 
 def _tuning(runs: Runs, judged_on: str) -> str:
-    """What tuning each model had."""
+    """A sentence on how the models were tuned."""
     tried = {model[0]: [f"{rate:g}" for name, rate in sorted(runs) if name == model] for model, _ in runs}
     grids = {tuple(rates) for rates in tried.values()}
     if len(grids) > 1:
@@ -164,7 +164,7 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def named(row: Row) -> str:
-    """What a model is called in tables and figures."""
+    """The name of a model in tables and figures."""
     trained = f" at {row['trained']}" if "trained" in row else ""
     return row["row"] + trained + ("" if row.get("writes", True) else " without writes")
 
@@ -186,7 +186,7 @@ def percent(rows: Sequence[Row], score: str) -> str:
 
 
 def draw_curves(axes: Any, rows: Sequence[Row], order: Sequence[str]) -> None:
-    """The curve of every run, those of one ``named`` under one label; controls are dashed, looks follow ``order``."""
+    """Draw the curve of every run, with one label for each ``named``; controls are dashed, looks follow ``order``."""
     for name, same in grouped(rows, named).items():
         style = look(order.index(same[0]["row"]), control=not same[0].get("writes", True))
         for i, row in enumerate(same):

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     model, params, room = trained.model, trained.params, tokens.shape[1]
     unread, learned = context.start(model, params, 1, room), None if config.fresh else config.saved(trained)
     begin = unread if learned is None else context.clear(model, params, learned, room)
-    # Better known now than after the reading.
+    # An error now is better than one after the reading.
     figure, numbers = (open_results(figure.parent, f"{figure.name}{end}", "--figure") for end in ("", ".json"))
     trace, _ = tracing.watch(model, params, begin, tokens, progress=True)
     static, _ = read_without_learning(model, params, unread, tokens)

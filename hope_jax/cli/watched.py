@@ -1,4 +1,4 @@
-"""Commands one after another within a time: what fails, or takes too long, is told and does not stop the next one."""
+"""Commands run one after another in limited time: one that fails or takes too long does not stop the next one."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ def failures(
     weights: Mapping[str, float] | None = None,
     least: float = 15.0,
 ) -> Iterator[tuple[str, str]]:
-    """Run the commands within so many seconds in all; name and reason of each that did not end well, as it ends.
+    """Run the commands within so many seconds in all; yields name and reason of each that fails, when it ends.
 
-    A command may take one and a half times its share of the time that is left, and is left out where that is less than
-    ``least``. Shares are equal, or as large as ``weights``, 1 for the others.
+    A command may take one and a half times its share of the time that is left. Where that is less than ``least``
+    seconds, it is left out. Shares are proportional to ``weights``, 1 where there is none.
     """
     end, weight = time.monotonic() + seconds, dict.fromkeys(commands, 1.0) | dict(weights or {})
     names = list(commands)
@@ -29,7 +29,7 @@ def failures(
 
 
 def _run(command: Sequence[str], seconds: float) -> str:
-    """Why a command did not end well; empty if it did. What it started ends with it."""
+    """Why a command failed; empty if it did not. The processes that it started are ended with it."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stderr=pipe, text=True, errors="replace", start_new_session=True) as process:
         try:
@@ -37,7 +37,7 @@ def _run(command: Sequence[str], seconds: float) -> str:
         except subprocess.TimeoutExpired:
             return f"stopped after {seconds:.0f} seconds"
         finally:
-            with contextlib.suppress(ProcessLookupError):  # all have ended
+            with contextlib.suppress(ProcessLookupError):  # all have ended already
                 os.killpg(process.pid, signal.SIGKILL)
     return f"exit status {process.returncode}: {_reason(said)[:300]}" if process.returncode else ""
 

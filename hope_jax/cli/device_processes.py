@@ -15,7 +15,7 @@ GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
 
 
 def variables(part: str) -> list[str]:
-    """The beginning of the command of a part: XLA reads its flags when JAX starts, so those of graphs are set before."""
+    """The beginning of the command of a part. XLA reads its flags when JAX starts, so they are set before it does."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {GRAPHS}".strip()
     return ["env", f"XLA_FLAGS={flags}"] if part == "graphs" else []
 

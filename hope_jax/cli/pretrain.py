@@ -53,7 +53,7 @@ class PretrainConfig(StepFlags):
 
     run: Path  # Folder of the run: checkpoints, metrics, curve and sample. The same folder and flags continue a run.
     config: Path | None = None
-    """TOML file of flags, such as experiments/published/hope-760m.toml; a flag that is given replaces that of the file."""
+    """TOML file of flags, such as experiments/published/hope-760m.toml; flags that are given replace those in it."""
     steps: int = 400  # Batches in all. May be raised later; the learning rate then follows the longer schedule.
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of products and activations; parameters and loss stay float32. None: float32; with --stage-two, that of

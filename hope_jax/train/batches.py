@@ -1,4 +1,4 @@
-"""What training reads: endless batches that know their position, so that a run can go on where it was.
+"""What training reads: endless batches that know their position, so that a stopped run can continue.
 
 ``data.TextData.train_batches`` gives batches of text; ``ComputedBatches`` makes them from a number; ``JoinedBatches``
 puts several together. Read ``loop.py`` next.
@@ -50,7 +50,7 @@ class ComputedBatches(Iterator[Any]):
 
 
 class JoinedBatches(Iterator[Any]):
-    """Batches that are made of one batch of each of ``parts``, arrays one below the other."""
+    """Each batch joins one batch of each of ``parts``, along the first axis."""
 
     def __init__(self, *parts: Batches):
         self._parts = parts

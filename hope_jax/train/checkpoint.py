@@ -2,8 +2,8 @@
 
 A step is a folder ``checkpoints/<step>`` written by orbax, with the parameters and the rest of the state apart, plus
 ``manifest.json``: the data position, and digests of every array and every file. The manifest is written last,
-atomically, and only after the step was read back and found equal (where one process trains: of several none has the
-whole state); a step without one was never finished. Orbax loads flipped bytes without a word and answers truncated
+atomically, and only after the step was read back and found equal (if one process trains: of several none has the whole
+state); a step without a manifest was never finished. Orbax loads flipped bytes without a word and answers truncated
 files with pages of logs, so files are compared with their digests before orbax reads them, and arrays after. Read
 ``saving.py`` next: it writes what is read here.
 """
@@ -58,13 +58,13 @@ class Manifest:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Finished steps of a run folder, ascending; whether they are undamaged only ``check`` and ``restore`` know."""
+    """Finished steps of a run folder, ascending. They may be damaged: ``check`` and ``restore`` find that out."""
     folders = (run / FOLDER).glob(f"*/{MANIFEST}")
     return sorted(int(path.parent.name) for path in folders if path.parent.name.isdecimal())
 
 
 def find_step(run: Path, wanted: int | None) -> int | None:
-    """``wanted``, or else the latest saved step, None if there is none. Raises UserError if ``wanted`` is not saved."""
+    """``wanted``, or else the latest saved step, or else None. Raises UserError if ``wanted`` is not saved."""
     saved = saved_steps(run)
     if wanted is not None and wanted not in saved:
         raise UserError(f"There is no saved step {wanted} in {run}; saved steps: {saved or 'none'}.")
@@ -115,8 +115,10 @@ def _own_manifest(run: Path, step: int) -> Manifest:
 
 
 def check(run: Path, step: int) -> Manifest:
-    """The manifest of a saved step whose files are those that were written. Raises as ``read_manifest``, and
-    DamagedCheckpoint, naming the file, where one is not."""
+    """The manifest of a saved step, after comparing its files with their digests.
+
+    Raises as ``read_manifest``, and DamagedCheckpoint, naming the file, where one differs or is missing.
+    """
     manifest = read_manifest(run, step)
     _check_files(run, manifest, manifest.files)
     return manifest
@@ -206,13 +208,13 @@ def _damaged(run: Path, step: int, reason: str) -> DamagedCheckpoint:
 
 
 def unfinished(run: Path, after: float = math.inf) -> list[Path]:
-    """Folders of steps that were not saved to the end, and of all steps beyond the step ``after``."""
+    """Folders of steps that were not saved to the end, and of all steps later than ``after``."""
     kept = {str(step) for step in saved_steps(run) if step <= after}
     return [path for path in sorted((run / FOLDER).glob("*")) if path.name.isdecimal() and path.name not in kept]
 
 
 def set_aside(run: Path, after: int) -> list[Path]:
-    """Move what is not part of the run up to step ``after`` out of the way: later steps and unfinished saves.
+    """Move later steps than ``after``, and unfinished saves, out of the way.
 
     Nothing is deleted; returns the new places, ``set_aside/<step>`` with a number where that is taken.
     """
@@ -227,7 +229,7 @@ def _move_to(place: Path, path: Path) -> Path:
 
 @contextlib.contextmanager
 def plain_path(folder: Path) -> Iterator[str]:
-    """A path of ``folder`` that orbax cannot take for a pattern: where its own is not plain, a link to it.
+    """A path of ``folder`` that orbax cannot read as a pattern: its own, or a link to it where its own is not plain.
 
     Orbax reads brackets and backslashes in paths as patterns, and cannot write bytes that are not UTF-8.
     """

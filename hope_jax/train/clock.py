@@ -1,4 +1,4 @@
-"""How fast a run is: tokens per second, the times of its steps, the share of reading, and model FLOPs utilisation."""
+"""The speed of a run: tokens per second, seconds per step, share of time for reading, model FLOPs utilisation."""
 
 import statistics
 import time
@@ -12,9 +12,9 @@ from hope_jax.train.batches import Batches
 from hope_jax.train.flops import peak_flops
 from hope_jax.train.setup import Setup
 
-RECENT = 100  # steps that percentiles are about
+RECENT = 100  # steps that percentiles are taken over
 TIMED = ("tokens_per_second", "step_p50", "step_p95", "data_wait", "mfu")
-"""What a clock adds to the rows of a record: all that differs between two runs of one configuration."""
+"""What a clock adds to the rows of a record. Nothing else differs between two runs of one configuration."""
 
 
 def no_peak(batch: Any) -> None:
@@ -31,7 +31,7 @@ def full_speed(setup: Setup, batch: Any) -> float | None:
 
 
 class Clock:
-    """Times the updates of a run that stands at ``done``.
+    """Times the updates of a run that has done ``done`` of them.
 
     ``tokens``: targets of one batch. ``full_speed``: tokens per second at the peak of the devices, of such a batch;
     None where it is not known.
@@ -45,12 +45,12 @@ class Clock:
         self.restart(done)
 
     def restart(self, done: int) -> None:
-        """Measure from here on: called after whatever is not training."""
+        """Measure from here on. Called after everything that is not training."""
         self._since, self._reading = done, 0.0
         self._start = self._last = time.monotonic()
 
     def read(self, batches: Batches) -> Any:
-        """The next batch; meanwhile devices work on the step before, and wait once they have finished it."""
+        """The next batch. Meanwhile devices work on the step before; when they have finished it, they wait."""
         since = time.monotonic()
         batch = next(batches)
         self._reading += time.monotonic() - since
@@ -59,10 +59,10 @@ class Clock:
         return batch
 
     def step(self, done: int) -> dict[str, float]:
-        """Measurements at the end of update number ``done``; the first one, which waits for the compiler, apart.
+        """Measurements at the end of update number ``done``; the first update, which is compiled, is measured alone.
 
-        ``tokens_per_second`` and ``data_wait`` are since the last restart. ``data_wait`` is the share of the time that
-        went into reading batches; devices that still work on the step before do not wait all of it. ``step_p50`` and
+        ``tokens_per_second`` and ``data_wait`` are since the last restart. ``data_wait`` is the share of the time in
+        which batches are read; devices wait less, as they may still work on the step before. ``step_p50`` and
         ``step_p95`` are percentiles of the seconds of recent steps. ``mfu``: model FLOPs per second, as a share of the
         peak of the devices.
         """

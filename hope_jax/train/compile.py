@@ -24,7 +24,7 @@ from hope_jax.train.setup import Setup
 from hope_jax.train.work import Work, work
 
 EXAMPLES = "v5e:4x4, v5e:16x16, v5p:4x4x4, v6e:4x4 or cpu:8"
-# So that libtpu looks for no TPU, no other process and no cloud.
+# With these libtpu looks for no TPU, no other process and no cloud.
 ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -40,8 +40,8 @@ class Report:
 
     Attributes:
       seconds: to compile.
-      arguments, results, shared: bytes of what goes in and comes out, and of what comes out in the place of arguments.
-      temporaries, code: bytes besides.
+      arguments, results, shared: bytes of arguments, of results, and of results that replace arguments in memory.
+      temporaries, code: bytes besides these.
       text: the program; ``work`` reads it.
     """
 
@@ -60,7 +60,7 @@ class Report:
 
     @property
     def bytes(self) -> int:
-        """All that a chip holds while a step runs."""
+        """Bytes that a chip holds while a step runs."""
         return self.arguments + self.results - self.shared + self.temporaries + self.code
 
 
@@ -77,7 +77,7 @@ def topology(name: str) -> list[Any]:
     with extra("tpu"):
         importlib.import_module("libtpu")
     os.environ.update({key: os.environ.get(key, value) for key, value in ALONE.items()})
-    jax.config.update("jax_platforms", "cpu")  # a TPU that is there is not taken from those who use it
+    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free for others
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # of several kinds, from C++
@@ -121,7 +121,7 @@ def compiled_step(setup: Setup, batch: Any) -> tuple[Any, Report]:
 
 
 def _does_not_fit(error: Exception) -> Exception:
-    """The compiler's refusal as one sentence; other errors as they are."""
+    """The UserError for a step that does not fit; other errors as they are."""
     said = str(error)
     used = re.search(r"in memory space hbm\. Used ([\d.]+\w+) of ([\d.]+\w+)", said)
     used = used or re.search(r"\(([\d.]+\w+)\) exceeds available HBM \(([\d.]+\w+)", said)

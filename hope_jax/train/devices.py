@@ -1,6 +1,6 @@
 """The devices of this machine. Read ``sharding.py`` next: how they share the work.
 
-On a CPU the whole machine is one device, unless ``split_host`` makes one of each core. A model of many small products
+On a CPU the whole machine is one device, unless ``split_host`` makes each core a device. A model of many small products
 keeps only one core of a device busy; with a share of the batch for each core, all of them work.
 """
 
@@ -12,11 +12,11 @@ import jax
 
 
 def split_host(count: int | None = None, processes: int = 1) -> None:
-    """Make so many devices of this machine's CPU; None: one of each core that this process may use.
+    """Split this machine's CPU into so many devices; None: one for each core that this process may use.
 
     ``processes``: how many share the ``count`` devices.
 
-    To be called before JAX computes anything: later, or where XLA_FLAGS name a number, that number stays.
+    Call it before JAX computes anything. Afterwards, and where XLA_FLAGS give the number of devices, nothing changes.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
@@ -30,7 +30,7 @@ def cores() -> int:
 
 
 def memory_of(device: Any) -> int:
-    """Bytes of memory that this process may use on a device; on a CPU those of the machine."""
+    """Bytes of memory that this process may use on a device; for a CPU, all memory of the machine."""
     found = device.memory_stats() or {}
     return found.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 

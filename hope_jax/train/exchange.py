@@ -1,7 +1,7 @@
 """A trained model as one portable file, and back as a run folder; ``docs/model_file.md`` has the layout.
 
 The file holds what using the model needs: its configuration, its tokenizer and its parameters, each with its digest. It
-holds nothing of the optimizer: what is imported is used, taught and looked into, but not trained on.
+holds nothing of the optimizer: an imported model can be used, but training cannot go on.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ from hope_jax.train.saving import save_params
 from hope_jax.train.step import abstract_params
 
 VERSION = 1
-"""Of the layout; a file of another version is refused."""
+"""Version of the layout; a file of another version is refused."""
 
 
 class Portable(NamedTuple):
@@ -37,7 +37,7 @@ class Portable(NamedTuple):
 
 
 def portable(trained: Trained) -> Portable:
-    """What a run folder holds of a trained model."""
+    """A trained model of a run folder."""
     tokenizer = trained.run / TOKENIZER
     text = tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None
     return Portable(load_config(trained.run), trained.params, trained.step, text)
@@ -62,7 +62,7 @@ def write_model(path: Path, model: Portable) -> None:
 
 
 def read_model(path: Path) -> Portable:
-    """The model in a file. Raises UserError where ``write_model`` did not write it, or it was altered."""
+    """The model in a file. Raises UserError if ``write_model`` did not write the file, or if it was altered since."""
     try:
         tensors, about = read_tensors(path)
     except OSError as error:
@@ -80,7 +80,7 @@ def read_model(path: Path) -> Portable:
 
 
 def make_run(folder: Path, model: Portable, origin: str) -> None:
-    """Make a run folder with one saved step, of the parameters alone; ``origin``: where the model comes from.
+    """Make a run folder with one saved step that has parameters alone; ``origin``: where the model comes from.
 
     Raises UserError where the parameters are not those of the configuration, or the folder holds something already.
     """

@@ -4,7 +4,7 @@
     result = train.fit(setup, train.ComputedBatches(make), heldout, train.Steps(2000, eval_every=50))
 
 A run in a folder goes on where it was stopped, bit for bit, when the same call is made again; on another number of
-devices the sums are rounded otherwise. Ctrl-C, SIGTERM, SIGHUP and a closed terminal save and raise ``Stopped``.
+devices sums are rounded differently. Ctrl-C, SIGTERM, SIGHUP and a closed terminal save and raise ``Stopped``.
 Read ``setup.py`` and ``loop.py`` next.
 """
 
@@ -77,10 +77,10 @@ def fit(
         ``Setup.evaluator``; each batch is kept in memory.
       steps: how many batches, and how often to measure and save.
       seed: of the initial parameters.
-      start: the state to begin with instead, such as ``setup.start`` of parameters of a run before this one.
-      until: whether the means of a measurement are good enough to end there.
+      start: the state to begin with instead, such as ``setup.start(seed, params)`` with those of another run.
+      until: takes the held-out means of a measurement; where it returns True, training ends.
       run: folder and configuration of the run. None: nothing is written down and nothing can be resumed.
-      label: what the progress line is called.
+      label: the name of the progress line.
 
     Raises:
       Diverged: a parameter or held-out loss became infinite or NaN, or too many steps in a row were skipped.
@@ -132,7 +132,7 @@ def _record(run: Run | None, done: int) -> Record:
 def _state(
     setup: Setup, batches: Batches, steps: Steps, start: TrainState | None, seed: int, run: Run | None
 ) -> TrainState:
-    """The state to begin with, with ``batches`` moved to its place: that of a saved step, or a fresh one."""
+    """The state to begin with, of a saved step or fresh; ``batches`` are moved to its position."""
     if run is None:
         return setup.spread(start or setup.start(seed))
     mesh = None if setup.mesh is None else dict(setup.mesh.shape)
@@ -158,20 +158,20 @@ def _state(
 
 
 def _make_room(run: Run, like: TrainState) -> None:
-    """Remove parts of saves that were killed, and see whether there is room for those to come."""
+    """Remove parts of saves that were killed, and check that there is room for the next ones."""
     remove_parts(run.folder)
     check_room(run.folder, like, run.keep)
 
 
 def _tidy(run: Run, done: int) -> None:
-    """Write down what the run is, and move out of the way what does not lead to step ``done``."""
+    """Write the configuration, and move later steps than ``done`` and unfinished ones out of the way."""
     write_sealed(run.folder / CONFIG_FILE, to_json(run.config))
     for place in set_aside(run.folder, done):
         tqdm.write(f"Moved what does not lead to step {done} to {place}.")
 
 
 def _step(setup: Setup, run: Run | None, done: int, stack: contextlib.ExitStack) -> StepFn:
-    """The step on batches of the host, recorded where the run asks for it."""
+    """The step on batches of the host; recorded by the profiler where the run asks for it."""
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         return setup.step(state, setup.place(batch))
@@ -182,7 +182,7 @@ def _step(setup: Setup, run: Run | None, done: int, stack: contextlib.ExitStack)
 
 
 def _continuation(setup: Setup, run: Run, steps: Steps, state: TrainState, manifest: Manifest) -> str:
-    """Where the run goes on, and what another number of devices or steps than before changes; one line."""
+    """One line: where the run goes on, and what changes if its number of devices or steps has changed."""
     step, planned, devices = manifest.step, manifest.about["steps"], manifest.about["devices"]
     if step == steps.total:
         return f"The run in {run.folder} has finished its {step} steps; raise --steps to train on."
@@ -200,14 +200,14 @@ def _continuation(setup: Setup, run: Run, steps: Steps, state: TrainState, manif
 
 
 class _Saving(contextlib.ExitStack):
-    """What saves the run ``run``, None: nothing; and what says that it is time to."""
+    """Saves the run ``run``, and knows when it is time to; None: saves nothing."""
 
     def __init__(self, setup: Setup, batches: Batches, steps: Steps, run: Run | None):
         super().__init__()
         self._setup, self._batches, self._steps = setup, batches, steps
         self._saver = self.enter_context(Saver(run.folder, run.keep, run.keep_every)) if run else None
         self._alarm = Alarm(run and run.save_minutes)
-        self.due = Agreement(lambda: is_first() and self._alarm())  # by the clock of process 0
+        self.due = Agreement(lambda: is_first() and self._alarm())  # process 0 decides by its clock
 
     def save(self, state: TrainState) -> None:
         """Begin to save a state, see ``Saver``."""
@@ -219,13 +219,13 @@ class _Saving(contextlib.ExitStack):
             self._saver.save(state, self._batches.get_state(), about)
 
     def check(self) -> None:
-        """Raise what went wrong in the background."""
+        """Raise the error of a save in the background, if there was one."""
         if self._saver:
             self._saver.check()
 
 
 class _Asked:
-    """Whether somebody asked to stop, any of the processes. Raises UserError where the last state was not saved."""
+    """Whether any process was asked to stop. Raises UserError where the last state could not be saved."""
 
     def __init__(self, stop: Interrupt, saving: _Saving):
         self._stop, self._saving, self._agreed = stop, saving, Agreement(lambda: stop.requested)
@@ -234,5 +234,5 @@ class _Asked:
         self._saving.check()
         agreed = self._agreed()
         if agreed:
-            self._stop.request(signal.SIGTERM)  # where another process was asked
+            self._stop.request(signal.SIGTERM)  # this process may not have been asked itself
         return agreed

@@ -20,8 +20,8 @@ LOCK_FILE = ".lock"
 def open_run(folder: Path, chosen: str = "run folder") -> Iterator[Path]:
     """Create or reopen a run folder and hold it for this process.
 
-    ``chosen``: what the caller can choose another of, such as the flag that names the folder. Of several processes the
-    first one holds it for all, and all see it.
+    ``chosen``: what a user changes to have another folder, such as a flag; for error messages. Of several processes
+    process 0 holds it for all, and all see it.
 
     Raises UserError where it cannot be written, holds something that is not a run, or another process trains in it, and
     where processes do not share it.
@@ -33,7 +33,7 @@ def open_run(folder: Path, chosen: str = "run folder") -> Iterator[Path]:
 
 
 def _hold(folder: Path, chosen: str, stack: contextlib.ExitStack) -> bytes:
-    """Create and lock the folder until the end of ``stack``; returns what is in its lock file from now on."""
+    """Create the folder, and lock it until ``stack`` ends; returns the content of its lock file from now on."""
     mark = secrets.token_bytes(4096)  # a whole block, so that a full disk is noticed and not only a forbidden one
     busy = f"Another process is training in {folder}; wait or choose another {chosen}."
     try:
@@ -50,7 +50,7 @@ def _hold(folder: Path, chosen: str, stack: contextlib.ExitStack) -> bytes:
 
 
 def _has(path: Path, data: bytes) -> bool:
-    """Whether this is in the file, as this process sees it."""
+    """Whether the file has this content, as this process sees it."""
     try:
         return path.read_bytes() == data
     except OSError:

@@ -18,7 +18,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: the type of its result, its opcode, and all that follows the bracket before its operands."""
+    """One line: the type of its result, its opcode, and the rest, from the operands on (behind their first bracket)."""
 
     kind: str
     opcode: str
@@ -26,7 +26,7 @@ class Instruction:
 
     @functools.cached_property
     def _end(self) -> int:
-        """Where the operands end. In front of their names may stand types, which have brackets of their own."""
+        """Where the operands end. Types may stand in front of their names, and have brackets of their own."""
         depth, end = 1, 0
         while depth:
             depth += {"(": 1, ")": -1}.get(self.rest[end], 0)
@@ -35,7 +35,7 @@ class Instruction:
 
     @property
     def inside(self) -> str:
-        """What stands between the brackets: operands, or the value of a constant."""
+        """The text between the brackets: operands, or the value of a constant."""
         return self.rest[: self._end - 1]
 
     @property
@@ -44,7 +44,7 @@ class Instruction:
         return re.findall(r"%([\w.-]+)", self.inside)
 
     def attribute(self, name: str, value: str = r"\{[^}]*\}|[^\s,]+") -> str:
-        """What follows ``name=`` after the operands; empty where nothing does."""
+        """The text after ``name=`` behind the operands; empty where there is no such attribute."""
         found = re.search(rf"\b{name}=({value})", self.rest[self._end :])
         return found[1] if found else ""
 
@@ -65,14 +65,14 @@ class Computation:
         return [self.lines[name].kind for name in instruction.operands]
 
     def source(self, name: str) -> Instruction:
-        """The instruction of that name, or what it is a copy of."""
+        """The instruction of that name; for a copy, the instruction that is copied."""
         found = self.lines[name]
         while found.opcode in ("copy", "bitcast", "convert") and found.operands:
             found = self.lines[found.operands[0]]
         return found
 
     def entry(self, name: str) -> int | None:
-        """Which entry of the computation's argument, a tuple, an instruction is; None for others."""
+        """The index of an instruction that takes an entry of the computation's argument, a tuple; None for others."""
         found = self.source(name)
         if found.opcode != "get-tuple-element" or self.source(found.operands[0]).opcode != "parameter":
             return None
@@ -85,7 +85,7 @@ class Computation:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a program by name, and the name of the one that it begins with."""
+    """The computations of a program by name, and the name of its entry computation."""
     computations: dict[str, Computation] = {}
     entry, here = "", Computation()
     for line in text.splitlines():
@@ -99,7 +99,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def rounds(loop: Instruction, here: Computation, computations: Mapping[str, Computation]) -> int | None:
-    """How often a ``while`` loop in ``here`` runs: as the compiler noted, or as its counter shows; None: not known."""
+    """How often a ``while`` loop in ``here`` runs, by the compiler's note or by the loop's counter; None: not known."""
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])
     condition, body = (computations[loop.attribute(name).lstrip("%")] for name in ("condition", "body"))
@@ -116,12 +116,12 @@ def rounds(loop: Instruction, here: Computation, computations: Mapping[str, Comp
 
 
 def _before(here: Computation, start: Instruction, entry: int | None) -> int | None:
-    """The constant that an entry of a loop's state is before the loop."""
+    """The value of an entry of a loop's state before the loop, if that is a constant."""
     return None if entry is None else here.constant(start.operands[entry])
 
 
 def _step(body: Computation, counter: int | None) -> int | None:
-    """What a round adds to the counter."""
+    """How much a round adds to the counter; None: not known."""
     result = body.lines[body.root]
     if counter is None or result.opcode != "tuple":
         return None
@@ -142,6 +142,6 @@ def sizes(kind: str) -> list[int]:
 
 
 def size(kind: str) -> int:
-    """Bytes of an array or of those of a tuple; ``pred`` has a byte for each entry and no number in its name."""
+    """Bytes of an array, or of all arrays of a tuple. ``pred`` has no number in its name; its entries are bytes."""
     arrays = ((name, int(bits or 8), math.prod(numbers(axes))) for name, bits, axes in _ARRAY.findall(kind))
     return sum(entries * bits // 8 for name, bits, entries in arrays if name != "token")

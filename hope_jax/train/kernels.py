@@ -1,4 +1,4 @@
-"""Whether the kernels that were asked for are in the program: a loop never takes their place unseen."""
+"""A check that a program has the kernels that were asked for: no loop replaces them without a word."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from hope_jax.train.step import LossFn
 
 
 def evaluated(config: ModelConfig, platform: str) -> str:
-    """What runs the memories of a model on a platform, in words."""
+    """How the memories of a model are computed on a platform, in words."""
     return ", ".join(sorted({what_runs(impl, platform) for impl in impls(config)})) or "none"
 
 
 def check_kernels(model: LanguageModel, loss: LossFn, params: Any, batch: Any, remat_every: int | None) -> None:
-    """Raise UserError where memories are to run in kernels, and none reads the tokens of such a batch.
+    """Raise UserError where memories are to run in kernels, and no kernel reads the tokens of such a batch.
 
-    Kernels that read persistent vectors before the first token do not count. ``params``, ``batch``: shapes will do; the
-    loss is traced where ``impl`` asks for kernels.
+    Kernels that read persistent vectors before the first token do not count. ``params``, ``batch``: arrays or
+    their shapes; the loss is traced where ``impl`` asks for kernels.
     """
     kernels = list(filter(runs_kernel, impls(model.config)))
     if not kernels:

@@ -1,4 +1,4 @@
-"""The training problem of a language model: its loss, optimizer and schedule as a ``Setup``; bytes of its state."""
+"""The training problem of a language model as a ``Setup``: loss, optimizer and schedule; also bytes of its state."""
 
 import dataclasses
 import functools
@@ -69,8 +69,8 @@ def text_setup(
     """``model_setup`` of a language model on text.
 
     ``byte_lengths``, ``remat_every``: as in ``next_token_loss``; ``remat``, ``remat_states``: see ``remat.py``;
-    ``impl``: as in ``with_impl``. Raises UserError where the model is to run kernels and would run none, and where
-    states are to be rounded and none are kept.
+    ``impl``: as in ``with_impl``. Raises UserError where kernels are asked for and none would run, and where states
+    are to be rounded and none are kept.
     """
     platform = None if mesh is None else mesh.devices.flat[0].platform
     config = with_impl(run.model, impl)
@@ -79,7 +79,7 @@ def text_setup(
     loss = next_token_loss(model, byte_lengths, remat_every, run.z_loss)
     more = {"mesh": mesh, "shape": run.schedule, "spike": run.spike} | more
     setup = model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)
-    # What rematerialisation computes again is no model FLOP: the count is of the model alone.
+    # Model FLOPs leave out what rematerialisation computes again, so the model alone is counted.
     setup = dataclasses.replace(setup, counted=next_token_loss(LanguageModel(run.model), byte_lengths))
     batch = jax.ShapeDtypeStruct((run.batch, run.length + 1), jnp.int32)
     check_kernels(model, loss, setup.shapes().params, batch, remat_every)
@@ -87,9 +87,9 @@ def text_setup(
 
 
 def state_bytes(model: Any, params: Any, capacity: int) -> int:
-    """Bytes of what one sequence of so many tokens is read with: the mixers' states, and what its levels have stored.
+    """Bytes of the state that reads one sequence of ``capacity`` tokens: of the mixers, and of what levels store.
 
-    Levels store something where training writes them in context. ``params``: arrays or their shapes.
+    Levels store something only where training writes them in context. ``params``: arrays or their shapes.
     """
 
     def state(params: Any) -> Any:

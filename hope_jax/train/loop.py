@@ -1,9 +1,9 @@
 """The training loop: dispatch step n, then look at step n-1, so that the device never waits for the host.
 
-Everything it uses is handed to it: the step and evaluation functions (``step.py``), the batches (``batches.py``), the
-monitor (``monitor.py``), what saves (``checkpoint.py``) and the wish to stop (``signals.py``). A state is saved only
-after the numbers of its own step, and its held-out means where they are measured, were seen to be finite: nothing bad
-is written over something good. Read ``fit.py`` next: it hands everything over.
+The caller hands it everything that it uses: the step and evaluation functions (``step.py``), the batches
+(``batches.py``), the monitor (``monitor.py``), what saves (``checkpoint.py``) and the wish to stop (``signals.py``). A
+state is saved only after the numbers of its own step, and its held-out means where they are measured, were found
+finite: nothing bad is written over something good. Read ``fit.py`` next: it is the caller.
 """
 
 import math
@@ -21,11 +21,11 @@ from hope_jax.train.step import StepFn, TrainState
 
 @dataclass(frozen=True)
 class Steps:
-    """How many batches to train on, and after which to pause.
+    """How many batches to train on, and after which to measure and to save.
 
     Attributes:
       total: batches to train on in all.
-      eval_every: batches between two measurements on held-out batches; 0 measures never.
+      eval_every: batches between two measurements on held-out batches; 0: none are made.
       save_every: batches between two checkpoints. The last state is always saved.
       most_skipped: steps in a row that may be skipped; after one more the run stops.
     """
@@ -49,7 +49,7 @@ class Steps:
 
 
 class Alarm:
-    """Rings when ``minutes`` have passed since it was set, None: never. Its clock is never set back."""
+    """Rings when ``minutes`` have passed since it was set; None: never. Its clock is monotonic."""
 
     def __init__(self, minutes: float | None):
         self._seconds = math.inf if minutes is None else 60 * minutes
@@ -65,7 +65,7 @@ class Alarm:
 
 
 def never(means: Means) -> bool:
-    """No measurement is good enough to end there."""
+    """An ``until`` that never ends the training."""
     return False
 
 
@@ -82,11 +82,11 @@ def run_steps(
     due: Callable[[], bool],
     until: Callable[[Means], bool] = never,
 ) -> TrainState:
-    """Train from where ``state`` stands to the last step, until ``stop()`` or until ``until`` of a measurement.
+    """Train from the step of ``state`` to the last one, until ``stop()``, or until ``until`` accepts a measurement.
 
-    ``evaluate`` takes the parameters and returns the means over the held-out batches. ``stop``, and ``due``, which says
-    whether it is time to save between the planned steps, are asked once per step. The state that is returned was handed
-    to ``save``. ``state`` is donated.
+    ``evaluate`` takes the parameters and returns the means over the held-out batches. ``stop`` is asked once
+    per step, and so is ``due``: whether to save between the planned steps. The state that is returned was handed to
+    ``save``. ``state`` is donated.
 
     Raises:
         Diverged: too many steps in a row were skipped, and the state is saved; or a parameter or a held-out loss is not

@@ -34,7 +34,7 @@ ALONG_TIME = (
     *(AttentionConfig, GatedDeltaNetConfig, LSTMConfig, Mamba2Config, MemoryCachingConfig, MemoryMixerConfig),
     *(SRWMConfig, SelfModifyingConfig, TNTConfig),
 )
-"""Mixers that are tested to compute along ``sequence`` what they compute on one device; others are refused."""
+"""Mixers for which tests show the same numbers along ``sequence`` as on one device; others are refused."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ class MeshConfig:
 
     @property
     def given(self) -> dict[str, int]:
-        """The axes whose devices are counted."""
+        """The axes whose number of devices is given."""
         return {name: count for name in MESH if (count := getattr(self, name)) is not None}
 
     @property
     def of_host(self) -> int | None:
-        """How many devices a CPU is split into for it; None: one for each core (``split_host``)."""
+        """How many devices a CPU is split into for this mesh; None: one for each core (``split_host``)."""
         count = math.prod(self.given.values())
         return None if count == 1 and self.data is None else count * (1 if self.data else max(1, cores() // count))
 
     def check_batch(self, batch: int, tokens: int = 0) -> None:
-        """Raise UserError unless the devices can share batches of so many sequences, ``tokens`` of each at once."""
+        """Raise UserError unless the devices can share so many sequences, and the ``tokens`` of each read at once."""
         count = (self.data or 1) * self.fsdp
         if batch % count:
             which = "mesh.fsdp" if self.data is None else "mesh.data x mesh.fsdp"
@@ -94,7 +94,7 @@ class MeshConfig:
                 raise UserError(f"{which} is {count}; give a divisor of the model's heads, {heads}")
 
     def _check_mixers(self, model: ModelConfig) -> None:
-        """Raise UserError unless the mixers are known to compute along ``sequence`` what they compute on one device."""
+        """Raise UserError for devices along ``sequence`` and a mixer that is not among ``ALONG_TIME``."""
         if self.sequence == 1:
             return
         for mixer, _ in model.pattern:
@@ -104,11 +104,11 @@ class MeshConfig:
                 raise UserError(f"{came}; leave it out, or take a model whose mixers are of {known}")
 
     def make(self, batch: int, devices: Sequence[Any] | None = None) -> Mesh:
-        """The mesh, for batches of so many sequences; of ``devices``, None: those of this machine, of a CPU its cores.
+        """The mesh for batches of so many sequences, of ``devices``; None: those of this machine (on a CPU, cores).
 
         Raises:
-          UserError: the product of the axes does not divide the devices that there are, or they cannot share a batch;
-            or a mesh of this shape does not fit into their network.
+          UserError: the product of the axes does not divide the number of devices; they cannot share a batch; or a mesh
+            of this shape does not fit into their network.
         """
         self.check_batch(batch)
         found, count = jax.devices() if devices is None else devices, math.prod(self.given.values())
@@ -129,13 +129,13 @@ class MeshConfig:
         return _laid_out(shape, used)
 
     def _left(self, batch: int, most: int) -> int:
-        """The most devices along data that can share a batch, of so many in all."""
+        """The largest number of devices along data that divides the batch, where there are ``most`` devices in all."""
         others = self.fsdp * self.tensor * self.sequence
         return max(n for n in range(1, max(1, most // others) + 1) if batch % n == 0)
 
 
 def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
-    """The mesh whose neighbours are neighbours in the network of the devices, as far as that is possible."""
+    """The mesh; where possible, its neighbours are neighbours in the network of the devices."""
     try:
         places = create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (NotImplementedError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""The one place where numbers of a run come back from the device: check that they are finite, time them, show them.
+"""The only place where numbers of a run come back from the device: they are checked, timed, shown and recorded.
 
-Read ``record.py`` next: it writes down what this one saw.
+Read ``record.py`` next: it writes them down.
 """
 
 import contextlib
@@ -28,23 +28,23 @@ ADVICE = (
 class Diverged(UserError):
     """Training cannot go on: numbers became infinite or NaN, or too many steps in a row were skipped.
 
-    ``heldout``: what held-out batches gave before, means by step.
+    ``heldout``: held-out means by step, as far as they were measured.
     """
 
     heldout: Mapping[int, Means] = MappingProxyType({})
 
 
 def progress(*arguments: Any, **options: Any) -> Any:
-    """A bar of tqdm, which in a log file is seldom redrawn."""
+    """A progress bar of tqdm, which is drawn less often into a log file."""
     interval = 0.5 if sys.stderr.isatty() else 20.0
     return tqdm(*arguments, dynamic_ncols=True, mininterval=interval, **options)
 
 
 class Monitor(contextlib.AbstractContextManager["Monitor"]):
-    """Progress of a run of ``steps`` updates that stands at ``done``; a context manager.
+    """Progress of a run that has done ``done`` of ``steps`` updates; a context manager.
 
-    ``tokens``, ``full_speed``: as in ``Clock``. ``label``: what the progress line is called. ``when_closed`` is called
-    once when nobody reads that line any more, because its terminal or pipe is gone.
+    ``tokens``, ``full_speed``: as in ``Clock``. ``label``: the name of the progress line. ``when_closed`` is called
+    once when the terminal or pipe of that line is gone.
 
     ``skipped``: how many of the last steps in a row changed nothing (see ``guard.py``).
     """
@@ -62,7 +62,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self.record, self.clock, self._tokens = record, Clock(done, tokens, full_speed), tokens
         self._closed, self._when_closed = False, when_closed
         self.skipped, self._all_skipped, self._reason = 0, 0, ""
-        # With a delay nothing is written yet: that a terminal is gone is noticed in ``_show``.
+        # The delay keeps tqdm from writing here: ``_show`` is where a terminal that is gone is noticed.
         quiet = None if is_first() else True
         self._bar = progress(desc=label, initial=done, total=steps, unit="step", delay=1e-9, disable=quiet)
         self._show(self._bar.set_postfix_str, "compiling")
@@ -71,7 +71,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self._show(self._bar.close)
 
     def _show(self, action: Callable[..., object], *arguments: Any, **options: Any) -> None:
-        """Write to the terminal. One that is gone is no mistake: training has still to be saved."""
+        """Write to the terminal. One that is gone is no error: training must still be saved."""
         if self._closed:
             return
         try:
@@ -84,7 +84,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
     def train(self, done: int, metrics: Metrics) -> None:
         """Wait for the metrics of step number ``done``, check and show them.
 
-        Raises Diverged: one is not finite, and the step was taken all the same.
+        Raises Diverged if one is not finite although the step was not skipped.
         """
         means = {name: float(mean.value) for name, mean in jax.device_get(metrics).items()}
         skipped = bool(means["skipped"])
@@ -99,7 +99,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self._show(self._bar.update)
 
     def _paced(self, speed: Means) -> str:
-        """How the measurements of the clock are shown."""
+        """The measurements of the clock as text."""
         unit = "tokens" if self._tokens > 1 else "steps"
         line = f"{speed['tokens_per_second']:,.0f} {unit}/s, data {speed['data_wait']:.0%}"
         line += f", step {speed['step_p50']:.3g} s, p95 {speed['step_p95']:.3g} s"
@@ -107,14 +107,14 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         return line + (f", MFU {speed['mfu']:.0%}" if "mfu" in speed else "")
 
     def lost(self, done: int) -> Diverged:
-        """What to raise after ``done`` steps, of which the last ones were all skipped."""
+        """The error to raise when too many steps in a row, up to step ``done``, were skipped."""
         return self._diverged(
             f"Training stopped at step {done}: the last {self.skipped} steps were skipped, because {self._reason} in "
             f"the last of them. Nothing has changed since step {done - self.skipped}. {ADVICE}"
         )
 
     def heldout(self, done: int, means: Means) -> None:
-        """Check and note what held-out batches gave after ``done`` updates. Raises Diverged: one is not finite."""
+        """Check and record the held-out means after ``done`` updates. Raises Diverged if one is not finite."""
         self._check_finite(done, {f"held-out {name}": value for name, value in means.items()})
         self.record.add(done, done * self._tokens, "heldout", means)
         if is_first():
@@ -140,7 +140,7 @@ def _reason(means: Means) -> str:
 
 
 def _not_finite(means: Means) -> list[str]:
-    """The names of what is not finite, losses first."""
+    """The names of means that are not finite, losses first."""
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     return sorted(bad, key=lambda name: not name.endswith("loss"))
 

@@ -1,14 +1,14 @@
 """How many bytes an instruction of a compiled program reads and writes, as far as its text says.
 
-A fusion reads of an array only the parts that it takes of it, and a part that is written into an array moves alone.
-What a cache may serve counts as if it came from memory. Read ``work.py`` next: it sums over a program.
+Where a fusion uses only parts of an array, these parts count; where an array is updated in place, the new part counts.
+Data that a cache may hold counts as if it came from memory. Read ``work.py`` next: it sums over a program.
 """
 
 from collections.abc import Mapping
 
 from hope_jax.train.hlo import Computation, Instruction, size
 
-PARTS = ("dynamic-slice", "slice", "gather")  # each reads of its first operand what it returns
+PARTS = ("dynamic-slice", "slice", "gather")  # each reads as much of its first operand as it returns
 UPDATE = "dynamic-update-slice"
 ALIASES = ("bitcast", "reshape")
 
@@ -29,7 +29,7 @@ def moved(each: Instruction, here: Computation, computations: Mapping[str, Compu
 
 
 def _written(inside: Computation) -> int:
-    """Bytes of a fusion's results; of an array that it changes in place, those of the new part."""
+    """Bytes of a fusion's results; for an array that it updates in place, those of the new part."""
     root = inside.lines[inside.root]
     total = 0
     for name in root.operands if root.opcode == "tuple" else [inside.root]:

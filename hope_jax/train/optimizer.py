@@ -25,8 +25,8 @@ from hope_jax.types import Scalar
 Rate = Callable[[Any], Scalar]
 """Batch number -> learning rate."""
 NARROW, NARROW_RATE = 192, 5e-3
-"""The default peak learning rate up to this width. A step of Adam moves all entries alike, and in a wider layer more of
-them add up."""
+"""The default peak learning rate, up to this width. A step of Adam moves all entries by about as much, and in a wider
+layer more of them add up."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class OptimizerConfig:
     method: Annotated[optim.Optimizer, tyro.conf.arg(name="")] = field(
         default=optim.AdamW(), metadata={"rows": optim.OPTIMIZERS}
     )
-    """A row of ``optim.OPTIMIZERS``, or one of the same kind with other settings."""
+    """A row of ``optim.OPTIMIZERS``, also with other settings."""
     learning_rate: float | None = None
     """Peak learning rate, reached after the warmup; greater than 0. None: 5e-3 for models up to the width of the
-    tiny ones, 192, and as many times less as a model is wider: 4.7e-4 at 2,048."""
+    tiny ones, 192; for wider ones 5e-3 x 192 / width, 4.7e-4 at 2,048."""
     warmup: int = 20
     """Batches over which the learning rate grows linearly to its peak; 0 starts at the peak."""
     final_fraction: float = 0.1

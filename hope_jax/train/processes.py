@@ -1,8 +1,8 @@
 """Several processes that train together: they find each other, agree on what to do, and end together.
 
-Every process runs the same program on devices of its own. A decision that depends on one process alone, such as a
-signal, the clock or a file, is made together (``told``, ``Agreement``): else the processes would wait for each other
-for ever. What is on the disk is what process 0 sees there (``found_by_first``): a network may show an older folder to
+Every process runs the same program on devices of its own. A decision that depends on one process alone, such as on
+its signal, clock or file, is made together (``told``, ``Agreement``): else the processes would wait for each other for
+ever. What is on the disk is what process 0 sees there (``found_by_first``): a network may show an older folder to
 others. Process 0 alone writes files and prints. Read ``watch.py`` next: it ends the others when one dies.
 """
 
@@ -63,7 +63,7 @@ class ProcessesConfig:
 
     @property
     def expected(self) -> int:
-        """How many processes flags or SLURM name; 1 where neither does."""
+        """How many processes there are by the flags or by SLURM; 1 where neither says so."""
         return self.count or int(os.environ.get(SLURM_TASKS, "1"))
 
     @property
@@ -106,15 +106,15 @@ class ProcessesConfig:
 
 
 def _coordinator() -> tuple[str, int]:
-    """Host and port where process 0 is, as all processes know it."""
-    from jax._src.distributed import global_state  # the one place that knows what was found out
+    """Host and port of process 0, the same in all processes."""
+    from jax._src.distributed import global_state  # only here JAX keeps the address that it found
 
     host, _, port = str(global_state.coordinator_address).rpartition(":")
     return host, int(port)
 
 
 def _leave_first(error: BaseException, watch: Watch) -> None:
-    """After an error: let the others end, and do not wait for them at the end of this process, as JAX would."""
+    """After an error: let the others end; at its own end this process does not wait for them, as JAX would."""
     if not isinstance(error, UserError | KeyboardInterrupt):
         watch.wait()  # the death of another process comes as an error of any kind
     watch.fail()
@@ -139,16 +139,16 @@ def is_first() -> bool:
 
 
 def told(number: int) -> int:
-    """What process 0 gives; all processes call it, and none returns before all did."""
+    """The number of process 0; all processes call this, and none returns before all have called it."""
     if count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def found_by_first(work: Callable[[], Found]) -> Found:
-    """What ``work`` returns in process 0, which alone calls it, such as what is on the disk; all processes call this.
+    """The result of ``work``, such as what is on the disk; process 0 alone calls it, and all processes call this.
 
-    Raises in all of them the UserError that it raises there, also for what the disk refuses there.
+    A UserError or OSError in process 0 is raised in all processes, as a UserError.
     """
     if count() == 1:
         return work()
@@ -171,9 +171,9 @@ def _bytes_of_first(data: bytes) -> bytes:
 
 
 def seen_by_all(sees: Callable[[], bool], what: str) -> None:
-    """Return when every process ``sees`` on its disk ``what`` process 0 has written, which may be late.
+    """Wait until every process ``sees`` on its disk ``what`` process 0 has written, which may take time.
 
-    Raises UserError in all where one does not in ``SHARING`` seconds.
+    Raises UserError in all processes if one does not see it in ``SHARING`` seconds.
     """
     if count() == 1:
         return
@@ -188,7 +188,7 @@ def seen_by_all(sees: Callable[[], bool], what: str) -> None:
 
 
 def check_equal(ours: Any, what: str) -> None:
-    """Raise UserError in all processes where one has other values than process 0; ``what`` they are."""
+    """Raise UserError in all processes if one has other values than process 0; ``what``: the name of the values."""
     other = found_by_first(lambda: ours) != ours
     if count() > 1 and bool(np.asarray(_any(other))):
         raise UserError(
@@ -199,7 +199,7 @@ def check_equal(ours: Any, what: str) -> None:
 
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
-    """Process 0 goes through here first, and the others when it is done, such as with a file that all need."""
+    """Process 0 runs the block first, and the others when it is done; for a file that all need, for example."""
     if not is_first():
         told(0)
     yield
@@ -208,21 +208,21 @@ def in_turn() -> Iterator[None]:
 
 
 class Agreement:
-    """Whether any process wishes something. All call it equally often; the answer is that to the call before.
+    """Whether any process wishes something. All call it equally often; the answer belongs to the call before.
 
-    So devices never wait for it: what is sent with one step is read after the next one is on its way. Of a single
-    process the answer is its wish at once.
+    So devices never wait for it: what is sent with one step is read after the next step has begun. A single process
+    has its answer at once.
     """
 
     def __init__(self, wish: Callable[[], bool]):
         self._wish, self._sent = wish, None
 
     def forget(self) -> None:
-        """What was wished before was done. All call it."""
+        """Forget earlier wishes: they were fulfilled. All processes call it."""
         self._sent = None
 
     def __call__(self) -> bool:
-        """Whether to do it."""
+        """Whether any process wished it."""
         if count() == 1:
             return self._wish()
         before, self._sent = self._sent, _any(self._wish())
@@ -230,7 +230,7 @@ class Agreement:
 
 
 def _any(wish: bool) -> jax.Array:
-    """Whether it is true in any process, on its way."""
+    """Whether it is true in any process, as an array that devices still compute."""
     one_of_each, program = _devices()
     return program(jax.make_array_from_callback((count(),), one_of_each, lambda index: np.array([wish])))
 

@@ -13,10 +13,10 @@ PROFILE = "profile"  # folder inside that of the run
 
 
 class Profiled(contextlib.AbstractContextManager["Profiled"]):
-    """A step function of a run that stands at ``done`` updates; the steps START to STOP are recorded in ``folder``.
+    """A step function of a run that has done ``done`` updates; steps START to STOP are recorded in ``folder``.
 
-    A context manager: what is recorded when the run ends before STOP is written, too. Raises UserError for a run that
-    is beyond START.
+    A context manager: the record of a run that ends before STOP is written, too. Raises UserError for a run that is
+    beyond START.
     """
 
     def __init__(self, step: StepFn, folder: Path, steps: range, done: int):
@@ -46,7 +46,7 @@ class Profiled(contextlib.AbstractContextManager["Profiled"]):
 
 
 def profiled_steps(text: str, total: int) -> range:
-    """The steps that ``START:STOP`` names: after START updates, up to STOP. Raises UserError unless they are some."""
+    """The steps that ``START:STOP`` names: after START updates, up to STOP. Raises UserError for other texts."""
     start, _, stop = text.partition(":")
     if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop) <= total):
         raise UserError(f"--profile is {text!r}; give START:STOP with START < STOP <= --steps, such as 10:12.")

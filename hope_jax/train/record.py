@@ -48,7 +48,7 @@ def read_rows(path: Path, needed: Collection[str] = OF_EVERY_ROW) -> list[Row]:
 
 
 def _lacks(line: str, needed: Collection[str]) -> str | None:
-    """What keeps a line from being a row; None if nothing does."""
+    """Why a line is no row; None if it is one."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -64,10 +64,10 @@ def median_speed(folder: Path) -> float:
 
 
 class Record(contextlib.AbstractContextManager["Record"]):
-    """The open logs of a run that stands at ``step``, empty if that is 0; a context manager.
+    """The open logs of a run that has done ``step`` steps; a context manager. At step 0 they begin empty.
 
-    ``heldout``: the means over held-out batches by step. ``folder``: of the run; None writes nothing down, and begins
-    with the means ``measured`` before.
+    ``heldout``: the means over held-out batches by step. ``folder``: of the run; None: nothing is written, and
+    ``heldout`` begins with ``measured``.
     """
 
     def __init__(self, folder: Path | None, step: int, measured: Mapping[int, Means] | None = None):
@@ -87,7 +87,7 @@ class Record(contextlib.AbstractContextManager["Record"]):
 
     def __exit__(self, *error: object) -> None:
         if self._file and self._board:
-            with contextlib.closing(self._board):  # a full disk refuses the last rows here too
+            with contextlib.closing(self._board):  # on a full disk this fails, too
                 self._file.close()
 
     def add(self, step: int, tokens: int, split: str, means: Means) -> None:
@@ -103,13 +103,13 @@ class Record(contextlib.AbstractContextManager["Record"]):
 
 
 def _later_than_all(folder: Path) -> float:
-    """Seconds since 1970, for the name of a file: TensorBoard reads files in that order, though a clock is set back."""
+    """Seconds since 1970, later than those in all names of files: TensorBoard reads files in that order."""
     names = (re.match(r"events\.out\.tfevents\.(\d+\.\d+)\.", path.name) for path in folder.iterdir())
     return max([time.time(), *(float(name[1]) + 1e-6 for name in names if name)])
 
 
 class Board:
-    """TensorBoard events of a run, written by whoever adds them: a thread of its own could die unseen.
+    """TensorBoard events of a run, written by the thread that adds them: another thread could die unseen.
 
     ``start`` is the first step to come; TensorBoard hides what an earlier attempt wrote from there on. When the disk
     refuses an event, one sentence says so and no more are written: the rows of the record are what counts.
@@ -145,5 +145,5 @@ class Board:
             self._writer = None
             why = error.strerror or error
             tqdm.write(f"No more TensorBoard events in {self._folder}: {why}.", file=sys.stderr)
-            with contextlib.suppress(OSError):  # it tries once more to write what it could not
+            with contextlib.suppress(OSError):  # closing tries to write once more
                 writer.close()

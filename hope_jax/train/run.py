@@ -2,8 +2,8 @@
 
     model, params, tokenizer, *_ = load_run(Path("runs/hope-tiny"))
 
-``config.json`` holds the whole configuration, so that the folder is all that one needs to go on or to use the model.
-Read ``folder.py`` next: one program at a time writes there; and ``checkpoint.py``: it fills the folder.
+``config.json`` holds the whole configuration, so that the folder is all that is needed to go on or to use the model.
+Read ``folder.py`` next: it lets one program at a time write there; then ``checkpoint.py``: it fills the folder.
 """
 
 import dataclasses
@@ -28,20 +28,20 @@ from hope_jax.train.step import TrainState, abstract_params
 CONFIG_FILE = "config.json"
 TOKENIZER = "tokenizer.json"  # runs on bytes have none
 MAY_CHANGE = "may_change"
-"""Metadata of a configuration's field that may have another value when a run goes on."""
+"""Metadata that mark a field of a configuration: it may have another value when a run goes on."""
 Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
 class TextRun:
-    """All that decides what a language model learns, up to rounding, but for the number of steps.
+    """All that decides what a language model learns, up to rounding, except the number of steps.
 
-    A run goes on with equal values of all but ``spike``, which somebody who watches it may want to change.
+    A run goes on only with equal values of all fields except ``spike``, which may be changed while it trains.
 
     ``batch`` sequences of ``length`` tokens; ``seed``: of the initial parameters and the order of the text;
     ``text_fingerprint``: of the text and its held-out part; ``stage_one``: the saved step of another run that
     the parameters come from, such as ``tnt/checkpoints/400``; None: they are initial ones. ``schedule``: of the
-    learning rate. ``z_loss``: its weight, see ``next_token_loss``. ``spike``: as in ``Setup``.
+    learning rate. ``z_loss``: weight of the z-loss, see ``next_token_loss``. ``spike``: as in ``Setup``.
     """
 
     model: ModelConfig
@@ -63,11 +63,11 @@ class Run:
 
     Attributes:
       folder: held by ``open_run`` (``folder.py``).
-      config: all that decides what is learned, but for the number of steps; anything that ``hope_jax.config`` can
-        write. A run is continued with an equal one only, but for fields whose metadata have ``MAY_CHANGE``.
+      config: all that decides what is learned, except the number of steps; anything that ``hope_jax.config`` can
+        write. A run is continued only with an equal one; fields whose metadata have ``MAY_CHANGE`` may differ.
       keep: checkpoints to keep, at least 2, so that a damaged one has a good one before it.
-      keep_every: steps whose number is a multiple of it are kept besides; None: no others are.
-      save_minutes: minutes between two checkpoints at most, by a clock that is never set back; None: any.
+      keep_every: checkpoints whose step is a multiple of it are kept, too; None: no others are.
+      save_minutes: at most so many minutes lie between two checkpoints; None: there is no such limit.
       resume_from: a saved step to go back to; None: the latest.
       profile: steps that are recorded with JAX's profiler, see ``profile.py``; None: no steps.
     """
@@ -104,7 +104,7 @@ def read_config(folder: Path) -> Json:
 
 
 def resume(run: Run, like: TrainState) -> tuple[TrainState, Manifest]:
-    """State and manifest of the step to go on from: ``run.resume_from``, or else the latest saved one that is good.
+    """State and manifest of the step to go on from: ``run.resume_from``, or else the latest good saved step.
 
     ``like``: as in ``restore``. Raises DamagedCheckpoint, naming what is damaged, where that step or every step is;
     UserError, naming the fields that differ, where the folder belongs to another configuration.
@@ -121,14 +121,14 @@ def resume(run: Run, like: TrainState) -> tuple[TrainState, Manifest]:
 
 
 def _without_changes(config: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """The ``flatten``ed values but for those that may change."""
+    """The ``flatten``ed values without those that may change."""
     fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
     changing = {field.name for field in fields if MAY_CHANGE in field.metadata}
     return {name: value for name, value in values.items() if name not in changing}
 
 
 def _read_step(run: Path, wanted: int | None, read: Callable[[int], Read], advice: str) -> Read:
-    """What ``read`` returns for the step ``wanted``; None: for the latest good one of those that are saved."""
+    """What ``read`` returns for the step ``wanted``; None: for the latest saved step that is good."""
     if wanted is None:
         found = checkpoint.latest_good(run, read)
         assert found is not None
@@ -173,14 +173,14 @@ def load_run(folder: Path, trusted: Sequence[str] = TRUSTED) -> Trained:
 
 
 def named_step(folder: Path) -> tuple[Path, int | None]:
-    """The run folder and the step that ``RUN/checkpoints/STEP`` names; of a run folder the step is None."""
+    """The run folder and the step that ``RUN/checkpoints/STEP`` names; for a run folder alone the step is None."""
     if folder.name.isdecimal() and folder.absolute().parent.name == checkpoint.FOLDER:
         return folder.absolute().parent.parent, int(folder.name)
     return folder, None
 
 
 def load_config(run: Path, trusted: Sequence[str] = TRUSTED) -> TextRun:
-    """What a run with saved steps is; ``trusted`` as in ``load_run``. Raises UserError if it cannot be read."""
+    """The configuration of a run with saved steps; ``trusted`` as in ``load_run``. UserError if it cannot be read."""
     try:
         return from_json(read_config(run), TextRun, trusted)
     except UserError as error:
@@ -199,14 +199,14 @@ def _tokenizer(run: Path, config: TextRun) -> Tokenizer:
 
 
 def keep_tokenizer(run: Path, file: str | Path | None) -> None:
-    """Copy the tokenizer's file (None: bytes, which have none) into the run folder, which is then all that one needs.
+    """Copy the tokenizer's file into the run folder, which then holds all that is needed; None: bytes, without a file.
 
-    A run with saved steps keeps the file that it has, whatever this command reads with: ``resume`` compares them.
+    A run with saved steps keeps the file that it has, even if ``file`` is another one: ``resume`` compares them.
     """
     kept = run / TOKENIZER
     if kept.exists() and checkpoint.saved_steps(run):
         return
     if file is None:
-        kept.unlink(missing_ok=True)  # of an attempt that saved nothing
+        kept.unlink(missing_ok=True)  # left by an attempt that saved no step
         return
     write_file(kept, Path(file).expanduser().read_bytes())

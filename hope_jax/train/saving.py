@@ -1,11 +1,11 @@
 """Saving in the background: training goes on while a step is written, read back and sealed.
 
 ``Saver.save`` returns as soon as the state is copied. A thread then writes the files, forces them to the disk, digests
-them, reads the step back, and writes the manifest, which alone makes it a saved step (``checkpoint.py``). Saves do not
-overlap. What goes wrong is raised by the next call: at the next step, the next save, or at the end.
+them, reads the step back, and writes the manifest, which makes it a saved step (``checkpoint.py``). Saves do not
+overlap. An error of the thread is raised by the next call: at the next step, the next save, or at the end.
 
 Of several processes each writes its own part of the arrays; process 0 then digests the files and seals the step. It is
-not read back there: no process has all of it. Digests of arrays are compared when it is restored.
+not read back: no process has all of it. Digests of arrays are compared when it is restored.
 Read ``loop.py`` next: it says when to save.
 """
 
@@ -33,10 +33,10 @@ from hope_jax.train.step import TrainState, count_bytes
 
 
 class Saver(contextlib.AbstractContextManager["Saver"]):
-    """Saves the steps of a run in the background; a context manager, at whose end all are saved.
+    """Saves the steps of a run in the background; a context manager, which waits at its end until all are saved.
 
-    ``keep``: how many of the latest steps stay, at least 2; older ones are removed when one more is known to be good,
-    except for multiples of ``keep_every`` (None: there is no exception).
+    ``keep``: how many of the latest steps stay, at least 2; older ones are removed when one more is known to be good.
+    Multiples of ``keep_every`` stay for ever; None: there are none.
     """
 
     def __init__(self, run: Path, keep: int, keep_every: int | None = None):
@@ -61,15 +61,15 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
                 _prune(self._run, self._keep, self._keep_every)
 
     def check(self) -> None:
-        """Raise what went wrong in the background of this process. Does not wait."""
+        """Raise the error of a save in the background, if this process had one. Does not wait."""
         if self._last is not None and self._last.done():
             self._last.result()
 
     def wait(self) -> None:
         """Return when the last state is a saved step; all processes call it. Raises UserError where it cannot be.
 
-        Whether it is sealed the others hear from process 0: a folder that they do not share would never show it to
-        them. If process 0 ends, they end with it (``watch.py``).
+        Process 0 tells the others whether it is sealed: in a folder that they do not share they would never see it.
+        If process 0 ends, they end with it (``watch.py``).
         """
         last, self._last = self._last, None
         if last is None:
@@ -80,7 +80,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            # Another error may have come in this process alone, and is the one to tell.
+            # Another error may be in this process alone; it is raised, and not replaced by one from here.
             if kind is None or issubclass(kind, Diverged):
                 self.wait()
         finally:
@@ -95,7 +95,7 @@ def save(
     keep: int,
     keep_every: int | None = None,
 ) -> None:
-    """``Saver.save``, done when this returns; ``keep``, ``keep_every`` as in ``Saver``."""
+    """``Saver.save``, finished when this returns; ``keep``, ``keep_every`` as in ``Saver``."""
     with Saver(run, keep, keep_every) as saver:
         saver.save(state, data, about)
 
@@ -110,7 +110,7 @@ def save_params(run: Path, step: int, params: Any, about: Mapping[str, Any]) -> 
 def _begin(
     run: Path, step: int, parts: dict[str, Any], data: dict[str, Any], about: dict[str, Any]
 ) -> Callable[[], None]:
-    """Begin to write a step; returns what is left to do, in another thread if one likes."""
+    """Begin to write a step; returns a function that does the rest, which may run in another thread."""
     parts = _copied(parts)
     folder, open_path = run / FOLDER / str(step), contextlib.ExitStack()
     with _plain_errors(run, step), contextlib.ExitStack() as stack:
@@ -151,7 +151,7 @@ def _plain_errors(run: Path, step: int) -> Iterator[None]:
 def _copied(parts: Any) -> Any:
     """A copy in the memory of this machine: the next training step writes over the state.
 
-    Orbax copies what lies on accelerators itself.
+    Where several processes have them on accelerators, orbax copies them itself.
     """
     if jax.default_backend() == "cpu":
         return jax.tree.map(jnp.copy, parts)
@@ -167,7 +167,7 @@ def _host() -> jax.sharding.Sharding:
 
 
 def _on_host(parts: Any) -> Any:
-    """Shapes like those of ``parts``, placed in the memory of this machine: reading back takes none of the device's."""
+    """Shapes like those of ``parts``, placed in the memory of this machine: reading back needs none of the devices'."""
     return jax.tree.map(functools.partial(shape_at, _host()), parts)
 
 
@@ -186,7 +186,7 @@ def _force(path: Path) -> None:
 
 
 def _prune(run: Path, keep: int, keep_every: int | None) -> None:
-    """Remove the oldest steps, now that one more is known to be good, and parts of saves that were killed."""
+    """Remove the oldest steps, as one more is known to be good, and parts of saves that were killed."""
     for step in saved_steps(run)[:-keep]:
         if keep_every is not None and step % keep_every == 0:
             continue

@@ -51,10 +51,11 @@ class Setup:
       tokens: targets of one batch: what speed and progress are counted in.
       accumulate: slices of a batch that are computed one after another; must divide the batch.
       mesh: devices that share the work, see ``sharding.py``; None: the first device.
-      axes: the names of the axes of the parameters, which say where on the mesh these lie; None: on every device.
-      by_matrix: the optimizer needs whole matrices, which are moved to one place each for it.
-      counted: the loss that model FLOPs are counted of, where ``loss`` computes parts again; None: ``loss``.
-      spike: steps whose gradient is so many times as long as usual are skipped, too; None: those that are not finite.
+      axes: names of the parameters' axes, which decide where parameters lie on the mesh; None: on every device.
+      by_matrix: the optimizer needs whole matrices, so each is moved to one place for it.
+      counted: the loss whose model FLOPs are counted, where ``loss`` computes parts twice; None: ``loss``.
+      spike: steps are skipped, too, whose gradient norm is more than so many times the usual one; None: only steps
+        that are not finite.
     """
 
     init: Callable[[PRNGKeyArray], Any]
@@ -98,9 +99,9 @@ class Setup:
             return step.lower(self.shapes(), batch)  # the mesh tells a kernel which chip it is for
 
     def temporary_bytes(self, batch: Any) -> int:
-        """What the compiled step needs on each device besides its arguments and results; ``batch``: as in ``lower``.
+        """Bytes of the compiled step on each device besides arguments and results; ``batch``: as in ``lower``.
 
-        The step is compiled for this, once more if it has been before.
+        This compiles the step, even if it has been compiled before.
         """
         return self.lower(batch).compile().memory_analysis().temp_size_in_bytes
 
@@ -146,20 +147,20 @@ class Setup:
 
     @property
     def _out(self) -> TrainState | None:
-        """Where programs put a state; None: where JAX does, on one device."""
+        """Where programs put a state; None: where JAX puts it, on one device."""
         return None if self.mesh is None else self.placement
 
     def start(self, seed: int, params: Any = None) -> TrainState:
-        """The state before the first batch, each part made where it lies.
+        """The state before the first batch, each part created where it lies.
 
-        It begins with a copy of ``params``, None: with what ``init`` draws.
+        Its parameters are a copy of ``params``; None: those that ``init`` draws.
         """
         if params is not None and self.mesh is not None:
             params = jax.device_put(params, self.placement.params)
         return self._start(jax.random.key(check_seed(seed)), params)
 
     def rate_at(self, state: TrainState) -> float:
-        """The learning rate of the next step: the schedule stands still where a step was skipped."""
+        """The learning rate of the next step; skipped steps do not move the schedule on."""
         return float(self.rate(int(state.step) - int(state.skipped)))
 
     def shapes(self) -> TrainState:
@@ -167,7 +168,7 @@ class Setup:
         return jax.tree.map(shape_at, self.placement, self._shapes)
 
     def place(self, batch: Any) -> Any:
-        """A batch (arrays [B, ...]) with an equal part on every device; the whole on each, where B cannot be shared."""
+        """A batch (arrays [B, ...]) with an equal part on every device, or whole on each where B cannot be shared."""
         if self.mesh is None:
             return batch
         if count() == 1:
@@ -182,13 +183,13 @@ class Setup:
         return NamedSharding(self.mesh, PartitionSpec(None if size % shared else SHARE_BATCH))
 
     def spread(self, state: TrainState) -> TrainState:
-        """A state on its devices; placed alike whether it is fresh or restored, so that one program does."""
+        """A state on its devices; a fresh and a restored one are placed alike, so that one program is enough."""
         return jax.device_put(state, jax.devices()[0] if self.mesh is None else self.placement)
 
     def evaluator(self, batches: Heldout) -> Callable[[Any], dict[str, float]]:
         """``parameters -> means by name`` over these held-out ``batches``, which are read once.
 
-        Of several sets by name the means are called ``SET/METRIC``.
+        The means of several sets are called ``SET/METRIC``.
         """
         if not isinstance(batches, Mapping):
             return functools.partial(mean_over, self._measure, [self.place(batch) for batch in batches])
@@ -201,13 +202,13 @@ class Setup:
         return measure
 
     def for_any_rate(self) -> "Setup":
-        """The same with a factor on all updates in the optimizer's state: one program for all learning rates."""
+        """The same with a factor for all updates in the optimizer's state: one program for all learning rates."""
         factor = optax.inject_hyperparams(optax.scale)(step_size=1.0)
         return dataclasses.replace(self, tx=optax.chain(self.tx, factor))
 
 
 def _own_part(place: NamedSharding, array: Any) -> jax.Array:
-    """An array that every process has, of which each puts its part on its devices."""
+    """Make one array on all devices: each process has the whole, and puts its part on its devices."""
     return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
 

@@ -31,20 +31,20 @@ RULES: Mapping[str, str | None] = {
     "heads": "tensor",
     "all_heads": "tensor",
     "hidden": "tensor",
-    # Every device has all of these: they are small, or counted by loops, or rows that are looked up. The gates of an
-    # LSTM are taken apart at every token, where their parts would have to be moved.
+    # Every device has all of these: they are small, or loops run over them, or rows are looked up in them. The gates
+    # of an LSTM are split at every token, and their parts would have to be moved there.
     **dict.fromkeys(("layers", "memories", "levels", "vocab", "taps", "persistent", "places", "cell_gates")),
     **dict.fromkeys(("head_dim", "memory_hidden", "gate", "rank")),
 }
 """Axis name of a parameter -> axis of the mesh that it is split along, which must divide it; None: it is not split."""
 LEFT_OVER: Mapping[str, str] = dict.fromkeys(("all_heads", "hidden", "head_dim", "memory_hidden"), "fsdp")
-"""The same for axes of the mesh that ``RULES`` leaves over in a parameter, and only where they divide it."""
+"""The same for axes of the mesh that ``RULES`` does not use for a parameter, and only where they divide it."""
 
 
 def model_on(
     mesh: Mesh | None, config: ModelConfig, remat: bool = False, remat_states: RematStates = "exact"
 ) -> LanguageModel:
-    """A model as it is computed on a mesh: the same parameters and, up to rounding, the same numbers.
+    """The model for a mesh: it has the same parameters and, up to rounding, computes the same numbers.
 
     ``remat``, ``remat_states``: as in ``LanguageModel``.
 
@@ -58,7 +58,7 @@ def model_on(
 
 
 def check_shares(config: MeshConfig, model: ModelConfig) -> None:
-    """Raise UserError unless the devices divide the model's width and heads, and of its parameters what they share."""
+    """Raise UserError unless the devices divide the model's width and heads, and the axes of parameters they share."""
     config.check_model(model)
     devices = dict.fromkeys(MESH, 1) | config.given
     if devices["fsdp"] * devices["tensor"] > 1:
@@ -96,7 +96,7 @@ Specs = dict[str, tuple[tuple[int, ...], PartitionSpec]]
 def specs_of_parameters(devices: Mapping[str, int], axes: Axes, params: Any) -> Specs:
     """Where parameters with these axes lie on a mesh of so many ``devices`` along each axis.
 
-    Raises UserError where devices do not divide what they are to share.
+    Raises UserError where devices do not divide an axis that they are to share.
     """
     names_at = of_parameters(axes, tuple)(params)
     named = tree_leaves_with_path(names_at, is_leaf=lambda node: isinstance(node, tuple))
@@ -127,7 +127,7 @@ def specs_of_matrices(devices: Mapping[str, int], axes: Axes, params: Any) -> Sp
 
 
 def _spread(devices: Mapping[str, int], sizes: Sequence[int]) -> PartitionSpec:
-    """Axes of the mesh along the axes of an array with these sizes, which they divide: as many devices as possible."""
+    """Axes of the mesh for the axes of an array with these sizes, so that as many devices as possible divide them."""
     axes = [axis for axis, count in devices.items() if count > 1]
     best, most = [()] * len(sizes), 1
     for places in itertools.product(range(len(sizes) + 1), repeat=len(axes)):  # the last place is none
@@ -167,7 +167,7 @@ def between(tx: optax.GradientTransformation, there: Any, back: Any) -> optax.Gr
 
 
 def own(params: Any) -> Any:
-    """Parameters as this process has them, without the others; None where it has a part alone."""
+    """Parameters as arrays of this process alone; None where it has only a part of them."""
     leaves = jax.tree.leaves(params)
     if all(leaf.is_fully_addressable for leaf in leaves):
         return params

@@ -2,8 +2,8 @@
 
 A batch of text is ``[B, T+1]`` token ids: inputs are all but the last, targets all but the first. Every sequence starts
 from a fresh context *inside* the loss, so gradients reach the initial states of the memories. The number of tokens seen
-is no part of a state: it is ``step * batch * length``, exact in Python where an int32 would overflow. The data position
-belongs to the iterator and is saved beside the state. Read ``loop.py`` next.
+is no part of a state: it is ``step * batch * length``, computed in Python, as an int32 would overflow. The position in
+the data belongs to the iterator and is saved beside the state. Read ``loop.py`` next.
 """
 
 import functools
@@ -46,7 +46,7 @@ class TrainState(struct.PyTreeNode):
     @classmethod
     def first(cls, params: Any, opt_state: Any) -> "TrainState":
         """The state before the first batch."""
-        step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))  # each its own: all are donated
+        step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))  # an array for each: all are donated
         return cls(step, params, opt_state, jnp.zeros((), jnp.float32), skipped)
 
 
@@ -138,7 +138,7 @@ def next_token_loss(
 
 
 def _sums(logits: Array, wanted: Array, z_loss: float) -> Sums:
-    """Over all targets: the nats, and what the z-loss adds to them where there is one."""
+    """Sums over all targets: of the nats and, where there is one, of the z-loss."""
     sums = {"loss": cross_entropy(logits, wanted).sum()}
     if z_loss:
         wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -147,14 +147,14 @@ def _sums(logits: Array, wanted: Array, z_loss: float) -> Sums:
 
 
 def answer_loss(model: Any, ignore: int, prompt: float = 0.0) -> LossFn:
-    """Mean cross-entropy in nats and accuracy over the positions that are scored, of a batch (inputs, targets) [B, T].
+    """Mean cross-entropy in nats, and accuracy, over the scored positions of a batch (inputs, targets) [B, T].
 
     The loss of ``data.tasks``. The metrics are of the scored positions alone.
 
     Args:
-      model: a language model, read without writes: none that training writes in context.
+      model: a language model that training does not write in context.
       ignore: the target of all other positions.
-      prompt: weight of the mean loss on these others, whose targets are then the next inputs.
+      prompt: weight of the mean loss at these other positions; their targets are then the next inputs.
 
     Raises:
       UserError: levels of the model are written in context in training, too. What they are written from is the loss of
@@ -182,7 +182,7 @@ def answer_loss(model: Any, ignore: int, prompt: float = 0.0) -> LossFn:
 
 
 def _rematerialised(piece: Callable, state: Any, tokens: tuple[Array, Array], every: int) -> Sums:
-    """The sums of ``piece`` over the whole sequence, in rematerialised cuts of so many tokens."""
+    """The sums of ``piece`` over the whole sequence, in rematerialised pieces of ``every`` tokens."""
     cuts = jax.tree.map(lambda z: jnp.moveaxis(z.reshape(z.shape[0], -1, every), 1, 0), tokens)
     _, sums = scan_pieces(piece, state, cuts, functools.partial(jax.checkpoint, prevent_cse=False))
     return jax.tree.map(jnp.sum, sums)
@@ -191,8 +191,9 @@ def _rematerialised(piece: Callable, state: Any, tokens: tuple[Array, Array], ev
 def mean_gradient(loss: LossFn, params: Any, batch: Any, accumulate: int) -> tuple[Any, Metrics]:
     """Gradient of the mean loss and merged metrics, over ``accumulate`` equal slices of the batch one after another.
 
-    Equal to the gradient of the whole batch up to rounding, if the loss is a mean over as many targets in every slice,
-    with the memory of one. A slice is every so many-th sequence: devices that share the batch share each slice alike.
+    Equal to the gradient of the whole batch up to rounding, if the loss is a mean over equally many targets in every
+    slice; it needs the memory of one slice. A slice takes every ``accumulate``-th sequence, so that devices that share
+    the batch share each slice, too.
     """
     gradient = jax.grad(loss, has_aux=True)
     if accumulate == 1:

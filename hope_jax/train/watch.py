@@ -1,11 +1,11 @@
 """When a process of several dies, the others end with one sentence instead of waiting for it for ever.
 
 Every process holds a connection to process 0. The system closes it when a process dies, however it dies; a machine that
-is gone is noticed within ``IDLE + PROBES * EVERY`` seconds. A process that ends well says so before.
+is gone is noticed within ``IDLE + PROBES * EVERY`` seconds. A process that ends normally says so before.
 
 JAX has connections of its own to process 0. It aborts a process, with pages of logs, at the moment when its own closes.
-So a small program holds these open until the other processes have ended, see ``outlive``. It dies with the machine or
-the cgroup of process 0: what JAX says may then come first.
+So a small program keeps these open until the other processes have ended, see ``outlive``. If the machine or the cgroup
+of process 0 dies, it dies, too: the logs of JAX may then come first.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from typing import Any
 from hope_jax.errors import UserError
 from hope_jax.signals import STDERR
 
-IDLE, EVERY, PROBES = 15, 5, 3  # seconds without a word, seconds between questions, questions without an answer
+IDLE, EVERY, PROBES = 15, 5, 3  # seconds of silence, seconds between questions, unanswered questions
 GOODBYE, LOST = b".", b"!"
 GRACE = 10
-"""Seconds in which this process may end by itself after another one failed: all may have found the same mistake."""
+"""Seconds in which this process may end by itself after another one failed: all may have the same error."""
 HELD = 3 * GRACE
 """Seconds that the connections of JAX stay open after the end of process 0."""
 JOINING = 60
@@ -59,7 +59,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._holder and not self._leaving.is_set():  # no one is left to be aborted
+        if self._holder and not self._leaving.is_set():  # all others have ended
             self._holder.kill()
             self._holder.wait()
         self._tell(GOODBYE)
@@ -69,7 +69,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         self._tell(LOST)
 
     def wait(self) -> None:
-        """Give the thread time to end this process: an error may be what the death of another one looks like here."""
+        """Give the thread time to end this process: an error here may come from the death of another process."""
         self._thread.join(GRACE + 5)
 
     def _tell(self, word: bytes) -> None:
@@ -115,7 +115,7 @@ def outlive(port: int) -> subprocess.Popen:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         pass_fds=[number for number in map(int, os.listdir("/dev/fd")) if _is_connection(number, port)],
-        start_new_session=True,  # Ctrl-C is not for it
+        start_new_session=True,  # so Ctrl-C does not end it
     )
 
 
@@ -123,7 +123,7 @@ def _is_connection(number: int, port: int) -> bool:
     """Whether a descriptor of this process is a connection to its ``port``."""
     try:
         found = socket.socket(fileno=number)
-    except OSError:  # it is no socket
+    except OSError:  # no socket
         return False
     try:
         found.getpeername()  # one that only listens has none
@@ -135,7 +135,7 @@ def _is_connection(number: int, port: int) -> bool:
 
 
 def _accepted(server: socket.socket, count: int) -> dict[socket.socket, int]:
-    """The connections of the other processes, and which these are."""
+    """The connections of the other processes, each with the number of its process."""
     peers = {}
     server.settimeout(JOINING)
     with server:

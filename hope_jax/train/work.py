@@ -1,6 +1,6 @@
-"""What a compiled program computes and sends: loops count as often as they run.
+"""What a compiled program computes and sends; loops count as often as they run.
 
-XLA's own ``cost_analysis`` counts the body of a loop once, and a training step is mostly loops: over layers, chunks
+XLA's own ``cost_analysis`` counts the body of a loop once, but a training step is mostly loops: over layers, chunks
 and pieces. Here FLOPs of products and convolutions, and collectives, are summed over all computations that the program
 calls. Read ``compile.py`` next.
 """
@@ -22,13 +22,13 @@ STARTED, ENDED = "AsyncCollectiveStart", "AsyncCollectiveDone"
 # Custom calls of TPU programs that compute nothing.
 MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding")
 MARKS += (STARTED, ENDED)
-# How TPU programs name computations that hold an all-reduce, and a part of it: a reduce-scatter; and those that go on
-# with a collective, beside other work, which another computation has started.
+# How TPU programs name two kinds of computations: those that take a part of an all-reduce, which makes it a
+# reduce-scatter; and those that continue, beside other work, a collective that another computation has started.
 SCATTERS, GOES_ON = "all-reduce-scatter", "async_collective_fusion"
 # Instructions that hold others, and those that start nothing.
 HOLDERS = ("call", "while", "conditional", "async-start")
 IDLE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "domain")
-ENDS = ("-done", "-update")  # of what a start has counted; dynamic-update-slice is none
+ENDS = ("-done", "-update")  # counted where it started; dynamic-update-slice does not end so
 BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
@@ -40,12 +40,12 @@ class Work:
       flops: of products and convolutions, 2 m n k each.
       collectives: how often each kind runs.
       sent: bytes that the device hands to each kind.
-      looped, nested: how often each kind runs inside a loop, and inside one that is inside another: in a step without
-        slices of batches, between two blocks and between two chunks of a memory.
+      looped, nested: how often each kind runs inside a loop, and inside a loop in a loop. In a step without slices of
+        batches that is between two blocks, and between two chunks of a memory.
       calls: custom calls by target, such as kernels; their arithmetic is not counted.
       unknown: loops whose number of rounds is not in the program; they count once.
-      rounds: of loops, those inside others as often as they run.
-      launches: instructions that run one by one, such as fusions and kernels; what returns one number is left out.
+      rounds: of all loops; those of an inner loop count in each round of the outer one.
+      launches: instructions that run one by one, such as fusions and kernels, without those that return one number.
       moved: bytes that these read and write, see ``moved.py``.
     """
 
@@ -68,7 +68,7 @@ class Work:
         return tuple(getattr(self, each.name) for each in fields(self))
 
     def times(self, count: int) -> "Work":
-        """The same so many times; a loop of unknown length in it stays one loop."""
+        """This work ``count`` times; a loop of unknown length in it still counts once."""
 
         def scaled(number: Any) -> Any:
             return Counter({k: count * n for k, n in number.items()}) if isinstance(number, Counter) else count * number
@@ -76,7 +76,7 @@ class Work:
         return replace(Work(*map(scaled, self._numbers)), unknown=self.unknown)
 
     def in_loop(self, count: int | None) -> "Work":
-        """A loop of so many rounds of this; None: of a number that is not known."""
+        """The work of a loop that does this in each of ``count`` rounds; None: their number is not known."""
         once = replace(self, looped=self.collectives, nested=self.looped)
         return once + Work(unknown=1, rounds=1) if count is None else once.times(count) + Work(rounds=count)
 
@@ -97,7 +97,7 @@ def work(text: str) -> Work:
 
 
 def _scattered(found: Work) -> Work:
-    """The same, its all-reduces as reduce-scatters."""
+    """The same work with its all-reduces as reduce-scatters."""
     collectives, sent = (Counter({"reduce-scatter": each["all-reduce"]}) for each in (found.collectives, found.sent))
     return replace(found, collectives=collectives, sent=sent)
 
@@ -118,7 +118,7 @@ def _computed(
     each: Instruction, here: Computation, computations: Mapping[str, Computation], of: Callable[[str], Work]
 ) -> Work:
     kind = each.opcode.removesuffix("-start")
-    if kind in COLLECTIVES:  # without the computation that it adds up with
+    if kind in COLLECTIVES:  # the computation that it adds up with does not count
         return Work(collectives=Counter([kind]), sent=Counter({kind: sum(map(size, here.kinds(each)))}))
     if kind in ("dot", "convolution"):
         return Work((_product if kind == "dot" else _convolution)(each, here))
@@ -134,7 +134,7 @@ def _computed(
 
 
 def _target(each: Instruction) -> str:
-    """What a custom call calls; empty for other instructions."""
+    """The target of a custom call; empty for other instructions."""
     return each.attribute("custom_call_target", '"[^"]+"').strip('"')
 
 
@@ -148,9 +148,9 @@ def _product(each: Instruction, here: Computation) -> int:
 
 
 def _convolution(each: Instruction, here: Computation) -> int:
-    """As XLA counts it: what meets padding, or the space between dilated entries, multiplies nothing.
+    """FLOPs as XLA counts them: products with padding, or with the space between dilated entries, do not count.
 
-    TPU programs have their products in this form, and batches of products with dilation.
+    TPU programs have products in this form; where these come in batches, the convolution is dilated.
     """
     labels = each.attribute("dim_labels").replace("->", "_").split("_")
     arrays = [*map(sizes, here.kinds(each)), sizes(each.kind)]
@@ -167,7 +167,7 @@ def _convolution(each: Instruction, here: Computation) -> int:
 def _meetings(
     read: int, written: int, *, size=(1,), stride=(1,), pad=(0, 0), lhs_dilate=(1,), rhs_dilate=(1,), rhs_reversal=(0,)
 ) -> int:
-    """Along one axis: pairs of an entry of the result and one of the kernel that meet an entry of what is read."""
-    del rhs_reversal  # as many
+    """Pairs of an entry of the result and one of the kernel, along one axis, that meet an entry of the input."""
+    del rhs_reversal  # does not change the number
     spots = (at * stride[0] + tap * rhs_dilate[0] - pad[0] for at in range(written) for tap in range(size[0]))
     return sum(spot % lhs_dilate[0] == 0 and 0 <= spot // lhs_dilate[0] < read for spot in spots)

@@ -25,7 +25,7 @@ class FullCache(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Tokens that there are slots for."""
+        """The number of slots."""
         return self.keys.shape[-2]
 
     def without_empty_slots(self) -> "FullCache":
@@ -69,7 +69,7 @@ class Prefix(NamedTuple):
 
 
 def _behind(prefix: Prefix, keys: Array, values: Array, visible: Array) -> tuple[Array, Array, Array]:
-    """Keys, values and what each query sees of them, with the prefix in front."""
+    """Keys, values, and which of them each query sees, with the prefix in front."""
     pairs = zip(prefix, (keys, values), strict=True)
     keys, values = (jnp.concatenate([jnp.broadcast_to(p, (len(x), *p.shape)), x], axis=2) for p, x in pairs)
     seen = jnp.ones((len(visible), prefix.keys.shape[1]), bool)
@@ -82,8 +82,8 @@ def attend(
     """The last T tokens of ``cache`` (positions ``cache.position - T ...``) look at their past, and at ``prefix``.
 
     Each head of the cache serves a group of heads of q that follow each other; where devices share the heads of a
-    group, each has the keys and values of its heads. ``each``: slots of a full cache per token, all of which it sees;
-    ``cache.position`` then counts slots.
+    group, each has the keys and values of its heads. ``each``: slots of a full cache per token; a
+    token sees all of its own, and ``cache.position`` counts slots.
     """
     batch, heads, time, size = q.shape
     if (times := copies(cache.keys.shape[1], heads)) > 1:
@@ -102,11 +102,11 @@ def attend(
 def _attend(
     q: Float[Array, "B H T K"], cache: Cache, window: int | None, prefix: Prefix | None, each: int
 ) -> Float[Array, "B H T K"]:
-    """``attend`` with as many heads in the cache.
+    """``attend`` where q and the cache have equally many heads.
 
     A full cache is filled from slot 0; a window's slots end with the present tokens, and slots of negative positions
-    hold nothing. Queries go in blocks, and a block looks only at slots that can matter: whatever the position, queries
-    before b see no slot from ``slots - each * (T - b)`` on.
+    hold nothing. Queries are computed in blocks, and a block looks only at slots that it can see: at every position,
+    queries before b see no slot from ``slots - each * (T - b)`` on.
     """
     time, slots = q.shape[2], cache.keys.shape[2]
     first_slot = 0 if window is None else cache.position - slots
@@ -126,7 +126,7 @@ def _attend(
 
 
 def push(cache: Cache, k: Float[Array, "B H T K"], v: Float[Array, "B H T K"], count: Count) -> tuple[Cache, Cache]:
-    """The cache with T more tokens in it: as those tokens look at it, and as it is kept for the next call."""
+    """The cache with T more tokens, twice: as those tokens look at it, and as it is kept for the next call."""
     time = k.shape[2]
     end, position = cache.position + time, cache.position + (time if count is None else count)
     pairs = ((cache.keys, k), (cache.values, v))

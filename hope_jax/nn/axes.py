@@ -30,11 +30,11 @@ FEATURES = {
     "all_heads": "features of all heads side by side",
     "cell_gates": "the four gates of every cell of an LSTM",
 }
-# Axes of the weights that fast weights start from; these are matrices too, but must not decay.
+# Axes of the initial weights of memories; these are matrices too, but must not decay.
 MEMORY_FEATURES = {
     "head_dim": "features of one head",
     "memory_hidden": "hidden features of an MLP memory",
-    "gate": "the number or numbers that a gate memory answers",
+    "gate": "the number or numbers that a gate memory returns",
     "rank": "inner features of a low-rank map, or of the Delta of a level",
 }
 OTHERS = {
@@ -114,7 +114,7 @@ def decays(axes: Axes) -> Callable[[Any], Any]:
 
 
 def of_parameters(axes: Axes, rule: Callable[[Names], Any]) -> Callable[[Any], Any]:
-    """``params -> tree``: for every parameter ``rule`` of its names. ``params`` may be a part of the model's tree.
+    """``params -> tree``: ``rule(names)`` for every parameter. ``params`` may be a part of the model's tree.
 
     Raises UserError, also from the function that is returned, for names that are unknown or do not fit a parameter.
     """

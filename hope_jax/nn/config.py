@@ -25,12 +25,12 @@ class PartConfig(Protocol):
 class PassesOn(Protocol):
     """A mixer that hands something to the mixers of its kind in later layers, within one pass through the depth.
 
-    Its module is called with what it was handed and returns what it hands on:
-    ``(u[B,T,D], state, count, passed) -> (y[B,T,D], state, passed)``. It belongs to these tokens and is no state.
+    Its module takes what the layer before handed on, and returns what it hands on itself:
+    ``(u[B,T,D], state, count, passed) -> (y[B,T,D], state, passed)``. That belongs to these tokens and is no state.
     """
 
     def nothing_passed(self, x: Stream) -> Any:
-        """What the first layer is given, for the residual stream ``x``; later layers are given the same shapes."""
+        """What the first layer takes, for the residual stream ``x``; later layers take the same shapes."""
         ...
 
 
@@ -39,16 +39,16 @@ class ModelConfig:
     """A language model.
 
     Attributes:
-      mixer: what mixes tokens: a configuration of ``nn/mixers``, such as ``SelfModifyingConfig``, or a tuple of them, a
-        pattern: those of the first blocks, in their order, which repeats itself over all blocks (a hybrid).
-      feed_forward: ``CMSConfig`` or ``SwiGLUConfig``; of a pattern a tuple, one for each mixer. None: the block has a
+      mixer: what mixes tokens: a configuration of ``nn/mixers``, such as ``SelfModifyingConfig``. A tuple of them is a
+        pattern, the mixers of the first blocks in their order, that is repeated over all blocks (a hybrid).
+      feed_forward: ``CMSConfig`` or ``SwiGLUConfig``; for a pattern a tuple, one for each mixer. None: the block has a
         mixer alone.
       width: model features D.
       layers: blocks, a multiple of the length of the pattern.
       vocab_size: token ids; 256 for bytes.
-      context: tokens that caches which grow hold unless asked otherwise.
+      context: tokens that growing caches have room for, unless a capacity is given.
       dtype: of activations and matrix products; parameters, norms and memories are at least float32.
-      tied: logits are scored against the embedding; False gives the head a matrix of its own.
+      tied: the output projection is the embedding; False: it has a matrix of its own.
       norm: before every mixer and after the last block: "rms" is ``layers.RMSNorm``, "layer" is ``layers.LayerNorm``.
         Feed-forward parts have norms of their own.
       embedding_norm: whether the embedding is normed, too, before the first block.
@@ -82,7 +82,7 @@ class ModelConfig:
             raise UserError("in_context is above 0; the levels of a pattern are not written in context, set it to 0")
 
     def _check_kind(self, name: str, part: PartConfig, stateful: bool) -> None:
-        """Raise UserError for a part in the other one's place; each checks itself against the width, too."""
+        """Raise UserError for a part in the place of the other kind, and where a part does not fit the width."""
         module = part.build(self.width, self.dtype)
         if hasattr(module, "init_state") != stateful:
             kind = "a mixer, which has a state" if stateful else "a feed-forward part, which has no state"
@@ -90,7 +90,7 @@ class ModelConfig:
 
     @property
     def pattern(self) -> tuple[tuple[PartConfig, PartConfig | None], ...]:
-        """Mixer and feed-forward part of the blocks that repeat themselves. Raises UserError where they do not pair."""
+        """Mixer and feed-forward part of each block of the pattern. Raises UserError where their numbers differ."""
         if not isinstance(self.mixer, tuple) and not isinstance(self.feed_forward, tuple):
             return ((self.mixer, self.feed_forward),)
         mixers = self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)

@@ -1,4 +1,4 @@
-"""What every head of every sequence computes; on a mesh, each device computes the heads and the sequences it has."""
+"""A function of one head of one sequence, for all of them; on a mesh, each device computes its heads and sequences."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ def over_heads(
 
 
 def copies(groups: int, heads: int) -> int:
-    """How often what the heads of a group share is repeated, so that on a mesh each device has it for its heads.
+    """How often to repeat what the heads of a group share, so that on a mesh each device has it for its heads.
 
     1 without a mesh, and where the devices do not divide the heads of a group.
     """

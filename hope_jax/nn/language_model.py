@@ -1,7 +1,7 @@
 """Tokens in, logits out: embedding, a scan over equal blocks, a norm and the output projection (tied or not).
 
 A block is ``x = x + mixer(norm(x))`` followed by the feed-forward part (which holds its own norms and residuals), if
-there is one. In a hybrid what is scanned over is a pattern of different blocks.
+there is one. In a hybrid the scan is over a pattern of different blocks.
 """
 
 import math
@@ -33,14 +33,14 @@ LOGIT_GAIN = 10.0
 
 
 class Depth(NamedTuple):
-    """What goes from block to block: the residual stream, and what mixers hand on (``PassesOn``; () if none does)."""
+    """What a block hands to the next: the residual stream, and what mixers hand on (``PassesOn``; () if none does)."""
 
     x: Stream
     passed: Any = ()
 
 
 def entry(config: ModelConfig, x: Stream) -> Depth:
-    """What the first block is given."""
+    """The input of the first block."""
     for mixer, _ in config.pattern:
         if isinstance(mixer, PassesOn):
             return Depth(x, mixer.nothing_passed(x))
@@ -73,7 +73,7 @@ class Block(nn.Module):
         return {"norm": norm_axes(c.norm == "layer"), **parts}
 
     def init_state(self, batch: int, capacity: int) -> BlockState:
-        """State before the first token, of the static model: learning in context adds Delta (``context/writes.py``)."""
+        """State of the static model before the first token; learning in context adds Delta (``context/writes.py``)."""
         return BlockState(self.mixer.init_state(batch, capacity), ())
 
     def __call__(self, depth: Depth, state: BlockState | None, count: Count = None) -> tuple[Depth, BlockState]:
@@ -117,7 +117,7 @@ class Pattern(nn.Module):
 
 
 def body_of(config: ModelConfig) -> type[Block] | type[Pattern]:
-    """What repeats itself over the layers of a model."""
+    """The module that is repeated over the layers of a model."""
     return Block if len(config.pattern) == 1 else Pattern
 
 
@@ -152,7 +152,7 @@ class LanguageModel(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType], one for each argument
             length=c.layers // len(c.pattern),
             metadata_params={nn.PARTITION_NAME: "layers"},
-            # The check traces the block a second time. What a seed draws at the start depends on it, nothing else does.
+            # The check traces the block a second time. It is left on for ``init``, whose random draws depend on it.
             check_constancy_invariants=self.is_initializing(),
         )(c, sequences=self.sequences)
         self.norm = NORMS[c.norm](c.dtype, _last_scale(c.vocab_size, c.width))
@@ -221,7 +221,7 @@ class LanguageModel(nn.Module):
 
 
 def _last_scale(vocab_size: int, width: int) -> float:
-    """Where the last norm's scale starts, for a loss that is uniform to 0.1 bits per token.
+    """The start of the last norm's scale: the first loss is then that of equal probabilities, to 0.1 bits per token.
 
     A tied table scores the token just read with its own row, of norm 1, by ``LOGIT_GAIN * scale * sqrt(width)``. At
     log(1 + 0.03 vocab_size) that costs log2(1.03) = 0.04 bits; a scale of 1 without gain costs 6 bits at width 192.

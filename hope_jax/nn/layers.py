@@ -1,4 +1,4 @@
-"""The small parts every mixer is built from: linear maps, norms, a short convolution with state, heads, their output.
+"""The small parts of every mixer: linear maps, norms, a short convolution with state, heads, and their output.
 
 Parameters are float32 (float64 in a float64 model); ``dtype`` is what the matrix products and activations use;
 norms compute in at least float32. Read ``attention.py`` next: the simplest mixer made of these.
@@ -24,7 +24,7 @@ from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 EPS = 1e-6
 LAYER_EPS = 1e-5  # of LayerNorm
 
-# For layers that are cheap but for their matrix products: the backward pass keeps the results of the products and
+# For layers that are cheap except for their matrix products: the backward pass keeps the results of the products and
 # computes the rest again. Less memory, and on CPU less time too, as fresh memory costs more than the arithmetic.
 light = functools.partial(nn.remat, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
 
@@ -40,10 +40,11 @@ TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def rows_product(x: Array, kernel: Array, dimensions: Any, **settings: Any) -> Array:
-    """The ``dot_general`` of ``nn.Dense``, all axes of ``x`` but the last as one (``by_rows``).
+    """The ``dot_general`` of ``nn.Dense``, with all axes of ``x`` but the last joined to one (``by_rows``).
 
-    Where devices share tokens, x and y are parted alike. Else XLA (jax 0.10.2) computes a wrong gradient of the kernel,
-    where the gradient of y is parted by heads along the axis that x is parted by tokens along.
+    Where devices share tokens, x and y are divided over them in the same way. Otherwise, where the gradient of y is
+    divided by heads along the axis of the mesh that divides x by tokens, XLA (jax 0.10.2) computes a wrong gradient
+    of the kernel.
     """
     del dimensions  # always the last of x with the first of kernel
     y = by_rows(lambda rows: jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings), x)
@@ -60,12 +61,12 @@ def dense(
 
 
 def near_identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "D D"]:
-    """The identity, slightly blurred: queries start in the space of the keys they have to find."""
+    """The identity plus small random numbers: queries start in the space of the keys they have to find."""
     return jnp.eye(*shape, dtype=dtype) + 0.02 * jax.random.normal(key, shape, dtype)
 
 
 def scaled(x: Float[Array, "*batch D"], scale: Float[Array, " D"]) -> Float[Array, "*batch D"]:
-    """``x * scale``, features by channel."""
+    """``x * scale``, one factor for each feature."""
     return by_rows(lambda rows: rows * scale[None], x)
 
 
@@ -78,7 +79,7 @@ def normal(x: Float[Array, "*batch D"], eps: float = EPS) -> Float[Array, "*batc
 class RMSNorm(nn.Module):
     """``x / rms(x) * scale`` over the last axis; the mean square in at least float32, the result in ``dtype``.
 
-    ``start`` is what all scales start at.
+    ``start``: the initial value of all scales.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -107,7 +108,7 @@ class LayerNorm(nn.Module):
 
 
 def taps_at(lag: int) -> Initializer:
-    """Taps near 1 for the token ``lag`` steps ago and near 0 for the others, with enough of them to learn from."""
+    """Taps near 1 for the token ``lag`` steps ago and near 0, but not 0, for the others, so that these can learn."""
 
     def draw(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "width D"]:
         width = shape[0]
@@ -151,7 +152,10 @@ class ShortConv(nn.Module):
 
 
 def last_of(seen: Array, time: int, count: Count, axis: int) -> Array:
-    """What stays of ``seen``, older inputs and then ``time`` new ones: as many as were old, the last that are real."""
+    """The part of ``seen`` to keep: as many inputs as were old, and the last real ones.
+
+    ``seen`` are the old inputs and then ``time`` new ones along ``axis``, of which the first ``count`` are real.
+    """
     if count is None:
         return jax.lax.slice_in_dim(seen, time, None, axis=axis)
     return jax.lax.dynamic_slice_in_dim(seen, count, seen.shape[axis] - time, axis)
@@ -160,7 +164,8 @@ def last_of(seen: Array, time: int, count: Count, axis: int) -> Array:
 def short_convs(width: int, dtype: DTypeLike, impl: Impl) -> list[ShortConv]:
     """The convolutions of a memory's queries, keys and values.
 
-    Keys start as the token before the one whose value is stored, queries as the current one: what came after it?
+    At the start a key is the token before the one whose value is stored, and a query is the present token: so a query
+    asks what came after its token.
     """
     lags = {"q": 0, "k": 1, "v": 0}
     return [ShortConv(width, dtype, taps_at(lag), impl, name=f"conv_{n}") for n, lag in lags.items()]
@@ -169,15 +174,15 @@ def short_convs(width: int, dtype: DTypeLike, impl: Impl) -> list[ShortConv]:
 def persistent_vectors(module: Any, count: int) -> Float[Array, "P D"] | None:
     """Parameter ``persistent`` of a mixer, vectors in front of every sequence; None if ``count`` is 0.
 
-    They stand beside what the norm of the block has made of the tokens, and are not normed themselves: they are learned
-    as inputs of the mixer, their size included. Titans (arXiv 2501.00663) gives no start: that of a token embedding.
+    The mixer reads them beside the normed tokens. They are not normed themselves: they are learned as inputs of the
+    mixer, their size included. Titans (arXiv 2501.00663) gives no start; here it is that of a token embedding.
     """
     shape, start = (count, module.width), nn.initializers.normal(0.02)
     return module.param("persistent", start, shape, param_dtype(module.dtype)) if count else None
 
 
 def check_heads(heads: int, width: int, even: bool = False) -> None:
-    """Raise UserError unless ``heads`` divide the width; ``even``: into even numbers of features, for rotations."""
+    """Raise UserError unless ``heads`` divide the width; ``even``: each must have an even number of features."""
     multiple = (1 + even) * heads
     if width % multiple:
         of = " into heads of an even number of features" if even else ""
@@ -206,11 +211,11 @@ def for_batch(state: Any, batch: int) -> Any:
 
 
 class HeadOutput(nn.Module):
-    """What a mixer does with the reads of its memories: ``W_o(s RMSNorm_head(reads) * silu(W_g u))`` (SPEC 2.8).
+    """The output of a mixer from the reads of its memories: ``W_o(s RMSNorm_head(reads) * silu(W_g u))`` (SPEC 2.8).
 
     With ``asks``, ``W_o [s q * silu(W_g u); s' answers]`` of queries and answers: a residual memory returns the query
-    itself and what it found, which is small beside it. Kept apart, the two have maps of their own, and what was found
-    is neither gated nor normalised: its size says how much the memory knows. The scales are per channel.
+    itself plus an answer that is small beside it. Here each of the two has a map of its own, and the answer is neither
+    gated nor normalised: its size says how much the memory knows. There is a scale for each feature.
     """
 
     heads: int

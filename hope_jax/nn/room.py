@@ -1,4 +1,4 @@
-"""How many tokens a state has room for, and how many it holds: of every cache that grows with the text."""
+"""How many tokens the caches of a state that grow with the text have room for, and how many they hold."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 class Bounded(Protocol):
     """A cache, or a mixer's state, that was made for ``capacity`` tokens and has read ``position`` of them.
 
-    What a call returns that reads more than that is NaN, as a traced program cannot raise: ask ``room_left`` first. Its
+    A call that reads more than that returns NaN, as a traced program cannot raise: ask ``room_left`` first. Its
     leaves may be stacked over layers.
     """
 
@@ -40,12 +40,12 @@ def room_left(state: Any) -> int | None:
 
 
 def slots_of(state: Any) -> int | None:
-    """Tokens that the growing caches inside ``state`` hold at most; None: there are none."""
+    """Tokens that the growing caches inside ``state`` were made for; None: there are no such caches."""
     return min((cache.capacity for cache in _bounded(state)), default=None)
 
 
 def without_empty_slots(state: Any) -> Any:
-    """``state`` with growing caches cut to what they hold: what a file has to keep. Waits for the device."""
+    """``state`` with growing caches cut to the tokens they hold, as a file keeps them. Waits for the device."""
 
     def cut(node: Any) -> Any:
         return node.without_empty_slots() if isinstance(node, Bounded) else node

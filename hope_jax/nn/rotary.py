@@ -14,13 +14,13 @@ from hope_jax.types import Array, Float, Int
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Features that turn at most ``low`` times within the context of the training turn ``factor`` times slower.
+    """Features that turn at most ``low`` times within the training context are made ``factor`` times slower.
 
-    Features that turn ``high`` times or more keep their speed, and between them the speed is interpolated linearly in
+    Features that turn ``high`` times or more keep their speed. Between the two the speed is interpolated linearly in
     the number of turns (the rule of Llama 3.1).
 
     factor: at least 1.
-    context: tokens of the context of the training, at least 1; None: all features are slowed (linear scaling).
+    context: tokens of the training context, at least 1; None: all features are slowed (linear scaling).
     low, high: turns, 0 < low < high.
     """
 
@@ -63,7 +63,7 @@ def apply_rope(
     wide = param_dtype(x.dtype)
     speeds = rope_speeds(x.shape[-1], base, scaling, wide)
     angles = jnp.outer(positions.astype(wide), speeds)[None, :, None, :]
-    # Apart from what they turn: XLA on CPU would compute them again for every head of every sequence.
+    # A barrier keeps them apart from the features: XLA on CPU would compute them again for every head and sequence.
     cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
     left, right = jnp.split(x.astype(wide), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Mixers that do something at the end of a segment: a call is read in pieces, each of which lies inside one segment.
+"""For mixers that do something at the end of a segment: a call is read in pieces that each lie inside one segment.
 
 Used by ``mixers/titans_mac.py`` and ``mixers/memory_caching.py``.
 """
@@ -43,7 +43,7 @@ def by_segment(
 
 
 def in_pieces(function: Callable[[Any], Array], size: int, tokens: Any) -> Array:
-    """``function`` of all tokens, leaves [B,T,...], ``size`` of them at a time: it looks at each token alone."""
+    """``function`` of all tokens, leaves [B,T,...], for ``size`` tokens at a time; it looks at each token alone."""
     time = jax.tree.leaves(tokens)[0].shape[1]
     if time <= size:
         return function(tokens)
@@ -85,7 +85,7 @@ def _anywhere(
     """Pieces that end with the segments: the first completes the current one, each of the others starts one."""
     time, real = u.shape[1], u.shape[1] if count is None else count
     size = min(time, segment)
-    others = -(-(time - 1) // size)  # the first piece has a token at least
+    others = -(-(time - 1) // size)  # the first piece has at least one token
     first = jnp.minimum(segment - position, real)
     counts = jnp.concatenate([first[None], jnp.clip(real - first - size * jnp.arange(others), 0, size)])
     counts, positions = (x.astype(jnp.int32) for x in (counts, (position + jnp.cumsum(counts) - counts) % segment))

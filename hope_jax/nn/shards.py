@@ -26,8 +26,8 @@ def over_shards(
     """``head(position, *shared, fast, tokens) -> (fast, found)`` of every head of every sequence (``over_heads``).
 
     ``own`` are fast weights [B,H,...] and tokens [B,H,T,...]. Memories that are set back every ``shard`` tokens carry
-    nothing from one shard to the next: where it is known that whole shards come, these are read at the same time, as
-    sequences of their own, and the steps of one follow each other where those of all did. None: no shards.
+    nothing from one shard to the next: where it is known that whole shards come, all are read at the same time, as
+    sequences of their own, and only the steps within a shard follow each other. None: no shards.
     """
     length = jax.tree.leaves(own[1])[0].shape[2]
     known = isinstance(position, np.ndarray) and count is None
@@ -40,7 +40,7 @@ def _side_by_side(head: Callable[..., Any], shard: int, impl: Impl, *given: Any)
     """``over_shards`` of whole shards, on one device."""
     *shared, fast, tokens = given
     count = jax.tree.leaves(tokens)[0].shape[2] // shard
-    # What a shard starts from does not depend on the state, which is only repeated for its shapes.
+    # The start of a shard does not depend on the state, which is repeated for its shapes alone.
     fast = jax.tree.map(functools.partial(jnp.repeat, repeats=count, axis=0), fast)
     tokens = jax.tree.map(functools.partial(_apart, shard), tokens)
     start = functools.partial(head, np.zeros((), np.int32))

@@ -1,4 +1,4 @@
-"""A scan over single tokens, for mixers whose keys or gates are read from the running state: they have no chunk form.
+"""A scan over single tokens: for mixers whose keys or gates depend on the running state, and so have no chunk form.
 
 Read ``mixers/lstm.py`` next, then ``mixers/srwm.py``.
 """
@@ -15,7 +15,7 @@ from hope_jax.kept import scan_pieces
 from hope_jax.types import Array, Count
 
 BLOCK = 64
-"""Tokens per block: the backward pass keeps the state at the start of each, and computes one block at a time again."""
+"""Tokens per block. The backward pass keeps the state at the start of each block, and computes the blocks again."""
 
 
 def scan_tokens(
@@ -23,7 +23,7 @@ def scan_tokens(
 ) -> tuple[Any, Any]:
     """Run ``step`` over T tokens, one after another: ``(state, outputs)``.
 
-    Differentiated, it keeps ``T / BLOCK + BLOCK`` states instead of T.
+    For its backward pass it keeps ``T / BLOCK + BLOCK`` states instead of T.
 
     Args:
       step: ``(state, token) -> (state, output)``; leaves of token and output are [B,...].

@@ -1,9 +1,9 @@
 """A mesh along time: between the mixers a device has a part of the tokens, inside a mixer all tokens of some heads.
 
 A memory reads its tokens in order, so devices that have later ones would have to wait; heads do not wait for each
-other. So what goes into a mixer is moved from tokens to heads, and what comes out of it from heads to tokens: each
-device hands over what it has of the others' part (as DeepSpeed-Ulysses does for attention, arXiv 2309.14509). All else
-looks at each token alone. The functions here say how an array lies; without devices along ``sequence`` they do nothing.
+other. So the input of a mixer is moved from devices that have its tokens to devices that have its heads, and its output
+is moved back (as DeepSpeed-Ulysses does for attention, arXiv 2309.14509). All other layers look at each token alone.
+The functions here place an array on the devices; without devices along ``sequence`` they do nothing.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,9 +20,9 @@ AS_IT_IS = PartitionSpec.UNCONSTRAINED
 
 
 def shared(x: Stream, sequences: NamedSharding | None) -> Stream:
-    """``x`` with sequences and tokens on the devices that share them; left to choose, JAX may spread the features.
+    """``x`` with sequences and tokens on the devices that share them; JAX alone might spread the features.
 
-    A batch that those devices cannot share evenly is left to it. Tokens that they cannot share each of them has.
+    JAX places a batch that those devices cannot share evenly. Tokens that they cannot share are on each of them.
     """
     if sequences is None:
         return x
@@ -33,7 +33,7 @@ def shared(x: Stream, sequences: NamedSharding | None) -> Stream:
 
 
 def mesh_of(sequences: NamedSharding | None) -> AbstractContextManager[Any]:
-    """The mesh of the devices that share the sequences as that of the context, where layers find it."""
+    """A context in which layers find the mesh of the devices that share the sequences."""
     return nullcontext() if sequences is None else jax.sharding.use_abstract_mesh(sequences.mesh.abstract_mesh)
 
 
@@ -43,7 +43,7 @@ def by_token(x: Stream) -> Stream:
 
 
 def by_feature(x: Stream) -> Stream:
-    """Each device has a part of the features, of all tokens: for what looks at the tokens before, such as convolutions.
+    """Each device has a part of the features of all tokens, for layers that see earlier tokens, such as convolutions.
 
     Where features are those of heads side by side, the parts are heads.
     """
@@ -51,12 +51,12 @@ def by_feature(x: Stream) -> Stream:
 
 
 def by_head(x: Float[Array, "B H T K"]) -> Float[Array, "B H T K"]:
-    """Each device has some of the heads, of all tokens."""
+    """Each device has some of the heads with all tokens."""
     return _placed(x, {1: SHARE_HEADS, 2: ()})
 
 
 def _placed(x: Array, axes: dict[int, Names]) -> Array:
-    """``x`` with these of its axes along those of the mesh, (): whole; as it is where they do not divide it."""
+    """``x`` with its ``axes`` along these of the mesh, (): not split; ``x`` as it is where they do not divide it."""
     mesh = of_context()
     if mesh is None or devices_along(mesh, SHARE_TOKENS) == 1:
         return x

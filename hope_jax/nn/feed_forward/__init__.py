@@ -1,1 +1,1 @@
-"""What follows a mixer in a block: SwiGLU, and the continuum memory system with its levels."""
+"""The feed-forward parts, which follow a mixer in a block: SwiGLU, and the continuum memory system."""

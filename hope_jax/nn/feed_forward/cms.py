@@ -98,7 +98,7 @@ class LevelMLP(nn.Module):
         self.up = dense(self.hidden, self.dtype)
         self.down = dense(self.width, self.dtype)
         rows, wide = {"up": self.width, "down": self.hidden}, param_dtype(self.dtype)
-        self.bases = dict.fromkeys(rows)  # of Delta, if its rank is low
+        self.bases = dict.fromkeys(rows)  # bases of Delta, if its rank is low
         if self.rank is not None:
             self.bases = {n: self.param(f"{n}_basis", FAN_IN, (size, self.rank), wide) for n, size in rows.items()}
 

@@ -1,8 +1,8 @@
-"""Fast weights: what a sequence adds to the matrices of its levels while it is read ("in-context", SPEC 3.1).
+"""Fast weights: numbers that a sequence adds to the matrices of its levels while it is read ("in-context", SPEC 3.1).
 
 A level's matrices are ``theta_0 + Delta``: theta_0 are parameters, Delta belongs to one sequence and starts at 0. The
-feed-forward parts only *read* Delta: they are given that of every level, fastest first (None for a level that is not
-written in context), or () for the static model, which Delta = 0 equals to the bit.
+feed-forward parts only *read* Delta: they take that of every level, fastest first (None for a level that is not
+written in context), or () for the static model, whose numbers are bit for bit those of Delta = 0.
 ``context/writes.py`` writes Delta, from the loss of the whole model.
 """
 
@@ -29,16 +29,16 @@ class Writes:
     """How levels are written in context.
 
     Attributes:
-      rate: eta that a level's learned rate starts from, and that of levels without one; 0 writes nothing.
-      optimizer: what is made of the mean gradient of a finished period, an optax transformation of each matrix. The
-        gradient as it is is Eq. 71; others carry their moments from period to period (see ``optim/inner.py``).
+      rate: start of a level's learned rate eta, or the rate of levels without a learned one; 0 writes nothing.
+      optimizer: makes the write from the mean gradient of a period; an optax transformation of each matrix. The
+        plain gradient is Eq. 71; others carry their moments from period to period (see ``optim/inner.py``).
       bptt: for each level written in context, fastest first, how training differentiates its writes: None through all,
         0 through none (the rate is then not learned), n: every n-th write starts from a constant, so that the last 1
         to n add up with gradients. The gradients that are written always depend on the weights. (): None for all.
       rank: of Delta; None: any. A low rank keeps ``rank x columns`` numbers per matrix and sequence in the place of
         ``rows x columns``: ``Delta = basis F``, the basis [rows, rank] a parameter, F fast.
-      clip: the longest that the mean gradient of one sequence may be, over all matrices and layers of a level that are
-        written together; a longer one is made that long. None: any length.
+      clip: largest norm of the mean gradient of one sequence, over all matrices and layers of a level that are written
+        together; a longer gradient is scaled down to it. None: any norm.
     """
 
     rate: float = 1.0
@@ -90,10 +90,10 @@ class BlockState(NamedTuple):
 
 
 class LevelState(NamedTuple):
-    """What one level holds besides its parameters, and the state of its inner optimizer.
+    """State of one level: fast weights, gradients, and the state of its inner optimizer.
 
-    ``delta`` [L, B, rows, columns] is what its writes have added up to, ``gathered`` the sum of the gradients since its
-    last write.
+    ``delta`` [L, B, rows, columns] is the sum of its writes, ``gathered`` the sum of the gradients since its last
+    write.
     """
 
     delta: Any
@@ -109,10 +109,10 @@ class ContextState(NamedTuple):
     Attributes:
       mixer: states of the mixers after the last token that was read; leaves [L, B, ...].
       anchor: states of the mixers at the start of the unfinished chunk.
-      levels: what each level holds, fastest first.
-      tokens: of the unfinished chunk, then zeros; C is the period of the fastest level.
+      levels: the state of each level, fastest first.
+      tokens: those of the unfinished chunk, then zeros; C is the period of the fastest level.
       unfinished: how many tokens the unfinished chunk has, 0 to C.
-      interrupted: whether ``mixer`` has read more than these tokens, by ``model.apply``: the chunk ends before that.
+      interrupted: whether ``mixer`` has read more tokens since, by ``model.apply``; the chunk ends before them.
       position: tokens learned since the periods of all levels began together, a multiple of C.
     """
 
@@ -130,13 +130,13 @@ class ContextState(NamedTuple):
         return BlockState(self.mixer, tuple(level.delta for level in self.levels))
 
     def within_chunk(self, tokens: Int[np.ndarray, "B n"], mixer: Any) -> "ContextState":
-        """The state after ``tokens`` were read, which the unfinished chunk has room for."""
+        """The state after reading ``tokens``, for which the unfinished chunk has room."""
         held, start, end = np.array(self.tokens), int(self.unfinished), int(self.unfinished) + tokens.shape[1]
         held[:, start:end] = tokens
         return self._replace(mixer=mixer, tokens=jnp.asarray(held), unfinished=jnp.asarray(end, jnp.int32))
 
     def read_on(self, mixer: Any) -> "ContextState":
-        """The state after more tokens were read and not learned."""
+        """The state after reading more tokens that are not learned."""
         return self._replace(mixer=mixer, interrupted=jnp.ones((), bool))
 
 
@@ -158,7 +158,7 @@ def moved(y: Array, x: Array, fast: Fast | None, name: str, basis: Array | None 
 
 
 def as_matrix(fast: Array, basis: Float[Array, "*layers rows rank"] | None) -> Array:
-    """Delta [..., rows, columns], of whatever rank it is kept in."""
+    """Delta [..., rows, columns], also where it is kept at a low rank."""
     return fast if basis is None else jnp.einsum("...dr,...brc->...bdc", basis, fast)
 
 

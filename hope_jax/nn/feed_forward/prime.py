@@ -19,7 +19,7 @@ from hope_jax.types import Stream
 
 @dataclass(frozen=True)
 class PrimeConfig(SwiGLUConfig):
-    """``SwiGLUConfig``, whose settings are those of the first part, and a second one.
+    """Two gated parts: the settings of ``SwiGLUConfig`` are those of the first, ``static`` is that of the second.
 
     Attributes:
       static: inner features of the second part, at least 1; it is never written.

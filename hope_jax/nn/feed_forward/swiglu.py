@@ -21,8 +21,8 @@ class SwiGLUConfig:
 
     Attributes:
       hidden: inner features, at least 1 (about 8/3 of the model width is usual).
-      levels: the level that each layer's matrices are, None for a layer that is never written. (): no layer is; such a
-        part has no learned rates.
+      levels: for each layer the level that its matrices form, or None where they are never written. (): no layer is
+        written; such a part has no learned rates.
       writes: how levels are written in context. ``rank`` must be None, and ``bptt`` has one number, for all layers.
     """
 

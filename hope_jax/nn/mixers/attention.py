@@ -41,12 +41,12 @@ class AttentionConfig:
 
     Attributes:
       heads: at least 1, of an even number of features each (rotary positions pair them).
-      key_heads: heads of keys and values, a divisor of ``heads``: each serves a group of queries' heads (grouped-query
+      key_heads: heads of keys and values, a divisor of ``heads``: each serves a group of query heads (grouped-query
         attention, arXiv 2305.13245), and caches are smaller by that factor. None: as many as ``heads``.
       window: tokens a token sees, itself included, at least 1; None: all earlier ones.
       conv: width of causal convolutions on the inputs of the query, key and value maps, as Hope has them; 0: none.
       rope_base: the slowest rotary feature turns by about ``1 / rope_base`` per token.
-      rope_scaling: slower rotary features for contexts longer than those of the training; None: none.
+      rope_scaling: slower rotary features for contexts longer than in training; None: none.
       impl: how the convolutions are computed, see ``memory.kernels``.
       persistent: learned vectors that go through the key and value maps, without convolution and position; 0: none.
     """
@@ -118,7 +118,7 @@ class Attention(nn.Module):
     def mix(
         self, x: Stream, state: AttentionState, count: Count, persistent: Float[Array, "P D"] | None
     ) -> tuple[Stream, AttentionState]:
-        """What the heads found, side by side: all but the output map. Every token sees ``persistent`` too."""
+        """The heads' results side by side, before the output map. Every token sees ``persistent``, too."""
         streams, tails = [x] * 3, ()
         if self.convs:
             convolved = (conv(x, tail, count) for conv, tail in zip(self.convs, state.tails, strict=True))
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         return merge_heads(y), AttentionState(kept, tails)
 
     def prefix(self, vectors: Float[Array, "P D"] | None) -> Prefix | None:
-        """What every query sees of the vectors. They have no position."""
+        """Keys and values of the vectors, which every query sees. They have no position."""
         if vectors is None:
             return None
         heads = self.config.key_heads or self.config.heads

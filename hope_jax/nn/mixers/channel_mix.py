@@ -45,7 +45,7 @@ class ChannelMixState(NamedTuple):
 
 
 class ChannelMix(nn.Module):
-    """``(u[B,T,D], state) -> (y[B,T,D], state)``. Starts for the middle of the depth, as ``RWKV7``."""
+    """``(u[B,T,D], state) -> (y[B,T,D], state)``. Its start values are those of the middle layer, as in ``RWKV7``."""
 
     config: ChannelMixConfig
     width: int

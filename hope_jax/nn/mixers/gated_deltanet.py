@@ -73,7 +73,7 @@ class GatedDeltaNetConfig:
 
     @classmethod
     def published(cls, width: int, form: Form = "gated_deltanet") -> "GatedDeltaNetConfig":
-        """Keys of 3/4 of the width in heads of 256 features where that divides (6 at 2048), values twice as wide."""
+        """Keys of 3/4 of the width in heads of 256 features where these divide it (6 at 2048), values twice as wide."""
         heads = matrix.heads_of_at_most(3 * width // 4, 256)
         size = 3 * width // 4 // heads
         return cls(heads, size, 2 * size, form=form)

@@ -87,7 +87,7 @@ class LSTM(nn.Module):
     def _step(
         self, of_hidden: Float[Array, "D gates"], state: LSTMState, given: Float[Array, "B gates"]
     ) -> tuple[LSTMState, Float[Array, "B D"]]:
-        """One token, ``given`` what comes of its input."""
+        """One token; ``given`` is ``W x_t + b + b'``."""
         i, f, g, o = jnp.split(given + self._product(state.hidden, of_hidden), 4, axis=-1)
         cell = nn.sigmoid(f) * state.cell + nn.sigmoid(i) * jnp.tanh(g)
         hidden = nn.sigmoid(o) * jnp.tanh(cell)

@@ -35,7 +35,7 @@ class Mamba2Config:
       conv: taps of the causal convolution.
       step_limits: steps are clipped to this range.
       norm_eps: added to the mean square in the norm of the output.
-      depth: residual branches of the whole model; the output map starts divided by its root.
+      depth: residual branches of the whole model; the initial output map is divided by its square root.
       impl: how the memories are evaluated, see ``memory.gated_delta``.
     """
 
@@ -102,7 +102,7 @@ class Mamba2(nn.Module):
 
     @nn.nowrap
     def _start_bias(self, key: PRNGKeyArray, shape: tuple[int], dtype: DTypeLike) -> Float[Array, " D"]:
-        bound = self.config.conv**-0.5  # as PyTorch's, by the number of taps
+        bound = self.config.conv**-0.5  # as in PyTorch, whose bound depends on the number of taps
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     @nn.nowrap

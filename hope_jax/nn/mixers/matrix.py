@@ -1,4 +1,4 @@
-"""What the mixers with matrix memories of their own widths share: inputs, decay gates, memories, output.
+"""Parts of mixers whose matrix memories have widths of their own: inputs, decay gates, memories, output.
 
 The key width of a memory may differ from its value width, and the heads of a group may share their keys and queries:
 head h of H heads belongs to group h // (H / G). Read ``gated_deltanet.py`` or ``mamba2.py`` next.
@@ -51,7 +51,7 @@ def fresh_state(
 
 
 def heads_of_at_most(features: int, size: int) -> int:
-    """The fewest heads, from 3 on, that split ``features`` into equal even parts of at most ``size``; 1 if none do.
+    """The fewest heads, at least 3, that split ``features`` into equal even parts of at most ``size``; 1 if none do.
 
     The published sizes are the largest part, 256 features; no published model has fewer than 3 heads.
     """
@@ -65,7 +65,7 @@ def convolved_axes(bias: bool = False) -> Axes:
 
 
 class ConvolvedMap(nn.Module):
-    """``silu(conv(W u))`` of a stream u, ``features`` wide; the state is the convolution's tail, ``bias`` its bias."""
+    """``silu(conv(W u))`` of a stream u, ``features`` wide; its state is the tail of the convolution."""
 
     features: int
     taps: int
@@ -135,7 +135,7 @@ def write_and_read(
 ) -> tuple[Float[Array, "B H V K"], Float[Array, "B H T V"]]:
     """``gated_delta`` of every head, read after the write: the memories after T tokens, and the reads.
 
-    The keys of a group are not copied: what depends on them alone, such as their Gram matrix, is computed once. On a
+    The keys of a group are not copied: products of them alone, such as their Gram matrix, are computed once. On a
     mesh whose devices share the heads of a group, each device has the keys of its heads.
     """
     heads = memory.shape[1]
@@ -160,7 +160,7 @@ def write_and_read(
 
 
 def gated_axes(scaled: bool) -> Axes:
-    """Names of the parameters of ``GatedHeads``, with its scale or without."""
+    """Names of the parameters of ``GatedHeads``, with or without its scale."""
     maps = {"gate": dense_axes("embed", "all_heads"), "down": dense_axes("all_heads", "embed")}
     return maps | ({"scale": ("head_dim",)} if scaled else {})
 

@@ -1,8 +1,8 @@
 """A memory rule as a mixer: static projections, short convolutions, heads, gates, and ``memory.scan.scan`` per head.
 
-The layer of the baselines whose memory is a row of ``memory.RULES`` (linear attention, DeltaNet, Titans, deep linear
-attention, Yaad, Moneta, Memora, Oja) and of Hope rules without self-modification. ``self_modifying.py`` is the same
-layer with memories in place of the projections and gates.
+This is the layer of the baselines whose memory is a row of ``memory.RULES`` (linear attention, DeltaNet, Titans, deep
+linear attention, Yaad, Moneta, Memora, Oja), and of Hope's rules without self-modification. ``self_modifying.py`` is
+the same layer with memories in place of the projections and gates.
 """
 
 import functools
@@ -27,8 +27,8 @@ from hope_jax.nn.axes import Axes, conv_axes, dense_axes, memory_axes
 from hope_jax.nn.shards import over_shards
 from hope_jax.types import Array, Count, Float, Int, Stream
 
-# Initial weights of memories are parameters times this. An optimizer's step is as large for every parameter; the small
-# initial weights then move more slowly than the maps around them.
+# Initial weights of memories are parameters times this. The optimizer moves all parameters by about the same amount, so
+# the small initial weights move more slowly than the maps around them.
 START_GAIN = 0.1
 
 
@@ -91,10 +91,10 @@ class MemoryMixerState(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the memories of a mixer found, all [B,H,T,K]: the queries they were asked, and the reads.
+    """Results of the memories of a mixer, all [B,H,T,K]: the queries that they were asked, and the reads.
 
     ``streams`` are queries, keys and values as static maps made them. ``gates`` [B,H,T] are those that memories made,
-    to be looked at; None: no memory made them.
+    for inspection; None: no memory made them.
     """
 
     queries: Float[Array, "B H T K"]
@@ -178,7 +178,7 @@ class MemoryMixer(nn.Module):
         return self.started(batch, self.persistent)
 
     def started(self, batch: int, persistent: Float[Array, "P D"] | None) -> MemoryMixerState:
-        """The state of sequences of which nothing but ``persistent`` was read, which is done once for all of them."""
+        """The state of sequences that have read ``persistent`` alone, which is read once for all of them."""
         if persistent is None:
             return fresh_state(self.convs, self._start(), batch, self.width)
         _, state = self.read(persistent[None], self.started(1, None))
@@ -186,7 +186,7 @@ class MemoryMixer(nn.Module):
         return MemoryMixerState(tails, fast, np.asarray(len(persistent) % self.config.rule.cycle, np.int32))
 
     def _start(self) -> Any:
-        """What a fresh sequence starts from, leaves [H,...]."""
+        """The fast weights of a fresh sequence, leaves [H,...]."""
         return self.config.rule.start(self.initial)
 
     def __call__(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Stream, MemoryMixerState]:
@@ -194,7 +194,7 @@ class MemoryMixer(nn.Module):
         return self.answer(u, found.queries, found.reads), state
 
     def read(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Found, MemoryMixerState]:
-        """All but the output map: what the memories answer while they are written."""
+        """All but the output map: the memories are read while they are written."""
         (q, k, v), tails = self._streams(u, state.tails, count)
         rule, impl = self.config.rule, self.config.impl
         head = functools.partial(self._read_head, count)
@@ -225,7 +225,7 @@ class MemoryMixer(nn.Module):
         return list(streams), tails
 
     def _stream(self, i: int, u: Stream, tail: Array, count: Count) -> tuple[Array, Array]:
-        """One of the three: projection, convolution, SiLU, then unit norm (values: if the configuration says so)."""
+        """One of the streams: projection, convolution, SiLU, then unit norm (values: only with ``unit_values``)."""
         x, tail = self.convs[i](self.projections[i](u), tail, count)
         to_heads = layers.unit_heads if i < 2 or self.config.unit_values else layers.split_heads
         return to_heads(nn.silu(x), self.config.heads).astype(layers.param_dtype(x.dtype)), tail

@@ -1,8 +1,8 @@
-"""Memory caching, arXiv 2602.24281: a memory whose past is kept as it was at the end of every segment.
+"""Memory caching, arXiv 2602.24281: a copy of the memory is kept at the end of every segment.
 
     y_t = g_0 M_t(q_t) + sum_i g_i M_i(q_t)        g = softmax of u_t^T W^T m_t, u_t^T W^T m_i over the segments i
 
-M_t is the memory now, M_i what it was at the end of segment i, and m_i the mean of the mixer's inputs u in segment i.
+M_t is the memory now, M_i the memory at the end of segment i, and m_i the mean of the mixer's inputs u in segment i.
 A token asks every memory (the paper's gated residual memory, Eq. 9-10). The answer of a memory has a large weight where
 the mean of its segment is like what the token looks for, W u_t. As printed, m_t is the mean of the whole present
 segment, and so sees the future; here it is the mean of the tokens up to t. Scores are divided by the root of the width,
@@ -71,9 +71,9 @@ class MemoryCachingState:
 
     Attributes:
       memory: state of the memory's mixer.
-      total: sum of the inputs of the present segment, [B,D].
-      weights: of the memories at the end of each segment, [B,H,slots,in,out] for each layer.
-      means: of the inputs of each segment, [B,slots,D].
+      total: sum of the inputs of the current segment, [B,D].
+      weights: those of the memories at the end of each segment, [B,H,slots,in,out] for each layer.
+      means: mean of the inputs of each segment, [B,slots,D].
       position: tokens that were read.
       segment: tokens of a segment.
     """
@@ -87,7 +87,7 @@ class MemoryCachingState:
 
     @property
     def capacity(self) -> int:
-        """Tokens that can be read: those of one segment more than there are slots."""
+        """Tokens that can be read: one segment more than there are slots."""
         return (self.means.shape[-2] + 1) * self.segment
 
     def without_empty_slots(self) -> "MemoryCachingState":
@@ -98,9 +98,9 @@ class MemoryCachingState:
 
 
 class Written(NamedTuple):
-    """What a memory says while it is written.
+    """Results of a memory while it is written.
 
-    ``queries``, ``reads``: what each token asks and is answered. ``means``: of the segment's inputs up to the token.
+    ``queries``, ``reads``: of each token. ``means``: mean of the segment's inputs up to the token.
     """
 
     queries: Float[Array, "B T H K"]
@@ -144,7 +144,7 @@ class MemoryCaching(nn.Module):
     def _write(
         self, state: MemoryCachingState, u: Stream, position: Position, count: Count
     ) -> tuple[MemoryCachingState, Written]:
-        """Tokens of one segment, after ``position`` others of the same; what the slots hold is not looked at."""
+        """Write tokens of one segment, after ``position`` earlier ones of it; this does not look at the slots."""
         found, memory = self.memory.read(u, state.memory._replace(position=position), count)
         means, total = self._means(u, state.total, position, count)
         queries, reads = (jnp.swapaxes(z, 1, 2) for z in (found.queries, found.reads))
@@ -163,14 +163,14 @@ class MemoryCaching(nn.Module):
         return sums / (position + 1 + places)[None, :, None].astype(sums.dtype), sums[:, -1]
 
     def _mix(self, u: Stream, written: Written, before: Position, state: MemoryCachingState) -> Float[Array, "B T H V"]:
-        """The reads of the memory and of its past, of tokens with ``before`` others before them.
+        """The mixed reads of the memory and of its past, for tokens with ``before`` others before them.
 
-        ``state`` is that after all of them. Its slots serve every token, which looks at those that were filled before
-        it: so training keeps them once, and not once for each segment.
+        ``state`` is the state after all of them. A token looks at those slots that were filled before it; so training
+        keeps the slots once, and not once for each segment.
         """
         segment, asked = self.config.segment, self.relevance(u).astype(written.means.dtype)
         ended = jnp.broadcast_to((before + jnp.arange(u.shape[1])) // segment, u.shape[:2])
-        # What every slot answers is larger than what comes of it.
+        # Rematerialised: the answers of all slots are larger than their mixture.
         mixed = jax.checkpoint(functools.partial(self._mixed, state.weights, state.means), prevent_cse=False)
         return in_pieces(mixed, segment, (asked, written, ended))
 
@@ -181,7 +181,7 @@ class MemoryCaching(nn.Module):
         cached: Float[Array, "B slots D"],
         tokens: tuple[Stream, Written, Int[Array, "B T"]],
     ) -> Float[Array, "B T H V"]:
-        """``_mix`` of a piece: for each token what it asks, what the memory answers, and how many segments ended."""
+        """``_mix`` of a piece; ``tokens``: for each token W u, what the memory gave, how many segments had ended."""
         asked, (queries, reads, means), ended = tokens
         filled = jnp.arange(cached.shape[1])[None, None] < ended[..., None]
         now = jnp.sum(asked * means, axis=-1, keepdims=True)
@@ -189,13 +189,13 @@ class MemoryCaching(nn.Module):
         shares = jax.nn.softmax(self.width**-0.5 * jnp.concatenate([now, past], axis=-1), axis=-1)
         own = weights, jnp.swapaxes(queries, 1, 2)
         answers = over_heads(self._answers, (), own, self.config.memory.impl)
-        # A share of 0 is not enough: a memory that is to come may be NaN.
+        # A share of 0 is not enough: the memory of a later segment may be NaN.
         answers = jnp.where(jnp.swapaxes(filled, 1, 2)[:, None, :, :, None], answers, 0)
         return shares[..., :1, None] * reads + jnp.einsum("bts,bhstv->bthv", shares[..., 1:], answers)
 
     @nn.nowrap
     def _answers(self, weights: Weights, queries: Float[Array, "T K"]) -> Float[Array, "slots T V"]:
-        """What the cached memories of one head of one sequence answer."""
+        """The answers of the cached memories of one head of one sequence."""
         c = self.config.memory
 
         def one(weights: Weights) -> Float[Array, "T V"]:
@@ -207,7 +207,7 @@ class MemoryCaching(nn.Module):
     def _later(
         self, state: MemoryCachingState, memory: MemoryMixerState, total: Array, position: Position, count: Any
     ) -> MemoryCachingState:
-        """The state after ``count`` more tokens; the end of a segment goes into its slot."""
+        """The state after ``count`` more tokens; at the end of a segment its memory goes into its slot."""
         ended = position + count == state.segment
         here = (jnp.arange(state.means.shape[1]) == state.position // state.segment) & ended
 

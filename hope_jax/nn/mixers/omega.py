@@ -24,7 +24,7 @@ class OmegaMixerConfig(MemoryMixerConfig):
       window: pairs that each token writes; each has a strength gate of its own, rate_max * sigmoid(w x + rate_bias).
 
     Raises:
-      UserError: a rule that ``memory.omega.Omega`` refuses, or whatever ``MemoryMixerConfig`` refuses.
+      UserError: a rule that ``memory.omega.Omega`` refuses, or anything that ``MemoryMixerConfig`` refuses.
     """
 
     window: int = 2
@@ -64,7 +64,7 @@ class OmegaMixer(MemoryMixer):
         return fast, (reads, None)
 
     def _gates_of(self, u: Stream) -> Gates:
-        """The same with the strengths of the window's pairs as rate, [B,H,T,c]."""
+        """As ``MemoryMixer``, but ``rate`` [B,H,T,c] has the strengths of the window's pairs."""
         gates, rate = super()._gates_of(u), self.config.rate_max
         rates = [gates.rate] * self.config.window
         for lag in range(1, self.config.window if "rate" in self.gates else 1):

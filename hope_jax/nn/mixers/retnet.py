@@ -34,7 +34,7 @@ class RetNetConfig:
     """Retention.
 
     Attributes:
-      heads: at least 1, of an even number of key features each. Head h forgets in about 2^(5+h) tokens, so few heads
+      heads: at least 1, each with an even number of key features. Head h forgets in about 2^(5+h) tokens, so few heads
         mean a short memory.
       expand: the width of the values, as a multiple of the model's.
       impl: how the memories are evaluated, see ``memory.gated_delta``.
@@ -51,7 +51,7 @@ class RetNetConfig:
 
     @classmethod
     def published(cls, width: int) -> "RetNetConfig":
-        """Heads of 256 key features where that divides (3 at 768, 8 at 2048), values twice as wide."""
+        """Heads of 256 key features where these divide the width (3 at 768, 8 at 2048), values twice as wide."""
         return cls(matrix.heads_of_at_most(width, 256))
 
     def build(self, width: int, dtype: DTypeLike) -> "RetNet":
@@ -68,7 +68,7 @@ class RetNetState(NamedTuple):
 
 
 def angles(positions: Int[Array, " T"], pairs: int, dtype: DTypeLike) -> Float[Array, "T pairs"]:
-    """By how many radians each pair of features is turned at each position, up to whole turns.
+    """Radians by which each pair of features is turned at each position, up to whole turns.
 
     A float32 product of position and speed would be wrong by 0.06 at position 10^6. Here a turn is 2^32 units: whole
     units per token are multiplied in integers, which wrap exactly where a turn ends, and the rest is too small to hurt.
@@ -81,7 +81,7 @@ def angles(positions: Int[Array, " T"], pairs: int, dtype: DTypeLike) -> Float[A
 
 
 def rotated(x: Float[Array, "B T H K"], angle: Float[Array, "T pairs"]) -> Float[Array, "B T H K"]:
-    """Neighbouring features turned as pairs. First members come first in the result: products do not see the order."""
+    """Neighbouring features turned as pairs. In the result the first of each pair come first; products are the same."""
     cos, sin = (f(angle)[None, :, None] for f in (jnp.cos, jnp.sin))
     left, right = x[..., ::2], x[..., 1::2]
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1)

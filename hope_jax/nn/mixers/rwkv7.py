@@ -2,9 +2,9 @@
 
     M_t = M_{t-1} (diag(w_t) - kap_t (a_t * kap_t)^T) + v_t k~_t^T,    y_t = M_t r_t
 
-(RWKV-7, arXiv 2503.14456; details and starts as in the authors' training code.) Every input is a mixture of the present
-token and the one before; decay w, rate a and the output gate g come from low-rank maps. A token's own value is added
-to the read once more (the bonus). Everything per head, kap of norm 1:
+(RWKV-7, arXiv 2503.14456; details and initial values as in the authors' training code.) Every input is a mixture of
+the present token and the one before; decay w, rate a and the output gate g come from low-rank maps. A token's own value
+is added to the read once more (the bonus). For each head, with kap of norm 1:
 
     kap = unit(k * erase_scale),    k~ = k (1 + (a - 1) key_scale)
     out = W_o((GroupNorm(y) + (sum_d r_d k~_d bonus_d) v) * g)
@@ -40,14 +40,14 @@ from hope_jax.nn.mixers.rwkv7_parts import DEPTH, LowRank, fixed, mixed, mixture
 from hope_jax.types import Array, Bool, Count, Float, Stream
 
 FASTEST = math.exp(-0.5)  # no channel decays faster than exp(-FASTEST) = 0.545 per token
-EPS = 64e-5  # of the norm of a head's read
-# How much of the token before goes into an input at the start, see ``mixture``.
+EPS = 64e-5  # epsilon of the norm of a head's read
+# The initial share of the token before in each input, see ``mixture``.
 MIXTURES = {"receptance": 0.2, "decay": 0.9, "key": 0.7, "value": 0.7, "rate": 0.9, "gate": 0.2}
 LOW_RANK = ("decay", "rate", "share", "gate")
 
 
 class FirstValues(NamedTuple):
-    """The values of the first layer, of the tokens of this call; in the first layer itself they are not ``known``."""
+    """The first layer's values of the tokens of this call; in the first layer itself they are not ``known``."""
 
     values: Float[Array, "B T D"]
     known: Bool[Array, ""]
@@ -92,7 +92,7 @@ class RWKV7Config:
         return {name: published[name] if rank is None else rank for name, rank in given.items()}
 
     def nothing_passed(self, x: Stream) -> FirstValues:
-        """What the first layer is given, see ``nn.config.PassesOn``."""
+        """What the first layer takes, see ``nn.config.PassesOn``."""
         return FirstValues(jnp.zeros(x.shape, layers.param_dtype(x.dtype)), jnp.zeros((), bool))
 
 

@@ -1,4 +1,4 @@
-"""What the two halves of RWKV-7 are made of: the mixture with the token before, low-rank maps, and their starts.
+"""Parts of both halves of RWKV-7: the mixture with the token before, low-rank maps, and their initial values.
 
 ``rwkv7.py``, the time mix, and ``channel_mix.py`` use them (arXiv 2503.14456).
 """
@@ -18,7 +18,7 @@ from hope_jax.nn.tokens import by_feature, by_token
 from hope_jax.optim.newton_schulz import orthogonalize
 from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
-DEPTH = 0.5  # of the layer that the starts are for: 0 is the first, 1 the last
+DEPTH = 0.5  # depth of the layer that initial values are for: 0 is the first, 1 the last
 
 
 def published_rank(factor: float, width: int, power: float) -> int:
@@ -27,7 +27,7 @@ def published_rank(factor: float, width: int, power: float) -> int:
 
 
 def orthogonal(gain: float) -> Initializer:
-    """Matrices whose singular values are all near ``gain``, by products alone."""
+    """Random matrices whose singular values are all near ``gain``, computed by products alone."""
 
     def draw(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
         return gain * orthogonalize(jax.random.normal(key, shape, dtype))
@@ -36,7 +36,7 @@ def orthogonal(gain: float) -> Initializer:
 
 
 def fixed(values: np.ndarray) -> Initializer:
-    """A start that is not drawn."""
+    """An initial value that is not random."""
 
     def start(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         del key
@@ -46,23 +46,23 @@ def fixed(values: np.ndarray) -> Initializer:
 
 
 def mixture(width: int, power: float) -> Initializer:
-    """The start of the share of the token before: 1 - (n / D)^(power (1 - depth)) at channel n."""
+    """The initial share of the token before: 1 - (n / D)^(power (1 - depth)) at channel n."""
     return fixed(1 - (np.arange(width) / width) ** (power * (1 - DEPTH)))
 
 
 def mixed(u: Stream, before: Stream, share: Float[Array, " D"]) -> Stream:
-    """Per channel that share of the token before, and of the present one what is missing to 1."""
+    """``share`` of the token before plus ``1 - share`` of the present one, channel by channel."""
     return u + layers.scaled(before - u, share).astype(u.dtype)
 
 
 def with_last(u: Stream, last: Float[Array, "B 1 D"], count: Count) -> tuple[Stream, Float[Array, "B 1 D"]]:
-    """For every token the input of the one before; and the last one's, for the next call."""
+    """For every token the input of the token before; and the last input, for the next call."""
     seen = jnp.concatenate([last, by_feature(u)], axis=1)
     return by_token(seen[:, :-1]), layers.last_of(seen, u.shape[1], count, axis=1)
 
 
 class LowRank(nn.Module):
-    """``offset + up(inner(down(x)))``, [B,T,D] -> [B,T,D]; starts at the offset, None: there is none."""
+    """``offset + up(inner(down(x)))``, [B,T,D] -> [B,T,D]; at the start it is the offset; None: no offset."""
 
     width: int
     rank: int

@@ -43,7 +43,7 @@ Momentum = Literal["none", "const", "gated"]
 
 @dataclass(frozen=True)
 class SelfModifyingConfig:
-    """Defaults are SPEC 2, or what ``docs/defaults.md`` says was measured better.
+    """Defaults are those of SPEC 2, except where ``docs/defaults.md`` names others that were better in measurements.
 
     Attributes:
       heads: independent sets of memories; must divide the model width.
@@ -111,7 +111,7 @@ class SelfModifyingConfig:
         self.spec()  # checks the rest
 
     def spec(self) -> SelfModifying:
-        """The pure function's static part."""
+        """The static part of the pure function."""
         names = ("objective", "dgd_scope", "rate_form", "read", "damped", "retain_to", "shard", "project_queries")
         same = {name: getattr(self, name) for name in names}
         rule = functools.partial(Rule, momentum=self.momentum != "none", self_values=True, **same)
@@ -192,7 +192,7 @@ class SelfModifyingMixer(nn.Module):
         return self.answer(u, found.queries, found.reads), state
 
     def read(self, u: Stream, state: MemoryMixerState, count: Count = None) -> tuple[Found, MemoryMixerState]:
-        """All but the output map: what the memories answer while they are written."""
+        """All but the output map: the memories are read while they are written."""
         streams, tails = self._streams(u, state.tails, count)
         spec, impl, shared = self.config.spec(), self.config.impl, (self.initial, self.tuning)
 

@@ -9,8 +9,8 @@ It is the delta rule of each block of rows: erase eta k k^T, write eta (W_{t-1} 
 W_{t-1}, so there is no form in chunks, and tokens are computed one after another (``token_scan.py``).
 Source: Irie et al. 2022 (arXiv 2202.05780) in the form for formal languages (arXiv 2310.16076).
 
-A deviation: there x is the residual stream itself and a layer is ``LayerNorm(x) + W_o y``; here it stands in a block of
-this library, ``x + W_o y`` with ``y`` of ``RMSNorm(x)``: the input is normalised and the residual is not.
+A deviation: there x is the residual stream itself and a layer is ``LayerNorm(x) + W_o y``. Here a block of this library
+is ``x + W_o y``, and y is computed from ``RMSNorm(x)``: the input is normalised and the residual is not.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from hope_jax.types import Array, Count, Float, PRNGKeyArray, Stream
 
 # Mean of the initial weights, and their standard deviation as a multiple of fan-in^-1/2.
 STARTS = {"y": (0.0, 1.0), "q": (0.0, 0.01), "k": (0.0, 1.0), "rates": (-1.0, 1.0)}
-RATES = 4  # of the blocks of rows: y, q, k and the rates themselves
+RATES = 4  # one for each block of rows: y, q, k and the rates themselves
 
 
 @dataclass(frozen=True)

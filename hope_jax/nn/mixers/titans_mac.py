@@ -1,11 +1,11 @@
-"""Titans, memory as context (MAC): attention inside a segment, to its tokens and to what a memory recalls for them.
+"""Titans, memory as context (MAC): attention within a segment, to its tokens and to what a memory recalls for them.
 
 For token j of a segment, with M_s the memory as it was at the start of the segment:
 
     h_j = norm(M_s(q(u_j)))                                     recalled
     y_j = attention of u_j to [P | h_1, u_1, ..., h_j, u_j]
     M   is written with key and value of y_j
-    o_j = W_o(norm(y_j) * sigmoid(norm(M(q(y_j)))))             M with what was written up to y_j
+    o_j = W_o(norm(y_j) * sigmoid(norm(M(q(y_j)))))             M after the write of y_j
 
 (arXiv 2501.00663, Eq. 21-25; the norm of h is a choice.) P are learned vectors. Nothing but the memory and the tails of
 its convolutions goes from one segment to the next. As printed, two steps see the future: u_j attends to all of h, which
@@ -43,7 +43,7 @@ class TitansMACConfig:
 
     Attributes:
       attention, memory: the two parts, without persistent vectors of their own; attention without window (a segment is
-        its window) and convolutions; a memory that is read after the write, as o_j is of what token j left (Eq. 25).
+        its window) and convolutions; a memory that is read after the write, as o_j reads what j has written (Eq. 25).
       persistent: learned vectors that every token sees; 0: none.
       segment: tokens of a segment, a multiple of the anchor period of the memory's rule.
     """
@@ -79,8 +79,8 @@ class TitansMACState(NamedTuple):
       frozen: the memory at the start of the segment, leaves [B,H,...].
       fast: the memory now.
       recall_tail: tail of the convolution of the queries of recall, [B,tail,D].
-      tails: of the queries, keys and values of y.
-      keys, values: of the segment, h and u of each token in turn, zero where nothing was read.
+      tails: tails of the convolutions of the queries, keys and values of y.
+      keys, values: those of the segment, of h and u of each token in turn; zero where nothing was read.
       position: tokens read since a segment started.
     """
 
@@ -121,7 +121,7 @@ class TitansMAC(AttentionAndMemory):
     def _piece(
         self, state: TitansMACState, u: Stream, position: Position, count: Count
     ) -> tuple[TitansMACState, Stream]:
-        """Tokens of one segment, after ``position`` others of the same."""
+        """Read tokens of one segment, after ``position`` earlier ones of it."""
         queries, recall_tail = self.memory.queries(u, state.recall_tail, count)
         y, keys, values = self._attend(u, self._recalled(state.frozen, queries), state, position, count)
         found, (tails, fast, _) = self.memory.read(y, MemoryMixerState(state.tails, state.fast, position), count)
@@ -141,7 +141,7 @@ class TitansMAC(AttentionAndMemory):
         return state._replace(frozen=frozen, keys=keys, values=values, position=jnp.asarray(state.position, jnp.int32))
 
     def _recalled(self, frozen: Weights, queries: Float[Array, "B H T K"]) -> Stream:
-        """What the frozen memory answers each token."""
+        """The answer of the frozen memory to each token."""
         c = self.config.memory
 
         def head(weights: Weights, queries: Array) -> Array:
@@ -152,7 +152,7 @@ class TitansMAC(AttentionAndMemory):
     def _attend(
         self, u: Stream, h: Stream, state: TitansMACState, position: Position, count: Count
     ) -> tuple[Stream, Array, Array]:
-        """Attention of the tokens, and the segment's keys and values with theirs."""
+        """Attention of the tokens; and the keys and values of the segment, theirs included."""
         both = jnp.concatenate([h, u])
         q, k, v = self.attention.project((u, both, both), position)
         k, v = (_in_turn(x) for x in (k, v))
@@ -163,6 +163,6 @@ class TitansMAC(AttentionAndMemory):
 
 
 def _in_turn(x: Float[Array, "both H T K"]) -> Float[Array, "B H slots K"]:
-    """A token of the first half of the batch, the same of the second half, the next token of the first, and so on."""
+    """Tokens of both halves of the batch in turn: one of the first, the same of the second, the next of the first."""
     first, second = jnp.split(x, 2)
     return jnp.stack([first, second], axis=3).reshape(*first.shape[:2], -1, first.shape[3])

@@ -4,7 +4,7 @@
 
 (arXiv 2501.00663, Eq. 26-28; the norms, of learned scale, and the sigmoid are a choice, as the paper names neither.)
 P are learned vectors in front of every sequence: every token attends to them, whatever the window, and the memory reads
-them first. Attention and memory are whole but for their output maps: W_o takes the place of both.
+them first. Attention and memory are complete layers without their output maps, which W_o replaces.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class TitansMAGConfig:
 
 
 def check_parts(config: Any) -> None:
-    """Raise UserError for a wrong number of persistent vectors, or vectors that belong to a part of the mixer."""
+    """Raise UserError for a wrong number of persistent vectors, for parts that have their own, and for a shard."""
     whole("persistent", config.persistent, 0, "vectors in front of every sequence; 0: none")
     for name in ("attention", "memory"):
         if count := getattr(config, name).persistent:
@@ -55,14 +55,14 @@ def check_parts(config: Any) -> None:
 
 
 def built(module: Any) -> Any:
-    """The module, after its parts have checked themselves against its width."""
+    """The module, after its parts were built once, which checks its width."""
     for part in (module.config.attention, module.config.memory):
         part.build(module.width, module.dtype)
     return module
 
 
 class GatedOutput(nn.Module):
-    """``W_o(norm(y) * sigmoid(norm(m)))`` of what attention and memory found, each with its heads side by side."""
+    """``W_o(norm(y) * sigmoid(norm(m)))`` of the results of attention and memory, each with heads side by side."""
 
     width: int
     dtype: DTypeLike = jnp.float32

@@ -3,9 +3,9 @@
     y_t = M(V_n, q_t) + M(W_t, unit(P_t q_t))        P_t = sum of k_s k_s^T / ||k_s||^2 over the shard up to t
 
 W is the memory of any memory mixer (of Hope's, all boxes are set back together) and starts anew every ``shard`` tokens:
-where whole shards of a fresh sequence come, they are read side by side like sequences of a batch, and the sequential
-steps fall from T / C to shard / C. V is written once in ``global_period`` tokens, with all of them; within such a
-period it is read as it was at the start. Only V and the tails of the convolutions go from one shard to the next.
+whole shards of a fresh sequence are read side by side, like sequences of a batch, and the sequential steps fall from
+T / C to shard / C. V is written once every ``global_period`` tokens, with all of them; within such a period it is read
+as it was at the start. Only V and the tails of the convolutions go from one shard to the next.
 """
 
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ class TNTConfig:
     """A mixer with a local and a global memory.
 
     Attributes:
-      local: the mixer of the local memory. Hope's, or the rule of the other one, says ``shard``, which must be given,
-        and ``project_queries``, whether the queries go through P_t.
-      global_period: tokens between two updates of the global memory, which is like the local one in architecture and
-        loss.
+      local: the mixer of the local memory. Hope's mixer, or the rule of the other one, has ``shard``, which must be
+        given, and ``project_queries``: whether the queries go through P_t.
+      global_period: tokens between two updates of the global memory, which has the architecture and the loss of
+        the local one.
       rate_max: bound of the sum of the global memory's rates over such a period; each token's is between 0 and
         rate_max / global_period. Above 2 a period of equal keys would diverge. 0 switches its writes off.
     """
@@ -65,7 +65,7 @@ class TNTConfig:
 
     @property
     def adaptive(self) -> tuple[str, ...]:
-        """Of "q", "k", "v", those that local memories make: they jump at every shard and are not for the global one."""
+        """Those of "q", "k", "v" that local memories make: they jump at every shard, so the global one has its own."""
         return () if isinstance(self.local, MemoryMixerConfig) else self.local.inner_projection
 
     def build(self, width: int, dtype: DTypeLike) -> "TNTMixer":
@@ -133,7 +133,7 @@ class TNTMixer(nn.Module):
         return y, TNTState(local, weights, position)
 
     def _projected(self, name: str, x: Float[Array, "B H T K"]) -> Float[Array, "B H T K"]:
-        """A stream of the local mixer as the global memory sees it: through a static map where that mixer's is none."""
+        """A stream for the global memory: that of the local mixer, through a static map where the mixer has none."""
         if name not in self.config.adaptive:
             return x
         return layers.unit_heads(self.static[name](layers.merge_heads(x).astype(self.dtype)), self.config.local.heads)

@@ -1,4 +1,4 @@
-"""TTT layers, TTT-Linear and TTT-MLP with the surroundings of their Mamba backbone (arXiv 2407.04620).
+"""TTT layers: TTT-Linear and TTT-MLP, with the convolutions and gate of their Mamba backbone (arXiv 2407.04620).
 
     q, k = conv(W_qk u), conv'(W_qk u)          shared projection, convolutions with bias; v = W_v u
     y = W_o (LayerNorm(f(q)) * gelu(W_g u))     f: the inner model of every head, ``memory/ttt.py``
@@ -37,7 +37,7 @@ class TTTConfig:
     """A TTT layer.
 
     Attributes:
-      heads: independent inner models; an even number of features each.
+      heads: independent inner models, each with an even number of features.
       memory: the inner model's map, "linear" or "mlp" (two layers, GELU).
       rate_max: bound of the inner learning rate, eta = rate_max sigmoid(w u + c) / (features of a head); published are
         1 for "linear" and 0.1 for "mlp". 0: no writes.
@@ -72,7 +72,7 @@ class TTTConfig:
 
     @property
     def rule(self) -> Rule:
-        """The inner model's rule; its objective has parameters, so ``memory.ttt.scan`` puts it in."""
+        """The inner model's rule; ``memory.ttt.scan`` sets its objective, which has parameters."""
         return Rule(ttt.linear if self.memory == "linear" else ttt.mlp, period=self.mini_batch, read="after")
 
 

@@ -1,4 +1,4 @@
-"""What a memory is made of: a stack of linear layers, optionally residual (SPEC 1.3, 1.4; Eq. 89, 91).
+"""The layers of a memory: a stack of linear maps, optionally residual (SPEC 1.3, 1.4; Eq. 89, 91).
 
 ``matrix`` is one linear layer, ``M(x) = W x``. ``residual_mlp`` is ``M(x) = x + W1 sig(W2 x)``; ``normed_mlp`` is
 ``M(x) = x + LayerNorm(W1 gelu(W2 x))`` (Miras, arXiv 2504.13173). Every layer of each is a linear memory of its own
@@ -31,7 +31,7 @@ def unit(z: Float[Array, "*axes K"]) -> Float[Array, "*axes K"]:
 
 
 def unit_gelu(z: Float[Array, "*axes F"]) -> Float[Array, "*axes F"]:
-    """unit(GELU(z)): hidden features of norm 1, so that one write counts (SPEC 2.4, 2.7)."""
+    """unit(GELU(z)): hidden features of norm 1, so that a single write has an effect (SPEC 2.4, 2.7)."""
     return unit(jax.nn.gelu(z))
 
 
@@ -39,7 +39,7 @@ def layer_norm(z: Float[Array, "*axes V"]) -> Float[Array, "*axes V"]:
     """(z - mean) / deviation over the last axis, without parameters, in at least float32."""
 
     def standard(rows: Array) -> Array:
-        centred = rows - jnp.mean(rows, axis=-1, keepdims=True)  # first: the mean may be large beside the deviation
+        centred = rows - jnp.mean(rows, axis=-1, keepdims=True)  # first: the mean may be far larger than the deviation
         return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)
 
     return by_rows(standard, z.astype(jnp.promote_types(z.dtype, jnp.float32)))
@@ -49,11 +49,11 @@ Back = Callable[[Array], tuple[Array]]
 
 
 class Pass(NamedTuple):
-    """The way of inputs through a memory: the inputs [T,F] of each layer after the first, and how they come about.
+    """A forward pass of inputs through a memory: the inputs [T,F] of each layer after the first, and their derivatives.
 
     ``backs`` are the vector-Jacobian products of the activations in front of those layers, ``outputs`` each layer's
-    weights applied to its input, [T,V]. ``answer`` is M(x), less a residual, and ``back`` the vector-Jacobian product
-    from it to the last layer's output; None where they are the same.
+    weights applied to its input, [T,V]. ``answer`` is M(x) without the residual, and ``back`` the vector-Jacobian
+    product from it to the last layer's output; None where they are the same.
     """
 
     inputs: list[Array]
@@ -85,7 +85,7 @@ class Architecture:
 
     @property
     def keeps_query(self) -> bool:
-        """Whether M(x) is x and an answer that is small beside it: a residual memory that does not norm its output."""
+        """Whether M(x) is x plus a small answer: a residual memory that does not norm its output."""
         return self.residual and self.output is None
 
     def init(self, key: PRNGKeyArray, key_dim: int, value_dim: int, hidden: int) -> Weights:
@@ -95,11 +95,11 @@ class Architecture:
         sizes = [key_dim] + [hidden] * (self.layers - 1) + [value_dim]
         keys = jax.random.split(key, self.layers)
         shapes = zip(keys, sizes[1:], sizes[:-1], self.scales, strict=True)
-        # Drawn as the equations' W: a seed gives the same memory, however its weights are stored.
+        # Drawn in the shape of the equations' W, so that a seed gives the same memory, however weights are stored.
         return tuple(scale * n**-0.5 * transpose(jax.random.normal(k, (m, n))) for k, m, n, scale in shapes)
 
     def forward(self, first: Float[Array, "T F"], later: Weights, products: Products = PLAIN) -> Pass:
-        """The way through fixed weights; ``first`` is the first layer's output, ``later`` are the layers after it."""
+        """The pass through fixed weights; ``first`` is the first layer's output, ``later`` are the layers after it."""
         inputs, backs, outputs = [], [], [first]
         for w in later:
             h, back = jax.vjp(self.activation, outputs[-1])
@@ -131,7 +131,7 @@ matrix = Architecture(layers=1, residual=False, scales=(0.0,))
 full_rank_matrix = Architecture(layers=1, residual=False, scales=(1.0,))
 residual_mlp = Architecture(layers=2, residual=True, scales=(1.0, 0.1))
 mlp = Architecture(layers=2, residual=False, scales=(1.0, 0.1))
-# The norm takes the scale of the last layer away: it starts like the first.
+# The norm removes the scale of the last layer, so it starts like the first.
 normed_mlp = Architecture(2, residual=True, scales=(1.0, 1.0), activation=jax.nn.gelu, output=layer_norm)
-# Projections start further from the identity, or key and value would be the plain inputs (SPEC 2.4).
+# Projections start further from the identity: else key and value would be the plain inputs (SPEC 2.4).
 projection_mlp = Architecture(layers=2, residual=True, scales=(1.0, 0.5))

@@ -1,4 +1,4 @@
-"""Every memory rule by name: rows of SPEC 1.3 and 1.4. A new rule is a new row, and a row brings its tests.
+"""Every memory rule by name: rows of SPEC 1.3 and 1.4. A new rule is a new row, and every row is tested by being here.
 
 ===================  =========================================================================================
 linear_attention     Eq. 5, 15, 64: M_t = M_{t-1} + v k^T; the feature map of keys and queries is the mixer's

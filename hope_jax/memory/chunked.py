@@ -7,7 +7,7 @@ here, [K,V], the transposes of the equations' M. A ``Linear`` holds one memory, 
 * side by side, [K, N*F]: boxes with the same keys. Their products with the keys and their updates are one product.
 * stacked, [N,K,V]: boxes of one shape with keys of their own.
 
-``chunk`` is a pure function of (weights, tokens of the chunk) without constants: the seam where kernels go in.
+``chunk`` is a pure function of (weights, tokens of the chunk) without constants, which a kernel can run.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from hope_jax.types import Array, Float
 
 
 class Linear(NamedTuple):
-    """Weights of linear memories before a token: running, momentum (None: there is none) and base (None: zero).
+    """Weights of linear memories before a token: running, momentum (None: no momentum) and base (None: zero).
 
     ``base`` is read and erased together with ``memory`` but does not change.
     """
@@ -38,14 +38,14 @@ class Linear(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """What C tokens do to a ``Linear``. Inactive tokens write and erase nothing.
+    """Writes and erases of C tokens in a ``Linear``. Inactive tokens write and erase nothing.
 
     Attributes:
       keys: k_t, [C,K], or [N,C,K] for boxes that are stacked; boxes that lie side by side have the same.
       writes: w_t, [C,V], or [N,C,F] for N boxes.
       erase: the strength a_t of the erase, [C] or [N,C]; None: no erase.
       memory_at_keys: ``Linear.memory`` applied to the keys, [C,V] or [N,C,V], if that is known already.
-      systems: of boxes that lie side by side, the first box with the same erase: they share a triangular system.
+      systems: for boxes that lie side by side, the first box with the same erase; such boxes share a triangular system.
     """
 
     keys: Any  # not typed by shape: a token alone has no axis C, and JAX fills trees with other things than arrays
@@ -56,7 +56,7 @@ class Write:
 
 
 class Tokens(NamedTuple):
-    """What tokens write into each ``Linear``, what all memories share, and what the tokens read, any pytree."""
+    """The writes into each ``Linear``, what all memories share, and the queries of the tokens, any pytree."""
 
     writes: list[Write]
     shared: Shared
@@ -66,10 +66,10 @@ class Tokens(NamedTuple):
 Lookup = Callable[..., Array]
 """``lookup(i, inputs)``: the first box of the i-th ``Linear`` at each token's time, applied to its input.
 
-A third argument, if that is known already: ``Linear.memory`` before the chunk, applied to the inputs.
+The third argument is ``Linear.memory`` before the chunk, applied to the inputs, if it is known already.
 """
 Read = Callable[[Lookup, Any], Any]
-"""``read(lookup, queries)`` returns what the lookups made of queries."""
+"""``read(lookup, queries)`` returns results of lookups."""
 
 
 def chunk(
@@ -100,7 +100,7 @@ def chunk(
 
 
 def side_by_side(boxes: Float[Array, "*N R F"]) -> Float[Array, "R V"]:
-    """Columns of boxes next to each other, V = N F; those of one box as they are."""
+    """Columns of boxes next to each other, V = N F; of a single box as they are."""
     return boxes if boxes.ndim == 2 else jnp.moveaxis(boxes, 0, 1).reshape(boxes.shape[1], -1)
 
 
@@ -181,9 +181,10 @@ def _erases(products, before: Share, linear: Linear, write: Write, gram, inverse
 
 
 def _without_erases(products, share: Share, linear: Linear, at_inputs, inputs, scores, writes) -> Float[Array, "C V"]:
-    """The memory of every time, as it were without the chunk's erases, applied to that time's input [C,K].
+    """The memory at each time, applied to the input [C,K] of that time, as if the chunk erased nothing.
 
-    ``at_inputs`` [C,V] is the incoming memory applied to them, ``scores`` [C,C] are their products with the keys.
+    ``at_inputs`` [C,V] is the memory before the chunk applied to the inputs, ``scores`` [C,C] are the products of
+    inputs and keys.
     """
     value = share.memory[:, None] * at_inputs + products.matmul(share.writes * scores, writes)
     if linear.momentum is not None:

@@ -1,4 +1,4 @@
-"""Products of decays inside one chunk: what is left at every time (SPEC 1.2). Read next: ``chunked.py``."""
+"""Products of decays inside one chunk: the share that is left at every time (SPEC 1.2). Read ``chunked.py`` next."""
 
 from typing import Literal, NamedTuple
 
@@ -10,7 +10,7 @@ from hope_jax.types import Array, Float
 
 ReadTime = Literal["before", "after"]
 
-# Smallest factor told apart from 0 in log space; a normal float32, so 1 / (0 + FLOOR) is finite too.
+# Smaller factors count as 0 in log space. It is a normal float32, so 1 / (0 + FLOOR) is finite, too.
 FLOOR = 1e-30
 
 
@@ -23,7 +23,7 @@ class Shared(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What is left at some times R of the incoming memory and momentum, and of each token's erase and write."""
+    """Shares that are left at some times R: of the memory and momentum before, and of each token's erase and write."""
 
     memory: Float[Array, "*R"]
     erases: Float[Array, "*R C"]
@@ -32,7 +32,7 @@ class Share(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What is left of the memory at t - 1 and at the time of the read, for each token t (R = C), and after the chunk.
+    """Shares that are left at t - 1 and at the time of the read, for each token t (R = C), and after the chunk.
 
     ``momentum`` is for the momentum after the chunk (``memory`` and ``erases`` unused); None without momentum.
     """
@@ -46,7 +46,7 @@ class Coefficients(NamedTuple):
 def chunk_coefficients(products: Products, shared: Shared, time: ReadTime) -> Coefficients:
     """Rows of the products are times 0..C; column 0 belongs to what was there before the chunk, column s to token s.
 
-    They are taken apart by splits, whose cotangents are put together at once; that of each slice is a whole matrix.
+    They are cut by splits: their cotangents are joined at once, where the cotangent of a slice is a whole matrix.
     """
     start, tokens = jnp.split(decay_products(shared.retention), [1], axis=1)
     of_memory, of_writes, momentum = (start[:, 0], tokens), (start[:, 0], tokens), None
@@ -72,6 +72,6 @@ def decay_products(factors: Float[Array, " C"]) -> Float[Array, "T T"]:
     rows, columns = row_and_column(count + 1)
     up_to = (columns[:, :-1] < rows[:, :-1]).astype(factors.dtype)  # token s + 1 = 1..C is at or before time t
     after = (rows[:-1] >= columns[:-1]).astype(factors.dtype)
-    # The factor that differs between heads stands on the left: their rows then make one product.
+    # The factor that differs between heads stands on the left, so that the rows of all heads make one product.
     logs = matmul(up_to * jnp.log(factors + FLOOR)[None, :], after)
     return jnp.exp(logs) * (rows >= columns).astype(factors.dtype)

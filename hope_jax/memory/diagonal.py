@@ -1,4 +1,4 @@
-"""The recurrence with a retention of its own for every key channel, and an erase that reads one key and clears another.
+"""The recurrence with a retention for every key channel, and an erase that reads at one key and clears another.
 
     M_t = M_{t-1} (diag(r_t) - b_t c_t^T) + w_t k_t^T
 
@@ -30,11 +30,11 @@ from hope_jax.types import Array, Float
 
 
 class Erase(NamedTuple):
-    """An erase ``M_{t-1} b_t c_t^T``: the memory's answer to one key is taken away from another.
+    """An erase ``M_{t-1} b_t c_t^T``: the memory's answer to one key is subtracted at another.
 
     Attributes:
       queries: b_t, the key that is looked up.
-      keys: c_t, the key that the answer is taken away from; it carries the strength of the erase.
+      keys: c_t, the key at which the answer is subtracted; its size includes the strength of the erase.
     """
 
     queries: Float[Array, "*T K"]
@@ -42,7 +42,7 @@ class Erase(NamedTuple):
 
 
 class DiagonalTokens(NamedTuple):
-    """T tokens, or without an axis T one; ``erase`` is None where nothing is erased."""
+    """T tokens, or a single one without an axis T; ``erase`` is None where nothing is erased."""
 
     keys: Float[Array, "*T K"]
     writes: Float[Array, "*T V"]
@@ -85,7 +85,7 @@ def diagonal_delta(
     products, dtype = products_of(impl), jnp.promote_types(memory.dtype, jnp.float32)
     if erase is not None and not isinstance(erase, Erase):
         erase = Erase(erase[:, None] * keys, keys)
-    # Without queries the keys are looked up, and what they find is dropped.
+    # Without queries the keys are looked up, and the reads are dropped.
     tokens = DiagonalTokens(keys, writes, keys if queries is None else queries, retention, erase)
     if active is not None:
         tokens = _idle(tokens, lax.stop_gradient(active)[:, None])
@@ -128,7 +128,7 @@ def _chunked(
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest that is not below ``count``."""
+    """The smallest power of two that is not below ``count``."""
     return 1 << (count - 1).bit_length()
 
 
@@ -145,7 +145,7 @@ class Pieces(NamedTuple):
       rows: x_t, decayed since the start of its piece until just before t.
       columns: y_s, decayed after s until the end of its piece.
       scores: products of a piece's rows with its columns of earlier tokens, decayed in between; 0 for others.
-      retention: what is left over the whole piece.
+      retention: share that is left after the whole piece.
     """
 
     rows: Float[Array, "N P R K"]
@@ -155,7 +155,7 @@ class Pieces(NamedTuple):
 
 
 def _halves(x: Array) -> list[Array]:
-    """Every first and every second of the pieces: by a split, whose cotangents are put together at once."""
+    """The first and the second piece of every pair: by a split, whose cotangents are joined at once."""
     pairs = x.reshape(-1, 2, *x.shape[1:])
     return [jnp.squeeze(half, 1) for half in jnp.split(pairs, 2, axis=1)]
 
@@ -177,7 +177,7 @@ def _merged(products: Products, pieces: Pieces) -> Pieces:
 def _as_one_piece(products: Products, tokens: DiagonalTokens, time: ReadTime) -> Pieces:
     """The block as a single piece. Rows are b_t, if there is an erase, and q_t; columns c_s, likewise, and k_s."""
     keys, _, queries, retention, erase = tokens
-    # A read after the token's own write is one before it with r_t q_t, and the write itself.
+    # A read after the token's own write is a read before it with r_t q_t, plus the write itself.
     rows = [queries if time == "before" else retention * queries]
     columns = [keys]
     if erase is not None:

@@ -1,4 +1,4 @@
-"""A memory that is read at its anchor and keeps everything: what it learns in a period is a sum, known at its end.
+"""A memory that is read at its anchor and keeps everything: its writes in a period are a sum, added at the end.
 
 ``Rule`` with ``read="anchor"``, without erase, momentum and retention: nothing depends on the running weights before
 the anchor moves to them. So a period is one product per layer, however long, where ``scan.scan`` takes it in blocks.
@@ -17,7 +17,7 @@ from hope_jax.memory.scan import idle, refreshed
 from hope_jax.types import Array, Count, Float, Int
 
 _GRID = 64
-"""Tokens of a step where it is not known that whole periods come."""
+"""Tokens of a step where it is not known whether whole periods come."""
 
 
 def scan_frozen(
@@ -28,10 +28,10 @@ def scan_frozen(
     impl: Impl = "auto",
     count: Count = None,
 ) -> tuple[Fast, Float[Array, "T V"]]:
-    """Read and write over T tokens, which are keys, values, queries and inner rates: the fast weights, and the reads.
+    """Read and write T tokens (keys, values, queries, inner rates); returns the fast weights, and the reads.
 
     V_{n+1} = V_n - sum of rate_t grad(V_n; k_t, v_t) over the tokens of period n, and y_t = V_n(q_t). ``position`` and
-    ``count`` are those of ``scan.scan``. Raises UserError for a rule that reads anything but its anchor, or forgets.
+    ``count`` are those of ``scan.scan``. Raises UserError for a rule that does not read at its anchor, or that forgets.
     """
     if (rule.read, rule.gradient_at, rule.dgd_scope, rule.momentum) != ("anchor", "anchor", "none", False):
         raise UserError("a frozen memory needs read='anchor', gradient_at='anchor', dgd_scope='none', momentum=False")

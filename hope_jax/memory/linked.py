@@ -1,10 +1,10 @@
-"""Memories whose weights are a function of what is written: W = link(A), A the accumulated writes (Miras, 2504.13173).
+"""Memories whose weights are a function of their writes: W = link(A), A the accumulated writes (Miras, 2504.13173).
 
 A follows the recurrence of every rule, A_t = alpha A_{t-1} - eta gradient, with the gradient at W. Inside a period that
 is the gradient at the anchor link(A) of its start. A link is not linear, so no product of keys and queries gives its
 reads: ``evaluate`` makes A of every token an array and applies the link to it. Thus ``read="after"`` is exact,
-y_t = M(q_t) with W_t = link(A_t), the token's own write included, and ``"before"`` is the same with W_{t-1}. It takes
-C + 1 times the memory of the weights, of one period at a time. ``read="anchor"`` needs nothing of this.
+y_t = M(q_t) with W_t = link(A_t), the token's own write included, and ``"before"`` is the same with W_{t-1}. For one
+period at a time it needs memory for C + 1 copies of the weights. ``read="anchor"`` needs none of this.
 """
 
 from dataclasses import dataclass
@@ -48,8 +48,8 @@ class SoftmaxLink:
     """Memora: W = c softmax(Z), over the inputs of each output; c = ``scale`` sqrt(inputs), so that W is as large as
     weights usually start. Raises UserError unless ``scale`` is above 0.
 
-    The published step is W_t = c softmax(alpha log W_{t-1} - eta gradient). log W is Z but for a constant per output,
-    to which the softmax is blind, so that accumulating Z is the same; nothing is linearised.
+    The published step is W_t = c softmax(alpha log W_{t-1} - eta gradient). log W is Z up to a constant per output,
+    which the softmax cancels, so that accumulating Z is the same; nothing is linearised.
     """
 
     scale: float = 1.0

@@ -1,7 +1,7 @@
-"""The mesh of the devices that a program is for: the names of its axes, and what of an array each device has.
+"""The mesh of the devices that a program is for: the names of its axes, and which part of an array each device has.
 
-The mesh is that of the context (``jax.set_mesh``; models enter theirs). Functions here change nothing where there is
-none, and nothing inside a part of a program that runs on each device for itself.
+The mesh is that of the context (``jax.set_mesh``; models enter theirs). Where there is no mesh, and inside code that
+runs on each device separately, functions here change nothing.
 """
 
 import math
@@ -12,12 +12,12 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 SHARE_BATCH = ("data", "fsdp")  # axes of a mesh that batches lie along
-SHARE_TOKENS = ("sequence",)  # that tokens lie along, outside of mixers
-SHARE_HEADS = ("tensor", *SHARE_TOKENS)  # that heads lie along, inside of mixers
+SHARE_TOKENS = ("sequence",)  # axes that tokens lie along, outside of mixers
+SHARE_HEADS = ("tensor", *SHARE_TOKENS)  # axes that heads lie along, inside of mixers
 
 
 def of_context() -> Any | None:
-    """The mesh whose devices share what is computed here; None: there is one device, or each is on its own."""
+    """The mesh whose devices share the work here; None: there is one device, or each works for itself."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or AxisType.Auto not in mesh.axis_types else mesh
 
@@ -28,7 +28,7 @@ def devices_along(mesh: Any | None, names: tuple[str, ...]) -> int:
 
 
 def dividing(mesh: Any, names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-    """The axes of these names that the mesh has, where all of them together divide ``size``."""
+    """The axes of these names that the mesh has; None where there are none, or their devices do not divide ``size``."""
     there = tuple(name for name in names if name in mesh.shape)
     return there if there and size % devices_along(mesh, there) == 0 else None
 
@@ -43,11 +43,10 @@ def on_each(
     """``run(*common, *shared, *own)`` on each device for its sequences and its heads.
 
     ``shared`` is what the sequences of a batch share, leaves [H,...], ``own`` what each has, leaves [B,H,...]; so are
-    the results. What a device needs of them is moved to it once, before, and nothing is moved inside. An axis of the
-    mesh that does not divide the batch or the heads does not part them: its devices do the same work. ``share``: the
-    axes that heads lie along; (): there are no heads, leaves are [...] and [B,...]. ``common``: numbers that all have;
-    ``run`` may use no array from outside that is differentiated but these. Those that the compiler knows, numpy arrays,
-    it still knows.
+    the results. Each device receives its part of them once, before; inside nothing is moved. Where an axis of the mesh
+    does not divide the batch or the heads, its devices do the same work. ``share``: the axes that heads lie along; ():
+    there are no heads, leaves are [...] and [B,...]. ``common``: numbers that all devices have. Other arrays from
+    outside that are differentiated may not be used by ``run``. Numpy arrays in ``common`` stay known to the compiler.
     """
     mesh = of_context()
     if mesh is None:
@@ -60,5 +59,5 @@ def on_each(
     batch, heads = jax.tree.leaves(own)[0].shape[:2]
     along_batch, along_heads = dividing(mesh, SHARE_BATCH, batch), dividing(mesh, share, heads)
     of_own = PartitionSpec(along_batch, along_heads)
-    specs = PartitionSpec(), PartitionSpec(along_heads), of_own  # each of all leaves of an argument
+    specs = PartitionSpec(), PartitionSpec(along_heads), of_own  # one for all leaves of an argument
     return jax.shard_map(run_part, mesh=mesh, in_specs=specs, out_specs=of_own, check_vma=False)(arrays, shared, own)

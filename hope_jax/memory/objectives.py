@@ -31,8 +31,8 @@ class Lp:
     """``sum |e|^p`` of the error e = prediction - value (Moneta; Miras, arXiv 2504.13173): its gradient is
     ``p sign(e) |e|^(p-1)``.
 
-    ``|e|`` is sqrt(e^2 + 1e-6), and sign(e) is e over that: smooth at 0, as the writes are differentiated again. p = 2
-    is ``l2`` at twice the rate. Raises UserError for p below 1.
+    ``|e|`` is sqrt(e^2 + 1e-6), and sign(e) is e divided by that: smooth at 0, as writes are differentiated again.
+    p = 2 is ``l2`` at twice the rate. Raises UserError for p below 1.
     """
 
     p: float = 3.0
@@ -47,11 +47,11 @@ class Lp:
 
 @dataclass(frozen=True)
 class Huber:
-    """``l2`` up to an error of norm ``delta``, a bounded gradient beyond (Yaad; Miras, arXiv 2504.13173).
+    """``l2`` up to an error of norm ``delta``, and beyond it a bounded gradient (Yaad; Miras, arXiv 2504.13173).
 
-    ``beyond`` says which: "direction" ``delta e / ||e||``, the gradient of the Huber loss, or "sign" delta sign(e), as
-    the paper prints it: a jump, and no gradient to the values beyond. ``delta`` is a constant, infinity for plain
-    ``l2``. Raises UserError unless it is above 0.
+    ``beyond`` chooses that gradient: "direction" ``delta e / ||e||``, the gradient of the Huber loss, or "sign"
+    delta sign(e), as the paper prints it, which jumps at ``delta`` and beyond it has no gradient to the values.
+    ``delta`` is a constant, infinity for plain ``l2``. Raises UserError unless it is above 0.
     """
 
     delta: float = 1.0
@@ -66,7 +66,7 @@ class Huber:
         e = prediction - value
         square = jnp.sum(jnp.square(e))
         near = square <= self.delta**2
-        # Near, the other branch has a gradient all the same: neither an infinite delta nor a root at 0 may be in it.
+        # The branch that is not taken has a gradient, too: an infinite delta or a root at 0 in it would make NaN.
         slope = jnp.where(near, 0.0, self.delta)
         size = jnp.sum(jnp.abs(e)) if self.beyond == "sign" else jnp.sqrt(jnp.where(near, 1.0, square))
         return jnp.where(near, 0.5 * square, slope * size)

@@ -79,7 +79,7 @@ def scan(
     """Read and write T tokens; returns the state after them, and the reads.
 
     ``strength`` is gamma_{t,i} of the pair i tokens ago; the rest is as in ``memory.scan.scan``. Any cut of the T
-    tokens into calls gives the same result. Raises UserError for another number of strengths than the window.
+    tokens into calls gives the same result. Raises UserError unless there is a strength for each pair of the window.
     """
     length, c = strength.shape
     if c != omega.window:
@@ -89,7 +89,7 @@ def scan(
     shared = jnp.concatenate([retention[:, None], jnp.ones((length, c - 1), retention.dtype)], axis=1)
     gates = Gates(strength.reshape(-1), shared.reshape(-1), None)
     rule, real = replace(omega.rule, period=c * omega.rule.period), None if count is None else c * count
-    place = np.asarray(c * position) if isinstance(position, np.ndarray) else c * position  # a known one stays known
+    place = np.asarray(c * position) if isinstance(position, np.ndarray) else c * position  # numpy stays numpy
     (k, v), q = (_windows(x, c) for x in seen), jnp.repeat(queries, c, axis=0)
     fast, reads = plain.scan(rule, initial, state.fast, k, v, q, gates, place, impl, real)
     kept = [_last(x, c - 1, length if count is None else count) for x in seen]

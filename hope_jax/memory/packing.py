@@ -39,11 +39,11 @@ class Stack:
     place: int
 
     def layers(self, weights: Weights) -> Weights:
-        """Its packed layers."""
+        """The packed layers of this stack."""
         return weights[self.place : self.place + len(self.shapes)]
 
     def holds(self, other: Architecture, shapes: tuple[tuple[int, int], ...]) -> bool:
-        """Whether a box of that kind may follow."""
+        """Whether a box of this architecture and these shapes may be added."""
         return self.shapes == shapes and replace(other, scales=self.architecture.scales) == self.architecture
 
     def of_group(self, weights: Weights, group: int) -> tuple[int, Array, Weights]:

@@ -1,4 +1,4 @@
-"""The plain forms of what ``kernels`` may do faster: products of small matrices, a triangular solve, a convolution.
+"""Plain forms of products of small matrices, a triangular solve and a convolution; ``kernels`` may be faster.
 
 Products are in full float32, whatever an accelerator's default is. A suffix says which operand is transposed, as in
 BLAS: ``matmul_nt`` is a b^T and ``matmul_tn`` is a^T b. Everything has derivatives of any order and mode;
@@ -63,7 +63,7 @@ def solve_unit_lower(
 def unit_lower_inverse(lower: Float[Array, "S C C"]) -> Float[Array, "S C C"]:
     """(I + lower)^-1 by block forward substitution: neighbouring inverses P, Q become [[P, 0], [-Q L P, Q]].
 
-    Above 8 tokens the two halves are merged, which are inverted in the same calls if they are of one size.
+    Above 8 tokens two halves are merged. Halves of equal size are inverted in the same calls.
     """
     systems, count = lower.shape[:2]
     if count <= 8:
@@ -96,12 +96,12 @@ def _small_inverse(lower: Float[Array, "S C C"]) -> Float[Array, "S C C"]:
 
 
 def by_rows(function: Callable[[Array], Array], x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-    """A function of rows, [R,D] -> [R,V], over all leading axes of ``x`` as one: the same arithmetic and derivatives.
+    """A function of rows, [R,D] -> [R,V], applied to ``x`` with all leading axes joined: the results are the same.
 
     XLA on CPU is slow at sums over rows or features where an axis of length 1 leads, and at the weight gradient of a
     linear map where there is a second leading axis: without this the gradient of a norm takes 5 times as long on
     [1, 2048, 512], and that of a map to 512 features 1.6 times on [4, 512, 128] (two cores, jax 0.10.2).
-    Where devices share other axes than the first, they stay apart: XLA would gather them to make one of them.
+    Leading axes after the first stay apart where devices share them: XLA would gather them to join them.
     """
     if x.ndim > 2 and devices_along(of_context(), SHARE_HEADS) > 1:
         for _ in x.shape[:-2]:

@@ -56,7 +56,7 @@ def gated_delta(
       memory: M_0, the weights before the first token. Here and in the result memories are the M of the equations;
         everywhere else in the library they are kernels, the transposes.
       keys, writes: k_t, which need not be unit, and w_t, the vector written against it.
-      queries: q_t, or None when nobody reads (the final state only).
+      queries: q_t, or None for the final state alone.
       retention: alpha_t in [0, 1]; 1 keeps everything. [T,K]: a number for every key channel, diag(alpha_t); then
         there is neither momentum nor base.
       erase: a_t >= 0, the strength of ``-a k k^T``; None means 0 and skips the triangular solve. With a retention
@@ -118,7 +118,7 @@ def evaluate(
     """Write T tokens into every memory and read them: ``chunked.chunk`` over any number of tokens, or its definition.
 
     ``block`` is the number of tokens per chunk, None for all of them. Inactive tokens must come with zero writes and
-    erases; what they retain is seen to here.
+    erases; this function sets their retention.
     """
     tokens, products = tokens._replace(shared=_idle(tokens.shared)), products_of(impl)
     if impl == "sequential":
@@ -127,7 +127,7 @@ def evaluate(
 
 
 def _idle(shared: Shared) -> Shared:
-    """Memory and momentum are retained where a token is not active; ``active`` keeps S from being added there."""
+    """Retention and decay of 1 where a token is not active; ``active`` keeps S from being added there."""
     on, decay = shared.active, shared.momentum_decay
     if on is None:
         return shared

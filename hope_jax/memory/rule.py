@@ -1,6 +1,6 @@
-"""A memory rule fills the slots of the one recurrence: objective x architecture x rates x anchor period x read.
+"""A memory rule is a setting of the one recurrence: objective x architecture x rates x anchor period x read.
 
-The famous fillings are rows of ``catalogue.RULES``. Whatever the row, a memory is written by a gradient step of its
+The known settings are rows of ``catalogue.RULES``. Whatever the row, a memory is written by a gradient step of its
 inner objective at every token, taken at
 
 * ``running``: the memory as it is now. Linear memories only: the L2 gradient *is* the erase, a = rate (DeltaNet).
@@ -76,7 +76,7 @@ class Rule:
       learned_start: the initial weights are parameters of the mixer; otherwise the memory, a matrix, starts at zero.
       shard: tokens after which everything is set back to its start, a multiple of the anchor period; None: never.
         Nothing crosses a shard, so the shards of a sequence can be read at the same time (TNT, arXiv 2511.07343).
-      project_queries: read unit(P_t q_t) in the place of q_t, with P_t = sum k_s k_s^T / ||k_s||^2 over the keys up to
+      project_queries: read with unit(P_t q_t) instead of q_t, with P_t = sum k_s k_s^T / ||k_s||^2 over the keys up to
         and with t (of the shard): the memory is asked in the span of what it was trained on (TNT, Eq. 7).
       transposed: the memory stores the key under the value and is read through its transpose (Oja's rule); for values
         of norm 1, without an anchor.
@@ -144,7 +144,7 @@ class Rule:
 
     @property
     def cycle(self) -> int:
-        """Tokens after which the grid of anchors and shards repeats itself."""
+        """Tokens after which the positions of anchors and shards repeat."""
         return self.period if self.shard is None else self.shard
 
     def start(self, weights: Weights) -> Fast:
@@ -160,7 +160,7 @@ class Rule:
         return weights if self.link is None else tuple(self.link(w) for w in weights)
 
     def apply(self, weights: Weights, x: Float[Array, "T K"], products: Products) -> Float[Array, "T V"]:
-        """What a memory with these written weights answers to ``x``."""
+        """The answer to ``x`` of a memory with these written weights."""
         if self.transposed:
             return products.matmul_nt(x, weights[0])
         return self.architecture.apply(self.acting(weights), x, products)
@@ -178,7 +178,7 @@ def layer_writes(
     """The write of every layer at the anchor (SPEC 1.4).
 
     ``pairs`` are keys [T,K] and values [T,V], ``first`` the first layer of the anchor applied to them (to the values
-    only with ``self_values``), ``later`` the anchor's layers after it. ``fresh``: the memory is the anchor still.
+    only with ``self_values``), ``later`` the anchor's layers after it. ``fresh``: the memory still equals the anchor.
     """
     (keys, values), architecture = pairs, rule.architecture
     through = architecture.forward(first[0], later, products)

@@ -56,7 +56,7 @@ def read(
     impl: Impl = "auto",
     count: Count = None,
 ) -> tuple[Fast, tuple[Float[Array, "T V"], Float[Array, "T K"] | None]]:
-    """``scan`` of keys, values, queries and gates, which also returns the queries that the rule made (None: none)."""
+    """``scan`` of keys, values, queries and gates; also returns the queries if the rule changed them, else None."""
     anchored, length = rule.gradient_at == "anchor", len(tokens[0])
     fast, inside = entered(rule, initial, fast, position, length)
     if not anchored and not inside:
@@ -79,7 +79,7 @@ def entered(
 ) -> tuple[Fast, tuple[int, ...]]:
     """The fast weights before the first of ``length`` tokens, and the period of the shards, if one may begin later.
 
-    Tokens that are known to be inside one shard, from its beginning, are read as if there were no shards.
+    Tokens that are known to be in one shard, from its start, are read as if there were no shards.
     """
     if rule.shard is None:
         return fast, ()
@@ -129,7 +129,7 @@ def _write(
 def projected(
     fast: Fast, keys: Float[Array, "C K"], queries: Float[Array, "C K"], impl: Impl, active: Active
 ) -> tuple[Fast, Float[Array, "C K"]]:
-    """The queries in the span of the keys up to each of them, of norm 1; as they are where no span is kept."""
+    """The queries, projected to the span of the keys so far, with norm 1; unchanged where no span is kept."""
     if fast.span is None:
         return fast, queries
     keys, ones = unit(keys), jnp.ones(len(keys), keys.dtype)
@@ -139,7 +139,7 @@ def projected(
 
 
 def idle(gates: Gates, active: Active) -> Gates:
-    """Gates that write nothing where a token is not active (``evaluate`` sees to what is retained)."""
+    """Gates that write nothing where a token is not active (``evaluate`` sets their retention)."""
     return gates if active is None else gates._replace(rate=active * gates.rate)
 
 
@@ -152,7 +152,7 @@ def linear_memories(rule: Rule, fast: Fast, initial: Weights) -> list[Linear]:
 
 
 def updated(fast: Fast, ends: list[Linear]) -> Fast:
-    """The fast weights, with ``ends`` in the place of the running weights and momenta."""
+    """The fast weights with ``ends`` as running weights and momenta."""
     running = tuple(end.memory if end.base is None else end.base + end.memory for end in ends)
     momentum = tuple(end.momentum for end in ends if end.momentum is not None)
     return fast._replace(running=running, momentum=momentum)

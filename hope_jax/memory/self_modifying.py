@@ -36,7 +36,7 @@ PROJECTIONS, GATES = 1, 2  # groups of ``Boxes``
 
 
 class Streams(NamedTuple):
-    """What arrives per token of one head; x, k, v, q have unit norm.
+    """The inputs of one head for each token; x, k, v, q have unit norm.
 
     ``x`` is the input of the gate memories, ``k``, ``v``, ``q`` that of the projection memory of that name, or the
     finished projection where it is static, ``momentum_decay`` is beta_t, None without momentum.
@@ -60,7 +60,7 @@ class Tuning(NamedTuple):
 class Reading(NamedTuple):
     """What one head returns for every token: y_t, q_t where they are made here, and the gates of the main memory.
 
-    The gates are there to be looked at: nothing is differentiated through them.
+    The gates are for inspection: nothing is differentiated through them.
     """
 
     reads: Float[Array, "T V"]
@@ -99,7 +99,7 @@ class SelfModifying:
 
     @property
     def cycle(self) -> int:
-        """Tokens after which the grid of anchors and shards repeats itself."""
+        """Tokens after which the positions of anchors and shards repeat."""
         return max(rule.cycle for rule in self.rules)
 
     def stacks(self, initial: Boxes) -> tuple[Stack, ...]:
@@ -144,7 +144,7 @@ def scan(
 
 
 class _Head(NamedTuple):
-    """What does not change while a sequence is read; ``starts`` are the packed initial weights, if they are needed."""
+    """What stays the same while a sequence is read; ``starts`` are the packed initial weights, if they are needed."""
 
     spec: SelfModifying
     stacks: tuple[Stack, ...]
@@ -157,7 +157,7 @@ def _run_chunk(head: _Head, fast: Fast, streams: Streams, active: Active, due: t
     """Tokens inside one period: generate keys, values and gates at the anchors, then write every layer of every box."""
     rule, products = head.spec.rules.memory, products_of(head.impl)
     memory, others, *shards = due
-    for begins in shards:  # all boxes at once: keys of a memory that has moved would not fit one that has not
+    for begins in shards:  # all boxes at once: keys of a memory that was set back do not fit one that was not
         fast = restarted(rule, head.starts, fast, begins)
     fresh = memory is True and others is True
     anchor = fast.running if fresh else where_due(head.stacks, Boxes(memory, others, others), fast.running, fast.anchor)
@@ -165,7 +165,7 @@ def _run_chunk(head: _Head, fast: Fast, streams: Streams, active: Active, due: t
     streams, gates = _generate(head, products, fast.anchor, streams)
     gates = idle(gates, active)
     fast, queries = projected(fast, streams.k, streams.q, head.impl, active)
-    # Just refreshed, the anchors are the running weights: their products with the keys are known.
+    # Anchors that were just refreshed are the running weights, so their products with the keys are known.
     write = functools.partial(_write, head, products, fast.anchor, streams, gates, fresh and rule.retain_to != "init")
     writes = [layer for stack in head.stacks for layer in write(stack)]
     main = unpack(head.stacks, fast.anchor)[0] if rule.read == "anchor" else ()
@@ -204,7 +204,7 @@ def _apply_group(
 def _write(
     head: _Head, products: Products, anchor: Weights, streams: Streams, gates: Gates, fresh: bool, stack: Stack
 ) -> list[Write]:
-    """What is written into each layer of stacked boxes; ``fresh``: the memories are the anchors still."""
+    """The writes into each layer of stacked boxes; ``fresh``: the memories are still equal to their anchors."""
     rule, (first, *later) = head.spec.rules[stack.groups[0]], stack.layers(anchor)
     scales = jnp.exp(jnp.stack([head.tuning.log_rate[group] for group in stack.groups]))
     at_keys, at_values = products.matmul(streams.k, first), products.matmul(streams.v, first)

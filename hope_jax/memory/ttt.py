@@ -123,7 +123,7 @@ def _loss(norm: Norm, prediction: Float[Array, " K"], target: Float[Array, " K"]
 def _write(
     rule: Rule, impl: Impl, inner: Inner, inputs: Inputs, active: Active, whole: bool
 ) -> tuple[Inner, Float[Array, "T K"]]:
-    """Write and read inside one mini-batch. ``whole``: the tokens are all of it, so that nothing was written before."""
+    """Write and read inside one mini-batch. ``whole``: the tokens are all of it, so nothing was written before."""
     products, rate = products_of(impl), inputs.rate if active is None else active * inputs.rate
     both = products.matmul(jnp.concatenate([inputs.keys, inputs.queries]), inner.anchor[0])
     at_keys, at_queries = jnp.split(both, 2)
@@ -142,7 +142,7 @@ def _write(
 
 
 def _at_the_end(products: Products, anchor: Weights, writes: list[Write], gain: Scalar) -> Weights:
-    """The next anchor after a whole mini-batch. The writes are smaller than their sum, in the backward pass too."""
+    """The next anchor after a whole mini-batch. The writes take less memory than their sum, in both passes."""
     pairs = zip(anchor, writes, strict=True)
     return tuple(weights + products.matmul_tn(one.keys, gain * one.writes) for weights, one in pairs)
 

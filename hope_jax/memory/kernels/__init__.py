@@ -1,14 +1,14 @@
-"""Which forms of products the memories are computed with; ``impl`` of ``gated_delta``, of rules and of mixers chooses.
+"""The forms of products that memories are computed with; ``impl`` of ``gated_delta``, rules and mixers chooses one.
 
-``auto``        gradients written by hand: those that are fast on CPU there, plain products on other platforms.
+``auto``        gradients written by hand; on CPU those that are fast there, on other platforms plain products.
                 Derivatives of any order in reverse mode, none in forward mode (``jax.jvp``).
 ``chunked``     plain matrix products, differentiable in every mode.
-``sequential``  token by token, the definition; what is not a recurrence is computed as in ``chunked``.
+``sequential``  token by token, the definition; all but the recurrence is computed as in ``chunked``.
 ``pallas``      as ``chunked``, but the loop over chunks is one kernel on a TPU, ``kernels/pallas.py``. Reverse mode.
 
 ``chunked`` and ``pallas`` may end in ``_bfloat16`` or ``_bfloat16_3x``: products of bfloat16 numbers in one pass or in
-three, ``kernels/bfloat16.py``. Sums, gates, inverses and what is carried along stay in float32, but for the decays of
-momentum, which are such products too. Memories with a link (moneta, memora) stay in float32. Reverse mode.
+three, ``kernels/bfloat16.py``. Sums, gates, inverses and states stay in float32; the decays of momentum are such
+products, too. Memories with a link (moneta, memora) stay in float32. Reverse mode.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ NARROW = {
     "bfloat16": Products(*bfloat16.functions(1), products.shifted_sum),
     "bfloat16_3x": Products(*bfloat16.functions(3), products.shifted_sum),
 }
-"""By the ending of ``impl``."""
+"""Ending of ``impl`` -> its products."""
 
 
 def products_of(impl: Impl) -> Products:
@@ -74,13 +74,13 @@ def kernel_loop(impl: Impl) -> Loop | None:
     """The kernel that runs a step over chunks of tokens; None: there is none, ``lax.scan`` does."""
     if not runs_kernel(impl):
         return None
-    from hope_jax.memory.kernels import pallas  # not before somebody asks for it: the import takes long
+    from hope_jax.memory.kernels import pallas  # only where it is used: the import takes long
 
     return pallas.scan
 
 
 def what_runs(impl: Impl, platform: str) -> str:
-    """What runs the chunks of a memory on a platform, as JAX calls it, in words."""
+    """In words, what runs the chunks of a memory on a platform, named as JAX does."""
     if impl == "sequential":
         return "a loop over tokens"
     narrow = impl.partition("_")[2]
@@ -92,10 +92,10 @@ def what_runs(impl: Impl, platform: str) -> str:
 
 
 def inside_kernel(impl: Impl) -> Impl:
-    """How the step of a loop is computed: a kernel can hold no other."""
+    """The ``impl`` of the step of a loop: inside a kernel there is no other kernel."""
     return cast(Impl, impl.replace("pallas", "chunked"))
 
 
 def chunk_loop(impl: Impl) -> Loop:
-    """What runs a step over chunks of tokens."""
+    """The function that runs a step over chunks of tokens."""
     return kernel_loop(impl) or scan_pieces

@@ -2,8 +2,8 @@
 
 A float32 number is a sum of bfloat16 numbers of falling size. One pass multiplies the first of each operand: every
 number is rounded to 8 bits. Three passes take the first two, about 16 bits, and leave out the product of the second
-ones. Gradients are products of the same kind. Inverses of triangular systems are computed in float32 all the same.
-Three passes make NaN of what is infinite: what is left of it after its first part is inf - inf.
+ones. Gradients are products of the same kind. Inverses of triangular systems are computed in float32.
+Three passes turn infinite numbers into NaN: the rest after the first part is inf - inf.
 
 Derivatives are of any order in reverse mode; there is no forward mode.
 """
@@ -21,9 +21,9 @@ from hope_jax.types import Array, Float
 
 
 def rounded(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """The nearest bfloat16 numbers, as float32; of two that are as near the larger one in size. NaN stays NaN.
+    """The nearest bfloat16 numbers, as float32; of two equally near ones the larger in size. NaN stays NaN.
 
-    By their bits: compilers take a conversion to bfloat16 and back for superfluous and leave it out.
+    Computed from the bits, because compilers may drop a conversion to bfloat16 and back.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
     nearest = lax.bitcast_convert_type((bits + 0x8000) & -0x10000, jnp.float32)

@@ -1,4 +1,4 @@
-"""The functions of ``products.py`` with gradients that are fast on CPU, and a layout for heads, for the same end.
+"""The functions of ``products.py`` with gradients that are fast on CPU, and a layout for heads that is fast there.
 
 The gradient of a product contains ``a^T b``. XLA folds that transpose into the product and on CPU then leaves its
 fast kernel for one two to three times slower, so here the transposed operand is written out first on CPU
@@ -21,10 +21,10 @@ from hope_jax.types import Array, Float
 
 
 def save_residuals(*residuals: Array) -> tuple[Array, ...]:
-    """The residuals of a ``jax.custom_vjp``, with one axis more; ``load_residuals`` takes it off.
+    """The residuals of a ``jax.custom_vjp`` with one axis more; ``load_residuals`` removes it.
 
-    jax (0.10.2) takes residuals that are the arguments themselves past the program, and then cannot differentiate
-    twice through vmap and scan (IndexError in batching). A model that trains through the writes of its levels does so.
+    jax (0.10.2) hands residuals that are arguments around the program, and then cannot differentiate twice through
+    vmap and scan (IndexError in batching). Training through the writes of levels needs that.
     """
     return tuple(x[None] for x in residuals)
 
@@ -96,14 +96,14 @@ _solve.defvjp(_solve_forward, _solve_backward)
 
 
 def _shifted_sum_backward(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-    """A sum of the same kind."""
+    """The gradient of ``shifted_sum``, which is a sum of the same kind."""
     more, time = len(kernel) - 1, g.shape[1]
     of_x = shifted_sum(jnp.pad(g, ((0, 0), (more, more), (0, 0))), kernel[::-1])
     of_taps = [jnp.sum((x[:, i : i + time] * g).reshape(-1, g.shape[-1]), axis=0) for i in range(len(kernel))]
     return of_x, jnp.stack(of_taps)
 
 
-# The gradient of a sum of slices would be a sum of padded arrays, and slow.
+# Without this the gradient, of a sum of slices, would be a sum of padded arrays, which is slow.
 shifted_sum = differentiable(products.shifted_sum, _shifted_sum_backward)
 
 

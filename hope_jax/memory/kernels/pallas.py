@@ -48,7 +48,7 @@ def scan(step: Step, state: Any, chunks: Any) -> tuple[Any, Any]:
 
     Args:
       step: ``(state, chunk) -> (state, outputs)``, differentiable in reverse mode, made of operations that the
-        compiler of kernels knows. Arrays from outside that it uses are differentiated, too.
+        compiler of kernels knows. Arrays that it uses from outside are differentiated, too.
       state: pytree of arrays with two axes or more.
       chunks: pytree of arrays [n,C] or [n,C,F], n chunks of C tokens each; so are the outputs. On a TPU, C is a
         multiple of 8.
@@ -67,7 +67,7 @@ def scan(step: Step, state: Any, chunks: Any) -> tuple[Any, Any]:
 def _without_closure(step: Step, state: Any, tokens: Any) -> tuple[Step, list[Array], Any]:
     """The step as a function of all arrays that it uses, those from outside, and the shapes of its outputs.
 
-    A kernel sees its arguments alone. ``jax.closure_convert`` leaves arrays that nobody differentiates where they are.
+    A kernel can only use its arguments; ``jax.closure_convert`` leaves out arrays that are not differentiated.
     """
     program, (after, outputs) = jax.make_jaxpr(step, return_shape=True)(state, tokens)
     results = jax.tree.structure((after, outputs))
@@ -91,7 +91,7 @@ def _differentiable(plan: Plan) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     def saving(*given: Any) -> tuple[Any, Any, Any]:
         return _forward(plan, *given, save=True)
 
-    # Nothing is differentiated through the saved states, which are there for the pullback alone.
+    # The saved states are for the pullback alone: nothing is differentiated through them.
     saving.defvjp(lambda *given: (saving(*given), given), lambda given, g: plain_pullback(given, g[:2]))
 
     @jax.custom_vjp

@@ -92,12 +92,12 @@ def _wide(x: Any) -> tuple[int, ...]:
 
 
 def get(refs: Any, index: Any = ...) -> Any:
-    """What is stored, or part ``index`` of it."""
+    """Read what is stored, or part ``index`` of it."""
     return jax.tree.map(lambda ref: ref[index], refs)
 
 
 def get_narrow(refs: Any, shapes: Any) -> Any:
-    """What is stored ``wide``, with its own ``shapes``."""
+    """Read arrays that are stored ``wide``, in their own ``shapes``."""
     return jax.tree.map(lambda ref, own: ref[...].reshape(own.shape), refs, shapes)
 
 
@@ -111,7 +111,7 @@ def put(refs: Any, values: Any, index: Any = ...) -> None:
 
 
 def get_chunk(refs: Any, shapes: Any, chunk: Any) -> Any:
-    """The tokens of one of the chunks that a step sees."""
+    """Read the tokens of one of the chunks that a step sees."""
     return jax.tree.map(lambda ref, own: ref[_rows(own, chunk)].reshape(own.shape), refs, shapes)
 
 

@@ -1,4 +1,4 @@
-"""What is known of a kernel before it runs, and which states it saves."""
+"""The plan of a kernel: what is known before it runs, and which states it saves."""
 
 import math
 from collections.abc import Callable
@@ -33,13 +33,13 @@ class Plan:
     def save_every(self) -> int:
         """Chunks between two saved states: at most 8, fewer where their states and tokens would not fit on the chip."""
         of_tokens = _bytes((self.tokens, self.tokens, self.outputs))
-        each = _bytes(self.state) + 2 * of_tokens  # those of the next group come while this one is computed
+        each = _bytes(self.state) + 2 * of_tokens  # twice, as the next group is loaded while this one is computed
         most = max(1, min(8, BYTES_ON_CHIP // each))
         return -(-self.chunks // -(-self.chunks // most))
 
     @property
     def groups(self) -> int:
-        """Saved states, one for every ``save_every`` chunks; the last ones may be fewer."""
+        """Saved states, one for every ``save_every`` chunks; the last group may have fewer chunks."""
         return -(-self.chunks // self.save_every)
 
 

@@ -7,7 +7,7 @@ The text is cut into chunks of C tokens, C the period of the fastest level. Per 
     every C_l tokens:  Delta_l -= eta_l optimizer(clip(gathered_l C / C_l));  gathered_l = 0
 
 The label of a chunk's last token is the first of the next chunk, which is read with the new weights: causal. Training
-(``reading_loss``) differentiates through all of it, but for what ``bptt`` cuts. Read ``piece.py`` next: the same for
+(``reading_loss``) differentiates through all of it, except where ``bptt`` cuts. Read ``piece.py`` next: the same for
 a text that comes in pieces.
 """
 

@@ -82,7 +82,7 @@ def records(name: str, builder: Any, split: str) -> Any:
 
 
 def prepare(builder: Any) -> None:
-    """Prepare a dataset silently but for the progress bars; TFDS announces even downloads of which there are none."""
+    """Prepare a dataset and show progress bars alone: TFDS announces downloads even where there are none."""
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
 

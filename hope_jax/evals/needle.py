@@ -53,7 +53,7 @@ def found_at(
         model, params, haystack, seed: as in ``found``.
 
     Raises:
-        UserError: as in ``found``, but for logits that are not finite.
+        UserError: as in ``found``, except for logits that are not finite.
     """
     shares: list[float | None] = []
     for length in lengths:

@@ -132,7 +132,7 @@ def _norm(path: str, names: list[str], width: int, factor: float = 1.0) -> list[
 
 
 def _time(sizes: Sizes, layer: ByLayer, stream: float, values: float) -> list[Part]:
-    """The time mix but for its low-rank maps."""
+    """The parts of the time mix, without its low-rank maps."""
     width, mixer = sizes.width, f"{TIME}/mixer"
     maps = {"receptance": ("r", 1.0), "key": ("k", 1.0), "value": ("v", values), "out": ("o", stream)}
     vectors = {"erase_scale": "k_k", "key_scale": "k_a", **{f"mix_{n}": f"x_{x}" for n, x in MIXED.items()}}

@@ -21,7 +21,7 @@ from hope_jax.memory.recurrence import token_step
 from hope_jax.memory.rule import Rule
 from hope_jax.types import Array, Float
 
-# A floor of sums of powers, such that their inverse powers in a gradient stay finite in float32.
+# A floor of sums of powers: their inverse powers in a gradient then stay finite in float32.
 SMALLEST = 1e-20
 
 

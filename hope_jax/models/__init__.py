@@ -1,4 +1,4 @@
-"""The named models, rows of architecture x size, and what becomes of one: levels in context, no writes, a period."""
+"""The named models, rows of architecture x size, and variants of a model: levels in context, no writes, a period."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -106,7 +106,7 @@ def with_impl(config: ModelConfig, impl: Impl | None) -> ModelConfig:
 
 
 def impls(config: ModelConfig) -> set[Impl]:
-    """How the memories of a model are evaluated; nothing of a model without memories."""
+    """The forms in which the memories of a model are evaluated; empty for a model without memories."""
     found: set[Impl] = set()
     parts: list[Any] = [mixer for mixer, _ in config.pattern]
     while parts:
@@ -137,7 +137,7 @@ def _with_fields(mixer: Any, **values: Any) -> Any:
 
 
 def _changed(config: ModelConfig, change: Callable[[Any], Any]) -> ModelConfig:
-    """The model whose mixers are what ``change`` makes of them."""
+    """The model with ``change(mixer)`` in the place of each mixer."""
     mixers = tuple(change(mixer) for mixer, _ in config.pattern)
     return replace(config, mixer=mixers if isinstance(config.mixer, tuple) else mixers[0])
 
@@ -148,7 +148,7 @@ def row_named(name: str) -> Row:
     Raises UserError with the closest name where there is none, and where the period is not written as in 64. The row
     raises it, too: for a period that its model cannot have, or has without being told.
     """
-    architecture, period, size = _parts_of_name(name)
+    architecture, period, size = _parsed(name)
     if size or architecture not in ARCHITECTURES:
         names = ARCHITECTURES if period is None else [f"{known}@{period}" for known in WITH_PERIOD]
         raise UserError(f"No architecture is called {name!r}; {closest(name, names)}")
@@ -161,7 +161,7 @@ def model_named(name: str) -> ModelConfig:
 
     Raises UserError with the closest names, and how names are made, otherwise.
     """
-    architecture, period, size = _parts_of_name(name)
+    architecture, period, size = _parsed(name)
     if architecture + size not in MODELS or (period is not None and not size):
         names = MODELS if period is None else [f"{row}@{period}-{size}" for row in WITH_PERIOD for size in SIZES]
         hint = guess(name, names) or "names are ARCHITECTURE-SIZE, such as hope-tiny."
@@ -170,7 +170,7 @@ def model_named(name: str) -> ModelConfig:
     return _with_other_period(MODELS[architecture + size], period)
 
 
-def _parts_of_name(name: str) -> tuple[str, int | None, str]:
+def _parsed(name: str) -> tuple[str, int | None, str]:
     """The parts of ARCHITECTURE, @PERIOD and -SIZE: the last with its dash, or empty; None: there is no period.
 
     One model has one spelling, as runs are told apart by name: a period has no zeros in front.

@@ -205,7 +205,7 @@ def delta_dense(features: int, strength: float = 1.0, rows: int | None = None, *
       rows: N, the number of rows that the loss averages over; 1 for a summed loss. By default the product of all axes
         of the input but the last. Give it where the layer does not see all rows at once (under ``vmap``, ``shard_map``,
         accumulated gradients) or where the loss leaves some out.
-      dense: fields of ``flax.linen.Dense`` but for ``dot_general`` (``use_bias``, ``dtype``, ``kernel_init``, ...).
+      dense: fields of ``flax.linen.Dense`` except ``dot_general`` (``use_bias``, ``dtype``, ``kernel_init``, ...).
     """
     if taken := {"dot_general", "dot_general_cls"} & dense.keys():
         raise UserError(f"delta_dense sets dot_general itself; leave out {sorted(taken)} or use flax.linen.Dense")

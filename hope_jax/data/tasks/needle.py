@@ -11,7 +11,7 @@ A long text hides a number between two of its sentences, and asks for it at the 
 S-NIAH-1 hides it in noise, the same line over and over (``noise_haystack``), S-NIAH-2 in prose (``text_haystack``).
 The sentences, the line of noise, the numbers and the 40 depths are RULER's. What differs makes it a task to train on:
 
-* A prompt has exactly as many tokens as it shall have: the first sentence of the haystack loses its beginning.
+* A prompt has exactly the tokens that were asked for: the first sentence of the haystack is cut at its beginning.
 * Prose starts anywhere in files of your choice; RULER always takes the beginning of essays that are not free.
 * Keys are words of short lists; depths in noise are the same 40 values as in prose, where RULER takes any line.
 * The answer has 8 tokens to be written in; RULER lets a model write 128, and finds the number anywhere in them.

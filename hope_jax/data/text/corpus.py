@@ -1,6 +1,6 @@
 """A corpus: documents in a fixed order, and which bytes of them are held out.
 
-Documents come from files.py (read it next) or ../tfds_source.py; windows.py keeps what comes of either.
+Documents come from files.py (read it next) or ../tfds_source.py; windows.py keeps their tokens.
 """
 
 import hashlib

@@ -205,7 +205,7 @@ def adds_blank(tokenizer: Tokenizer) -> bool:
 
 
 def _definition(text: str) -> str:
-    """The contents of a file, less the settings of the model that it was trained for: they cut, pad or vary ids."""
+    """The contents of a file without settings of the model it was made for, which would cut, pad or vary ids."""
     definition = json.loads(text)
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
         raise ValueError("it has no model")
@@ -241,6 +241,6 @@ def _byte_lengths(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Int64[np.
 
 
 def _plain_length(token: str) -> int:
-    """Other vocabularies write text as it is, but for the blank (one symbol) and for single bytes (<0x0A>)."""
+    """Other vocabularies write text as it is, except blanks (one symbol) and single bytes (<0x0A>)."""
     is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", token)
     return 1 if is_byte else len(token.replace("\u2581", " ").encode())

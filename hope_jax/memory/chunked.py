@@ -92,8 +92,6 @@ def chunk(
         write, weights = writes[index], first_box(linears[index], writes[index].writes.shape[-1])
         keys = write.keys[0] if write.keys.ndim == 3 else write.keys
         written, own = jax.tree.map(lambda x: x[0] if x.ndim == 3 else x, (write.writes, erased[index]))
-        if at_inputs is None:
-            at_inputs = products.matmul(inputs, weights.memory)
         return _read(products, coefficients.read, weights, at_inputs, keys, written, own, inputs)
 
     return ends, read(lookup, queries)
@@ -153,23 +151,23 @@ def _write(
     products, coefficients: Coefficients, linear: Linear, write: Write, gram: Float[Array, "C C"], inverse
 ) -> tuple[Linear, Float[Array, "*N C F"] | None]:
     """The memories after the chunk, and each box's erases E_s = -a_s M_{s-1} k_s (None without erase)."""
-    last, erased = coefficients.last, None
-    added = last.writes[:, None] * side_by_side(write.writes)
+    last, momentum, erased, written = coefficients.last, coefficients.momentum, None, side_by_side(write.writes)
+    added = last.writes[:, None] * written
     if inverse is not None:
         erased = _erases(products, coefficients.before, linear, write, gram, inverse)
         added += last.erases[:, None] * side_by_side(erased)
-    memory = last.memory * linear.memory + products.matmul_tn(write.keys, added)
-    if linear.momentum is None or coefficients.momentum is None:
-        return linear._replace(memory=memory), erased
-    memory += last.momentum * linear.momentum
-    added = products.matmul_tn(write.keys, coefficients.momentum.writes[:, None] * side_by_side(write.writes))
-    return Linear(memory, coefficients.momentum.momentum * linear.momentum + added, linear.base), erased
+    if linear.momentum is None or momentum is None:
+        return linear._replace(memory=last.memory * linear.memory + products.matmul_tn(write.keys, added)), erased
+    added, more = products.matmul_tn_each(write.keys, added, momentum.writes[:, None] * written)
+    memory = last.memory * linear.memory + last.momentum * linear.momentum + added
+    return Linear(memory, momentum.momentum * linear.momentum + more, linear.base), erased
 
 
 def _erases(products, before: Share, linear: Linear, write: Write, gram, inverse) -> Float[Array, "*N C F"]:
     at_keys = write.memory_at_keys
     at_keys = products.matmul(write.keys, linear.memory) if at_keys is None else at_keys
-    right = _without_erases(products, before, linear, at_keys, write.keys, gram, side_by_side(write.writes))
+    terms = _without_erases(before, linear, write.keys, gram, side_by_side(write.writes))
+    right = before.memory[:, None] * at_keys + products.matmul_sum(*terms)
     lower = before.erases * gram
 
     def solve(erase, right, inverse):
@@ -180,21 +178,25 @@ def _erases(products, before: Share, linear: Linear, write: Write, gram, inverse
     return jax.vmap(solve)(write.erase, apart(right, len(write.writes)), inverse)
 
 
-def _without_erases(products, share: Share, linear: Linear, at_inputs, inputs, scores, writes) -> Float[Array, "C V"]:
+def _without_erases(share: Share, linear: Linear, inputs, scores, writes) -> list[tuple[Array, Array]]:
     """The memory at each time, applied to the input [C,K] of that time, as if the chunk erased nothing.
 
-    ``at_inputs`` [C,V] is the memory before the chunk applied to the inputs, ``scores`` [C,C] are the products of
-    inputs and keys.
+    Pairs (a, b): what the memory before the chunk answers is to be added to the sum of their products a b, [C,V].
+    ``scores`` [C,C] are the products of inputs and keys.
     """
-    value = share.memory[:, None] * at_inputs + products.matmul(share.writes * scores, writes)
+    terms = [(share.writes * scores, writes)]
     if linear.momentum is not None:
-        value += share.momentum[:, None] * products.matmul(inputs, linear.momentum)
+        terms.append((share.momentum[:, None] * inputs, linear.momentum))
     if linear.base is not None:
-        value += products.matmul(inputs, linear.base)
-    return value
+        terms.append((inputs, linear.base))
+    return terms
 
 
 def _read(products, share: Share, linear: Linear, at_inputs, keys, writes, erased, inputs) -> Float[Array, "C V"]:
     scores = products.matmul_nt(inputs, keys)
-    reads = _without_erases(products, share, linear, at_inputs, inputs, scores, writes)
-    return reads if erased is None else reads + products.matmul(share.erases * scores, erased)
+    terms = _without_erases(share, linear, inputs, scores, writes)
+    if erased is not None:
+        terms.append((share.erases * scores, erased))
+    if at_inputs is None:
+        return products.matmul_sum(*terms, (share.memory[:, None] * inputs, linear.memory))
+    return share.memory[:, None] * at_inputs + products.matmul_sum(*terms)

@@ -4,22 +4,29 @@
                 Derivatives of any order in reverse mode, none in forward mode (``jax.jvp``).
 ``chunked``     plain matrix products, differentiable in every mode.
 ``sequential``  token by token, the definition; all but the recurrence is computed as in ``chunked``.
-``pallas``      as ``chunked``, but the loop over chunks is one kernel on a TPU, ``kernels/pallas.py``. Reverse mode.
+``pallas``      as ``chunked``, but the loop over chunks is one kernel on a TPU, ``kernels/pallas.py``, with products
+                that fit its matrix unit, ``kernels/inside.py``. Reverse mode.
 
 ``chunked`` and ``pallas`` may end in ``_bfloat16`` or ``_bfloat16_3x``: products of bfloat16 numbers in one pass or in
 three, ``kernels/bfloat16.py``. Sums, gates, inverses and states stay in float32; the decays of momentum are such
 products, too. Memories with a link (moneta, memora) stay in float32. Reverse mode.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Literal, NamedTuple, cast
+
+import jax.numpy as jnp
 
 from hope_jax.errors import check_word
 from hope_jax.kept import scan_pieces
 from hope_jax.levels import Loop
 from hope_jax.memory import products
-from hope_jax.memory.kernels import bfloat16, cpu
+from hope_jax.memory.kernels import bfloat16, cpu, inside
 from hope_jax.types import Array
 
 Impl = Literal[
@@ -35,7 +42,10 @@ Impl = Literal[
 
 
 class Products(NamedTuple):
-    """The functions of ``memory/products.py``, in one of their forms."""
+    """The functions of ``memory/products.py``, in one of their forms.
+
+    ``joined``: a few large products are faster than several small ones.
+    """
 
     matmul: Callable[[Array, Array], Array]
     matmul_nt: Callable[[Array, Array], Array]
@@ -44,6 +54,21 @@ class Products(NamedTuple):
     inverse: Callable[[Array], Array]
     solve: Callable[[Array, Array, Array, Array], Array]
     shifted_sum: Callable[[Array, Array], Array]
+    joined: bool = False
+
+    def matmul_sum(self, *pairs: tuple[Array, Array]) -> Array:
+        """The sum of a b [*N,M,V] over pairs (a [*N,M,C], b [*N,C,V]); C may differ. One product if ``joined``."""
+        if not self.joined:
+            return functools.reduce(jnp.add, itertools.starmap(self.matmul, pairs))
+        left, right = zip(*pairs, strict=True)
+        return self.matmul(jnp.concatenate(left, axis=-1), jnp.concatenate(right, axis=-2))
+
+    def matmul_tn_each(self, a: Array, *right: Array) -> list[Array]:
+        """a^T b [*N,M,V] of one a [*N,C,M] for each b [*N,C,V]; V may differ. One product if ``joined``."""
+        if not self.joined:
+            return [self.matmul_tn(a, b) for b in right]
+        cuts = list(itertools.accumulate(b.shape[-1] for b in right[:-1]))
+        return jnp.split(self.matmul_tn(a, jnp.concatenate(right, axis=-1)), cuts, axis=-1)
 
 
 def _products(form: ModuleType) -> Products:
@@ -51,17 +76,30 @@ def _products(form: ModuleType) -> Products:
     return Products(*of_matrices, form.unit_lower_inverse, form.solve_unit_lower, form.shifted_sum)
 
 
-PLAIN, AUTO = _products(products), _products(cpu)
+PLAIN, AUTO, INSIDE = _products(products), _products(cpu), _products(inside)._replace(joined=True)
 NARROW = {
     "bfloat16": Products(*bfloat16.functions(1), products.shifted_sum),
     "bfloat16_3x": Products(*bfloat16.functions(3), products.shifted_sum),
 }
 """Ending of ``impl`` -> its products."""
+_for_kernel: contextvars.ContextVar[bool] = contextvars.ContextVar("for_kernel", default=False)
+
+
+@contextlib.contextmanager
+def for_kernel() -> Iterator[None]:
+    """What is traced in here becomes a kernel: "chunked" has products that fit the matrix unit, ``inside.py``."""
+    before = _for_kernel.set(True)
+    try:
+        yield
+    finally:
+        _for_kernel.reset(before)
 
 
 def products_of(impl: Impl) -> Products:
     """The products that ``impl`` asks for. Raises UserError for another word."""
     check_word("impl", impl, Impl)
+    if impl == "chunked" and _for_kernel.get():
+        return INSIDE
     return AUTO if impl == "auto" else NARROW.get(impl.partition("_")[2], PLAIN)
 
 

@@ -19,6 +19,8 @@ from hope_jax.memory import products
 from hope_jax.memory.products import transpose
 from hope_jax.types import Array, Float
 
+Product = Callable[[Array, Array], Array]
+
 
 def save_residuals(*residuals: Array) -> tuple[Array, ...]:
     """The residuals of a ``jax.custom_vjp`` with one axis more; ``load_residuals`` removes it.
@@ -66,33 +68,30 @@ def unit_lower_inverse(lower: Float[Array, "S C C"]) -> Float[Array, "S C C"]:
     return save_for_backward(products.unit_lower_inverse(lax.stop_gradient(lower)))
 
 
-def solve_unit_lower(
-    lower: Float[Array, "C C"], weights: Float[Array, " C"], right: Float[Array, "C V"], inverse: Float[Array, "C C"]
-) -> Float[Array, "C V"]:
+def implicit_solve(matmul: Product, matmul_nt: Product, matmul_tn: Product) -> Callable[..., Float[Array, "C V"]]:
     """``products.solve_unit_lower`` with an implicit gradient: one more product with the same inverse."""
-    return _solve(False, lower, weights, right, lax.stop_gradient(inverse))
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def solve(transposed: bool, lower: Array, weights: Array, right: Array, inverse: Array) -> Array:
+        return (matmul_tn if transposed else matmul)(inverse, right)
+
+    def forward(transposed: bool, lower: Array, weights: Array, right: Array, inverse: Array):
+        solution: Array = solve(transposed, lower, weights, right, inverse)
+        return solution, save_residuals(lower, weights, inverse, solution)
+
+    def backward(transposed: bool, residuals: tuple[Array, ...], g: Array):
+        """With A = I + L diag(w) and A X = B: the cotangent of B is R = A^-T g, that of L diag(w) is -R X^T."""
+        lower, weights, inverse, solution = load_residuals(residuals)
+        of_right: Array = solve(not transposed, lower, weights, g, inverse)
+        left, x = (solution, of_right) if transposed else (of_right, solution)
+        of_lower = -matmul_nt(left, weights[:, None] * x)
+        return of_lower, -jnp.sum(matmul_tn(lower, left) * x, axis=1), of_right, None
+
+    solve.defvjp(forward, backward)
+    return lambda lower, weights, right, inverse: solve(False, lower, weights, right, lax.stop_gradient(inverse))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(transposed: bool, lower: Array, weights: Array, right: Array, inverse: Array) -> Array:
-    return (matmul_tn if transposed else matmul)(inverse, right)
-
-
-def _solve_forward(transposed: bool, lower: Array, weights: Array, right: Array, inverse: Array):
-    solution: Array = _solve(transposed, lower, weights, right, inverse)
-    return solution, save_residuals(lower, weights, inverse, solution)
-
-
-def _solve_backward(transposed: bool, residuals: tuple[Array, ...], g: Array):
-    """With A = I + L diag(w) and A X = B: the cotangent of B is R = A^-T g, that of L diag(w) is -R X^T."""
-    lower, weights, inverse, solution = load_residuals(residuals)
-    of_right: Array = _solve(not transposed, lower, weights, g, inverse)
-    left, x = (solution, of_right) if transposed else (of_right, solution)
-    of_lower = -matmul_nt(left, weights[:, None] * x)
-    return of_lower, -jnp.sum(matmul_tn(lower, left) * x, axis=1), of_right, None
-
-
-_solve.defvjp(_solve_forward, _solve_backward)
+solve_unit_lower = implicit_solve(matmul, matmul_nt, matmul_tn)
 
 
 def _shifted_sum_backward(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hope_jax.memory.kernels import for_kernel
 from hope_jax.memory.kernels.places import (
     Shape,
     chunked,
@@ -69,7 +70,8 @@ def _without_closure(step: Step, state: Any, tokens: Any) -> tuple[Step, list[Ar
 
     A kernel can only use its arguments; ``jax.closure_convert`` leaves out arrays that are not differentiated.
     """
-    program, (after, outputs) = jax.make_jaxpr(step, return_shape=True)(state, tokens)
+    with for_kernel():
+        program, (after, outputs) = jax.make_jaxpr(step, return_shape=True)(state, tokens)
     results = jax.tree.structure((after, outputs))
 
     def run(state: Any, tokens: Any, *held: Array) -> tuple[Any, Any]:

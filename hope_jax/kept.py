@@ -1,10 +1,14 @@
-"""How exactly the backward pass keeps the states of memories between two pieces of a sequence.
+"""How exactly the backward pass keeps the states of memories between two pieces of a sequence, and how many of them.
 
 A loop over pieces, such as the chunks of a memory, keeps the state before each of them, and its backward pass computes
 one piece after another again from there. These states are most of what training a memory keeps. They may be kept in
 bfloat16, at half the bytes: the forward pass, and so the loss, stays exactly as it is, and the backward pass computes
 each piece again from a state that was rounded (8 bits of precision). Only the gradient changes. Every state is rounded
-once; what that changes in the gradient goes on through the pieces before.
+once, in nested loops what an inner one starts from, too; what that changes in the gradient goes on through the pieces
+before.
+
+The loop may also be nested, with about sqrt(n) of n pieces in each inner loop: the states before the inner loops are
+kept and, of one at a time, those inside it, 2 sqrt(n) instead of n. The pieces are then computed one time more.
 
 The loops are those of ``levels.py``, ``memory/kernels`` and ``nn/token_scan.py`` and, with ``remat_every``, that of
 ``train/step.py``. The loop over segments (``nn/segments.py``) keeps its states exactly. A gradient of such a gradient
@@ -14,6 +18,7 @@ would be wrong, because bits have no derivative; ``train/remat.py`` refuses what
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -29,28 +34,57 @@ RematStates = Literal["exact", "bfloat16"]
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 _chosen: contextvars.ContextVar[RematStates] = contextvars.ContextVar("remat_states", default="exact")
+_nested: contextvars.ContextVar[bool] = contextvars.ContextVar("nested", default=False)
 
 
 @contextlib.contextmanager
-def keeping(states: RematStates) -> Iterator[None]:
+def keeping(states: RematStates, nested: bool = False) -> Iterator[None]:
     """Loops that are traced in here keep their states so; a program that ``jax.jit`` has traced before stays as it is.
+
+    ``nested``: loops whose states are larger than what a piece reads become loops of loops (``pieces_of_inner_loop``).
 
     Raises UserError for an unknown word.
     """
     check_word("remat_states", states, RematStates)
-    before = _chosen.set(states)
+    before = _chosen.set(states), _nested.set(nested)
     try:
         yield
     finally:
-        _chosen.reset(before)
+        _chosen.reset(before[0])
+        _nested.reset(before[1])
+
+
+def pieces_of_inner_loop(count: int) -> int:
+    """Of ``count`` pieces: the largest divisor up to their root; 1 (no nesting) where that does not halve states."""
+    size = next(n for n in range(math.isqrt(count), 0, -1) if count % n == 0)
+    return size if 2 * (size + count // size) <= count else 1
 
 
 def scan_pieces(step: Step, state: Any, pieces: Any, remat: Callable[[Step], Step] = jax.checkpoint) -> tuple[Any, Any]:
     """``lax.scan(step, state, pieces)``, whose backward pass computes the pieces a second time, one after another.
 
     ``remat`` does that where states are kept as they are. In bfloat16 nothing is kept besides them, whatever ``remat``
-    would save; there is no forward mode (``jax.jvp``).
+    would save; there is no forward mode (``jax.jvp``). In nested loops the pieces are computed a third time.
     """
+    count = jax.tree.leaves(pieces)[0].shape[0]
+    size = pieces_of_inner_loop(count) if _nested.get() and count * _bytes(state) > _bytes(pieces) else 1
+    if size == 1:
+        return _scan(step, state, pieces, remat)
+
+    def inner(state: Any, some: Any) -> tuple[Any, Any]:
+        return _scan(step, state, some, remat)
+
+    cut = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), pieces)
+    state, outputs = _scan(inner, state, cut, functools.partial(jax.checkpoint, prevent_cse=False))
+    return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _scan(step: Step, state: Any, pieces: Any, remat: Callable[[Step], Step]) -> tuple[Any, Any]:
+    """``scan_pieces`` in one loop."""
     if _chosen.get() == "exact":
         return lax.scan(remat(step), state, pieces)
     # What ``step`` uses from outside becomes an argument, so that it is differentiated, too.

@@ -1,6 +1,7 @@
 """States kept in bfloat16 for the backward pass: the same outputs, the gradient at rounded states, fewer bytes."""
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from hope_jax import train as training
 from hope_jax.cli.compile import CompileConfig
 from hope_jax.cli.pretrain import PretrainConfig
 from hope_jax.errors import UserError
-from hope_jax.kept import keeping, scan_pieces
+from hope_jax.kept import keeping, pieces_of_inner_loop, scan_pieces
 from hope_jax.levels import Level, scan_periods
 from hope_jax.models import ARCHITECTURES, LanguageModel, Size, with_impl, with_in_context
 
@@ -78,6 +79,28 @@ def test_states_that_stay_exact_are_kept_by_what_kept_them_before(untyped):
             assert scan_pieces(step, jnp.zeros(()), jnp.ones(3), remat)[0] == -3
     with pytest.raises(UserError, match="remat_states is 'float16'; expected one of"), keeping(cast(Any, "float16")):
         pass
+
+
+def test_nested_loops_give_the_same_and_nearly_so_from_rounded_states(x64):
+    draw = np.random.default_rng(0)
+    given = 0.9, draw.normal(size=3), draw.normal(size=(18, 1))  # states are larger than pieces
+    gradients = []
+    for states in ("exact", "bfloat16"):
+        for nested in (False, True):
+            with keeping(states, nested):
+                of_sines = jax.jit(jax.value_and_grad(lambda *given: sines(*given), argnums=(0, 1, 2)))
+                gradients.append(of_sines(*given))
+                loops = str(jax.make_jaxpr(lambda *given: sines(*given))(*given)).count("length=")
+            assert loops == (2 if nested else 1)
+    close, value = np.testing.assert_allclose, gradients[0][0]
+    jax.tree.map(functools.partial(close, rtol=1e-12), gradients[0], gradients[1])
+    for found in gradients[1:]:
+        assert found[0] == value
+        jax.tree.map(functools.partial(close, rtol=0.05), found, gradients[0])
+
+
+def test_inner_loops_are_divisors_that_halve_what_is_kept():
+    assert [pieces_of_inner_loop(count) for count in (1, 8, 12, 16, 18, 127, 128, 129)] == [1, 1, 1, 4, 3, 1, 8, 3]
 
 
 def test_half_the_bytes_are_kept_also_in_nested_loops():

@@ -72,6 +72,7 @@ def _asked(config: CompileConfig, setup: training.Setup, flops: int) -> dict[str
         "model": f"{config.model}, {parameters:,} parameters, {config.dtype}",
         "batch": f"{config.batch} x {config.length} tokens, {setup.tokens // setup.devices:,} a chip",
         "memories": evaluated(with_impl(model_named(config.model), config.impl), chip.platform),
+        "kept": training.what_is_kept(config.remat, config.remat_every, chip.platform),
         "chips": f"{setup.devices}, {config.topology}, {chip.device_kind}",
         "model FLOPs": f"{flops / setup.tokens:.4g} per token, {flops / setup.devices:.4g} a chip and step",
     }

@@ -24,7 +24,8 @@ class StepFlags:
     """Tokens between the states that are kept for the backward pass, which computes the rest again; must divide the
     length. None: the whole sequence at once."""
     remat: training.Remat = "auto"
-    """block: keep the input of every block alone. auto: block on an accelerator without --remat-every, else none."""
+    """block: keep the input of every block alone. nested: of the states of its memories, too, fewer than one a chunk.
+    auto: nested on an accelerator without --remat-every, else none."""
     remat_states: training.RematStates = "exact"
     """bfloat16: the states of memories are kept for the backward pass at half the bytes; gradients are rounded."""
     impl: Impl | None = None

@@ -131,7 +131,8 @@ class LanguageModel(nn.Module):
 
     ``remat``: the backward pass of training keeps the input of each block (of a pattern: of the first of its blocks)
     and computes the rest a second time, block by block. The parameters and, up to rounding, all numbers are the same.
-    ``remat_states``: how exactly the backward pass keeps the states of memories between chunks (``kept.py``).
+    ``remat_states``, ``nested``: how exactly the backward pass keeps the states of memories between chunks, and whether
+    it keeps fewer of them, in nested loops (``kept.py``).
     ``sequences``: the devices that share a batch and its tokens, between mixers and feed-forward parts; None: as JAX
     decides.
     """
@@ -140,6 +141,7 @@ class LanguageModel(nn.Module):
     remat: bool = False
     sequences: NamedSharding | None = None
     remat_states: RematStates = "exact"
+    nested: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -199,7 +201,7 @@ class LanguageModel(nn.Module):
             (ids that are only known at run time give NaN logits instead).
         """
         learns = isinstance(state, ContextState)
-        with mesh_of(self.sequences), keeping(self.remat_states):
+        with mesh_of(self.sequences), keeping(self.remat_states, self.nested):
             depth = entry(self.config, self._embed(tokens))
             (x, _), blocks = self.blocks(depth, state.blocks if learns else state, count)
             logits = self._logits(shared(x, self.sequences))

@@ -24,7 +24,7 @@ with extra("train"):
     from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
     from hope_jax.train.processes import ProcessesConfig, is_first, told
     from hope_jax.train.record import median_speed, read_rows
-    from hope_jax.train.remat import Remat, RematStates, check_states
+    from hope_jax.train.remat import Remat, RematStates, check_states, what_is_kept
     from hope_jax.train.run import Run, TextRun
     from hope_jax.train.saving import Saver, save
     from hope_jax.train.schedules import SCHEDULES, Schedule
@@ -49,5 +49,5 @@ __all__ = [
     "check_states", "compile_step", "cores", "count_bytes", "count_parameters", "fit", "flops_per_token", "init_params",
     "is_first", "keep_programs", "median_speed", "model_setup", "next_token_loss", "open_run", "optimizer", "progress",
     "read_manifest", "read_rows", "restore", "restore_params", "save", "saved_steps", "schedule", "split_host",
-    "state_bytes", "text_setup", "told", "topology", "train_step",
+    "state_bytes", "text_setup", "told", "topology", "train_step", "what_is_kept",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from hope_jax.memory.kernels import Impl
 from hope_jax.models import LanguageModel, with_impl
 from hope_jax.train.kernels import check_kernels
 from hope_jax.train.optimizer import OptimizerConfig, optimizer, schedule
-from hope_jax.train.remat import Remat, check_states, keeps_block_inputs
+from hope_jax.train.remat import Remat, check_states, chosen_remat
 from hope_jax.train.run import TextRun
 from hope_jax.train.schedules import COSINE, Schedule
 from hope_jax.train.setup import Setup
@@ -75,7 +75,8 @@ def text_setup(
     platform = None if mesh is None else mesh.devices.flat[0].platform
     config = with_impl(run.model, impl)
     check_states(remat_states, config, remat_every)
-    model = model_on(mesh, config, keeps_block_inputs(remat, remat_every, platform), remat_states)
+    word = chosen_remat(remat, remat_every, platform)
+    model = model_on(mesh, config, word != "none", remat_states, word == "nested")
     loss = next_token_loss(model, byte_lengths, remat_every, run.z_loss)
     more = {"mesh": mesh, "shape": run.schedule, "spike": run.spike} | more
     setup = model_setup(model, loss, run.optimizer, steps, run.batch * run.length, **more)

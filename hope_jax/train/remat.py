@@ -1,8 +1,9 @@
 """Memory or time: what the backward pass keeps, and what it computes a second time. Numbers change by rounding alone.
 
-The memories always compute their chunks a second time (``levels.scan_levels``). Beyond that there are three choices::
+The memories always compute their chunks a second time (``levels.scan_levels``). Beyond that there are these choices::
 
     remat = "block"            of every block its input is kept; memory for one block at a time
+    remat = "nested"           so, too; and of that block the states of its memories before every few chunks
     remat_every = N            of every N tokens the state before them is kept; memory for N tokens
     remat_states = "bfloat16"  the states before chunks, and before pieces of N tokens, are kept rounded (``kept.py``):
                                the loss is the same, its gradient differs by what rounding the states makes
@@ -20,18 +21,32 @@ from hope_jax.kept import RematStates
 from hope_jax.memory.kernels import runs_kernel
 from hope_jax.models import LanguageModel, ModelConfig, has_memory, impls
 
-Remat = Literal["auto", "none", "block"]
-"""auto: "block" on an accelerator where there is no ``remat_every``, else "none"."""
+Remat = Literal["auto", "none", "block", "nested"]
+"""auto: "nested" on an accelerator where there is no ``remat_every``, else "none"."""
+KEPT = {
+    "none": "all that blocks compute",
+    "block": "the input of every block",
+    "nested": "the input of every block, states of memories before every few chunks",
+}
 
 
-def keeps_block_inputs(remat: Remat, remat_every: int | None, platform: str | None = None) -> bool:
-    """Whether of every block the input alone is kept. Raises UserError for an unknown word.
+def chosen_remat(remat: Remat, remat_every: int | None, platform: str | None = None) -> Remat:
+    """What "auto" is here; other words as they are. Raises UserError for an unknown word.
 
     ``platform``: of the devices that train, as JAX calls it; None: this machine's.
     """
     check_word("remat", remat, Remat)
+    if remat != "auto":
+        return remat
     platform = jax.default_backend() if platform is None else platform
-    return remat == "block" or (remat == "auto" and remat_every is None and platform != "cpu")
+    return "nested" if remat_every is None and platform != "cpu" else "none"
+
+
+def what_is_kept(remat: Remat, remat_every: int | None, platform: str) -> str:
+    """What the backward pass of training keeps, in words, with the word that ``remat`` is here."""
+    word = chosen_remat(remat, remat_every, platform)
+    pieces = "" if remat_every is None else f", of pieces of {remat_every} tokens"
+    return f"{word}: {KEPT[word]}{pieces}"
 
 
 def check_states(states: RematStates, model: ModelConfig, remat_every: int | None) -> None:

@@ -42,19 +42,23 @@ LEFT_OVER: Mapping[str, str] = dict.fromkeys(("all_heads", "hidden", "head_dim",
 
 
 def model_on(
-    mesh: Mesh | None, config: ModelConfig, remat: bool = False, remat_states: RematStates = "exact"
+    mesh: Mesh | None,
+    config: ModelConfig,
+    remat: bool = False,
+    remat_states: RematStates = "exact",
+    nested: bool = False,
 ) -> LanguageModel:
     """The model for a mesh: it has the same parameters and, up to rounding, computes the same numbers.
 
-    ``remat``, ``remat_states``: as in ``LanguageModel``.
+    ``remat``, ``remat_states``, ``nested``: as in ``LanguageModel``.
 
     Raises UserError where the devices do not divide its width or heads.
     """
     if mesh is None or mesh.size == 1:
-        return LanguageModel(config, remat, remat_states=remat_states)
+        return LanguageModel(config, remat, None, remat_states, nested)
     MeshConfig(**mesh.shape).check_model(config)
     sequences = NamedSharding(mesh, PartitionSpec(SHARE_BATCH, SHARE_TOKENS))
-    return LanguageModel(config, remat, sequences, remat_states)
+    return LanguageModel(config, remat, sequences, remat_states, nested)
 
 
 def check_shares(config: MeshConfig, model: ModelConfig) -> None:

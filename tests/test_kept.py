@@ -99,6 +99,20 @@ def test_nested_loops_give_the_same_and_nearly_so_from_rounded_states(x64):
         jax.tree.map(functools.partial(close, rtol=0.05), found, gradients[0])
 
 
+def test_nested_loops_keep_fewer_states():
+    """Of 64 states 8, and 8 at a time of the inner loops."""
+
+    def loss(nested, weight, start):
+        with keeping("exact", nested):
+            return jnp.sum(scan_pieces(lambda s, x: (jnp.sin(s @ weight), x * jnp.sum(s)), start, jnp.ones(64))[1])
+
+    shape, used = jax.ShapeDtypeStruct((256, 256), jnp.float32), []
+    for nested in (False, True):
+        gradient: Any = jax.jit(jax.grad(functools.partial(loss, nested), argnums=(0, 1)))
+        used.append(gradient.lower(shape, shape).compile().memory_analysis().temp_size_in_bytes)
+    assert used[0] > 64 * 4 * 256**2 and used[1] < 0.5 * used[0]
+
+
 def test_inner_loops_are_divisors_that_halve_what_is_kept():
     assert [pieces_of_inner_loop(count) for count in (1, 8, 12, 16, 18, 127, 128, 129)] == [1, 1, 1, 4, 3, 1, 8, 3]
 

@@ -35,7 +35,7 @@ from hope_jax.errors import UserError
 from hope_jax.models import without_writes
 
 CONTROL = "_without_writes"
-MODELS_VERSION = 3
+MODELS_VERSION = 4
 """Of what models compute and start from: runs of different versions are not compared. A change of a row that changes
 its parameter count needs no new version, as a row with another count is another model in the tables."""
 COLUMNS = ("row", "parameters", "rate", "bits per byte", "at the start", "tokens/s", "step, MB", "state, KB", "seeds")

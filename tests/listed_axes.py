@@ -44,9 +44,12 @@ LISTED = {
             ("up/kernel", "embed hidden", "matrix decays"),
             ("down/kernel", "hidden embed", "matrix decays"),
         )
-        if not (level.startswith("level") and name == "gate/kernel")
     },
-    **{f"blocks/feed_forward/level_{i}/up_basis": ("layers embed rank", "matrix") for i in (0, 1)},
+    **{
+        f"blocks/feed_forward/level_{i}/{name}_basis": ("layers embed rank", "matrix")
+        for i in (0, 1)
+        for name in ("gate", "up")
+    },
     **{f"blocks/feed_forward/level_{i}/down_basis": ("layers hidden rank", "matrix") for i in (0, 1)},
     f"{MIXER}/persistent": ("layers persistent embed", ""),
     **{f"{MIXER}/{name}/scale": ("layers embed", "") for name in ("out/norm_attention", "out/norm_memory")},

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import gelu
+from references_matrix import silu
 
 from hope_jax.errors import UserError
 from hope_jax.levels import Level
@@ -22,15 +24,17 @@ def run(config, key):
 
 
 def level(params, x):
-    """MLP(RMSNorm(x)) in numpy, GELU by its tanh form."""
+    """MLP(RMSNorm(x)) in numpy, SwiGLU where there is a gate."""
     normed = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * params["norm"]["scale"]
     z = normed @ params["up"]["kernel"]
-    hidden = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+    hidden = silu(normed @ params["gate"]["kernel"]) * z if "gate" in params else gelu(z)
     return hidden @ params["down"]["kernel"]
 
 
-def test_sequential_levels_are_a_residual_chain_fastest_first(x64, key):
-    x, params, y = run(CMSConfig((Level(16), Level(64)), hidden=8), key)
+@pytest.mark.parametrize("gated", [True, False])
+def test_sequential_levels_are_a_residual_chain_fastest_first(x64, key, gated):
+    x, params, y = run(CMSConfig((Level(16), Level(64)), hidden=8, gated=gated), key)
+    assert ("gate" in params["level_0"]) == gated
     first = x + level(params["level_0"], x)
     np.testing.assert_allclose(y, first + level(params["level_1"], first), atol=1e-12)
 

@@ -190,7 +190,7 @@ def test_two_models_are_told_apart_by_each_field_and_by_the_class_of_their_parts
     other = dataclasses.replace(
         TINY,
         mixer=dataclasses.replace(TINY.mixer, objective=objectives.dot),
-        feed_forward=CMSConfig((Level(2048), Level(4096)), 400),
+        feed_forward=dataclasses.replace(TINY.feed_forward, levels=(Level(2048), Level(4096))),
     )
     with pytest.raises(UserError) as caught:
         check_same(flatten(TINY), flatten(other), Path("runs/x"))

@@ -198,9 +198,9 @@ def test_gates_start_where_the_configuration_says(x64):
 
 def test_keys_start_as_the_token_before_the_stored_value(x64):
     _, params = started()
-    for name, lag in (("q", 0), ("k", 1), ("v", 0)):
+    for name, lag, size in (("q", 0, 0.5), ("k", 1, 1.0), ("v", 0, 1.0)):
         taps = np.mean(np.asarray(params[f"conv_{name}"]["kernel"]), axis=1)
-        np.testing.assert_allclose(taps, np.eye(4)[3 - lag], atol=0.08)
+        np.testing.assert_allclose(taps, size * np.eye(4)[3 - lag], atol=0.08)
 
 
 @pytest.mark.slow

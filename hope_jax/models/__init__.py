@@ -47,8 +47,8 @@ def with_in_context(
     levels = (*map(Level, periods), *slower)
     check_multiples([level.period for level in levels])  # of all: after training every level can be written
     hidden = max(1, round(part.hidden * len(part.levels) / len(levels)))
-    cms = CMSConfig(levels, hidden, wiring, len(periods), Writes() if writes is None else writes)
-    return replace(config, feed_forward=cms)
+    changed = dict(levels=levels, hidden=hidden, wiring=wiring, in_context=len(periods), writes=writes or Writes())
+    return replace(config, feed_forward=replace(part, **changed))
 
 
 def without_writes(config: ModelConfig) -> ModelConfig:

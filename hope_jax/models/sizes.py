@@ -24,21 +24,21 @@ class Size:
     levels: tuple[Level, ...]
 
     def cms(self, mixer: float) -> CMSConfig:
-        """Levels whose MLPs (2 matrices each) fill the block up to the size of Hope's."""
-        return CMSConfig(self.levels, self.hidden(mixer, 2 * len(self.levels)))
+        """Levels whose MLPs (3 matrices each) fill the block up to the size of Hope's."""
+        return CMSConfig(self.levels, self.hidden(mixer, 3 * len(self.levels), multiple=8))
 
     def swiglu(self, mixer: float) -> SwiGLUConfig:
         """A SwiGLU layer (3 matrices) that fills the block up to the size of Hope's."""
         return SwiGLUConfig(self.hidden(mixer, 3))
 
-    def hidden(self, mixer: float, matrices: int) -> int:
+    def hidden(self, mixer: float, matrices: int, multiple: int = 16) -> int:
         """Hidden features of a feed-forward part beside a mixer of ``mixer`` x width^2 parameters, at least 16.
 
         Everybody's block has the size of four projections, one Transformer MLP, 8 width^2 (SPEC 3.1), and four
         memories of two matrices per head, as wide as the head.
         """
         hidden = (4 + 8 + 8 / self.heads - mixer) * self.width / matrices
-        return max(16, 16 * round(hidden / 16))
+        return max(multiple, multiple * round(hidden / multiple))
 
 
 _TINY_LEVELS = (Level(2_048), Level(8_192))

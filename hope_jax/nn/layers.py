@@ -107,13 +107,16 @@ class LayerNorm(nn.Module):
         return by_rows(lambda rows: rows + bias[None], scaled(normal(centred, LAYER_EPS), scale)).astype(self.dtype)
 
 
-def taps_at(lag: int) -> Initializer:
-    """Taps near 1 for the token ``lag`` steps ago and near 0, but not 0, for the others, so that these can learn."""
+def taps_at(lag: int, size: float = 1.0) -> Initializer:
+    """Taps near ``size`` for the token ``lag`` steps ago and near 0, but not 0, for the others.
+
+    So these can learn, too.
+    """
 
     def draw(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Float[Array, "width D"]:
         width = shape[0]
         now = jax.nn.one_hot(width - 1 - min(lag, width - 1), width, dtype=dtype)
-        return 0.3 * jax.random.normal(key, shape, dtype) + now[:, None]
+        return 0.3 * jax.random.normal(key, shape, dtype) + size * now[:, None]
 
     return draw
 
@@ -161,14 +164,12 @@ def last_of(seen: Array, time: int, count: Count, axis: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(seen, count, seen.shape[axis] - time, axis)
 
 
-def short_convs(width: int, dtype: DTypeLike, impl: Impl) -> list[ShortConv]:
-    """The convolutions of a memory's queries, keys and values.
-
-    At the start a key is the token before the one whose value is stored, and a query is the present token: so a query
-    asks what came after its token.
-    """
-    lags = {"q": 0, "k": 1, "v": 0}
-    return [ShortConv(width, dtype, taps_at(lag), impl, name=f"conv_{n}") for n, lag in lags.items()]
+def short_convs(
+    width: int, dtype: DTypeLike, impl: Impl, starts: tuple[Initializer, Initializer, Initializer] = (TORCH,) * 3
+) -> list[ShortConv]:
+    """The convolutions of a memory's queries, keys and values, whose taps start as ``starts`` say, in that order."""
+    pairs = zip("qkv", starts, strict=True)
+    return [ShortConv(width, dtype, start, impl, name=f"conv_{n}") for n, start in pairs]
 
 
 def persistent_vectors(module: Any, count: int) -> Float[Array, "P D"] | None:

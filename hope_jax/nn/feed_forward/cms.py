@@ -6,11 +6,9 @@ ordinary parameter ("outer" mode): ``optim.by_level`` accumulates its gradient a
 Transformer feed-forward layer, which is the "without CMS" row of the ablation.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -20,7 +18,7 @@ from hope_jax.levels import Level, check_multiples
 from hope_jax.nn.axes import Axes, dense_axes, norm_axes
 from hope_jax.nn.feed_forward.fast import Fast, Writes, blank, moved
 from hope_jax.nn.layers import FAN_IN, RMSNorm, dense, light, param_dtype
-from hope_jax.types import Array, Stream
+from hope_jax.types import Array, Float, Stream
 
 Wiring = Literal["sequential", "nested", "independent"]
 
@@ -38,6 +36,8 @@ class CMSConfig:
       in_context: levels, from the fastest, that are written in context in training; each period must be a multiple of
         the faster one. The others are outer levels.
       writes: how levels are written in context.
+      gated: each level's MLP is SwiGLU, W_down(silu(W_gate u) * W_up u), as in Transformers and their ad-hoc levels;
+        False: W_down gelu(W_up u). The paper leaves it open.
     """
 
     levels: tuple[Level, ...]
@@ -45,6 +45,7 @@ class CMSConfig:
     wiring: Wiring = "sequential"
     in_context: int = 0
     writes: Writes = Writes()
+    gated: bool = True
 
     def __post_init__(self) -> None:
         periods = [level.period for level in self.levels]
@@ -67,6 +68,15 @@ class CMSConfig:
         return {f"level_{i}": max(1, round(steps)) for i, steps in enumerate(outer)}
 
     @property
+    def maps(self) -> tuple[str, ...]:
+        """The linear maps of a level."""
+        return ("gate", "up", "down") if self.gated else ("up", "down")
+
+    def shape(self, name: str, width: int) -> tuple[int, int]:
+        """Inputs and outputs of the linear map ``name`` of a level."""
+        return (self.hidden, width) if name == "down" else (width, self.hidden)
+
+    @property
     def trained(self) -> int:
         return self.in_context
 
@@ -78,7 +88,7 @@ class CMSConfig:
         return tuple((level.period,) * layers for level in self.levels)
 
     def blank(self, batch: int, width: int, dtype: DTypeLike) -> tuple[dict[str, Array], ...]:
-        shapes = {"up": (width, self.hidden), "down": (self.hidden, width)}
+        shapes = {name: self.shape(name, width) for name in self.maps}
         return tuple(blank(shapes, batch, self.writes.rank, dtype) for _ in self.levels)
 
     def kernels(self, params: Any) -> tuple[dict[str, Any], ...]:
@@ -86,33 +96,41 @@ class CMSConfig:
 
 
 class LevelMLP(nn.Module):
-    """MLP(RMSNorm(x)) with GELU: the memory of one level."""
+    """MLP(RMSNorm(x)), SwiGLU or GELU: the memory of one level."""
 
-    hidden: int
+    config: CMSConfig
     width: int
     dtype: DTypeLike
-    rank: int | None = None
 
     def setup(self) -> None:
+        c, wide = self.config, param_dtype(self.dtype)
+        shapes = {name: c.shape(name, self.width) for name in c.maps}
         self.norm = RMSNorm(self.dtype)
-        self.up = dense(self.hidden, self.dtype)
-        self.down = dense(self.width, self.dtype)
-        rows, wide = {"up": self.width, "down": self.hidden}, param_dtype(self.dtype)
-        self.bases = dict.fromkeys(rows)  # bases of Delta, if its rank is low
-        if self.rank is not None:
-            self.bases = {n: self.param(f"{n}_basis", FAN_IN, (size, self.rank), wide) for n, size in rows.items()}
+        self.linear = {name: dense(columns, self.dtype, name) for name, (_, columns) in shapes.items()}
+        self.bases = dict.fromkeys(shapes)  # bases of Delta, if its rank is low
+        if (rank := c.writes.rank) is not None:
+            bases = {name: (rows, rank) for name, (rows, _) in shapes.items()}
+            self.bases = {name: self.param(f"{name}_basis", FAN_IN, shape, wide) for name, shape in bases.items()}
 
     @nn.nowrap
     def axes(self) -> Axes:
-        maps = {"up": dense_axes("embed", "hidden"), "down": dense_axes("hidden", "embed")}
-        low_rank = {"up_basis": ("embed", "rank"), "down_basis": ("hidden", "rank")} if self.rank is not None else {}
-        return {"norm": norm_axes(), **maps, **low_rank}
+        names = {name: ("hidden", "embed") if name == "down" else ("embed", "hidden") for name in self.config.maps}
+        maps = {name: dense_axes(*ends) for name, ends in names.items()}
+        low_rank = {f"{name}_basis": (rows, "rank") for name, (rows, _) in names.items()}
+        return {"norm": norm_axes(), **maps, **(low_rank if self.config.writes.rank is not None else {})}
 
     @light
     def __call__(self, x: Stream, fast: Fast | None = None) -> Stream:
         u = self.norm(x)
-        hidden = jax.nn.gelu(moved(self.up(u), u, fast, "up", self.bases["up"]))
-        return moved(self.down(hidden), hidden, fast, "down", self.bases["down"])
+        if self.config.gated:
+            hidden = nn.silu(self._map("gate", u, fast)) * self._map("up", u, fast)
+        else:
+            hidden = nn.gelu(self._map("up", u, fast))
+        return self._map("down", hidden, fast)
+
+    def _map(self, name: str, x: Stream, fast: Fast | None) -> Float[Array, "B T features"]:
+        """A linear map, moved by what the sequence has written."""
+        return moved(self.linear[name](x), x, fast, name, self.bases[name])
 
 
 class ContinuumMemory(nn.Module):
@@ -124,8 +142,7 @@ class ContinuumMemory(nn.Module):
 
     def setup(self) -> None:
         c, wide, count = self.config, param_dtype(self.dtype), len(self.config.levels)
-        level = functools.partial(LevelMLP, c.hidden, self.width, self.dtype, c.writes.rank)
-        self.levels = [level(name=f"level_{i}") for i in range(count)]
+        self.levels = [LevelMLP(c, self.width, self.dtype, name=f"level_{i}") for i in range(count)]
         if c.in_context:
             self.rate = self.param("rate", nn.initializers.constant(c.writes.rate), (c.in_context,), wide)
         if c.wiring == "independent":
@@ -134,7 +151,7 @@ class ContinuumMemory(nn.Module):
     @nn.nowrap
     def axes(self) -> Axes:
         c = self.config
-        level = LevelMLP(c.hidden, self.width, self.dtype, c.writes.rank, parent=None).axes()
+        level = LevelMLP(c, self.width, self.dtype, parent=None).axes()
         learned = ["rate"] * bool(c.in_context) + ["mixture"] * (c.wiring == "independent")
         levels = {f"level_{i}": level for i in range(len(c.levels))}
         return levels | dict.fromkeys(learned, ("levels",))

@@ -39,6 +39,10 @@ from hope_jax.types import Array, Count, Float, Stream
 
 Projection = Literal["k", "v", "q"]
 Momentum = Literal["none", "const", "gated"]
+# Of queries, keys and values. Keys start as the token before the one whose value is stored, and queries as the current
+# one: what came after it? Queries mix the last tokens more, which text wants. Keys and values do not: with random taps
+# values have more in common than keys, and memories that write what they read there can grow without bound.
+TAPS = (layers.taps_at(0, 0.5), layers.taps_at(1), layers.taps_at(0))
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class SelfModifyingMixer(nn.Module):
     def setup(self) -> None:
         c, size = self.config, self.width // self.config.heads
         wide = layers.param_dtype(self.dtype)
-        self.convs = layers.short_convs(c.conv, self.dtype, c.impl)
+        self.convs = layers.short_convs(c.conv, self.dtype, c.impl, TAPS)
         static = [n for n in "qkv" if n not in c.inner_projection]
         self.static = {n: layers.dense(self.width, self.dtype, f"project_{n}", layers.near_identity) for n in static}
         self.out = layers.HeadOutput(c.heads, self.width, True, self.dtype)

@@ -39,9 +39,9 @@ from hope_jax.types import Array, Count, Float, Stream
 
 Projection = Literal["k", "v", "q"]
 Momentum = Literal["none", "const", "gated"]
-# Of queries, keys and values. Keys start as the token before the one whose value is stored, and queries as the current
-# one: what came after it? Queries mix the last tokens more, which text wants. Keys and values do not: with random taps
-# values have more in common than keys, and memories that write what they read there can grow without bound.
+# Starts of the convolutions of queries, keys and values. A key is the token before the one whose value is stored, so a
+# query of the present token asks what came after it. Queries also mix the last tokens: text is then learned sooner. Keys
+# and values do not: with random taps of theirs, gradients through 1,024 tokens exploded (docs/defaults.md).
 TAPS = (layers.taps_at(0, 0.5), layers.taps_at(1), layers.taps_at(0))
 
 

@@ -85,8 +85,8 @@ class SelfModifyingConfig:
     momentum: Momentum = "gated"
     damped: bool = True
     retention: bool = True
-    rate_max: float = 2.0
-    rate_bias: float = -2.5
+    rate_max: float = 0.1
+    rate_bias: float = 0.0
     momentum_bias: float = -3.0
     horizon: int = 8192
     projection_rate: float = 0.05

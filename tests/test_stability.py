@@ -57,13 +57,14 @@ def test_a_bold_memory_stores_what_it_is_told():
     assert newest_error(rule, Gates(1.0, 1.0, None), hidden=256) < 0.65
 
 
-def test_the_memory_that_ships_stores_less_at_its_start_but_not_nothing():
-    """Rates start low, for learning (README); at a rate it is free to learn it stores nearly as the bold one."""
+def test_the_memory_that_ships_stores_less_than_a_bold_one_but_not_nothing():
+    """Rates are bounded, for stable gradients (docs/defaults.md); the largest stores twice as much as the first."""
     config = SelfModifyingConfig(heads=1)
     rule, expit = dataclasses.replace(config.spec().rules.memory, self_values=False), jax.nn.sigmoid
     gates = Gates(config.rate_max * expit(config.rate_bias), 1 - 1 / config.horizon, expit(config.momentum_bias))
-    assert newest_error(rule, gates, hidden=64 * config.hidden) < 0.86
-    assert newest_error(rule, gates._replace(rate=config.rate_max * 0.5), hidden=64 * config.hidden) < 0.75
+    first = 1 - newest_error(rule, gates, hidden=64 * config.hidden)
+    largest = 1 - newest_error(rule, gates._replace(rate=config.rate_max), hidden=64 * config.hidden)
+    assert first > 0.06 and largest > 1.7 * first
 
 
 @pytest.mark.parametrize("momentum", [True, False])

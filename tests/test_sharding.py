@@ -220,7 +220,7 @@ def test_a_mesh_that_does_not_fit_the_flags_is_refused_before_anything_is_read(f
         ("--mesh.fsdp 3", "mesh.fsdp is 3, which cannot share 4 sequences; give a divisor of that"),
         ("--batch 5 --mesh.fsdp 5", "mesh.fsdp is 5; give a divisor of the model's width, 192"),
         ("--mesh.tensor 4", "mesh.tensor is 4; give a divisor of the model's heads, 6"),
-        ("--mesh.tensor 3", "mesh.tensor is 3; give a divisor of 400 on axis 'hidden'"),
+        ("--model hope_attention-tiny --mesh.tensor 3", "mesh.tensor is 3; give a divisor of 296 on axis 'hidden'"),
         ("--model rwkv7-tiny --mesh.tensor 2", "mesh.tensor is 2; give a divisor of 3 on axis 'heads'"),
         ("--model mamba2-tiny --mesh.tensor 3", "mesh.tensor is 3; give a divisor of 512 on axis 'all_heads'"),
         ("--mesh.sequence 3", "mesh.sequence is 3, which cannot share the 512 tokens of a sequence"),

@@ -5,6 +5,7 @@ norms compute in at least float32. Read ``attention.py`` next: the simplest mixe
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -165,7 +166,7 @@ def last_of(seen: Array, time: int, count: Count, axis: int) -> Array:
 
 
 def short_convs(
-    width: int, dtype: DTypeLike, impl: Impl, starts: tuple[Initializer, Initializer, Initializer] = (TORCH,) * 3
+    width: int, dtype: DTypeLike, impl: Impl, starts: Sequence[Initializer] = (TORCH, TORCH, TORCH)
 ) -> list[ShortConv]:
     """The convolutions of a memory's queries, keys and values, whose taps start as ``starts`` say, in that order."""
     pairs = zip("qkv", starts, strict=True)

@@ -21,7 +21,6 @@ from hope_jax.errors import UserError
 from hope_jax.levels import Level
 from hope_jax.memory import RULES, objectives
 from hope_jax.models import with_in_context
-from hope_jax.nn.feed_forward.cms import CMSConfig
 from hope_jax.nn.feed_forward.fast import Writes
 from hope_jax.optim import AdamW
 from hope_jax.train import OptimizerConfig, TextRun

@@ -201,7 +201,7 @@ def test_the_help_shows_the_words_written_below_the_fields(capsys):
         main(["pretrain", "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in (
-        "Sequences per batch.",
+        "Sequences per batch, of all",
         "Peak learning rate, reached after",
         "Path of a JSON file",
     ):

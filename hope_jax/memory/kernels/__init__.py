@@ -12,11 +12,9 @@ three, ``kernels/bfloat16.py``. Sums, gates, inverses and states stay in float32
 products, too. Memories with a link (moneta, memora) stay in float32. Reverse mode.
 """
 
-import contextlib
-import contextvars
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Literal, NamedTuple, cast
 
@@ -82,23 +80,12 @@ NARROW = {
     "bfloat16_3x": Products(*bfloat16.functions(3), products.shifted_sum),
 }
 """Ending of ``impl`` -> its products."""
-_for_kernel: contextvars.ContextVar[bool] = contextvars.ContextVar("for_kernel", default=False)
-
-
-@contextlib.contextmanager
-def for_kernel() -> Iterator[None]:
-    """What is traced in here becomes a kernel: "chunked" has products that fit the matrix unit, ``inside.py``."""
-    before = _for_kernel.set(True)
-    try:
-        yield
-    finally:
-        _for_kernel.reset(before)
 
 
 def products_of(impl: Impl) -> Products:
     """The products that ``impl`` asks for. Raises UserError for another word."""
     check_word("impl", impl, Impl)
-    if impl == "chunked" and _for_kernel.get():
+    if impl == "chunked" and inside.in_kernel.get():
         return INSIDE
     return AUTO if impl == "auto" else NARROW.get(impl.partition("_")[2], PLAIN)
 

@@ -5,7 +5,10 @@ small lies side by side (``Products.joined``), the systems of a chunk are invert
 to the vector unit. Gradients are of any order in reverse mode, with the implicit gradient of ``cpu.py``.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +21,17 @@ from hope_jax.types import Array, Bool, Float, Int
 __all__ = ["gram", "matmul", "matmul_nt", "matmul_tn", "shifted_sum", "solve_unit_lower", "unit_lower_inverse"]
 
 LANES, ROWS = 128, 8  # numbers beside and below each other in what a chip computes with
+in_kernel: contextvars.ContextVar[bool] = contextvars.ContextVar("in_kernel", default=False)
+
+
+@contextlib.contextmanager
+def for_kernel() -> Iterator[None]:
+    """What is traced in here becomes a kernel: ``impl="chunked"`` has the products of this file."""
+    before = in_kernel.set(True)
+    try:
+        yield
+    finally:
+        in_kernel.reset(before)
 
 
 def _matmul(a: Float[Array, "*N M C"], b: Float[Array, "*N C V"]) -> Float[Array, "*N M V"]:

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hope_jax.memory.kernels import for_kernel
+from hope_jax.memory.kernels.inside import for_kernel
 from hope_jax.memory.kernels.places import (
     Shape,
     chunked,

@@ -40,8 +40,8 @@ from hope_jax.types import Array, Count, Float, Stream
 Projection = Literal["k", "v", "q"]
 Momentum = Literal["none", "const", "gated"]
 # Starts of the convolutions of queries, keys and values. A key is the token before the one whose value is stored, so a
-# query of the present token asks what came after it. Queries also mix the last tokens: text is then learned sooner. Keys
-# and values do not: with random taps of theirs, gradients through 1,024 tokens exploded (docs/defaults.md).
+# query of the present token asks what came after it. Queries also mix the last tokens: text is learned sooner then.
+# Keys and values do not: with random taps of theirs, gradients through 1,024 tokens exploded (docs/defaults.md).
 TAPS = (layers.taps_at(0, 0.5), layers.taps_at(1), layers.taps_at(0))
 
 

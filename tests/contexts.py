@@ -24,7 +24,7 @@ from hope_jax.optim import INNER
 WIDTH, VOCAB = 8, 11
 
 
-HOPE = SelfModifyingConfig(2, conv=2, c_memory=4, c_projections=4)
+HOPE = SelfModifyingConfig(2, conv=2, c_memory=4, c_projections=4, rate_max=2.0, rate_bias=-2.5)
 # Compiles fast.
 LIGHT = replace(HOPE, inner_projection=(), momentum="none", dgd_scope="none", rate_max=1.5)
 LIGHTER = replace(LIGHT, memory=matrix, gate=Architecture(1, residual=False, scales=(1.0,)))

@@ -27,7 +27,7 @@ MIXERS = {
     "attention": AttentionConfig(2),
     "window": AttentionConfig(2, window=5, conv=3),
     "memory": MemoryMixerConfig(RULES["deltanet"], 2, impl="chunked"),  # plain products compile sooner
-    "hope": SelfModifyingConfig(2, c_memory=8, c_projections=4),
+    "hope": SelfModifyingConfig(2, c_memory=8, c_projections=4, rate_max=2.0),
 }
 # Without limit as a memory, and of one kind with attention.
 NAMES = ["attention", *(pytest.param(n, marks=pytest.mark.slow) for n in ("window", "hope")), "memory"]

@@ -20,7 +20,7 @@ from hope_jax.memory.self_modifying import Streams, Tuning, scan
 from hope_jax.nn.mixers.self_modifying import SelfModifyingConfig
 
 D, H, T = 4, 6, 21
-SMALL = dict(heads=1, c_memory=8, c_projections=4, hidden=2)
+SMALL = dict(heads=1, c_memory=8, c_projections=4, hidden=2, rate_max=2.0, rate_bias=-2.5)
 # Every choice of the configuration occurs in some row that is quick, but for architectures of projections and gates.
 ONE_PERIOD, MATRIX = dict(c_memory=8, c_projections=8), dict(memory=architectures.full_rank_matrix)
 KEY = dict(inner_projection=("k",), dgd_scope="input_only")
@@ -189,7 +189,7 @@ def test_with_period_one_reading_the_anchor_is_reading_before(x64):
 
 # ---------------------------------------------------------------- the layer
 
-LAYER = dict(heads=2, c_memory=8, c_projections=4, horizon=32, projection_rate=0.5)
+LAYER = dict(heads=2, c_memory=8, c_projections=4, horizon=32, projection_rate=0.5, rate_max=2.0, rate_bias=-2.5)
 # Plain products and boxes of one layer compile sooner.
 SHALLOW = dict(projection=Architecture(1, True, (0.5,)), gate=Architecture(1, False, (1.0,)), impl="chunked")
 OTHER = dict(inner_projection=("v", "q"), retain_to="init", **SHALLOW)

@@ -29,6 +29,7 @@ B, T, SHARD, PERIOD = 2, 24, 8, 18  # the last divides neither the time nor what
 TITANS = replace(RULES["titans"], period=4, shard=SHARD, project_queries=True)
 # Small: its projection and gates have one layer, and of keys, values and queries one is made by memories.
 HOPE = dict(inner_projection=("k",), projection=Architecture(1, True, (0.5,)), gate=Architecture(1, False, (1.0,)))
+HOPE |= dict(rate_max=2.0, rate_bias=-2.5)
 LOCAL = {  # in plain products, which compile sooner
     "titans": MemoryMixerConfig(TITANS, HEADS, horizon=32, rate_max=0.7, unit_values=True, impl="chunked"),
     "hope": SelfModifyingConfig(

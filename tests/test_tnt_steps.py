@@ -14,7 +14,7 @@ from hope_jax.nn.mixers.tnt import TNTConfig
 from hope_jax.train.work import work
 
 PERIOD, SHARD, TIME = 16, 512, 2048
-PLAIN = SelfModifyingConfig(HEADS, c_memory=PERIOD, c_projections=PERIOD)
+PLAIN = SelfModifyingConfig(HEADS, c_memory=PERIOD, c_projections=PERIOD, rate_max=2.0)
 SHARDS = TNTConfig(replace(PLAIN, shard=SHARD, project_queries=True), global_period=TIME)
 
 

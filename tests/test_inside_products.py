@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax.memory import gated_delta, kernels
 from hope_jax.memory.kernels import INSIDE, PLAIN
-from hope_jax.memory.kernels.inside import _few_rows
+from hope_jax.memory.kernels.inside import _few_rows, _parts
 
 FORMS = {"matmul": ("ij", "jk"), "matmul_nt": ("ij", "kj"), "matmul_tn": ("ji", "jk")}
 
@@ -84,5 +85,28 @@ def test_a_product_of_parts_is_as_exact_as_float32():
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(32, 32)) * 10.0 ** rng.integers(-6, 6, (32, 32)) for _ in range(2))
     a, b = a.astype(np.float32), b.astype(np.float32)
+    parts = [np.asarray(part) for part in jax.jit(_parts)(a)]
+    for part in parts[:2]:  # what a matrix unit takes as it is
+        np.testing.assert_array_equal(part, part.astype(jnp.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(parts[2] + parts[1] + parts[0], a)
     found, sizes = jax.jit(_few_rows)(a, b), np.abs(a).astype(np.float64) @ np.abs(b)
     assert np.max(np.abs(found - a.astype(np.float64) @ b) / sizes) < 2.0**-21
+
+
+@pytest.mark.parametrize("retention", [(16,), (16, 4)], ids=["a number", "by key channel"])
+def test_a_kernel_of_any_memory_has_them_and_nothing_else_does(monkeypatch, retention):
+    inverted = []
+
+    def inverse(lower):
+        inverted.append(lower.shape)
+        return INSIDE.inverse(lower)
+
+    monkeypatch.setattr(kernels, "INSIDE", INSIDE._replace(inverse=inverse))
+    keys, memory, gates = (
+        jnp.ones((16, 4)) / 2,
+        jnp.zeros((4, 4)),
+        dict(retention=jnp.ones(retention), erase=jnp.ones(16)),
+    )
+    for impl, used in (("chunked", False), ("pallas", True)):
+        gated_delta(memory, keys, keys, keys, **gates, block=8, impl=impl)
+        assert bool(inverted) == used

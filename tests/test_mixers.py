@@ -79,8 +79,8 @@ def drawn_layer(config):
 @pytest.mark.parametrize("names", ["kv", "q", pytest.param("kvq", marks=pytest.mark.slow)])
 def test_the_self_modifying_layer_is_its_equations(x64, names):
     """Each of keys, values and queries from memories, and each from a static projection."""
-    how = dict(c_memory=4, c_projections=4, rate_max=2.0, rate_bias=-2.5)
-    config = SelfModifyingConfig(heads=HEADS, inner_projection=tuple(names), horizon=32, projection_rate=0.5, **how)
+    how, rates = dict(c_memory=4, c_projections=4), dict(rate_max=2.0, rate_bias=-2.5, projection_rate=0.5)
+    config = SelfModifyingConfig(heads=HEADS, inner_projection=tuple(names), horizon=32, **rates, **how)
     params, u, y = drawn_layer(config)
     x = units(u)
     streams = {n: units(silu(conv(u, params[f"conv_{n}"]["kernel"]))) for n in "qkv"}

@@ -49,11 +49,14 @@ def test_rematerialised_blocks_give_the_loss_and_gradient_from_fewer_bytes(x64, 
 @pytest.mark.parametrize("name", ["hope", "titans"])
 def test_nested_loops_give_the_gradient_of_all_states(x64, name):
     """16 chunks of 16 tokens, 4 in each inner loop; with one head states are larger than what a chunk reads."""
-    config, found = dataclasses.replace(ARCHITECTURES[name](dataclasses.replace(SIZE, heads=1)), dtype=jnp.float64), []
+    config = dataclasses.replace(ARCHITECTURES[name](dataclasses.replace(SIZE, heads=1)), dtype=jnp.float64)
+    found, loops = [], []
     for nested in (False, True):
         program, params, batch = compiled(config, 256, True, nested)
         found.append(jax.device_get(program(params, batch)))
+        loops.append(program.as_text().count(" while("))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), *found)
+    assert loops[1] > loops[0]
 
 
 @pytest.mark.slow
@@ -71,10 +74,11 @@ def test_blocks_are_rematerialised_where_memory_is_short_and_nothing_else_saves_
     assert chosen_remat("auto", None) == "none"  # on a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert chosen_remat("auto", None) == "nested" and chosen_remat("auto", 8) == "none"
-    assert chosen_remat("auto", None, "tpu") == "nested" and chosen_remat("auto", None, "cpu") == "none"
+    assert [chosen_remat("auto", None, platform) for platform in ("tpu", "gpu", "cpu")] == ["nested", "block", "none"]
     assert chosen_remat("block", 8) == "block" and chosen_remat("none", None) == "none"
-    assert what_is_kept("auto", None, "gpu").startswith("nested: the input of every block, ")
-    assert what_is_kept("block", 8, "cpu") == "block: the input of every block, of pieces of 8 tokens"
+    assert what_is_kept(MODELS["hope"], "auto", None, "tpu").startswith("nested: the input of every block, ")
+    assert what_is_kept(MODELS["transformer_pp"], "auto", None, "tpu") == "block: the input of every block"
+    assert what_is_kept(MODELS["hope"], "block", 8, "cpu") == "block: the input of every block, of pieces of 8 tokens"
     with pytest.raises(UserError, match="remat is 'layer'; expected one of"):
         chosen_remat(cast(Any, "layer"), None)
 

@@ -67,12 +67,13 @@ def _setup(config: CompileConfig) -> training.Setup:
 
 def _asked(config: CompileConfig, setup: training.Setup, flops: int) -> dict[str, str]:
     parameters = training.count_parameters(setup.shapes().params)
+    model = with_impl(model_named(config.model), config.impl)
     chip = setup.mesh.devices.flat[0] if setup.mesh else jax.devices()[0]
     return {
         "model": f"{config.model}, {parameters:,} parameters, {config.dtype}",
         "batch": f"{config.batch} x {config.length} tokens, {setup.tokens // setup.devices:,} a chip",
-        "memories": evaluated(with_impl(model_named(config.model), config.impl), chip.platform),
-        "kept": training.what_is_kept(config.remat, config.remat_every, chip.platform),
+        "memories": evaluated(model, chip.platform),
+        "kept": training.what_is_kept(model, config.remat, config.remat_every, chip.platform),
         "chips": f"{setup.devices}, {config.topology}, {chip.device_kind}",
         "model FLOPs": f"{flops / setup.tokens:.4g} per token, {flops / setup.devices:.4g} a chip and step",
     }

@@ -209,7 +209,7 @@ def _header(job: Job) -> dict[str, str]:
         "text": f"{read:,} tokens to train on, {heldout:,} held out",
         "batch": f"{flags.batch} x {flags.length} = {tokens:,} tokens per step, {flags.steps:,} steps",
         "memory": evaluated(with_impl(job.config.model, flags.impl), device.platform),
-        "kept": training.what_is_kept(flags.remat, flags.remat_every, device.platform),
+        "kept": training.what_is_kept(job.config.model, flags.remat, flags.remat_every, device.platform),
         "device": f"{device.device_kind}, {job.setup.devices} of {jax.device_count()}",
         "run": str(flags.run),
     }

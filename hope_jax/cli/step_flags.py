@@ -25,7 +25,7 @@ class StepFlags:
     length. None: the whole sequence at once."""
     remat: training.Remat = "auto"
     """block: keep the input of every block alone. nested: of the states of its memories, too, fewer than one a chunk.
-    auto: nested on an accelerator without --remat-every, else none."""
+    auto, without --remat-every: nested on a TPU, block on other accelerators; else none."""
     remat_states: training.RematStates = "exact"
     """bfloat16: the states of memories are kept for the backward pass at half the bytes; gradients are rounded."""
     impl: Impl | None = None

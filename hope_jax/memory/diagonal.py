@@ -24,7 +24,7 @@ from jax import lax
 from hope_jax.errors import UserError
 from hope_jax.levels import Loop
 from hope_jax.memory.decays import ReadTime
-from hope_jax.memory.kernels import Impl, Products, chunk_loop, products_of
+from hope_jax.memory.kernels import Impl, Products, chunk_loop, inside_kernel, products_of
 from hope_jax.memory.products import transpose
 from hope_jax.types import Array, Float
 
@@ -82,7 +82,7 @@ def diagonal_delta(
     block: int,
 ) -> tuple[Float[Array, "T V"] | None, Float[Array, "V K"]]:
     """The reads and the final memory; the arguments are those of ``gated_delta``."""
-    products, dtype = products_of(impl), jnp.promote_types(memory.dtype, jnp.float32)
+    dtype = jnp.promote_types(memory.dtype, jnp.float32)
     if erase is not None and not isinstance(erase, Erase):
         erase = Erase(erase[:, None] * keys, keys)
     # Without queries the keys are looked up, and the reads are dropped.
@@ -93,7 +93,11 @@ def diagonal_delta(
     if impl == "sequential":
         kernel, reads = lax.scan(functools.partial(_token_step, time), kernel, tokens)
     else:
-        step = functools.partial(_block_step, products, time)
+
+        def step(memory: Array, tokens: DiagonalTokens) -> tuple[Array, Array]:
+            # Asked for in here: a kernel has other products, and is traced with them.
+            return _block_step(products_of(inside_kernel(impl)), time, memory, tokens)
+
         kernel, reads = _chunked(step, chunk_loop(impl), block, kernel, tokens)
     return None if queries is None else reads, transpose(kernel)
 

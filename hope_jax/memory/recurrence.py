@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from hope_jax.errors import UserError, check_word, whole
-from hope_jax.levels import Loop
 from hope_jax.memory.chunked import Linear, Lookup, Read, Tokens, Write, chunk, first_box
 from hope_jax.memory.decays import ReadTime, Shared
 from hope_jax.memory.diagonal import Erase, check_diagonal, diagonal_delta
-from hope_jax.memory.kernels import Impl, Products, chunk_loop, products_of
+from hope_jax.memory.kernels import Impl, chunk_loop, inside_kernel, products_of
 from hope_jax.memory.products import transpose
 from hope_jax.types import Array, Float
 
@@ -120,10 +119,10 @@ def evaluate(
     ``block`` is the number of tokens per chunk, None for all of them. Inactive tokens must come with zero writes and
     erases; this function sets their retention.
     """
-    tokens, products = tokens._replace(shared=_idle(tokens.shared)), products_of(impl)
+    tokens = tokens._replace(shared=_idle(tokens.shared))
     if impl == "sequential":
         return _sequential(linears, tokens, read, time)
-    return _chunked(products, chunk_loop(impl), block, linears, tokens, read, time)
+    return _chunked(impl, block, linears, tokens, read, time)
 
 
 def _idle(shared: Shared) -> Shared:
@@ -176,16 +175,11 @@ def token_step(linear: Linear, write: Write, shared: Shared) -> Linear:
 
 
 def _chunked(
-    products: Products,
-    loop: Loop,
-    block: int | None,
-    linears: list[Linear],
-    tokens: Tokens,
-    read: Read,
-    time: ReadTime,
+    impl: Impl, block: int | None, linears: list[Linear], tokens: Tokens, read: Read, time: ReadTime
 ) -> tuple[list[Linear], Any]:
     def step(linears: list[Linear], tokens: Tokens):
-        return chunk(products, linears, tokens, read, time)
+        # Asked for in here: a kernel has other products, and is traced with them.
+        return chunk(products_of(inside_kernel(impl)), linears, tokens, read, time)
 
     length = tokens.shared.retention.shape[0]
     if block is None or length <= block:
@@ -193,7 +187,7 @@ def _chunked(
     if length % block:
         tokens = _padded(tokens, length, -length % block)
     blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), tokens)
-    linears, reads = loop(step, linears, blocks)
+    linears, reads = chunk_loop(impl)(step, linears, blocks)
     return linears, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], reads)
 
 

@@ -25,7 +25,8 @@ class Size:
 
     def cms(self, mixer: float) -> CMSConfig:
         """Levels whose MLPs (3 matrices each) fill the block up to the size of Hope's."""
-        return CMSConfig(self.levels, self.hidden(mixer, 3 * len(self.levels), multiple=8))
+        multiple = 8 if self.width < 512 else 16  # a multiple of 16 would be too coarse for narrow levels
+        return CMSConfig(self.levels, self.hidden(mixer, 3 * len(self.levels), multiple))
 
     def swiglu(self, mixer: float) -> SwiGLUConfig:
         """A SwiGLU layer (3 matrices) that fills the block up to the size of Hope's."""

@@ -22,11 +22,11 @@ from hope_jax.memory.kernels import runs_kernel
 from hope_jax.models import LanguageModel, ModelConfig, has_memory, impls
 
 Remat = Literal["auto", "none", "block", "nested"]
-"""auto: "nested" on an accelerator where there is no ``remat_every``, else "none"."""
+"""auto, without ``remat_every``: "nested" on a TPU, "block" on other accelerators. Else "none"."""
 KEPT = {
     "none": "all that blocks compute",
     "block": "the input of every block",
-    "nested": "the input of every block, states of memories before every few chunks",
+    "nested": "the input of every block, states of memories before every few chunks where that halves them",
 }
 
 
@@ -39,12 +39,16 @@ def chosen_remat(remat: Remat, remat_every: int | None, platform: str | None = N
     if remat != "auto":
         return remat
     platform = jax.default_backend() if platform is None else platform
-    return "nested" if remat_every is None and platform != "cpu" else "none"
+    if platform == "cpu" or remat_every is not None:
+        return "none"
+    return "nested" if platform == "tpu" else "block"
 
 
-def what_is_kept(remat: Remat, remat_every: int | None, platform: str) -> str:
-    """What the backward pass of training keeps, in words, with the word that ``remat`` is here."""
+def what_is_kept(model: ModelConfig, remat: Remat, remat_every: int | None, platform: str) -> str:
+    """What the backward pass of training keeps, in words, with the word that ``remat`` is for this model here."""
     word = chosen_remat(remat, remat_every, platform)
+    if word == "nested" and not has_memory(model):
+        word = "block"
     pieces = "" if remat_every is None else f", of pieces of {remat_every} tokens"
     return f"{word}: {KEPT[word]}{pieces}"
 

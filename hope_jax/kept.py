@@ -11,8 +11,9 @@ The loop may also be nested, with about sqrt(n) of n pieces in each inner loop: 
 kept and, of one at a time, those inside it, 2 sqrt(n) instead of n. The pieces are then computed one time more.
 
 The loops are those of ``levels.py``, ``memory/kernels`` and ``nn/token_scan.py`` and, with ``remat_every``, that of
-``train/step.py``, which is never nested. The loop over segments (``nn/segments.py``) keeps its states exactly. A gradient of such a gradient
-would be wrong, because bits have no derivative; ``train/remat.py`` refuses what would need one.
+``train/step.py``, which is never nested. The loop over segments (``nn/segments.py``) keeps its states exactly. A
+gradient of such a gradient would be wrong, because bits have no derivative; ``train/remat.py`` refuses what would need
+one.
 """
 
 import contextlib

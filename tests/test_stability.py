@@ -58,7 +58,7 @@ def test_a_bold_memory_stores_what_it_is_told():
 
 
 def test_the_memory_that_ships_stores_less_than_a_bold_one_but_not_nothing():
-    """Rates are bounded, for stable gradients (docs/defaults.md). The largest stores over 1.7 times what the first does."""
+    """Rates are bounded, for stable gradients (docs/defaults.md). The largest stores over 1.7 times as much."""
     config = SelfModifyingConfig(heads=1)
     rule, expit = dataclasses.replace(config.spec().rules.memory, self_values=False), jax.nn.sigmoid
     gates = Gates(config.rate_max * expit(config.rate_bias), 1 - 1 / config.horizon, expit(config.momentum_bias))
